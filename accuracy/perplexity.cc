@@ -1,0 +1,299 @@
+// perplexity: what quantizing the cache does to the model's predictions of real text.
+//
+// Protocol `decode`. Each window is fed in calls of residual_length tokens, so that every scored token
+// reads the history as decoding would: encoded, with the residual as it is. Beside it the unquantized
+// model runs once over the whole window. Per scored token: nll of both, kld = KL(unquantized ||
+// quantized) in nats, and whether the likeliest token is the same. Intervals (95 %) are Student's over
+// windows. The floor is `none` sent through the same calls against the same reference: what rounding
+// alone does, in this type, on this machine; a kld near it means nothing.
+//
+// Protocol `study` is the reference study's: half-overlapping windows; the quantized model is given the
+// first half in one call and the second half in another, and only the second call is scored, without its
+// first token; the first window is never quantized; a window's mean counts once for every target, scored or
+// not. With @policy=hf it replays what that study's library did.
+#include <map>
+
+#include "accuracy/statistics.h"
+#include "accuracy/windows.h"
+#include "benchmarks/measurement.h"
+#include "kernels/error.h"
+
+namespace kvq {
+namespace {
+
+// Sums over the scored tokens of one window.
+struct WindowScore {
+  double reference_nll = 0, nll = 0, kld = 0, agreements = 0;
+  int64_t tokens = 0;
+};
+
+// Scores hidden states [batch, n, hidden] of both models for the tokens that follow them
+// (targets [batch, n]); adds to one sum a sequence.
+void AddScores(const Model& model, const at::Tensor& reference, const at::Tensor& hidden,
+               const at::Tensor& targets, WindowScore* scores) {
+  const at::Tensor reference_log = at::log_softmax(model.Logits(reference), -1);
+  const at::Tensor log = at::log_softmax(model.Logits(hidden), -1);
+  const auto sum = [](const at::Tensor& x) { return x.to(at::kDouble).sum(1).cpu(); };
+  const at::Tensor index = targets.unsqueeze(-1);
+  const at::Tensor reference_nll = sum(-reference_log.gather(-1, index).squeeze(-1));
+  const at::Tensor nll = sum(-log.gather(-1, index).squeeze(-1));
+  const at::Tensor agreements = sum(reference_log.argmax(-1).eq(log.argmax(-1)));
+  const at::Tensor kld = sum(reference_log.exp().mul_(reference_log - log).sum(-1));
+  for (int64_t b = 0; b < targets.size(0); ++b) {
+    scores[b].reference_nll += reference_nll[b].item<double>();
+    scores[b].nll += nll[b].item<double>();
+    scores[b].agreements += agreements[b].item<double>();
+    scores[b].kld += kld[b].item<double>();
+    scores[b].tokens += targets.size(1);
+  }
+}
+
+// What one cell works with.
+struct Work {
+  const Model& model;
+  const Backend& backend;
+  std::vector<int32_t> text;  // the corpus in tokens
+  std::vector<int32_t> bos;   // before every window: empty, or the BOS id
+};
+
+at::Tensor WindowIds(const Work& work, const std::vector<Window>& windows) {
+  std::vector<at::Tensor> rows;
+  for (const Window& window : windows) {
+    std::vector<int32_t> ids = work.bos;
+    ids.insert(ids.end(), work.text.begin() + window.begin, work.text.begin() + window.end);
+    rows.push_back(IdTensor(ids, 1, work.model.device()));
+  }
+  return at::cat(rows, 0);
+}
+
+// Windows of one length and one score_from (relative to their beginnings), side by side.
+std::vector<WindowScore> ScoreBatch(const Work& work, const Spec& spec,
+                                    const std::vector<Window>& windows) {
+  const at::Tensor ids = WindowIds(work, windows);
+  const int64_t batch = ids.size(0), length = ids.size(1);
+  const int64_t bos = static_cast<int64_t>(work.bos.size());
+  // Position p predicts token p + 1: the first that counts is the one before the first scored token.
+  const int64_t first = windows[0].score_from - windows[0].begin + bos - 1;
+  const auto cache_for = [&](const Spec& s) {
+    return std::make_unique<KvCache>(s, work.model.cache_shape(batch), length, work.model.dtype(),
+                                     work.model.device());
+  };
+  const at::Tensor reference =
+      work.model.Forward(ids, *cache_for(ParseSpec("none")), work.backend);
+  std::vector<WindowScore> scores(windows.size());
+  const std::unique_ptr<KvCache> cache = cache_for(spec);
+  const int64_t chunk = spec.residual_length > 0 ? spec.residual_length : 128;
+  for (int64_t begin = 0; begin < length;) {
+    const int64_t end = std::min(begin == 0 ? spec.sink_tokens + chunk : begin + chunk, length);
+    const at::Tensor hidden =
+        work.model.Forward(ids.narrow(1, begin, end - begin), *cache, work.backend);
+    const int64_t from = std::max(begin, first), to = std::min(end, length - 1);
+    if (from < to) {
+      AddScores(work.model, reference.narrow(1, from, to - from),
+                hidden.narrow(1, from - begin, to - from), ids.narrow(1, from + 1, to - from),
+                scores.data());
+    }
+    begin = end;
+  }
+  return scores;
+}
+
+std::vector<WindowScore> ScoreAll(const Work& work, const Spec& spec,
+                                  const std::vector<Window>& windows, int64_t batch) {
+  std::vector<WindowScore> scores;
+  for (size_t i = 0; i < windows.size();) {
+    // Only windows that score the same positions can run side by side: the first one scores more than
+    // those that overlap an earlier one.
+    std::vector<Window> group = {windows[i]};
+    while (static_cast<int64_t>(group.size()) < batch && i + group.size() < windows.size() &&
+           windows[i + group.size()].scored() == windows[i].scored()) {
+      group.push_back(windows[i + group.size()]);
+    }
+    const std::vector<WindowScore> part = ScoreBatch(work, spec, group);
+    scores.insert(scores.end(), part.begin(), part.end());
+    i += group.size();
+  }
+  return scores;
+}
+
+// One number a window: a sum over its scored tokens.
+template <typename Get>
+std::vector<double> PerToken(const std::vector<WindowScore>& scores, Get get) {
+  std::vector<double> values;
+  for (const WindowScore& score : scores) {
+    values.push_back(get(score) / static_cast<double>(score.tokens));
+  }
+  return values;
+}
+
+// Weighted by tokens, so that it is the mean over tokens even where windows differ in length.
+template <typename Get>
+double Total(const std::vector<WindowScore>& scores, Get get) {
+  double sum = 0;
+  int64_t tokens = 0;
+  for (const WindowScore& score : scores) {
+    sum += get(score);
+    tokens += score.tokens;
+  }
+  return sum / static_cast<double>(tokens);
+}
+
+void AddInterval(Counters& counters, const std::string& name, double value,
+                 const std::optional<Interval>& interval) {
+  counters.emplace_back(name, value);
+  if (!interval) return;
+  counters.emplace_back(name + "_lo", interval->low);
+  counters.emplace_back(name + "_hi", interval->high);
+}
+
+Counters Summary(const std::vector<WindowScore>& scores) {
+  const auto reference_nll = [](const WindowScore& s) { return s.reference_nll; };
+  const auto nll = [](const WindowScore& s) { return s.nll; };
+  const auto kld = [](const WindowScore& s) { return s.kld; };
+  const auto agreements = [](const WindowScore& s) { return s.agreements; };
+  const double reference_ppl = std::exp(Total(scores, reference_nll));
+  const double ppl = std::exp(Total(scores, nll));
+  std::vector<double> log_ppl = PerToken(scores, nll);
+  const std::vector<double> reference_log_ppl = PerToken(scores, reference_nll);
+  // d ppl = ppl d nll: the interval of the difference of two perplexities, window by window.
+  std::vector<double> difference;
+  for (size_t i = 0; i < log_ppl.size(); ++i) {
+    difference.push_back(ppl * log_ppl[i] - reference_ppl * reference_log_ppl[i]);
+  }
+  Counters counters;
+  std::optional<Interval> interval = MeanInterval(log_ppl);
+  if (interval) interval = Interval{std::exp(interval->low), std::exp(interval->high)};
+  AddInterval(counters, "ppl", ppl, interval);
+  counters.emplace_back("ppl_reference", reference_ppl);
+  interval = MeanInterval(difference);
+  const double delta = ppl - reference_ppl;
+  if (interval) {  // around the mean over tokens, not that of the windows
+    const double half = (interval->high - interval->low) / 2;
+    interval = Interval{delta - half, delta + half};
+  }
+  AddInterval(counters, "delta_ppl", delta, interval);
+  AddInterval(counters, "kld_nats", Total(scores, kld), MeanInterval(PerToken(scores, kld)));
+  AddInterval(counters, "top1_agreement", Total(scores, agreements),
+              MeanInterval(PerToken(scores, agreements)));
+  counters.emplace_back("windows", static_cast<double>(scores.size()));
+  int64_t tokens = 0;
+  for (const WindowScore& score : scores) tokens += score.tokens;
+  counters.emplace_back("scored_tokens", static_cast<double>(tokens));
+  return counters;
+}
+
+double Find(const Counters& counters, const std::string& name) {
+  for (const auto& [key, value] : counters) {
+    if (key == name) return value;
+  }
+  throw std::logic_error("no counter " + name);
+}
+
+// `none` through the calls of `spec` against the plain forward; the same for all specs that share them.
+Counters Floor(const Work& work, const Spec& spec, const std::vector<Window>& windows,
+               const Cell& cell, const std::string& key) {
+  static std::map<std::string, Counters> known;
+  const std::string calls = StrCat(key, "/", spec.residual_length, "/", spec.sink_tokens);
+  const auto found = known.find(calls);
+  if (found != known.end()) return found->second;
+  Spec none = ParseSpec("none");
+  none.residual_length = spec.residual_length;
+  none.sink_tokens = spec.sink_tokens;
+  return known[calls] = Summary(ScoreAll(work, none, windows, cell.batch));
+}
+
+Counters DecodeProtocol(const Work& work, const Spec& spec, const Cell& cell,
+                        const Options& options) {
+  const int64_t bos = static_cast<int64_t>(work.bos.size());
+  const std::vector<Window> windows =
+      DecodeWindows(static_cast<int64_t>(work.text.size()), cell.context - bos, options.stride,
+                    options.windows, bos > 0);
+  if (windows.empty()) {
+    throw Skip(StrCat("the corpus has ", work.text.size(), " tokens, one window ", cell.context));
+  }
+  const Counters floor = Floor(work, spec, windows, cell,
+                               StrCat(cell.model, "/", cell.backend, "/", cell.context, "/", cell.batch));
+  Counters counters = spec.stores_dense() && spec.policy == Policy::kAppend
+                          ? floor
+                          : Summary(ScoreAll(work, spec, windows, cell.batch));
+  counters.emplace_back("kld_floor_nats", Find(floor, "kld_nats"));
+  counters.emplace_back("top1_floor", Find(floor, "top1_agreement"));
+  return counters;
+}
+
+// Mean nll of the tokens from `score_from` on (a window's targets), as the study computes it.
+double StudyNll(const Work& work, const Spec& spec, const Window& window, bool quantized) {
+  const at::Tensor ids = WindowIds(work, {window});
+  const int64_t length = ids.size(1), overlap = window.score_from - window.begin;
+  KvCache cache(quantized ? spec : ParseSpec("none"), work.model.cache_shape(1), length,
+                work.model.dtype(), work.model.device());
+  // Phase one is never scored, nor is phase two's first token: nothing before it is in its call.
+  const int64_t phase2 = quantized ? overlap : 0;
+  if (phase2 > 0) work.model.Forward(ids.narrow(1, 0, phase2), cache, work.backend);
+  const at::Tensor hidden =
+      work.model.Forward(ids.narrow(1, phase2, length - phase2), cache, work.backend);
+  double nll = 0;
+  const int64_t first = std::max(overlap, phase2 + 1);  // the first token whose nll is counted
+  for (int64_t begin = first; begin < length; begin += 256) {  // logits of few positions at a time
+    const int64_t n = std::min<int64_t>(256, length - begin);
+    const at::Tensor log =
+        at::log_softmax(work.model.Logits(hidden.narrow(1, begin - 1 - phase2, n)), -1);
+    nll -= log.gather(-1, ids.narrow(1, begin, n).unsqueeze(-1)).to(at::kDouble).sum().item<double>();
+  }
+  return nll / static_cast<double>(length - first);
+}
+
+Counters StudyProtocol(const Work& work, const Spec& spec, const Cell& cell,
+                       const Options& options) {
+  const std::vector<Window> windows =
+      StudyWindows(static_cast<int64_t>(work.text.size()), cell.context, options.stride,
+                   options.windows);
+  double reference = 0, quantized = 0;
+  for (const Window& window : windows) {
+    const double targets = static_cast<double>(window.scored());
+    const double plain = StudyNll(work, spec, window, false);
+    reference += plain * targets;
+    // An overlap shorter than 128 runs without a cache: always the first window.
+    const bool encodes = window.score_from - window.begin >= 128 && !spec.stores_dense();
+    quantized += (encodes ? StudyNll(work, spec, window, true) : plain) * targets;
+  }
+  const double tokens = static_cast<double>(windows.back().end);
+  const double ppl_reference = std::exp(reference / tokens), ppl = std::exp(quantized / tokens);
+  return {{"ppl", ppl},
+          {"ppl_reference", ppl_reference},
+          {"delta_ppl", ppl - ppl_reference},
+          {"windows", static_cast<double>(windows.size())},
+          {"scored_tokens", tokens}};
+}
+
+Counters Perplexity(Session& session, const Cell& cell, benchmark::State& state) {
+  const Options& options = session.options();
+  const Tokenizer& tokenizer = session.tokenizer(cell.model);
+  Work work{session.model(cell.model), FindBackend(cell.backend), session.corpus_ids(cell.model), {}};
+  if (tokenizer.adds_bos()) work.bos.push_back(*tokenizer.bos_id());
+  const Spec spec = ParseSpec(cell.spec);
+  Counters counters;
+  for (auto _ : state) {
+    const double seconds = Time(session.device(), [&] {
+      if (options.protocol == "study") {
+        // One tokenization with the default specials: a BOS stands in the first window alone.
+        work.text.insert(work.text.begin(), work.bos.begin(), work.bos.end());
+        work.bos.clear();
+        counters = StudyProtocol(work, spec, cell, options);
+      } else {
+        counters = DecodeProtocol(work, spec, cell, options);
+      }
+    });
+    state.SetIterationTime(seconds);
+    counters.emplace_back("scored_tokens_per_s", Find(counters, "scored_tokens") / seconds);
+  }
+  return counters;
+}
+
+const RegisterMeasurement kPerplexity{
+    {.name = "perplexity",
+     .what = "ppl, its change, KLD and top-1 agreement with the unquantized model",
+     .run = Perplexity}};
+
+}  // namespace
+}  // namespace kvq

@@ -1,0 +1,47 @@
+// kv_size: what the KV cache of a context takes, all metadata counted: by formula from the scheme's
+// planes, and as the cache's tensors really allocate it. The two must agree to the byte, or there is no
+// number. kv_bytes is what `context` tokens occupy; a residual that is not full yet is allocated whole.
+#include "benchmarks/measurement.h"
+
+namespace kvq {
+namespace {
+
+Counters KvSize(Session& session, const Cell& cell, benchmark::State& state) {
+  const ModelConfig config = LoadModelConfig(FindModel(cell.model).dir);
+  const CacheShape shape{config.num_layers, cell.batch, config.num_kv_heads, config.head_dim};
+  const Spec spec = ParseSpec(cell.spec);
+  int64_t allocated = 0;
+  for (auto _ : state) {
+    const double seconds = Time(session.device(), [&] {
+      KvCache cache(spec, shape, cell.context, session.dtype(), session.device());
+      if (spec.policy == Policy::kHf) {  // its tensors are made when tokens come
+        const at::Tensor x = at::zeros({shape.batch, shape.kv_heads, cell.context, shape.head_dim},
+                                       at::TensorOptions(session.dtype()).device(session.device()));
+        for (int64_t layer = 0; layer < shape.layers; ++layer) cache.Update(layer, x, x);
+      }
+      allocated = cache.AllocatedBytes();
+    });
+    state.SetIterationTime(seconds);
+  }
+  const int64_t reserved = KvBytesReserved(spec, shape, cell.context, session.dtype());
+  if (allocated != reserved) {
+    throw std::runtime_error("kv_size: the formula says " + std::to_string(reserved) +
+                             " bytes, the tensors have " + std::to_string(allocated));
+  }
+  const int64_t bytes = KvBytes(spec, shape, cell.context, session.dtype());
+  const double elements = 2.0 * static_cast<double>(shape.layers * shape.batch * shape.kv_heads *
+                                                    shape.head_dim * cell.context);
+  return {{"kv_bytes", static_cast<double>(bytes)},
+          {"kv_bytes_allocated", static_cast<double>(allocated)},
+          {"bits_per_element", 8.0 * static_cast<double>(bytes) / elements},
+          {"encoded_tokens", static_cast<double>(spec.stores_dense()            ? 0
+                                                 : spec.policy == Policy::kHf ? cell.context
+                                                                              : EncodedTokens(spec, cell.context))}};
+}
+
+const RegisterMeasurement kKvSize{
+    {.name = "kv_size", .what = "bytes and bits per element of the KV cache, all metadata counted",
+     .run = KvSize}};
+
+}  // namespace
+}  // namespace kvq

@@ -1,0 +1,118 @@
+#include "benchmarks/measurement.h"
+
+#include <algorithm>
+
+#include "kernels/error.h"
+
+namespace kvq {
+namespace {
+
+std::vector<Measurement>& Table() {
+  static std::vector<Measurement> table;
+  return table;
+}
+
+// The faster of bfloat16 and float32 on this CPU: without AVX-512-BF16 or AMX that is float32.
+at::ScalarType FasterCpuType() {
+  const at::Device cpu(at::kCPU);
+  return GemmRate(cpu, at::kBFloat16) > GemmRate(cpu, at::kFloat) ? at::kBFloat16 : at::kFloat;
+}
+
+}  // namespace
+
+const std::vector<Measurement>& Measurements() {
+  std::sort(Table().begin(), Table().end(),
+            [](const Measurement& a, const Measurement& b) { return a.name < b.name; });
+  return Table();
+}
+
+RegisterMeasurement::RegisterMeasurement(Measurement measurement) {
+  Table().push_back(std::move(measurement));
+}
+
+Session::Session(Options options)
+    : options_(std::move(options)), device_(ParseDevice(options_.device)) {
+  if (options_.dtype != "auto") dtype_ = ParseDType(options_.dtype);
+}
+
+at::ScalarType Session::dtype() {
+  if (!dtype_) dtype_ = device_.is_cuda() ? at::kHalf : FasterCpuType();
+  return *dtype_;
+}
+
+const Model& Session::model(const std::string& name) {
+  if (model_.second == nullptr || model_.first != name) {
+    captured_ = {};
+    model_ = {"", nullptr};  // before the next one is loaded: there may not be room for two
+    model_ = {name, LoadModel(FindModel(name).dir, dtype(), device_)};
+  }
+  return *model_.second;
+}
+
+const Tokenizer& Session::tokenizer(const std::string& name) {
+  if (tokenizer_.second == nullptr || tokenizer_.first != name) {
+    tokenizer_ = {name, std::make_unique<Tokenizer>(Tokenizer::Load(FindModel(name).dir))};
+  }
+  return *tokenizer_.second;
+}
+
+const Corpus& Session::corpus() {
+  if (!corpus_) corpus_ = LoadCorpus(options_.corpus, options_.corpus_file);
+  return *corpus_;
+}
+
+const std::vector<int32_t>& Session::corpus_ids(const std::string& model) {
+  if (ids_.first != model) ids_ = {model, tokenizer(model).Encode(corpus().text, false)};
+  return ids_.second;
+}
+
+at::Tensor Session::context_ids(const Cell& cell) {
+  const std::vector<int32_t>& corpus = corpus_ids(cell.model);
+  std::vector<int32_t> ids;
+  if (tokenizer(cell.model).adds_bos()) ids.push_back(*tokenizer(cell.model).bos_id());
+  const int64_t missing = cell.context - static_cast<int64_t>(ids.size());
+  if (missing > static_cast<int64_t>(corpus.size())) {
+    throw Skip(StrCat("the corpus '", this->corpus().name, "' has ", corpus.size(),
+                      " tokens, the context wants ", cell.context));
+  }
+  ids.insert(ids.end(), corpus.begin(), corpus.begin() + missing);
+  return IdTensor(ids, cell.batch, device_);
+}
+
+const std::vector<std::pair<at::Tensor, at::Tensor>>& Session::captured_cache(const Cell& cell) {
+  const std::string key = StrCat(cell.model, "/", cell.backend, "/", cell.context, "/", cell.batch);
+  if (captured_.first == key) return captured_.second;
+  captured_ = {};
+  const Model& of = model(cell.model);
+  std::vector<std::vector<at::Tensor>> keys(of.config().num_layers), values(keys.size());
+  KvCache cache(ParseSpec("none"), of.cache_shape(cell.batch), cell.context, of.dtype(), device_);
+  cache.SetTap([&](int64_t layer, const at::Tensor& k, const at::Tensor& v) {
+    keys[layer].push_back(k.clone());
+    values[layer].push_back(v.clone());
+  });
+  Feed(of, context_ids(cell), cache, FindBackend(cell.backend), options_.prefill_chunk);
+  captured_.first = key;
+  for (size_t layer = 0; layer < keys.size(); ++layer) {
+    captured_.second.emplace_back(at::cat(keys[layer], 2), at::cat(values[layer], 2));
+  }
+  return captured_.second;
+}
+
+void AddSpread(Counters& counters, const std::string& name, std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  const size_t n = values.size();
+  counters.emplace_back(name, n % 2 ? values[n / 2] : (values[n / 2 - 1] + values[n / 2]) / 2);
+  counters.emplace_back(name + "_min", values.front());
+  counters.emplace_back(name + "_max", values.back());
+}
+
+std::string CellName(const Measurement& measurement, const Cell& cell) {
+  // A model that is a path is named by its last folder: a slash would break the name apart.
+  std::string model = cell.model;
+  while (!model.empty() && model.back() == '/') model.pop_back();
+  model = model.substr(model.find_last_of('/') + 1);
+  return StrCat(measurement.name, "/", model, "/", cell.backend, "/", cell.spec,
+                "/ctx:", cell.context, "/batch:", cell.batch);
+}
+
+}  // namespace kvq

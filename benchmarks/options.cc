@@ -1,0 +1,183 @@
+#include "benchmarks/options.h"
+
+#include <charconv>
+#include <functional>
+#include <iomanip>
+#include <sstream>
+
+#include "kernels/error.h"
+
+namespace kvq {
+namespace {
+
+int64_t WholeNumber(const std::string& flag, const std::string& text, int64_t least) {
+  int64_t value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error != std::errc() || end != text.data() + text.size() || value < least ||
+      value > 1'000'000'000) {
+    throw InputError(flag, ": a whole number from ", least, " to 1000000000, not '", text, "'");
+  }
+  return value;
+}
+
+std::vector<std::string> List(const std::string& flag, const std::string& text) {
+  std::vector<std::string> items;
+  std::istringstream stream(text);
+  for (std::string item; std::getline(stream, item, ',');) {
+    if (item.empty()) throw InputError(flag, ": an empty item in '", text, "'");
+    items.push_back(item);
+  }
+  if (items.empty()) throw InputError(flag, ": wants a list, items separated by commas");
+  return items;
+}
+
+std::string Join(const std::vector<std::string>& items) {
+  std::string text;
+  for (const std::string& item : items) text += (text.empty() ? "" : ",") + item;
+  return text;
+}
+
+std::vector<std::string> Texts(const std::vector<int64_t>& numbers) {
+  std::vector<std::string> texts;
+  for (const int64_t number : numbers) texts.push_back(std::to_string(number));
+  return texts;
+}
+
+// A flag: its name, what --help says of it, its default as text, and what to do with a value.
+struct Flag {
+  std::string name, what, value;
+  std::function<void(const std::string& text)> set;
+};
+
+std::vector<Flag> Flags(Options& o) {
+  const auto text = [](std::string name, std::string what, std::string& target) {
+    return Flag{"--" + name, std::move(what), target, [&target](const std::string& t) { target = t; }};
+  };
+  const auto texts = [](std::string name, std::string what, std::vector<std::string>& target) {
+    return Flag{"--" + name, std::move(what), Join(target),
+                [&target, name](const std::string& t) { target = List("--" + name, t); }};
+  };
+  const auto number = [](std::string name, std::string what, int64_t& target, int64_t least) {
+    return Flag{"--" + name, std::move(what), std::to_string(target),
+                [&target, name, least](const std::string& t) {
+                  target = WholeNumber("--" + name, t, least);
+                }};
+  };
+  const auto numbers = [](std::string name, std::string what, std::vector<int64_t>& target) {
+    return Flag{"--" + name, std::move(what), Join(Texts(target)),
+                [&target, name](const std::string& t) {
+                  target.clear();
+                  for (const std::string& item : List("--" + name, t)) {
+                    target.push_back(WholeNumber("--" + name, item, 1));
+                  }
+                }};
+  };
+  return {
+      texts("models", "catalogue names or paths of Hugging Face directories", o.models),
+      texts("schemes", "specs: SCHEME[+SCHEME][@key=value]...", o.schemes),
+      texts("backends", "who computes attention", o.backends),
+      numbers("contexts", "tokens of context; the window of perplexity", o.contexts),
+      numbers("batch", "sequences at a time", o.batches),
+      text("corpus", "text by catalogue name", o.corpus),
+      text("corpus-file", "a UTF-8 text file, or a folder of them, instead", o.corpus_file),
+      number("windows", "windows of text that perplexity scores", o.windows, 1),
+      number("stride", "tokens from window to window; 0: disjoint (decode), half a window (study)",
+             o.stride, 0),
+      text("protocol", "of perplexity: decode, or study (the reference study's two phases)",
+           o.protocol),
+      text("device", "cpu or cuda", o.device),
+      text("dtype", "float32, float16, bfloat16; auto: the faster one here (CUDA: float16)", o.dtype),
+      number("seed", "of everything random", o.seed, 0),
+      number("runs", "timed repetitions of prefill, decode, quantize, dequantize", o.runs, 1),
+      number("decode-tokens", "new tokens that decode times", o.decode_tokens, 1),
+      number("prefill-chunk", "tokens a prefill feeds at once", o.prefill_chunk, 1),
+  };
+}
+
+}  // namespace
+
+CommandLine ParseCommandLine(const std::vector<std::string>& arguments) {
+  CommandLine line;
+  const std::vector<Flag> flags = Flags(line.options);
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    const std::string& argument = arguments[i];
+    const size_t equals = argument.find('=');
+    const std::string name = argument.substr(0, equals);
+    const std::string value = equals == std::string::npos ? "" : argument.substr(equals + 1);
+    if (argument == "--help" || argument == "-h") {
+      line.help = true;
+    } else if (name == "--benchmark_filter") {
+      line.output.filter = value;
+    } else if (name == "--benchmark_format") {
+      if (value != "console" && value != "json") {
+        throw InputError("--benchmark_format: console or json, not '", value, "'");
+      }
+      line.output.format = value;
+    } else if (name == "--benchmark_out") {
+      line.output.out = value;
+    } else if (name == "--benchmark_out_format") {
+      if (value != "json") throw InputError("--benchmark_out_format: json, not '", value, "'");
+    } else if (name == "--benchmark_list_tests") {
+      line.output.list_tests = value != "false" && value != "0";
+    } else if (name.rfind("--benchmark_", 0) == 0 || name == "--v") {
+      line.rest.push_back(argument);
+    } else {
+      bool known = false;
+      for (const Flag& flag : flags) {
+        if (flag.name != name) continue;
+        known = true;
+        if (equals != std::string::npos) {
+          flag.set(value);
+        } else if (i + 1 < arguments.size()) {
+          flag.set(arguments[++i]);
+        } else {
+          throw InputError(name, ": wants a value");
+        }
+      }
+      if (!known) throw InputError(name, ": no such flag; --help lists them");
+    }
+  }
+  if (line.options.protocol != "decode" && line.options.protocol != "study") {
+    throw InputError("--protocol: decode or study, not '", line.options.protocol, "'");
+  }
+  return line;
+}
+
+std::string HelpText() {
+  Options defaults;
+  std::ostringstream help;
+  help << "kvqbench measures what storing the KV cache in fewer bits costs and buys.\n\n"
+          "usage: kvqbench [--benchmark_filter=REGEX] [flags]\n\n"
+          "Each benchmark is named MEASUREMENT/MODEL/BACKEND/SPEC/ctx:N/batch:B; the filter picks "
+          "among them.\n\nflags (default)\n";
+  for (const Flag& flag : Flags(defaults)) {
+    help << "  " << std::left << std::setw(16) << flag.name << flag.what;
+    if (!flag.value.empty()) help << " (" << flag.value << ")";
+    help << "\n";
+  }
+  help << "  --benchmark_filter=REGEX, --benchmark_format=console|json, --benchmark_out=FILE.json,\n"
+          "  --benchmark_list_tests, and the others of Google Benchmark\n\nmeasurements\n";
+  for (const Measurement& measurement : Measurements()) {
+    help << "  " << std::left << std::setw(16) << measurement.name << measurement.what << "\n";
+  }
+  help << "\nschemes\n";
+  for (const Scheme& scheme : Schemes()) {
+    help << "  " << std::left << std::setw(16) << scheme.name;
+    if (!scheme.refused.empty()) {
+      help << "refused: " << scheme.refused << "\n";
+    } else if (scheme.stores_dense()) {
+      help << "the model's own type, nothing encoded\n";
+    } else {
+      help << "keys: " << scheme.keys.grouping << "; values: " << scheme.values.grouping << "\n";
+    }
+  }
+  help << "  keys of a spec: @group=N @residual=N (128) @sinks=N (0) @policy=append|hf (append)\n"
+          "  @layers=FIRST-LAST:SCHEME[+SCHEME]\n\nbackends\n";
+  for (const Backend& backend : Backends()) {
+    help << "  " << std::left << std::setw(16) << backend.name << backend.what << "\n";
+  }
+  help << "\nexit code: 0 measured, 1 a benchmark failed, 2 bad input\n";
+  return help.str();
+}
+
+}  // namespace kvq

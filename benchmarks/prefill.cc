@@ -1,0 +1,50 @@
+// prefill: time to store a whole prompt and know its next token. Counted: every token through the
+// model in calls of --prefill-chunk tokens, encoding and decoding of the cache included, logits of the
+// last token only. Limit: the operations of the weights and of attention over the GEMM rate measured in
+// the same run (peak_fraction).
+#include "benchmarks/measurement.h"
+
+namespace kvq {
+namespace {
+
+Counters Prefill(Session& session, const Cell& cell, benchmark::State& state) {
+  const Model& model = session.model(cell.model);
+  const Backend& backend = FindBackend(cell.backend);
+  const at::Tensor ids = session.context_ids(cell);
+  KvCache cache(ParseSpec(cell.spec), model.cache_shape(cell.batch), cell.context, model.dtype(),
+                model.device());
+  const auto prefill = [&] {
+    cache.Clear();
+    const at::Tensor hidden =
+        Feed(model, ids, cache, backend, session.options().prefill_chunk);
+    model.Logits(hidden.select(1, hidden.size(1) - 1)).argmax(-1);
+  };
+  prefill();  // warm-up: pages, threads, kernels
+  std::vector<double> rates, milliseconds;
+  const double tokens = static_cast<double>(cell.context * cell.batch);
+  for (const double seconds : TimeIterations(state, model.device(), prefill)) {
+    milliseconds.push_back(seconds * 1e3);
+    rates.push_back(tokens / seconds);
+  }
+  Counters counters;
+  AddSpread(counters, "prefill_ms", milliseconds);
+  AddSpread(counters, "tokens_per_s", rates);
+  const ModelConfig& c = model.config();
+  // Q K^T and P V: 4 operations per head, channel and visible pair of tokens.
+  const double pairs = 0.5 * static_cast<double>(cell.context) * static_cast<double>(cell.context + 1);
+  const double attention = 4.0 * pairs * static_cast<double>(cell.batch * c.num_layers * c.num_heads *
+                                                             c.head_dim);
+  const double flops = model.TokenFlops(false) * tokens + attention;
+  const double median_s = counters.front().second / 1e3;
+  counters.emplace_back("gflop", flops / 1e9);
+  counters.emplace_back("peak_fraction",
+                        flops / median_s / GemmRate(model.device(), model.dtype()));
+  return counters;
+}
+
+const RegisterMeasurement kPrefill{
+    {.name = "prefill", .what = "ms and tokens/s until the prompt's next token is known",
+     .timed = true, .run = Prefill}};
+
+}  // namespace
+}  // namespace kvq

@@ -1,0 +1,142 @@
+// quantize, dequantize: the codec alone, on the model's own keys and values: what policy append encodes
+// of a context, all layers. gb_per_s counts the elements in the model's type and the encoded bytes, each
+// once. The shares say how much of a prefill and of a decoding step is spent there, in one run each.
+#include "benchmarks/measurement.h"
+#include "fixtures/codec_tensors.h"
+
+namespace kvq {
+namespace {
+
+// One side of one layer, ready to be encoded or decoded again and again.
+struct Job {
+  const Codec* codec;
+  CodecParams params;
+  at::Tensor plain;
+  EncodedTensors encoded;
+};
+
+std::vector<Job> Jobs(Session& session, const Cell& cell, const Spec& spec) {
+  const int64_t encoded_tokens = EncodedTokens(spec, cell.context);
+  if (encoded_tokens == 0) throw Skip("all tokens fit into the residual; nothing is encoded");
+  std::vector<Job> jobs;
+  const auto& captured = session.captured_cache(cell);
+  for (size_t layer = 0; layer < captured.size(); ++layer) {
+    const SchemePair pair = spec.At(static_cast<int64_t>(layer));
+    const auto add = [&](const Codec& codec, const at::Tensor& all) {
+      if (codec.encode == nullptr) return;
+      const at::Tensor plain = all.narrow(2, spec.sink_tokens, encoded_tokens);
+      const CodecParams params = spec.Params(codec);
+      jobs.push_back({&codec, params, plain,
+                      AllocateEncoded(codec, params, plain.size(0), plain.size(1), plain.size(3),
+                                      encoded_tokens, BlockTokens(spec, codec), plain.device())});
+    };
+    add(pair.keys->keys, captured[layer].first);
+    add(pair.values->values, captured[layer].second);
+  }
+  return jobs;
+}
+
+// Shares of a prefill and of eight decoding steps that the cache spends encoding and decoding.
+struct Shares {
+  double encode_prefill, decode_prefill, encode_step, decode_step;
+};
+
+Shares MeasureShares(Session& session, const Cell& cell, const Spec& spec) {
+  const Model& model = session.model(cell.model);
+  const Backend& backend = FindBackend(cell.backend);
+  const int64_t steps = 8;
+  KvCache cache(spec, model.cache_shape(cell.batch), cell.context + steps, model.dtype(),
+                model.device());
+  cache.CountTime(true);
+  at::Tensor hidden;
+  const auto next = [&] {
+    return model.Logits(hidden.narrow(1, hidden.size(1) - 1, 1)).argmax(-1);
+  };
+  at::Tensor token;
+  const at::Tensor ids = session.context_ids(cell);
+  const double prefill_s = Time(model.device(), [&] {
+    hidden = Feed(model, ids, cache, backend, session.options().prefill_chunk);
+    token = next();
+  });
+  const CacheWork prefill = cache.work();
+  cache.ResetWork();
+  const double decode_s = Time(model.device(), [&] {
+    for (int64_t i = 0; i < steps; ++i) {
+      hidden = model.Forward(token, cache, backend);
+      token = next();
+    }
+  });
+  const CacheWork decode = cache.work();
+  return {prefill.encode_s / prefill_s, prefill.decode_s / prefill_s, decode.encode_s / decode_s,
+          decode.decode_s / decode_s};
+}
+
+// Bytes that encoding or decoding all jobs moves: elements in the model's type, and codes with metadata.
+double MovedBytes(const std::vector<Job>& jobs) {
+  int64_t bytes = 0;
+  for (const Job& job : jobs) {
+    bytes += job.plain.numel() * job.plain.element_size() + job.encoded.nbytes();
+  }
+  return static_cast<double>(bytes);
+}
+
+Counters Rates(const std::vector<double>& seconds, double bytes, at::Device device) {
+  std::vector<double> milliseconds, rates;
+  for (const double s : seconds) {
+    milliseconds.push_back(s * 1e3);
+    rates.push_back(bytes / s / 1e9);
+  }
+  Counters counters;
+  AddSpread(counters, "gb_per_s", rates);
+  AddSpread(counters, "all_layers_ms", milliseconds);
+  counters.emplace_back("peak_fraction",
+                        counters.front().second * 1e9 / ReadBandwidth(device));
+  return counters;
+}
+
+Counters Quantize(Session& session, const Cell& cell, benchmark::State& state) {
+  const Spec spec = ParseSpec(cell.spec);
+  const std::vector<Job> jobs = Jobs(session, cell, spec);
+  const auto encode = [&] {
+    for (const Job& job : jobs) EncodeTensor(*job.codec, job.params, job.plain, 0, job.encoded);
+  };
+  encode();
+  const std::vector<double> seconds = TimeIterations(state, session.device(), encode);
+  Counters counters = Rates(seconds, MovedBytes(jobs), session.device());
+  const Shares shares = MeasureShares(session, cell, spec);
+  counters.emplace_back("share_of_prefill", shares.encode_prefill);
+  counters.emplace_back("share_of_decode", shares.encode_step);
+  return counters;
+}
+
+Counters Dequantize(Session& session, const Cell& cell, benchmark::State& state) {
+  const Spec spec = ParseSpec(cell.spec);
+  const std::vector<Job> jobs = Jobs(session, cell, spec);
+  std::vector<at::Tensor> decoded;
+  for (const Job& job : jobs) {
+    EncodeTensor(*job.codec, job.params, job.plain, 0, job.encoded);
+    decoded.push_back(at::empty(job.plain.sizes(), job.plain.options()));
+  }
+  const auto decode = [&] {
+    for (size_t i = 0; i < jobs.size(); ++i) {
+      DecodeTensor(*jobs[i].codec, jobs[i].params, jobs[i].encoded, 0, decoded[i]);
+    }
+  };
+  decode();
+  const std::vector<double> seconds = TimeIterations(state, session.device(), decode);
+  Counters counters = Rates(seconds, MovedBytes(jobs), session.device());
+  const Shares shares = MeasureShares(session, cell, spec);
+  counters.emplace_back("share_of_prefill", shares.decode_prefill);
+  counters.emplace_back("share_of_decode", shares.decode_step);
+  return counters;
+}
+
+const RegisterMeasurement kQuantize{
+    {.name = "quantize", .what = "GB/s of encoding, and its share of prefill and decode",
+     .timed = true, .needs_encoding = true, .run = Quantize}};
+const RegisterMeasurement kDequantize{
+    {.name = "dequantize", .what = "GB/s of decoding, and its share of prefill and decode",
+     .timed = true, .needs_encoding = true, .run = Dequantize}};
+
+}  // namespace
+}  // namespace kvq
