@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "fixtures/dataset.h"
+#include "fixtures/device.h"
 #include "fixtures/model.h"
 #include "fixtures/tokenizer.h"
 

@@ -51,7 +51,6 @@
 namespace kvq {
 namespace {
 
-constexpr int kMaxGroup = 128;
 constexpr int kIterations = 20;
 constexpr float kLargestZero = 60000;  // the solver moves it by less than a code; fp16 ends at 65504
 constexpr float kLargestHalf = 65504;
@@ -147,54 +146,58 @@ inline constexpr float kMaxCode = (1 << kBits) - 1;
 // ---- CPU: the definition, a group at a time
 
 // Sum over the halving tree that a warp's shuffles follow: x[i] += x[i + n/2], ... Destroys x.
-inline float TreeSum(float* x, int64_t n) {
-  for (int64_t stride = n / 2; stride > 0; stride /= 2) {
-    for (int64_t i = 0; i < stride; ++i) x[i] += x[i + stride];
+template <int n>
+inline float TreeSum(float* x) {
+  for (int stride = n / 2; stride > 0; stride /= 2) {
+    for (int i = 0; i < stride; ++i) x[i] += x[i + stride];
   }
   return x[0];
 }
 
-KVQ_VECTOR void InitGroup(const float* x, int64_t n, float m, float* s, float* z) {
-  float low[kMaxGroup], high[kMaxGroup], poison[kMaxGroup];
-  for (int64_t i = 0; i < n; ++i) {
+template <int n>
+KVQ_VECTOR void InitGroup(const float* x, float m, float* s, float* z) {
+  float low[n], high[n], poison[n];
+  for (int i = 0; i < n; ++i) {
     low[i] = high[i] = x[i];
     poison[i] = x[i] * 0;  // NaN for NaN and infinity, which comparisons would lose
   }
-  for (int64_t stride = n / 2; stride > 0; stride /= 2) {
-    for (int64_t i = 0; i < stride; ++i) {
+  for (int stride = n / 2; stride > 0; stride /= 2) {
+    for (int i = 0; i < stride; ++i) {
       low[i] = low[i + stride] < low[i] ? low[i + stride] : low[i];
       high[i] = high[i + stride] > high[i] ? high[i + stride] : high[i];
     }
   }
   InitialScale(low[0], high[0], m, *s, *z);
-  *z += TreeSum(poison, n);
+  *z += TreeSum<n>(poison);
 }
 
 // One iteration: moves z, returns the sum of |x - r| before that.
-KVQ_VECTOR float StepGroup(const float* x, int64_t n, float m, float s, float* z) {
-  float q[kMaxGroup], error[kMaxGroup], distance[kMaxGroup], largest[kMaxGroup];
+template <int n>
+KVQ_VECTOR float StepGroup(const float* x, float m, float s, float* z) {
+  float q[n], error[n], distance[n], largest[n];
   const float zero = *z;
-  for (int64_t i = 0; i < n; ++i) {
+  for (int i = 0; i < n; ++i) {
     q[i] = RoundCode(x[i] * s + zero, m);
     error[i] = x[i] - (q[i] - zero) / s;
     largest[i] = distance[i] = std::fabs(error[i]);
   }
-  for (int64_t stride = n / 2; stride > 0; stride /= 2) {
-    for (int64_t i = 0; i < stride; ++i) {
+  for (int stride = n / 2; stride > 0; stride /= 2) {
+    for (int i = 0; i < stride; ++i) {
       largest[i] = largest[i] > largest[i + stride] ? largest[i] : largest[i + stride];
     }
   }
   if (largest[0] > kShrinksToZero) {
-    for (int64_t i = 0; i < n; ++i) q[i] = q[i] - (x[i] - Shrink(error[i])) * s;
+    for (int i = 0; i < n; ++i) q[i] = q[i] - (x[i] - Shrink(error[i])) * s;
   } else {
-    for (int64_t i = 0; i < n; ++i) q[i] = q[i] - x[i] * s;
+    for (int i = 0; i < n; ++i) q[i] = q[i] - x[i] * s;
   }
-  *z = TreeSum(q, n) / static_cast<float>(n);
-  return TreeSum(distance, n);
+  *z = TreeSum<n>(q) / n;
+  return TreeSum<n>(distance);
 }
 
-KVQ_VECTOR void CodeGroup(const float* x, int64_t n, float m, float s, float z, uint8_t* codes) {
-  for (int64_t i = 0; i < n; ++i) codes[i] = static_cast<uint8_t>(RoundCode(x[i] * s + z, m));
+template <int n>
+KVQ_VECTOR void CodeGroup(const float* x, float m, float s, float z, uint8_t* codes) {
+  for (int i = 0; i < n; ++i) codes[i] = static_cast<uint8_t>(RoundCode(x[i] * s + z, m));
 }
 
 // Sum of the groups' errors in double: lane l of 256 takes groups l, l + 256, ..., then a tree.
@@ -207,24 +210,21 @@ double ErrorSum(const std::vector<float>& errors) {
   return lanes[0];
 }
 
-template <int kBits>
-KVQ_VECTOR void PackRun(const uint8_t* codes, int64_t group, uint8_t* packed) {
-  constexpr int kPerByte = 8 / kBits;
-  const int64_t bytes = group / kPerByte;
-  for (int64_t k = 0; k < bytes; ++k) packed[k] = codes[k];
+template <int kBits, int n>
+KVQ_VECTOR void PackRun(const uint8_t* codes, uint8_t* packed) {
+  constexpr int kPerByte = 8 / kBits, kBytes = n / kPerByte;
+  for (int k = 0; k < kBytes; ++k) packed[k] = codes[k];
   for (int j = 1; j < kPerByte; ++j) {
-    for (int64_t k = 0; k < bytes; ++k) packed[k] |= codes[k + j * bytes] << (j * kBits);
+    for (int k = 0; k < kBytes; ++k) packed[k] |= codes[k + j * kBytes] << (j * kBits);
   }
 }
 
-template <int kBits>
-KVQ_VECTOR void UnpackRun(const uint8_t* packed, int64_t group, float* codes) {
-  constexpr int kPerByte = 8 / kBits;
-  constexpr int kMask = (1 << kBits) - 1;
-  const int64_t bytes = group / kPerByte;
+template <int kBits, int n>
+KVQ_VECTOR void UnpackRun(const uint8_t* packed, float* codes) {
+  constexpr int kPerByte = 8 / kBits, kBytes = n / kPerByte, kMask = (1 << kBits) - 1;
   for (int j = 0; j < kPerByte; ++j) {
-    for (int64_t k = 0; k < bytes; ++k) {
-      codes[k + j * bytes] = static_cast<float>((packed[k] >> (j * kBits)) & kMask);
+    for (int k = 0; k < kBytes; ++k) {
+      codes[k + j * kBytes] = static_cast<float>((packed[k] >> (j * kBits)) & kMask);
     }
   }
 }
@@ -270,11 +270,11 @@ void ForEach(bool parallel, int64_t n, const Body& body) {
 
 // Encodes the block of sequence b that begins at token `first` of x and goes to slot `first_slot`.
 // `parallel`: spread over threads inside the block (where there are too few blocks for that).
-template <int kBits>
+template <int kBits, int n>
 void EncodeBlock(const BlockShape& shape, const DenseView& x, int64_t b, int64_t first,
                  const KvView& out, int64_t first_slot, bool parallel) {
   constexpr float m = kMaxCode<kBits>;
-  const int64_t groups = shape.groups(), n = shape.group;
+  const int64_t groups = shape.groups();
   const int64_t rows = shape.heads * shape.tokens, row_size = shape.head_dim;
   std::vector<float> values(groups * n), scales(groups), zeros(groups), errors(groups);
   // Elements group by group, so that everything after this runs over consecutive memory.
@@ -292,11 +292,11 @@ void EncodeBlock(const BlockShape& shape, const DenseView& x, int64_t b, int64_t
       values[flat % groups * n + flat / groups] = plain[d];
     }
   });
-  ForEach(parallel, groups, [&](int64_t g) { InitGroup(&values[g * n], n, m, &scales[g], &zeros[g]); });
+  ForEach(parallel, groups, [&](int64_t g) { InitGroup<n>(&values[g * n], m, &scales[g], &zeros[g]); });
   float best = INFINITY;
   for (int iteration = 0; iteration < kIterations; ++iteration) {
     ForEach(parallel, groups, [&](int64_t g) {
-      errors[g] = StepGroup(&values[g * n], n, m, scales[g], &zeros[g]);
+      errors[g] = StepGroup<n>(&values[g * n], m, scales[g], &zeros[g]);
     });
     const float error =
         static_cast<float>(ErrorSum(errors) / static_cast<double>(groups * n));
@@ -305,8 +305,8 @@ void EncodeBlock(const BlockShape& shape, const DenseView& x, int64_t b, int64_t
   }
   std::vector<uint8_t> codes(groups * n);  // by place in the block
   ForEach(parallel, groups, [&](int64_t g) {
-    uint8_t group_codes[kMaxGroup];
-    CodeGroup(&values[g * n], n, m, scales[g], zeros[g], group_codes);
+    uint8_t group_codes[n];
+    CodeGroup<n>(&values[g * n], m, scales[g], zeros[g], group_codes);
     for (int64_t i = 0; i < n; ++i) codes[shape.Flat(g, i)] = group_codes[i];
     *Slot(out, shape, 1, b, first_slot, g) = StoredScale(scales[g]);
     *Slot(out, shape, 2, b, first_slot, g) = FloatToHalf(zeros[g]);
@@ -314,15 +314,15 @@ void EncodeBlock(const BlockShape& shape, const DenseView& x, int64_t b, int64_t
   ForEach(parallel, rows, [&](int64_t row) {
     uint8_t* packed = CodeRow<kBits>(out, b, row / shape.tokens, first_slot + row % shape.tokens);
     for (int64_t d = 0; d < row_size; d += n) {
-      PackRun<kBits>(&codes[row * row_size + d], n, packed + d * kBits / 8);
+      PackRun<kBits, n>(&codes[row * row_size + d], packed + d * kBits / 8);
     }
   });
 }
 
-template <int kBits>
+template <int kBits, int n>
 void DecodeBlock(const BlockShape& shape, const KvView& in, int64_t b, int64_t first_slot,
                  const DenseView& out, int64_t first, bool parallel) {
-  const int64_t groups = shape.groups(), rows = shape.heads * shape.tokens, n = shape.group;
+  const int64_t groups = shape.groups(), rows = shape.heads * shape.tokens;
   std::vector<float> scales(groups), zeros(groups);
   for (int64_t g = 0; g < groups; ++g) {
     scales[g] = HalfToFloat(*Slot(in, shape, 1, b, first_slot, g));
@@ -332,16 +332,16 @@ void DecodeBlock(const BlockShape& shape, const KvView& in, int64_t b, int64_t f
     const int64_t h = row / shape.tokens, t = row % shape.tokens;
     const uint8_t* packed = CodeRow<kBits>(in, b, h, first_slot + t);
     const int64_t offset = Offset(out, b, h, first + t, 0);
-    float values[kMaxGroup];
+    float values[n];
     for (int64_t d = 0; d < shape.head_dim; d += n) {
-      UnpackRun<kBits>(packed + d * kBits / 8, n, values);
+      UnpackRun<kBits, n>(packed + d * kBits / 8, values);
       const int64_t flat = row * shape.head_dim + d;
       if (!shape.across) {
         ScaleRun(values, n, zeros[flat / n], scales[flat / n]);
       } else {
         // Consecutive elements belong to consecutive groups, around the end.
         for (int64_t i = 0; i < n;) {
-          const int64_t g = (flat + i) % groups, run = std::min(n - i, groups - g);
+          const int64_t g = (flat + i) % groups, run = std::min<int64_t>(n - i, groups - g);
           ScaleEach(values + i, run, &zeros[g], &scales[g]);
           i += run;
         }
@@ -364,21 +364,35 @@ void ForBlocks(int64_t batch, int64_t tokens, int64_t block_tokens, const Work& 
   for (int64_t i = 0; i < all; ++i) work(i / blocks, i % blocks, !among);
 }
 
+// Calls work with the group size as a constant.
+template <typename Work>
+void WithGroup(int64_t group, const Work& work) {
+  switch (group) {
+    case 32: return work(std::integral_constant<int, 32>());
+    case 64: return work(std::integral_constant<int, 64>());
+    default: return work(std::integral_constant<int, 128>());
+  }
+}
+
 template <int kBits, bool kAcross>
 void Encode(const CodecParams& params, const DenseView& x, int64_t first_token, const KvView& out) {
   const BlockShape shape = ShapeOf(out, params, kAcross);
-  ForBlocks(x.batch, x.tokens, shape.tokens, [&](int64_t b, int64_t block, bool parallel) {
-    EncodeBlock<kBits>(shape, x, b, block * shape.tokens, out, first_token + block * shape.tokens,
-                       parallel);
+  WithGroup(shape.group, [&](auto group) {
+    ForBlocks(x.batch, x.tokens, shape.tokens, [&](int64_t b, int64_t block, bool parallel) {
+      EncodeBlock<kBits, group()>(shape, x, b, block * shape.tokens, out,
+                                  first_token + block * shape.tokens, parallel);
+    });
   });
 }
 
 template <int kBits, bool kAcross>
 void Decode(const CodecParams& params, const KvView& in, int64_t first_token, const DenseView& out) {
   const BlockShape shape = ShapeOf(in, params, kAcross);
-  ForBlocks(out.batch, out.tokens, shape.tokens, [&](int64_t b, int64_t block, bool parallel) {
-    DecodeBlock<kBits>(shape, in, b, first_token + block * shape.tokens, out, block * shape.tokens,
-                       parallel);
+  WithGroup(shape.group, [&](auto group) {
+    ForBlocks(out.batch, out.tokens, shape.tokens, [&](int64_t b, int64_t block, bool parallel) {
+      DecodeBlock<kBits, group()>(shape, in, b, first_token + block * shape.tokens, out,
+                                  block * shape.tokens, parallel);
+    });
   });
 }
 
@@ -562,13 +576,10 @@ void EncodeCuda(const CodecParams& params, const DenseView& x, int64_t first_tok
         "scratch memory");
   float* errors = scratch + blocks * groups * 2;
   const unsigned grid = static_cast<unsigned>(blocks);
-  if (shape.group == 32) {
-    SolveKernel<kBits, 1><<<grid, 1024, 0, stream>>>(shape, x, out, first_token, scratch, errors);
-  } else if (shape.group == 64) {
-    SolveKernel<kBits, 2><<<grid, 1024, 0, stream>>>(shape, x, out, first_token, scratch, errors);
-  } else {
-    SolveKernel<kBits, 4><<<grid, 1024, 0, stream>>>(shape, x, out, first_token, scratch, errors);
-  }
+  WithGroup(shape.group, [&](auto group) {
+    SolveKernel<kBits, group() / 32><<<grid, 1024, 0, stream>>>(shape, x, out, first_token, scratch,
+                                                                errors);
+  });
   PackKernel<kBits><<<GridFor(x.batch * x.heads * x.tokens * x.head_dim * kBits / 8), 256, 0, stream>>>(
       shape, x, out, first_token, scratch);
   const cudaError_t launched = cudaGetLastError();
