@@ -13,6 +13,7 @@
 // not. With @policy=hf it replays what that study's library did.
 #include <map>
 
+#include "accuracy/scoring.h"
 #include "accuracy/statistics.h"
 #include "accuracy/windows.h"
 #include "benchmarks/measurement.h"
@@ -31,25 +32,20 @@ struct WindowScore {
 // (targets [batch, n]); adds to one sum a sequence.
 void AddScores(const Model& model, const at::Tensor& reference, const at::Tensor& hidden,
                const at::Tensor& targets, WindowScore* scores) {
-  const at::Tensor reference_log = at::log_softmax(model.Logits(reference), -1);
-  const at::Tensor log = at::log_softmax(model.Logits(hidden), -1);
-  const auto sum = [](const at::Tensor& x) { return x.to(at::kDouble).sum(1).cpu(); };
-  const at::Tensor index = targets.unsqueeze(-1);
-  const at::Tensor reference_nll = sum(-reference_log.gather(-1, index).squeeze(-1));
-  const at::Tensor nll = sum(-log.gather(-1, index).squeeze(-1));
-  const at::Tensor agreements = sum(reference_log.argmax(-1).eq(log.argmax(-1)));
-  const at::Tensor kld = sum(reference_log.exp().mul_(reference_log - log).sum(-1));
+  const at::Tensor sums =
+      ScoreTokens(model.Logits(reference), model.Logits(hidden), targets).sum(1).cpu();
   for (int64_t b = 0; b < targets.size(0); ++b) {
-    scores[b].reference_nll += reference_nll[b].item<double>();
-    scores[b].nll += nll[b].item<double>();
-    scores[b].agreements += agreements[b].item<double>();
-    scores[b].kld += kld[b].item<double>();
+    scores[b].reference_nll += sums[b][0].item<double>();
+    scores[b].nll += sums[b][1].item<double>();
+    scores[b].kld += sums[b][2].item<double>();
+    scores[b].agreements += sums[b][3].item<double>();
     scores[b].tokens += targets.size(1);
   }
 }
 
 // What one cell works with.
 struct Work {
+  std::string key;  // of everything the unquantized model's results depend on
   const Model& model;
   const Backend& backend;
   std::vector<int32_t> text;  // the corpus in tokens
@@ -66,6 +62,24 @@ at::Tensor WindowIds(const Work& work, const std::vector<Window>& windows) {
   return at::cat(rows, 0);
 }
 
+// Hidden states of the unquantized model over whole windows. Kept for the next spec: they are small
+// where logits are not, and the same for all specs.
+const at::Tensor& Reference(const Work& work, const at::Tensor& ids, int64_t first_window) {
+  static std::string known_key;
+  static std::map<int64_t, at::Tensor> known;
+  if (known_key != work.key) {
+    known.clear();
+    known_key = work.key;
+  }
+  at::Tensor& hidden = known[first_window];
+  if (!hidden.defined()) {
+    KvCache cache(ParseSpec("none"), work.model.cache_shape(ids.size(0)), ids.size(1),
+                  work.model.dtype(), work.model.device());
+    hidden = work.model.Forward(ids, cache, work.backend);
+  }
+  return hidden;
+}
+
 // Windows of one length and one score_from (relative to their beginnings), side by side.
 std::vector<WindowScore> ScoreBatch(const Work& work, const Spec& spec,
                                     const std::vector<Window>& windows) {
@@ -74,19 +88,15 @@ std::vector<WindowScore> ScoreBatch(const Work& work, const Spec& spec,
   const int64_t bos = static_cast<int64_t>(work.bos.size());
   // Position p predicts token p + 1: the first that counts is the one before the first scored token.
   const int64_t first = windows[0].score_from - windows[0].begin + bos - 1;
-  const auto cache_for = [&](const Spec& s) {
-    return std::make_unique<KvCache>(s, work.model.cache_shape(batch), length, work.model.dtype(),
-                                     work.model.device());
-  };
-  const at::Tensor reference =
-      work.model.Forward(ids, *cache_for(ParseSpec("none")), work.backend);
+  const at::Tensor& reference = Reference(work, ids, windows[0].begin);
   std::vector<WindowScore> scores(windows.size());
-  const std::unique_ptr<KvCache> cache = cache_for(spec);
+  KvCache cache(spec, work.model.cache_shape(batch), length, work.model.dtype(),
+                work.model.device());
   const int64_t chunk = spec.residual_length > 0 ? spec.residual_length : 128;
   for (int64_t begin = 0; begin < length;) {
     const int64_t end = std::min(begin == 0 ? spec.sink_tokens + chunk : begin + chunk, length);
     const at::Tensor hidden =
-        work.model.Forward(ids.narrow(1, begin, end - begin), *cache, work.backend);
+        work.model.Forward(ids.narrow(1, begin, end - begin), cache, work.backend);
     const int64_t from = std::max(begin, first), to = std::min(end, length - 1);
     if (from < to) {
       AddScores(work.model, reference.narrow(1, from, to - from),
@@ -138,12 +148,14 @@ double Total(const std::vector<WindowScore>& scores, Get get) {
   return sum / static_cast<double>(tokens);
 }
 
+// `most` and `least`: what the quantity cannot exceed.
 void AddInterval(Counters& counters, const std::string& name, double value,
-                 const std::optional<Interval>& interval) {
+                 const std::optional<Interval>& interval, double least = -INFINITY,
+                 double most = INFINITY) {
   counters.emplace_back(name, value);
   if (!interval) return;
-  counters.emplace_back(name + "_lo", interval->low);
-  counters.emplace_back(name + "_hi", interval->high);
+  counters.emplace_back(name + "_lo", std::max(interval->low, least));
+  counters.emplace_back(name + "_hi", std::min(interval->high, most));
 }
 
 Counters Summary(const std::vector<WindowScore>& scores) {
@@ -172,9 +184,9 @@ Counters Summary(const std::vector<WindowScore>& scores) {
     interval = Interval{delta - half, delta + half};
   }
   AddInterval(counters, "delta_ppl", delta, interval);
-  AddInterval(counters, "kld_nats", Total(scores, kld), MeanInterval(PerToken(scores, kld)));
+  AddInterval(counters, "kld_nats", Total(scores, kld), MeanInterval(PerToken(scores, kld)), 0);
   AddInterval(counters, "top1_agreement", Total(scores, agreements),
-              MeanInterval(PerToken(scores, agreements)));
+              MeanInterval(PerToken(scores, agreements)), 0, 1);
   counters.emplace_back("windows", static_cast<double>(scores.size()));
   int64_t tokens = 0;
   for (const WindowScore& score : scores) tokens += score.tokens;
@@ -191,9 +203,9 @@ double Find(const Counters& counters, const std::string& name) {
 
 // `none` through the calls of `spec` against the plain forward; the same for all specs that share them.
 Counters Floor(const Work& work, const Spec& spec, const std::vector<Window>& windows,
-               const Cell& cell, const std::string& key) {
+               const Cell& cell) {
   static std::map<std::string, Counters> known;
-  const std::string calls = StrCat(key, "/", spec.residual_length, "/", spec.sink_tokens);
+  const std::string calls = StrCat(work.key, "/", spec.residual_length, "/", spec.sink_tokens);
   const auto found = known.find(calls);
   if (found != known.end()) return found->second;
   Spec none = ParseSpec("none");
@@ -211,11 +223,16 @@ Counters DecodeProtocol(const Work& work, const Spec& spec, const Cell& cell,
   if (windows.empty()) {
     throw Skip(StrCat("the corpus has ", work.text.size(), " tokens, one window ", cell.context));
   }
-  const Counters floor = Floor(work, spec, windows, cell,
-                               StrCat(cell.model, "/", cell.backend, "/", cell.context, "/", cell.batch));
-  Counters counters = spec.stores_dense() && spec.policy == Policy::kAppend
-                          ? floor
-                          : Summary(ScoreAll(work, spec, windows, cell.batch));
+  const bool is_floor = spec.stores_dense() && spec.policy == Policy::kAppend;
+  Counters counters;
+  if (!is_floor) {
+    const double seconds = Time(work.model.device(), [&] {
+      counters = Summary(ScoreAll(work, spec, windows, cell.batch));
+    });
+    counters.emplace_back("scored_tokens_per_s", Find(counters, "scored_tokens") / seconds);
+  }
+  const Counters floor = Floor(work, spec, windows, cell);
+  if (is_floor) counters = floor;
   counters.emplace_back("kld_floor_nats", Find(floor, "kld_nats"));
   counters.emplace_back("top1_floor", Find(floor, "top1_agreement"));
   return counters;
@@ -269,12 +286,13 @@ Counters StudyProtocol(const Work& work, const Spec& spec, const Cell& cell,
 Counters Perplexity(Session& session, const Cell& cell, benchmark::State& state) {
   const Options& options = session.options();
   const Tokenizer& tokenizer = session.tokenizer(cell.model);
-  Work work{session.model(cell.model), FindBackend(cell.backend), session.corpus_ids(cell.model), {}};
+  Work work{StrCat(cell.model, "/", cell.backend, "/", cell.context, "/", cell.batch),
+            session.model(cell.model), FindBackend(cell.backend), session.corpus_ids(cell.model), {}};
   if (tokenizer.adds_bos()) work.bos.push_back(*tokenizer.bos_id());
   const Spec spec = ParseSpec(cell.spec);
   Counters counters;
   for (auto _ : state) {
-    const double seconds = Time(session.device(), [&] {
+    state.SetIterationTime(Time(session.device(), [&] {
       if (options.protocol == "study") {
         // One tokenization with the default specials: a BOS stands in the first window alone.
         work.text.insert(work.text.begin(), work.bos.begin(), work.bos.end());
@@ -283,9 +301,7 @@ Counters Perplexity(Session& session, const Cell& cell, benchmark::State& state)
       } else {
         counters = DecodeProtocol(work, spec, cell, options);
       }
-    });
-    state.SetIterationTime(seconds);
-    counters.emplace_back("scored_tokens_per_s", Find(counters, "scored_tokens") / seconds);
+    }));
   }
   return counters;
 }

@@ -229,6 +229,7 @@ int Main(int argc, char** argv) {
     throw std::runtime_error("a table is empty: its rows were lost at link time");
   }
   LimitMemory();
+  KeepFreedMemory();
   const auto cells = Cells(line);
   if (line.output.list_tests) {
     for (const auto& [measurement, cell] : cells) std::cout << CellName(*measurement, cell) << "\n";

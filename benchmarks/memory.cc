@@ -13,6 +13,7 @@ Counters Memory(Session& session, const Cell& cell, benchmark::State& state) {
   const at::Tensor ids = session.context_ids(cell);
   Counters counters;
   for (auto _ : state) {
+    ReleaseFreedMemory();
     const std::optional<int64_t> before = ResidentBytes();
     if (!before || !ResetPeakResident()) throw Skip("this system does not report resident memory");
     state.SetIterationTime(Time(model.device(), [&] {

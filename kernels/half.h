@@ -2,28 +2,11 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 #include "kernels/scheme.h"
-
-#ifdef __CUDACC__
-#define KVQ_HD __host__ __device__
-#else
-#define KVQ_HD
-#endif
+#include "kernels/vector_math.h"
 
 namespace kvq {
-
-KVQ_HD inline uint32_t FloatBits(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-KVQ_HD inline float BitsFloat(uint32_t bits) {
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
 
 KVQ_HD inline float BFloat16ToFloat(uint16_t h) { return BitsFloat(uint32_t{h} << 16); }
 

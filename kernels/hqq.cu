@@ -36,16 +36,10 @@
 
 #include "kernels/error.h"
 #include "kernels/half.h"
+#include "kernels/vector_math.h"
 
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
-#endif
-
-// One compilation per instruction set, picked at run time; the results are the same.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
-#define KVQ_VECTOR __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define KVQ_VECTOR
 #endif
 
 namespace kvq {
@@ -57,12 +51,11 @@ constexpr float kLargestHalf = 65504;
 
 // ---- arithmetic of one element, shared by CPU and GPU
 
-// clamp(round(v), 0, m). Adding 1.5 * 2^23 rounds to an integer, half to even; clamping first gives the
-// same and keeps v in range. NaN becomes 0.
+// clamp(round(v), 0, m), half to even. Clamping first gives the same and keeps v in range. NaN becomes 0.
 KVQ_HD inline float RoundCode(float v, float m) {
   v = v > 0 ? v : 0;
   v = v < m ? v : m;
-  return (v + 12582912.0f) - 12582912.0f;
+  return RoundToEven(v);
 }
 
 // a^-0.3 for a > 0.1 by log2 and exp2, relative error below 4e-7. Below the threshold of Shrink nobody asks.
@@ -75,10 +68,7 @@ KVQ_HD inline float PowMinus03(float a) {
   const float log2 =
       t * (2.8853901f + t2 * (0.96179669f + t2 * (0.57707802f + t2 * (0.41219859f + t2 * 0.32059890f))));
   const float y = -0.3f * exponent + -0.3f * log2;
-  const float n = (y + 12582912.0f) - 12582912.0f, f = (y - n) * 0.69314718f;
-  const float e = 1 + f * (1 + f * (0.5f + f * (0.16666667f + f * (0.041666668f + f * (0.0083333338f +
-                  f * (0.0013888889f + f * 0.00019841270f))))));
-  return BitsFloat(FloatBits(e) + (static_cast<uint32_t>(static_cast<int32_t>(n)) << 23));
+  return Exp2(y);
 }
 
 // Where |d| <= 0.17, |d|^-0.3 / 10 > |d|: shrink(d) = 0.
@@ -359,9 +349,11 @@ BlockShape ShapeOf(const KvView& view, const CodecParams& params, bool across) {
 template <typename Work>
 void ForBlocks(int64_t batch, int64_t tokens, int64_t block_tokens, const Work& work) {
   const int64_t blocks = tokens / block_tokens, all = batch * blocks;
-  const bool among = all > 1;  // one block: its rows and groups are spread instead
-#pragma omp parallel for schedule(dynamic) if (among)
-  for (int64_t i = 0; i < all; ++i) work(i / blocks, i % blocks, !among);
+  // One block: its rows and groups are spread. Not inside a region of one thread: OpenMP would start new
+  // threads for every loop in it.
+  if (all == 1) return work(0, 0, /*parallel=*/true);
+#pragma omp parallel for schedule(dynamic)
+  for (int64_t i = 0; i < all; ++i) work(i / blocks, i % blocks, /*parallel=*/false);
 }
 
 // Calls work with the group size as a constant.
