@@ -1,0 +1,57 @@
+// What the tests share: golden files, the inputs they were made from, and whether there is a GPU.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "fixtures/device.h"
+#include "kernels/half.h"
+
+namespace kvq {
+
+inline std::string GoldenPath(const std::string& name) {
+  return std::string(KVQ_SOURCE_DIR) + "/accuracy/golden/" + name;
+}
+
+inline nlohmann::json Golden(const std::string& name) {
+  std::ifstream file(GoldenPath(name));
+  return nlohmann::json::parse(file);
+}
+
+// numbers() of make_golden.py: close to normal, from integer arithmetic alone.
+inline std::vector<float> GoldenNumbers(int64_t count, uint64_t seed, const std::string& kind) {
+  uint64_t state = seed * 0x9E3779B97F4A7C15u + 1;
+  std::vector<float> out(static_cast<size_t>(count));
+  for (float& x : out) {
+    int64_t total = 0;
+    for (int i = 0; i < 4; ++i) {
+      state = state * 6364136223846793005u + 1442695040888963407u;
+      total += static_cast<int64_t>(state >> 48);
+    }
+    x = static_cast<float>(total - 131070) / 37837.0f;
+  }
+  for (size_t i = 0; i < out.size(); ++i) {
+    if (kind == "outliers" && i % 16 == 0) out[i] = out[i] * 8 + 4;
+    if (kind == "constant" && i < out.size() / 2) out[i] = 0.75f;
+    if (kind == "tiny") out[i] *= 1e-5f;
+    if (kind == "offset") out[i] += 20;
+    if (kind == "bfloat16") out[i] = BFloat16ToFloat(FloatToBFloat16(out[i]));
+  }
+  return out;
+}
+
+// Skips the test where there is no GPU, with the reason; with KVQ_REQUIRE_CUDA=1 fails it instead.
+#define KVQ_NEEDS_CUDA()                                                     \
+  if (!::kvq::WhyNoCuda().empty()) {                                         \
+    const char* required = std::getenv("KVQ_REQUIRE_CUDA");                  \
+    ASSERT_FALSE(required != nullptr && std::string(required) == "1")        \
+        << "KVQ_REQUIRE_CUDA=1, but: " << ::kvq::WhyNoCuda();                \
+    GTEST_SKIP() << ::kvq::WhyNoCuda();                                      \
+  }
+
+}  // namespace kvq

@@ -1,0 +1,231 @@
+// safetensors, config.json and datasets: what is right is read, what lies is refused with one clear line.
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+
+#include "fixtures/dataset.h"
+#include "fixtures/model_config.h"
+#include "fixtures/safetensors.h"
+#include "fixtures/sha256.h"
+#include "kernels/error.h"
+
+namespace kvq {
+namespace {
+
+namespace fs = std::filesystem;
+
+// A fresh folder of this test.
+fs::path Folder() {
+  const auto* test = testing::UnitTest::GetInstance()->current_test_info();
+  const fs::path dir = fs::path(testing::TempDir()) / (std::string("kvq_") + test->name());
+  fs::remove_all(dir);
+  fs::create_directories(dir);
+  return dir;
+}
+
+void Write(const fs::path& path, const std::string& text) { std::ofstream(path, std::ios::binary) << text; }
+
+std::string File(const std::string& header, const std::string& data, int64_t size = -1) {
+  uint64_t length = size < 0 ? header.size() : static_cast<uint64_t>(size);
+  std::string file(8, '\0');
+  std::memcpy(file.data(), &length, 8);
+  return file + header + data;
+}
+
+template <typename Work>
+std::string Message(const Work& work) {
+  try {
+    work();
+  } catch (const InputError& error) {
+    return error.what();
+  }
+  return "no error";
+}
+
+std::string ParseMessage(const std::string& file) {
+  return Message([&] { ParseSafetensors(std::as_bytes(std::span(file)), "F"); });
+}
+
+constexpr char kTwo[] = R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},)"
+                        R"("b":{"dtype":"BF16","shape":[1,2],"data_offsets":[8,12]},"__metadata__":{"format":"pt"}})";
+
+TEST(Safetensors, ReadsWhatIsThere) {
+  const std::string file = File(kTwo, "abcdefghijkl");
+  const auto entries = ParseSafetensors(std::as_bytes(std::span(file)), "F");
+  ASSERT_EQ(entries.size(), 2u);
+  EXPECT_EQ(entries.at("b").shape, (std::vector<int64_t>{1, 2}));
+  EXPECT_EQ(entries.at("b").dtype, "BF16");
+  EXPECT_EQ(std::memcmp(entries.at("b").data, "ijkl", 4), 0);
+  // A tensor of no elements and a scalar are tensors.
+  EXPECT_EQ(ParseMessage(File(R"({"e":{"dtype":"F32","shape":[0,3],"data_offsets":[0,0]},)"
+                              R"("s":{"dtype":"U8","shape":[],"data_offsets":[0,1]}})", "x")), "no error");
+}
+
+TEST(Safetensors, RefusesEveryLie) {
+  const auto one = [](const std::string& dtype, const std::string& shape, const std::string& offsets) {
+    return File("{\"a\":{\"dtype\":\"" + dtype + "\",\"shape\":" + shape + ",\"data_offsets\":" + offsets + "}}",
+                "12345678");
+  };
+  EXPECT_EQ(ParseMessage(one("F32", "[2]", "[0,8]")), "no error");
+  EXPECT_NE(ParseMessage("").find("truncated"), std::string::npos);
+  EXPECT_NE(ParseMessage(File(kTwo, "", 1 << 30)).find("truncated"), std::string::npos);
+  EXPECT_NE(ParseMessage(File("not json", "")).find("not a JSON object"), std::string::npos);
+  EXPECT_NE(ParseMessage(File("[]", "")).find("not a JSON object"), std::string::npos);
+  EXPECT_NE(ParseMessage(one("F32", "[2]", "[0,80]")).find("truncated"), std::string::npos);
+  EXPECT_NE(ParseMessage(one("F32", "[2]", "[8,0]")).find("data_offsets"), std::string::npos);
+  EXPECT_NE(ParseMessage(one("F32", "[2]", "[-8,0]")).find("data_offsets"), std::string::npos);
+  EXPECT_NE(ParseMessage(one("F32", "[2]", "[0,8,9]")).find("wants dtype"), std::string::npos);
+  EXPECT_NE(ParseMessage(one("F32", "[3]", "[0,8]")).find("need 12"), std::string::npos);
+  EXPECT_NE(ParseMessage(one("F32", "[-2]", "[0,8]")).find("impossible shape"), std::string::npos);
+  EXPECT_NE(ParseMessage(one("F32", "[4611686018427387904,4]", "[0,8]")).find("impossible shape"), std::string::npos);
+  EXPECT_NE(ParseMessage(one("F32", "[18446744073709551615]", "[0,8]")).find("impossible shape"), std::string::npos);
+  EXPECT_NE(ParseMessage(one("F32", "[2.0]", "[0,8]")).find("impossible shape"), std::string::npos);
+  EXPECT_NE(ParseMessage(one("F33", "[2]", "[0,8]")).find("unknown type"), std::string::npos);
+  EXPECT_NE(ParseMessage(one("U8", "[4]", "[0,4]")).find("belong to no tensor"), std::string::npos);
+  EXPECT_NE(ParseMessage(one("U8", "[4]", "[4,8]")).find("leaves a hole"), std::string::npos);
+  EXPECT_NE(ParseMessage(File(R"({"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},)"
+                              R"("b":{"dtype":"U8","shape":[2],"data_offsets":[1,3]}})", "123")).find("overlaps"),
+            std::string::npos);
+  EXPECT_NE(ParseMessage(File(R"({"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},)"
+                              R"("a":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}})", "12")).find("twice"),
+            std::string::npos);
+}
+
+TEST(Safetensors, ReadsShardsAndFindsTheirLies) {
+  const fs::path dir = Folder();
+  const auto open = [&] { return Message([&] { Safetensors::Open(dir.string()); }); };
+  EXPECT_NE(open().find("neither"), std::string::npos);
+  Write(dir / "x1.safetensors", File(R"({"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}})", "1"));
+  Write(dir / "x2.safetensors", File(R"({"b":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}})", "2"));
+  const auto index = [&](const std::string& map) {
+    Write(dir / "model.safetensors.index.json", "{\"weight_map\":" + map + "}");
+  };
+  index(R"({"a":"x1.safetensors","b":"x2.safetensors"})");
+  const Safetensors files = Safetensors::Open(dir.string());
+  EXPECT_EQ(std::to_integer<char>(*files.Get("b").data), '2');
+  EXPECT_NE(Message([&] { files.Get("c"); }).find("tensor c is missing"), std::string::npos);
+  index(R"({"a":"x1.safetensors","b":"x1.safetensors"})");
+  EXPECT_NE(open().find("tensor b is not in"), std::string::npos);
+  index(R"({"a":"x1.safetensors","c":"x2.safetensors"})");
+  EXPECT_NE(open().find("does not say that tensor b"), std::string::npos);
+  index(R"({"a":"x1.safetensors","b":"x3.safetensors"})");
+  EXPECT_NE(open().find("x3.safetensors: not there"), std::string::npos);
+  index(R"({"a":"../x1.safetensors"})");
+  EXPECT_NE(open().find("beside it"), std::string::npos);
+  index("[]");
+  EXPECT_NE(open().find("weight_map"), std::string::npos);
+  index("{}");
+  EXPECT_NE(open().find("empty"), std::string::npos);
+}
+
+constexpr char kConfig[] = R"({"model_type":"llama","num_hidden_layers":2,"hidden_size":36,"intermediate_size":40,
+  "num_attention_heads":9,"num_key_value_heads":3,"vocab_size":61,"max_position_embeddings":128,
+  "rms_norm_eps":1e-6,"rope_theta":1000.0,"hidden_act":"silu","eos_token_id":[2,3]})";
+
+TEST(ModelConfig, ReadsBothSpellings) {
+  const ModelConfig config = ParseModelConfig(kConfig, "C");
+  EXPECT_EQ(config.head_dim, 4);
+  EXPECT_EQ(config.rope_theta, 1000);
+  EXPECT_EQ(config.eos_token_id, 2);
+  EXPECT_FALSE(config.tie_word_embeddings);
+  std::string five = kConfig;
+  five.replace(five.find("\"rope_theta\":1000.0"), 19, R"("rope_parameters":{"rope_type":"default","rope_theta":500.0})");
+  EXPECT_EQ(ParseModelConfig(five, "C").rope_theta, 500);
+}
+
+TEST(ModelConfig, RefusesByName) {
+  const auto with = [](const std::string& from, const std::string& to) {
+    std::string text = kConfig;
+    EXPECT_NE(text.find(from), std::string::npos) << from;
+    text.replace(text.find(from), from.size(), to);
+    return Message([&] { ParseModelConfig(text, "C"); });
+  };
+  EXPECT_NE(with("{", "").find("not a JSON object"), std::string::npos);
+  EXPECT_NE(with("\"hidden_size\":36,", "").find("'hidden_size' is missing"), std::string::npos);
+  EXPECT_NE(with("\"hidden_size\":36", "\"hidden_size\":-36").find("positive"), std::string::npos);
+  EXPECT_NE(with("\"hidden_size\":36", "\"hidden_size\":1e99").find("positive"), std::string::npos);
+  EXPECT_NE(with("\"hidden_size\":36", "\"hidden_size\":\"36\"").find("positive"), std::string::npos);
+  EXPECT_NE(with("\"num_key_value_heads\":3", "\"num_key_value_heads\":2").find("multiple"), std::string::npos);
+  EXPECT_NE(with("\"silu\"", "\"relu\"").find("hidden_act"), std::string::npos);
+  EXPECT_NE(with("\"rope_theta\":1000.0", "\"rope_theta\":0").find("rope_theta"), std::string::npos);
+  EXPECT_NE(with("\"vocab_size\"", "\"rope_scaling\":{\"rope_type\":\"yarn\"},\"vocab_size\"").find("\"yarn\""),
+            std::string::npos);
+  EXPECT_NE(with("\"rope_theta\":1000.0", R"("rope_parameters":{"rope_type":"llama3","rope_theta":5.0})").find("llama3"),
+            std::string::npos);
+}
+
+// ---- texts
+
+TEST(Dataset, JoinsWikiTextAsTheStudyDoes) {
+  // Rows are lines with their ends; those of white space alone become empty; a blank line joins them.
+  EXPECT_EQ(JoinWikiText(" \n = Title = \n \n text\n"), "\n\n = Title = \n\n\n\n\n text\n");
+  EXPECT_EQ(JoinWikiText("a\nb"), "a\n\n\nb");
+  EXPECT_EQ(JoinWikiText(""), "");
+}
+
+TEST(Dataset, TheStudysTextFromTheRawFile) {
+  const char* shared = std::getenv("KVQ_SHARED");
+  const fs::path raw = fs::path(shared ? shared : std::string(KVQ_SOURCE_DIR) + "/../shared") / "datasets/wiki.test.raw";
+  if (!fs::exists(raw)) GTEST_SKIP() << raw << " is not part of the project; set KVQ_SHARED";
+  const Corpus corpus = LoadCorpus("", raw.string());
+  EXPECT_EQ(corpus.text.size(), 1296370u);
+  EXPECT_EQ(corpus.sha256, "696cca6b65a171b0a358a4be6732cdfdf2dd6164a32e20fd70e3c13fc4dfae83");
+}
+
+TEST(Dataset, AnyTextFileOrFolderIsACorpus) {
+  const fs::path dir = Folder();
+  Write(dir / "b.txt", "second");
+  Write(dir / "a.txt", "first é");
+  Write(dir / "c.md", "not this");
+  EXPECT_EQ(LoadCorpus("", (dir / "b.txt").string()).text, "second");
+  EXPECT_EQ(LoadCorpus("", dir.string()).text, "first é\n\nsecond");
+  EXPECT_EQ(LoadCorpus("", (dir / "b.txt").string()).sha256, Sha256("second"));
+  setenv("KVQ_DATASETS", dir.c_str(), 1);
+  Write(dir / "wikitext2.txt", "local");
+  EXPECT_EQ(LoadCorpus("wikitext2", "").text, "local");
+  unsetenv("KVQ_DATASETS");
+}
+
+TEST(Dataset, RefusesWhatIsNoText) {
+  const fs::path dir = Folder();
+  const auto load = [&](const std::string& name, const std::string& file) {
+    return Message([&] { LoadCorpus(name, file); });
+  };
+  EXPECT_NE(load("", (dir / "none.txt").string()).find("is not there"), std::string::npos);
+  EXPECT_NE(load("", dir.string()).find("without .txt"), std::string::npos);
+  Write(dir / "empty.txt", " \n\t\n");
+  EXPECT_NE(load("", (dir / "empty.txt").string()).find("must not be empty"), std::string::npos);
+  for (const char* bad : {"\xff", "\xc0\x80", "\xed\xa0\x80", "\xf4\x90\x80\x80", "ab\xe2\x82"}) {
+    Write(dir / "bad.txt", bad);
+    EXPECT_NE(load("", (dir / "bad.txt").string()).find("not UTF-8"), std::string::npos);
+  }
+  EXPECT_NE(load("no-such-text", "").find("pride-and-prejudice"), std::string::npos);
+}
+
+TEST(Dataset, ModelsByNameAndPath) {
+  const auto find = [](const std::string& name) { return Message([&] { FindModel(name); }); };
+  EXPECT_NE(find("gpt-5").find("smollm2-135m"), std::string::npos) << "lists the known ones";
+  EXPECT_NE(find("./no/such/dir").find("not a directory"), std::string::npos);
+  const fs::path dir = Folder();
+  EXPECT_EQ(FindModel(dir.string()).dir, dir.string());
+  const std::string cache = getenv("KVQ_CACHE") ? getenv("KVQ_CACHE") : "";
+  setenv("KVQ_CACHE", dir.c_str(), 1);
+  EXPECT_NE(find("smollm2-135m").find("datasets/fetch smollm2-135m"), std::string::npos);
+  cache.empty() ? unsetenv("KVQ_CACHE") : setenv("KVQ_CACHE", cache.c_str(), 1);
+}
+
+TEST(Sha256, KnownDigestsAndFilesThatChange) {
+  EXPECT_EQ(Sha256("abc"), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+  const fs::path dir = Folder();
+  Write(dir / "f", "abc");
+  EXPECT_EQ(Sha256File((dir / "f").string()), Sha256("abc"));
+  EXPECT_EQ(Sha256File((dir / "f").string()), Sha256("abc"));  // from the memo
+  Write(dir / "f", "abcd");
+  EXPECT_EQ(Sha256File((dir / "f").string()), Sha256("abcd"));
+  EXPECT_THROW(Sha256File((dir / "g").string()), InputError);
+}
+
+}  // namespace
+}  // namespace kvq

@@ -1,0 +1,248 @@
+#!/usr/bin/env python3
+"""Makes the golden files of the parity tests with the Python packages the tests compare against.
+
+usage: make_golden.py [--check] [--model DIR]
+
+Without --check writes accuracy/golden/*; with it, makes them anew and compares: whole numbers and texts must be
+equal, other numbers within 1e-5 of the largest in their list (another machine's sums). --model: where
+SmolLM2-135M is (default: the cache). Packages: accuracy/requirements.txt.
+"""
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+
+import numpy as np
+import torch
+from hqq.core.quantize import Quantizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.cache_utils import QuantizedCache
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+def numbers(count, seed, kind):
+    """The inputs, from integer arithmetic alone, so that C++ makes the same (golden_inputs in the tests).
+
+    A 64-bit linear congruential generator; the sum of four uniform 16-bit numbers is close to normal.
+    """
+    state = (seed * 0x9E3779B97F4A7C15 + 1) % 2**64
+    out = np.empty(count, dtype=np.float32)
+    for i in range(count):
+        total = 0
+        for _ in range(4):
+            state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
+            total += state >> 48
+        out[i] = np.float32((total - 131070) / np.float32(37837.0))
+    if kind == "outliers":  # one channel in 16 is 8 times larger, and shifted
+        out[::16] = out[::16] * np.float32(8) + np.float32(4)
+    elif kind == "constant":
+        out[: count // 2] = np.float32(0.75)
+    elif kind == "tiny":
+        out = out * np.float32(1e-5)
+    elif kind == "offset":
+        out = out + np.float32(20)
+    elif kind == "bfloat16":
+        out = torch.from_numpy(out).to(torch.bfloat16).float().numpy()
+    return out
+
+
+def short(x):
+    """A float32 as the shortest decimal number that reads back as it."""
+    return float(np.format_float_positional(np.float32(x), unique=True, trim="0"))
+
+
+def hqq_cases():
+    shapes = [(1, 1, 64), (2, 3, 64), (3, 65, 64), (8, 2, 128), (1, 64, 128), (3, 128, 64)]
+    cases = []
+    for case, (heads, tokens, head_dim) in enumerate(shapes):
+        for kind in ("normal", "outliers", "constant", "tiny", "offset", "bfloat16"):
+            count = heads * tokens * head_dim
+            if count > 4096 and kind not in ("normal", "outliers"):
+                continue
+            x = torch.from_numpy(numbers(count, case, kind)).reshape(1, heads, tokens, head_dim)
+            for bits in (8, 4, 2):
+                for axis in (1, 0):
+                    # Unpacked: the package cannot pack an odd number of groups.
+                    codes, meta = Quantizer.quantize(x, nbits=bits, axis=axis, group_size=64, device="cpu",
+                                                     bitpack=False)
+                    codes = codes.reshape(-1)
+                    text = "".join(f"{int(c):02x}" if bits == 8 else f"{int(c):x}" for c in codes)
+                    cases.append({"heads": heads, "tokens": tokens, "head_dim": head_dim, "seed": case,
+                                  "kind": kind, "bits": bits, "axis": axis, "codes": text,
+                                  "scale": [short(s) for s in meta["scale"].reshape(-1)],
+                                  "zero": [short(z) for z in meta["zero"].reshape(-1)]})
+    # Large cases dominate the size: keep those of few groups whole, of the others every 37th code.
+    for case in cases:
+        if len(case["scale"]) > 64:
+            step = 37
+            width = 2 if case["bits"] == 8 else 1
+            codes = [case["codes"][i:i + width] for i in range(0, len(case["codes"]), width)]
+            case.update(step=step, codes="".join(codes[::step]), scale=case["scale"][::step],
+                        zero=case["zero"][::step])
+    return cases
+
+
+def hf_cache_cases():
+    """QuantizedCache.update replayed: what each call returns, by sums over tokens and channels."""
+    cases = []
+    for bits, kivi in ((8, False), (4, False), (2, False), (4, True), (2, True)):
+        heads, head_dim, residual = 2, 64, 4
+        cache = QuantizedCache("hqq", LlamaConfig(num_hidden_layers=1), nbits=bits, axis_key=0 if kivi else 1,
+                               axis_value=1, q_group_size=64, residual_length=residual)
+        calls = []
+        for call, tokens in enumerate((8, 1, 1, 1, 1, 3, 1, 2)):
+            count = heads * tokens * head_dim
+            k, v = (torch.from_numpy(numbers(count, 100 + 2 * call + side, "outliers"))
+                    .reshape(1, heads, tokens, head_dim) for side in (0, 1))
+            k_out, v_out = cache.update(k, v, 0)
+            calls.append({"tokens": tokens, "keys": [short(x) for x in k_out.reshape(-1)[::29]],
+                          "values": [short(x) for x in v_out.reshape(-1)[::29]]})
+        cases.append({"bits": bits, "kivi": kivi, "heads": heads, "head_dim": head_dim,
+                      "residual": residual, "calls": calls})
+    return cases
+
+
+def tiny_llama(folder):
+    """Small random models with odd shapes: the directory, and logits of a prefill of all tokens."""
+    cases = {}
+    for name, extra in (("gqa3", dict(num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True)),
+                        ("mha", dict(num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=False)),
+                        ("gqa7", dict(num_attention_heads=7, num_key_value_heads=1, head_dim=8,
+                                      tie_word_embeddings=False))):
+        torch.manual_seed(7)
+        hidden = 36 if name == "gqa3" else 32 if name == "mha" else 28
+        config = LlamaConfig(vocab_size=61, hidden_size=hidden, intermediate_size=40, num_hidden_layers=2,
+                             max_position_embeddings=128, rope_theta=1000.0, initializer_range=0.3,
+                             attention_bias=False, bos_token_id=1, eos_token_id=2, **extra)
+        model = LlamaForCausalLM(config).eval()
+        with torch.no_grad():  # norms of one would hide a norm that is left out
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.uniform_(0.5, 1.5)
+        target = os.path.join(folder, f"llama-{name}")
+        model.save_pretrained(target)
+        for file in os.listdir(target):
+            if file not in ("config.json", "model.safetensors"):
+                os.remove(os.path.join(target, file))
+        ids = [(i * i * 7 + 3 * i + 5) % 61 for i in range(40)]
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0]
+            generated = model.generate(torch.tensor([ids]), max_new_tokens=16, min_new_tokens=16,
+                                       do_sample=False, pad_token_id=0)[0, len(ids):]
+        cases[name] = {"ids": ids, "greedy": generated.tolist(),
+                       "logits": [[short(x) for x in logits[i]] for i in (0, 1, 17, 39)],
+                       "positions": [0, 1, 17, 39]}
+    return cases
+
+
+TEXTS = [
+    "", "Hello world", "The capital of France is Paris.\n", "  leading and trailing  ", "a\n\n\nb\t\tc   d \n ",
+    "don't we'll I'm they've IT'S", "x = [i**2 for i in range(10)]  # code\n\treturn {\"a\": 1}",
+    "1234567890 3.14159 1,000,000 ½ ²", "naïve café, Größe, señor, Ελληνικά, русский, 日本語, 한국어, العربية",
+    "emoji 😀👩‍👩‍👧‍👦🇩🇪 ☃️", "zero\u200bwidth\u00a0nbsp\u3000wide\u2028line", "control \x01\x02\x7f and \x04",
+    "<|im_start|>user\nhi<|im_end|>", "<|endoftext|><|endoftext|>x", "A" * 300, " " * 100 + "end",
+]
+INVALID = [b"ab\xff\xfecd", b"\xc3\x28", b"\xe2\x82", b"\xf0\x9f\x98", b"\xed\xa0\x80", b"ok\x80"]
+
+
+def tiny_tokenizer(folder):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=420, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                                  special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+                                  show_progress=False)
+    tokenizer.train_from_iterator(TEXTS * 3, trainer)
+    os.makedirs(os.path.join(folder, "tokenizer"), exist_ok=True)
+    tokenizer.save(os.path.join(folder, "tokenizer", "tokenizer.json"), pretty=False)
+    with open(os.path.join(folder, "tokenizer", "tokenizer_config.json"), "w", encoding="utf-8") as out:
+        json.dump({"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "add_bos_token": True}, out)
+        out.write("\n")
+    return tokenizer
+
+
+def tokenizer_cases(tokenizer):
+    texts = TEXTS + [b.decode("utf-8", errors="replace") for b in INVALID]
+    cases = []
+    for text in texts:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        cases.append({"text": text, "ids": ids, "decoded": tokenizer.decode(ids),
+                      "with_special": tokenizer.decode(ids, skip_special_tokens=False)})
+    # Every cut through the ids of a text with long characters: bytes that form no UTF-8.
+    ids = tokenizer.encode(TEXTS[9], add_special_tokens=False).ids
+    cuts = [{"ids": ids[a:b], "decoded": tokenizer.decode(ids[a:b])}
+            for a in range(0, min(len(ids), 24), 3) for b in range(a + 1, min(len(ids), a + 6))]
+    return {"texts": cases, "cuts": cuts,
+            "invalid": [{"hex": b.hex(), "ids": tokenizer.encode(b.decode("utf-8", errors="replace"),
+                                                                 add_special_tokens=False).ids}
+                        for b in INVALID]}
+
+
+def smollm2(model_dir, text):
+    """nll of the first 256 tokens of the default text, in float32."""
+    tokenizer = Tokenizer.from_file(os.path.join(model_dir, "tokenizer.json"))
+    model = LlamaForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    ids = tokenizer.encode(text[:4000], add_special_tokens=False).ids[:256]
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0]
+    nll = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:]), reduction="none")
+    return {"ids": ids, "nll": [short(x) for x in nll]}
+
+
+def close(a, b, path=""):
+    """First difference of two golden values, or None."""
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        return next((d for k in a if (d := close(a[k], b[k], f"{path}/{k}"))), None)
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        if a and all(isinstance(x, float) for x in a + b):
+            bound = 1e-5 * max(map(abs, a))
+            return next((f"{path}/{i}: {x} and {y}" for i, (x, y) in enumerate(zip(a, b))
+                         if abs(x - y) > bound), None)
+        return next((d for i, (x, y) in enumerate(zip(a, b)) if (d := close(x, y, f"{path}/{i}"))), None)
+    return None if a == b else f"{path}: {str(a)[:80]} and {str(b)[:80]}"
+
+
+def main(arguments):
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(__doc__.strip())
+        return 0
+    check = "--check" in arguments
+    cache = os.environ.get("KVQ_CACHE") or os.path.expanduser("~/.cache/kvqbench")
+    model_dir = (arguments[arguments.index("--model") + 1] if "--model" in arguments
+                 else os.path.join(cache, "models", "smollm2-135m"))
+    with open(os.path.join(cache, "texts", "pride-and-prejudice.txt"), encoding="utf-8") as file:
+        text = file.read()
+    golden = os.path.join(HERE, "golden")
+    folder = tempfile.mkdtemp() if check else golden
+    os.makedirs(folder, exist_ok=True)
+    torch.set_num_threads(1)
+    made = {
+        "hqq.json": hqq_cases(), "hf_cache.json": hf_cache_cases(), "llama.json": tiny_llama(folder),
+        "tokenizer.json": tokenizer_cases(tiny_tokenizer(folder)),
+        "tokenizer-smollm2.json": tokenizer_cases(Tokenizer.from_file(os.path.join(model_dir, "tokenizer.json"))),
+        "smollm2.json": smollm2(model_dir, text),
+    }
+    failed = 0
+    for name, value in made.items():
+        path = os.path.join(golden, name)
+        if not check:
+            with open(path, "w", encoding="utf-8") as out:
+                json.dump(value, out, ensure_ascii=True, separators=(",", ":"))
+                out.write("\n")
+            continue
+        with open(path, encoding="utf-8") as file:
+            difference = close(json.load(file), json.loads(json.dumps(value)))
+        print(f"{name}: {'equal' if difference is None else 'differs at ' + difference}")
+        failed += difference is not None
+    if check:
+        shutil.rmtree(folder)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
