@@ -29,9 +29,9 @@ void Write(const fs::path& path, const std::string& text) { std::ofstream(path, 
 
 std::string File(const std::string& header, const std::string& data, int64_t size = -1) {
   uint64_t length = size < 0 ? header.size() : static_cast<uint64_t>(size);
-  std::string file(8, '\0');
-  std::memcpy(file.data(), &length, 8);
-  return file + header + data;
+  std::string prefix(8, '\0');
+  std::memcpy(prefix.data(), &length, 8);
+  return prefix.append(header).append(data);
 }
 
 template <typename Work>

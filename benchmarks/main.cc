@@ -246,6 +246,17 @@ int Main(int argc, char** argv) {
   benchmark::Initialize(&count, rest.data());
   if (count > 1) throw InputError(rest[1], ": no such flag; --help lists them");
 
+  // Everything that can be wrong with the input is found before anything is measured.
+  for (const std::string& model : line.options.models) {
+    const std::string dir = FindModel(model).dir;
+    Safetensors::Open(dir);
+    const int64_t tokens = session.tokenizer(model).vocab_size();
+    const int64_t vocabulary = LoadModelConfig(dir).vocab_size;
+    if (tokens > vocabulary) {
+      throw InputError(dir, "/tokenizer.json: has ", tokens, " tokens, config.json says vocab_size ",
+                       vocabulary, "; it belongs to another model");
+    }
+  }
   AddContext(session);
   Progress progress;
   progress.Begin(cells.size());

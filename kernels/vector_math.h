@@ -34,25 +34,25 @@ KVQ_HD inline float BitsFloat(uint32_t bits) {
 // Nearest whole number, half to even, for |x| < 2^22: adding 1.5 * 2^23 leaves no bits for a fraction.
 KVQ_HD inline float RoundToEven(float x) { return (x + 12582912.0f) - 12582912.0f; }
 
-// 2^n e^f for whole n in [-126, 127] and |f| <= ln 2 / 2: Taylor to f^7, truncation below 6e-9.
+// 2^n e^f for whole n in [-125, 127] and |f| <= ln 2 / 2: Taylor to f^7, truncation below 6e-9.
 KVQ_HD inline float ScaledExp(float n, float f) {
   const float e = 1 + f * (1 + f * (0.5f + f * (0.16666667f + f * (0.041666668f + f * (0.0083333338f +
                   f * (0.0013888889f + f * 0.00019841270f))))));
   return BitsFloat(FloatBits(e) + (static_cast<uint32_t>(static_cast<int32_t>(n)) << 23));
 }
 
-// 2^y for y in [-126, 127]; relative error below 2e-7.
+// 2^y for y in [-125, 127]; relative error below 2e-7.
 KVQ_HD inline float Exp2(float y) {
   const float n = RoundToEven(y);
   return ScaledExp(n, (y - n) * 0.69314718f);
 }
 
-// e^x for x <= 88; 0 below -87. Relative error below 2e-7: n ln 2 is taken off in two parts.
+// e^x for x <= 88; 0 below -86. Relative error below 2e-7: n ln 2 is taken off in two parts.
 KVQ_HD inline float Exp(float x) {
-  const float clamped = x > -87.0f ? x : -87.0f;
+  const float clamped = x > -86.0f ? x : -86.0f;
   const float n = RoundToEven(clamped * 1.44269504f);
   const float e = ScaledExp(n, (clamped - n * 0.693359375f) + n * 2.12194440e-4f);
-  return x > -87.0f ? e : 0.0f;
+  return x >= -86.0f ? e : 0.0f;
 }
 
 }  // namespace kvq
