@@ -76,7 +76,7 @@ Counters Error(Session& session, const Cell& cell, benchmark::State& state) {
 
 const RegisterMeasurement kError{
     {.name = "error", .what = "nmse and largest error of keys and values, per layer",
-     .needs_encoding = true, .run = Error}};
+     .needs_encoding = true, .quality = true, .run = Error}};
 
 }  // namespace
 }  // namespace kvq

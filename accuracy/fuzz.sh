@@ -21,7 +21,10 @@ compile() {
   [[ $object -nt $source ]] || clang++ "$@" "${includes[@]}" -c "$source" -o "$object"
 }
 objects=()
-for source in "$root"/fixtures/{safetensors,model_config,tokenizer}.cc "$root/accuracy/fuzz_loaders.cc"; do
+# The architectures' rows are parsers of config.json, too.
+mapfile -t architectures < <(grep -l '^const RegisterArchitecture' "$root"/fixtures/*.cc)
+for source in "$root"/fixtures/{safetensors,model_config,tokenizer}.cc "${architectures[@]}" \
+  "$root/accuracy/fuzz_loaders.cc"; do
   object=$(basename "$source").o
   # A changed header is rare here and a stale object is worse than a minute: ours are always compiled.
   clang++ "${checked[@]}" -fsanitize=fuzzer-no-link "${includes[@]}" -c "$source" -o "$object"

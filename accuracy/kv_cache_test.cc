@@ -9,12 +9,12 @@
 namespace kvq {
 namespace {
 
-const CacheShape kShape{.layers = 2, .batch = 1, .kv_heads = 3, .head_dim = 64};
+const CacheShape kShape = CacheShape::Uniform(/*layers=*/2, /*batch=*/1, /*kv_heads=*/3, /*head_dim=*/64);
 
 at::Tensor Tokens(int64_t count, uint64_t seed, const CacheShape& shape = kShape) {
-  const int64_t size = shape.batch * shape.kv_heads * count * shape.head_dim;
-  return at::tensor(GoldenNumbers(size, seed, "outliers"))
-      .view({shape.batch, shape.kv_heads, count, shape.head_dim});
+  const auto [kv_heads, head_dim] = shape.layers[0];
+  return at::tensor(GoldenNumbers(shape.batch * kv_heads * count * head_dim, seed, "outliers"))
+      .view({shape.batch, kv_heads, count, head_dim});
 }
 
 // All tokens in calls of the given sizes; what the last call returns for keys of the last layer.
@@ -24,7 +24,7 @@ at::Tensor Replay(const std::string& spec, const at::Tensor& keys, const std::ve
   at::Tensor last;
   int64_t at = 0;
   for (const int64_t n : calls) {
-    for (int64_t layer = 0; layer < kShape.layers; ++layer) {
+    for (int64_t layer = 0; layer < 2; ++layer) {
       last = cache.Update(layer, keys.narrow(2, at, n), keys.narrow(2, at, n)).first;
     }
     at += n;
@@ -78,9 +78,9 @@ TEST(Spec, RefusesWithTheReason) {
   EXPECT_NE(message("int4-hqq@layers=3").find("FIRST-LAST"), std::string::npos);
   EXPECT_NE(message("int4-hqq+").find("scheme"), std::string::npos);
   EXPECT_NE(message("a/b").find("slash"), std::string::npos);
-  EXPECT_THROW(CheckSpec(ParseSpec("int4-hqq"), 2, 3, 80), InputError);
-  EXPECT_THROW(CheckSpec(ParseSpec("int4-hqq@layers=2-2:none"), 2, 3, 64), InputError);
-  EXPECT_NO_THROW(CheckSpec(ParseSpec("none"), 2, 3, 80));
+  EXPECT_THROW(CheckSpec(ParseSpec("int4-hqq"), CacheShape::Uniform(2, 1, 3, 80)), InputError);
+  EXPECT_THROW(CheckSpec(ParseSpec("int4-hqq@layers=2-2:none"), CacheShape::Uniform(2, 1, 3, 64)), InputError);
+  EXPECT_NO_THROW(CheckSpec(ParseSpec("none"), CacheShape::Uniform(2, 1, 3, 80)));
 }
 
 // ---- policy append
@@ -132,7 +132,7 @@ TEST(KvCache, FormulaAndAllocationAgreeToTheByte) {
     const Spec spec = ParseSpec(text);
     for (const int64_t capacity : {1, 4, 5, 127, 128, 129, 133, 512}) {
       for (const at::ScalarType type : {at::kFloat, at::kBFloat16}) {
-        const CacheShape shape{2, 2, 3, 64};
+        const CacheShape shape = CacheShape::Uniform(2, 2, 3, 64);
         const KvCache cache(spec, shape, capacity, type, at::kCPU);
         EXPECT_EQ(cache.AllocatedBytes(), KvBytesReserved(spec, shape, capacity, type)) << text << capacity;
         EXPECT_LE(KvBytes(spec, shape, capacity, type), KvBytesReserved(spec, shape, capacity, type));
@@ -140,7 +140,7 @@ TEST(KvCache, FormulaAndAllocationAgreeToTheByte) {
     }
   }
   // int4 at 512 tokens: 384 encoded at 4.5 bits, 128 in 16.
-  const CacheShape shape{1, 1, 1, 64};
+  const CacheShape shape = CacheShape::Uniform(1, 1, 1, 64);
   EXPECT_EQ(KvBytes(ParseSpec("int4-hqq"), shape, 512, at::kBFloat16), 2 * 64 * (384 * 9 / 16 + 128 * 2));
 }
 
@@ -151,7 +151,7 @@ TEST(KvCache, HoldsWhatItWasAskedForAndNoMore) {
   cache.Clear();
   EXPECT_EQ(cache.length(), 0);
   EXPECT_TRUE(cache.Update(0, Tokens(2, 5), Tokens(2, 5)).first.equal(Tokens(2, 5)));
-  EXPECT_THROW(KvCache(ParseSpec("int4-hqq"), {2, 1, 3, 80}, 8, at::kFloat, at::kCPU), InputError);
+  EXPECT_THROW(KvCache(ParseSpec("int4-hqq"), CacheShape::Uniform(2, 1, 3, 80), 8, at::kFloat, at::kCPU), InputError);
 }
 
 TEST(KvCache, CountsItsWork) {
@@ -193,7 +193,7 @@ TEST(KvCacheParity, PolicyHfEqualsTransformersQuantizedCache) {
     const std::string scheme =
         StrCat("int", c["bits"].get<int>(), "-hqq", c["kivi"].get<bool>() ? "-kivi" : "", "@policy=hf@residual=",
                c["residual"].get<int>());
-    const CacheShape shape{1, 1, c["heads"], c["head_dim"]};
+    const CacheShape shape = CacheShape::Uniform(1, 1, c["heads"], c["head_dim"]);
     KvCache cache(ParseSpec(scheme), shape, 64, at::kFloat, at::kCPU);
     uint64_t call = 0, encodings = 0, residual = 0;
     for (const auto& expected : c["calls"]) {

@@ -43,7 +43,7 @@ class Kvqbench : public testing::Test {
     dir_ = fs::path(testing::TempDir()) / ("kvqbench_" + std::string(testing::UnitTest::GetInstance()->current_test_info()->name()));
     fs::remove_all(dir_);
     fs::create_directories(dir_);
-    fs::copy(GoldenPath("llama-mha"), dir_ / "tiny", fs::copy_options::recursive);
+    fs::copy(GoldenPath("models/llama-mha"), dir_ / "tiny", fs::copy_options::recursive);
     fs::copy(GoldenPath("tokenizer"), dir_ / "tiny", fs::copy_options::recursive);
     std::ofstream text(dir_ / "text.txt");
     for (int i = 0; i < 400; ++i) text << "The capital of France is Paris. ";
@@ -101,7 +101,7 @@ TEST_F(Kvqbench, RefusesBrokenModelsInOneLine) {
 }
 
 TEST_F(Kvqbench, RefusesATokenizerOfAnotherModel) {
-  fs::copy(GoldenPath("llama-gqa3"), dir_ / "tiny", fs::copy_options::recursive | fs::copy_options::overwrite_existing);
+  fs::copy(GoldenPath("models/llama-gqa3"), dir_ / "tiny", fs::copy_options::recursive | fs::copy_options::overwrite_existing);
   ExpectRefused(Execute(Tiny() + " --schemes=none --contexts=32"), {"420 tokens", "vocab_size 61"});
 }
 

@@ -126,13 +126,15 @@ constexpr char kConfig[] = R"({"model_type":"llama","num_hidden_layers":2,"hidde
 
 TEST(ModelConfig, ReadsBothSpellings) {
   const ModelConfig config = ParseModelConfig(kConfig, "C");
-  EXPECT_EQ(config.head_dim, 4);
-  EXPECT_EQ(config.rope_theta, 1000);
+  EXPECT_EQ(config.layers.size(), 2u);
+  EXPECT_EQ(config.layers[1].head_dim, 4);
+  EXPECT_EQ(config.layers[1].num_kv_heads, 3);
+  EXPECT_EQ(config.ropes[0].theta, 1000);
   EXPECT_EQ(config.eos_token_id, 2);
   EXPECT_FALSE(config.tie_word_embeddings);
   std::string five = kConfig;
   five.replace(five.find("\"rope_theta\":1000.0"), 19, R"("rope_parameters":{"rope_type":"default","rope_theta":500.0})");
-  EXPECT_EQ(ParseModelConfig(five, "C").rope_theta, 500);
+  EXPECT_EQ(ParseModelConfig(five, "C").ropes[0].theta, 500);
 }
 
 TEST(ModelConfig, RefusesByName) {
@@ -150,9 +152,9 @@ TEST(ModelConfig, RefusesByName) {
   EXPECT_NE(with("\"num_key_value_heads\":3", "\"num_key_value_heads\":2").find("multiple"), std::string::npos);
   EXPECT_NE(with("\"silu\"", "\"relu\"").find("hidden_act"), std::string::npos);
   EXPECT_NE(with("\"rope_theta\":1000.0", "\"rope_theta\":0").find("rope_theta"), std::string::npos);
-  EXPECT_NE(with("\"vocab_size\"", "\"rope_scaling\":{\"rope_type\":\"yarn\"},\"vocab_size\"").find("\"yarn\""),
+  EXPECT_NE(with("\"vocab_size\"", "\"rope_scaling\":{\"rope_type\":\"longrope\"},\"vocab_size\"").find("\"longrope\""),
             std::string::npos);
-  EXPECT_NE(with("\"rope_theta\":1000.0", R"("rope_parameters":{"rope_type":"llama3","rope_theta":5.0})").find("llama3"),
+  EXPECT_NE(with("\"rope_theta\":1000.0", R"("rope_parameters":{"rope_type":"llama3","rope_theta":5.0})").find("'factor' is missing"),
             std::string::npos);
 }
 

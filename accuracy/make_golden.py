@@ -3,56 +3,23 @@
 
 usage: make_golden.py [--check] [--model DIR]
 
-Without --check writes accuracy/golden/*; with it, makes them anew and compares: whole numbers and texts must be
-equal, other numbers within 1e-5 of the largest in their list (another machine's sums). --model: where
-SmolLM2-135M is (default: the cache). Packages: accuracy/requirements.txt.
+Without --check writes accuracy/golden/*; with it, makes them anew and compares (golden_files.py). --model: where
+SmolLM2-135M is (default: the cache). The tiny models are make_golden_models.py's. Packages:
+accuracy/requirements.txt.
 """
 
 import json
 import os
-import shutil
 import sys
-import tempfile
 
-import numpy as np
 import torch
 from hqq.core.quantize import Quantizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import QuantizedCache
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-
-
-def numbers(count, seed, kind):
-    """The inputs, from integer arithmetic alone, so that C++ makes the same (golden_inputs in the tests).
-
-    A 64-bit linear congruential generator; the sum of four uniform 16-bit numbers is close to normal.
-    """
-    state = (seed * 0x9E3779B97F4A7C15 + 1) % 2**64
-    out = np.empty(count, dtype=np.float32)
-    for i in range(count):
-        total = 0
-        for _ in range(4):
-            state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
-            total += state >> 48
-        out[i] = np.float32((total - 131070) / np.float32(37837.0))
-    if kind == "outliers":  # one channel in 16 is 8 times larger, and shifted
-        out[::16] = out[::16] * np.float32(8) + np.float32(4)
-    elif kind == "constant":
-        out[: count // 2] = np.float32(0.75)
-    elif kind == "tiny":
-        out = out * np.float32(1e-5)
-    elif kind == "offset":
-        out = out + np.float32(20)
-    elif kind == "bfloat16":
-        out = torch.from_numpy(out).to(torch.bfloat16).float().numpy()
-    return out
-
-
-def short(x):
-    """A float32 as the shortest decimal number that reads back as it."""
-    return float(np.format_float_positional(np.float32(x), unique=True, trim="0"))
+import golden_files
+from golden_files import numbers, short
 
 
 def hqq_cases():
@@ -103,41 +70,6 @@ def hf_cache_cases():
                           "values": [short(x) for x in v_out.reshape(-1)[::29]]})
         cases.append({"bits": bits, "kivi": kivi, "heads": heads, "head_dim": head_dim,
                       "residual": residual, "calls": calls})
-    return cases
-
-
-def tiny_llama(folder):
-    """Small random models with odd shapes: the directory, and logits of a prefill of all tokens."""
-    cases = {}
-    for name, extra in (("gqa3", dict(num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True)),
-                        ("mha", dict(num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=False)),
-                        ("gqa7", dict(num_attention_heads=7, num_key_value_heads=1, head_dim=8,
-                                      tie_word_embeddings=False))):
-        torch.manual_seed(7)
-        hidden = 36 if name == "gqa3" else 32 if name == "mha" else 28
-        # `mha` takes the ids of the tiny tokenizer, too.
-        config = LlamaConfig(vocab_size=420 if name == "mha" else 61, hidden_size=hidden, intermediate_size=40, num_hidden_layers=2,
-                             max_position_embeddings=128, rope_theta=1000.0, initializer_range=0.3,
-                             attention_bias=False, bos_token_id=1, eos_token_id=2, **extra)
-        model = LlamaForCausalLM(config).eval()
-        with torch.no_grad():  # norms of one would hide a norm that is left out
-            for parameter in model.parameters():
-                if parameter.dim() == 1:
-                    parameter.uniform_(0.5, 1.5)
-        target = os.path.join(folder, f"llama-{name}")
-        model.save_pretrained(target)
-        for file in os.listdir(target):
-            if file not in ("config.json", "model.safetensors"):
-                os.remove(os.path.join(target, file))
-        ids = [(i * i * 7 + 3 * i + 5) % 61 for i in range(40)]
-        with torch.no_grad():
-            logits = model(torch.tensor([ids])).logits[0]
-            longer = list(ids)  # by hand: generate() would mask what it takes for padding
-            for _ in range(16):
-                longer.append(int(model(torch.tensor([longer])).logits[0, -1].argmax()))
-        cases[name] = {"ids": ids, "greedy": longer[len(ids):],
-                       "logits": [[short(x) for x in logits[i]] for i in (0, 1, 17, 39)],
-                       "positions": [0, 1, 17, 39]}
     return cases
 
 
@@ -196,19 +128,6 @@ def smollm2(model_dir, text):
     return {"ids": ids, "nll": [short(x) for x in nll]}
 
 
-def close(a, b, path=""):
-    """First difference of two golden values, or None."""
-    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-        return next((d for k in a if (d := close(a[k], b[k], f"{path}/{k}"))), None)
-    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        if a and all(isinstance(x, float) for x in a + b):
-            bound = 1e-5 * max(map(abs, a))
-            return next((f"{path}/{i}: {x} and {y}" for i, (x, y) in enumerate(zip(a, b))
-                         if abs(x - y) > bound), None)
-        return next((d for i, (x, y) in enumerate(zip(a, b)) if (d := close(x, y, f"{path}/{i}"))), None)
-    return None if a == b else f"{path}: {str(a)[:80]} and {str(b)[:80]}"
-
-
 def main(arguments):
     if arguments and arguments[0] in ("-h", "--help"):
         print(__doc__.strip())
@@ -219,31 +138,15 @@ def main(arguments):
                  else os.path.join(cache, "models", "smollm2-135m"))
     with open(os.path.join(cache, "texts", "pride-and-prejudice.txt"), encoding="utf-8") as file:
         text = file.read()
-    golden = os.path.join(HERE, "golden")
-    folder = tempfile.mkdtemp() if check else golden
-    os.makedirs(folder, exist_ok=True)
     torch.set_num_threads(1)
-    made = {
-        "hqq.json": hqq_cases(), "hf_cache.json": hf_cache_cases(), "llama.json": tiny_llama(folder),
-        "tokenizer.json": tokenizer_cases(tiny_tokenizer(folder)),
-        "tokenizer-smollm2.json": tokenizer_cases(Tokenizer.from_file(os.path.join(model_dir, "tokenizer.json"))),
-        "smollm2.json": smollm2(model_dir, text),
-    }
-    failed = 0
-    for name, value in made.items():
-        path = os.path.join(golden, name)
-        if not check:
-            with open(path, "w", encoding="utf-8") as out:
-                json.dump(value, out, ensure_ascii=True, separators=(",", ":"))
-                out.write("\n")
-            continue
-        with open(path, encoding="utf-8") as file:
-            difference = close(json.load(file), json.loads(json.dumps(value)))
-        print(f"{name}: {'equal' if difference is None else 'differs at ' + difference}")
-        failed += difference is not None
-    if check:
-        shutil.rmtree(folder)
-    return 1 if failed else 0
+    with golden_files.folder(check) as folder:
+        return golden_files.write_or_check({
+            "hqq.json": hqq_cases(), "hf_cache.json": hf_cache_cases(),
+            "tokenizer.json": tokenizer_cases(tiny_tokenizer(folder)),
+            "tokenizer-smollm2.json":
+                tokenizer_cases(Tokenizer.from_file(os.path.join(model_dir, "tokenizer.json"))),
+            "smollm2.json": smollm2(model_dir, text),
+        }, check)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ Counters Needle(Session& session, const Cell& cell, benchmark::State& state) {
 
 const RegisterMeasurement kNeedle{
     {.name = "needle", .what = "share of hidden numbers found, constant and random ones",
-     .run = Needle}};
+     .quality = true, .run = Needle}};
 
 }  // namespace
 

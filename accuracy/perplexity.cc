@@ -309,7 +309,7 @@ Counters Perplexity(Session& session, const Cell& cell, benchmark::State& state)
 const RegisterMeasurement kPerplexity{
     {.name = "perplexity",
      .what = "ppl, its change, KLD and top-1 agreement with the unquantized model",
-     .run = Perplexity}};
+     .quality = true, .run = Perplexity}};
 
 }  // namespace
 }  // namespace kvq

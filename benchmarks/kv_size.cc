@@ -7,17 +7,19 @@ namespace kvq {
 namespace {
 
 Counters KvSize(Session& session, const Cell& cell, benchmark::State& state) {
-  const ModelConfig config = LoadModelConfig(FindModel(cell.model).dir);
-  const CacheShape shape{config.num_layers, cell.batch, config.num_kv_heads, config.head_dim};
+  const CacheShape shape = CacheShapeOf(FindModel(cell.model).config(), cell.batch);
   const Spec spec = ParseSpec(cell.spec);
   int64_t allocated = 0;
   for (auto _ : state) {
     const double seconds = Time(session.device(), [&] {
       KvCache cache(spec, shape, cell.context, session.dtype(), session.device());
       if (spec.policy == Policy::kHf) {  // its tensors are made when tokens come
-        const at::Tensor x = at::zeros({shape.batch, shape.kv_heads, cell.context, shape.head_dim},
-                                       at::TensorOptions(session.dtype()).device(session.device()));
-        for (int64_t layer = 0; layer < shape.layers; ++layer) cache.Update(layer, x, x);
+        for (size_t layer = 0; layer < shape.layers.size(); ++layer) {
+          const KvShape& of = shape.layers[layer];
+          const at::Tensor x = at::zeros({shape.batch, of.kv_heads, cell.context, of.head_dim},
+                                         at::TensorOptions(session.dtype()).device(session.device()));
+          cache.Update(static_cast<int64_t>(layer), x, x);
+        }
       }
       allocated = cache.AllocatedBytes();
     });
@@ -29,8 +31,7 @@ Counters KvSize(Session& session, const Cell& cell, benchmark::State& state) {
                              " bytes, the tensors have " + std::to_string(allocated));
   }
   const int64_t bytes = KvBytes(spec, shape, cell.context, session.dtype());
-  const double elements = 2.0 * static_cast<double>(shape.layers * shape.batch * shape.kv_heads *
-                                                    shape.head_dim * cell.context);
+  const double elements = static_cast<double>(shape.TokenElements() * cell.context);
   return {{"kv_bytes", static_cast<double>(bytes)},
           {"kv_bytes_allocated", static_cast<double>(allocated)},
           {"bits_per_element", 8.0 * static_cast<double>(bytes) / elements},

@@ -103,6 +103,9 @@ void RunCell(benchmark::State& state, const Measurement& measurement, const Cell
   try {
     const Spec spec = ParseSpec(cell.spec);
     if (measurement.needs_encoding && spec.stores_dense()) throw Skip("nothing is encoded");
+    if (measurement.quality && session.random_weights(cell.model)) {
+      throw Skip("random weights say nothing about quality; give --models a directory with real ones");
+    }
     const c10::InferenceMode no_gradients;
     for (const auto& [name, value] : measurement.run(session, cell, state)) {
       state.counters[name] = value;
@@ -140,12 +143,12 @@ std::vector<std::pair<const Measurement*, Cell>> Cells(const CommandLine& line) 
                      error.what());
   }
   for (const std::string& model : o.models) {
-    const ModelConfig config = LoadModelConfig(FindModel(model).dir);
-    for (const std::string& spec : o.schemes) {
-      CheckSpec(ParseSpec(spec), config.num_layers, config.num_kv_heads, config.head_dim);
-    }
+    const ModelFiles files = FindModel(model);
+    const ModelConfig config = files.config();
+    for (const std::string& spec : o.schemes) CheckSpec(ParseSpec(spec), CacheShapeOf(config, 1));
     for (const int64_t context : o.contexts) {
-      if (context > config.max_position_embeddings) {
+      // Rotary positions on random weights have no length they were trained for.
+      if (context > config.max_position_embeddings && !(files.random_weights() && !config.ropes.empty())) {
         throw InputError("--contexts: ", context, " is longer than the ",
                          config.max_position_embeddings, " positions of model '", model, "'");
       }
@@ -178,11 +181,17 @@ void AddContext(Session& session) {
   const Options& o = session.options();
   benchmark::AddCustomContext("kvqbench_build", KVQ_BUILD_TYPE);
   benchmark::AddCustomContext("kvqbench_commit", KVQ_COMMIT);
+  bool text = false;
   for (const std::string& model : o.models) {
-    benchmark::AddCustomContext("model " + model, "sha256:" + ModelSha256(FindModel(model)));
+    const ModelFiles files = FindModel(model);
+    text = text || !files.random_weights();
+    benchmark::AddCustomContext("model " + model, "sha256:" + ModelSha256(files) +
+                                                      (files.random_weights() ? ", random weights" : ""));
   }
-  benchmark::AddCustomContext("corpus", session.corpus().name);
-  benchmark::AddCustomContext("corpus_sha256", session.corpus().sha256);
+  if (text) {
+    benchmark::AddCustomContext("corpus", session.corpus().name);
+    benchmark::AddCustomContext("corpus_sha256", session.corpus().sha256);
+  }
   benchmark::AddCustomContext("protocol", o.protocol);
   benchmark::AddCustomContext("seed", std::to_string(o.seed));
   benchmark::AddCustomContext("device", o.device);
@@ -225,7 +234,8 @@ int Main(int argc, char** argv) {
     std::cout << HelpText();
     return 0;
   }
-  if (Schemes().empty() || Measurements().empty() || Architectures().empty()) {
+  if (Schemes().empty() || Measurements().empty() || Architectures().empty() ||
+      PublishedShapes().empty()) {
     throw std::runtime_error("a table is empty: its rows were lost at link time");
   }
   LimitMemory();
@@ -249,6 +259,7 @@ int Main(int argc, char** argv) {
   // Everything that can be wrong with the input is found before anything is measured.
   for (const std::string& model : line.options.models) {
     const std::string dir = FindModel(model).dir;
+    if (dir.empty()) continue;  // random weights
     Safetensors::Open(dir);
     const int64_t tokens = session.tokenizer(model).vocab_size();
     const int64_t vocabulary = LoadModelConfig(dir).vocab_size;

@@ -1,6 +1,7 @@
 #include "benchmarks/measurement.h"
 
 #include <algorithm>
+#include <random>
 
 #include "kernels/error.h"
 
@@ -44,7 +45,11 @@ const Model& Session::model(const std::string& name) {
   if (model_.second == nullptr || model_.first != name) {
     captured_ = {};
     model_ = {"", nullptr};  // before the next one is loaded: there may not be room for two
-    model_ = {name, LoadModel(FindModel(name).dir, dtype(), device_)};
+    const ModelFiles files = FindModel(name);
+    model_ = {name, files.random_weights()
+                        ? std::make_unique<Model>(files.config(), Weights::Random(static_cast<uint64_t>(options_.seed),
+                                                                                 dtype(), device_))
+                        : LoadModel(files.dir, dtype(), device_)};
   }
   return *model_.second;
 }
@@ -67,6 +72,13 @@ const std::vector<int32_t>& Session::corpus_ids(const std::string& model) {
 }
 
 at::Tensor Session::context_ids(const Cell& cell) {
+  if (random_weights(cell.model)) {
+    std::mt19937_64 random(static_cast<uint64_t>(options_.seed));
+    const uint64_t vocabulary = static_cast<uint64_t>(model(cell.model).config().vocab_size);
+    std::vector<int32_t> ids(static_cast<size_t>(cell.context));
+    for (int32_t& id : ids) id = static_cast<int32_t>(random() % vocabulary);
+    return IdTensor(ids, cell.batch, device_);
+  }
   const std::vector<int32_t>& corpus = corpus_ids(cell.model);
   std::vector<int32_t> ids;
   if (tokenizer(cell.model).adds_bos()) ids.push_back(*tokenizer(cell.model).bos_id());
@@ -84,13 +96,13 @@ const std::vector<std::pair<at::Tensor, at::Tensor>>& Session::captured_cache(co
   if (captured_.first == key) return captured_.second;
   captured_ = {};
   const Model& of = model(cell.model);
-  std::vector<std::vector<at::Tensor>> keys(of.config().num_layers), values(keys.size());
   KvCache cache(ParseSpec("none"), of.cache_shape(cell.batch), cell.context, of.dtype(), device_);
-  cache.SetTap([&](int64_t layer, const at::Tensor& k, const at::Tensor& v) {
-    keys[layer].push_back(k.clone());
-    values[layer].push_back(v.clone());
-  });
-  Feed(of, context_ids(cell), cache, FindBackend(cell.backend), options_.prefill_chunk);
+  std::vector<std::vector<at::Tensor>> keys(cache.shape().layers.size()), values(keys.size());
+  Feed(of, context_ids(cell), cache, FindBackend(cell.backend), options_.prefill_chunk, 0,
+       [&](const LayerView& view) {
+         keys[view.cached_layer].push_back(view.keys.clone());
+         values[view.cached_layer].push_back(view.values.clone());
+       });
   captured_.first = key;
   for (size_t layer = 0; layer < keys.size(); ++layer) {
     captured_.second.emplace_back(at::cat(keys[layer], 2), at::cat(values[layer], 2));

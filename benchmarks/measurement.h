@@ -59,14 +59,16 @@ class Session {
   at::ScalarType dtype();  // `auto` is settled by measuring both at the first use
 
   const Model& model(const std::string& name);
+  // The model has a published shape and no real weights: its times mean something, its answers do not.
+  bool random_weights(const std::string& model) const { return FindModel(model).random_weights(); }
   const Tokenizer& tokenizer(const std::string& name);
   const Corpus& corpus();
   // The corpus in the model's tokens, without BOS.
   const std::vector<int32_t>& corpus_ids(const std::string& model);
-  // The first n tokens of the corpus as [batch, n], BOS first where the tokenizer adds it. Throws
-  // Skip where the corpus is shorter.
+  // The first n tokens of the corpus as [batch, n], BOS first where the tokenizer adds it; for random
+  // weights random tokens of --seed. Throws Skip where the corpus is shorter.
   at::Tensor context_ids(const Cell& cell);
-  // Keys and values of each layer as the unquantized model computes them on context_ids,
+  // Keys and values of each layer of the cache as the unquantized model computes them on context_ids,
   // [batch, kv_heads, context, head_dim], before any cache.
   const std::vector<std::pair<at::Tensor, at::Tensor>>& captured_cache(const Cell& cell);
 
@@ -90,6 +92,7 @@ struct Measurement {
   std::string what;           // one line for --help
   bool timed = false;         // its number is a time: refused in anything but a Release build
   bool needs_encoding = false;  // means nothing for specs that encode nothing
+  bool quality = false;         // means nothing on random weights
   // Measures once per state iteration, setting its time, and returns the counters.
   Counters (*run)(Session& session, const Cell& cell, benchmark::State& state);
 };

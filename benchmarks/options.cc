@@ -73,7 +73,7 @@ std::vector<Flag> Flags(Options& o) {
                 }};
   };
   return {
-      texts("models", "catalogue names or paths of Hugging Face directories", o.models),
+      texts("models", "catalogue names, published shapes, or paths of Hugging Face directories", o.models),
       texts("schemes", "specs: SCHEME[+SCHEME][@key=value]...", o.schemes),
       texts("backends", "who computes attention", o.backends),
       numbers("contexts", "tokens of context; the window of perplexity", o.contexts),
@@ -159,6 +159,10 @@ std::string HelpText() {
           "  --benchmark_list_tests, and the others of Google Benchmark\n\nmeasurements\n";
   for (const Measurement& measurement : Measurements()) {
     help << "  " << std::left << std::setw(16) << measurement.name << measurement.what << "\n";
+  }
+  help << "\nmodels on random weights, by their published shapes\n";
+  for (const PublishedShape& shape : PublishedShapes()) {
+    help << "  " << std::left << std::setw(16) << shape.name << shape.source << "\n";
   }
   help << "\nschemes\n";
   for (const Scheme& scheme : Schemes()) {

@@ -29,12 +29,7 @@ Counters Prefill(Session& session, const Cell& cell, benchmark::State& state) {
   Counters counters;
   AddSpread(counters, "prefill_ms", milliseconds);
   AddSpread(counters, "tokens_per_s", rates);
-  const ModelConfig& c = model.config();
-  // Q K^T and P V: 4 operations per head, channel and visible pair of tokens.
-  const double pairs = 0.5 * static_cast<double>(cell.context) * static_cast<double>(cell.context + 1);
-  const double attention = 4.0 * pairs * static_cast<double>(cell.batch * c.num_layers * c.num_heads *
-                                                             c.head_dim);
-  const double flops = model.TokenFlops(false) * tokens + attention;
+  const double flops = model.TokenFlops(false) * tokens + model.AttentionFlops(cell.batch, cell.context);
   const double median_s = counters.front().second / 1e3;
   counters.emplace_back("gflop", flops / 1e9);
   counters.emplace_back("peak_fraction",
