@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, Gemma4ForCausalLM, Gemma4TextConfig,
                           GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig,
-                          MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM)
+                          MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
 
 import golden_files
 from golden_files import short
@@ -31,7 +31,7 @@ def rope(**extra):
 
 
 LLAMA, MISTRAL = (LlamaConfig, LlamaForCausalLM), (MistralConfig, MistralForCausalLM)
-QWEN2 = (Qwen2Config, Qwen2ForCausalLM)
+QWEN2, QWEN3 = (Qwen2Config, Qwen2ForCausalLM), (Qwen3Config, Qwen3ForCausalLM)
 GEMMA3, GEMMA4 = (Gemma3TextConfig, Gemma3ForCausalLM), (Gemma4TextConfig, Gemma4ForCausalLM)
 GPT2 = (GPT2Config, GPT2LMHeadModel)
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -58,6 +58,8 @@ CASES = {
                                 tie_word_embeddings=True, **rope())),
     "qwen2-window": (*QWEN2, dict(SIZES, **HEADS, use_sliding_window=True, sliding_window=9, max_window_layers=1,
                                   **rope())),
+    "qwen3-gqa4": (*QWEN3, dict(SIZES, num_attention_heads=4, num_key_value_heads=1, head_dim=16, **rope())),
+    "qwen3-bias": (*QWEN3, dict(SIZES, **HEADS, head_dim=128, num_hidden_layers=1, attention_bias=True, **rope())),
     "gemma3-local": (*GEMMA3, dict(SIZES, **HEADS, head_dim=16, num_hidden_layers=3, query_pre_attn_scalar=24,
                                    layer_types=[SLIDING, FULL, SLIDING], sliding_window=8,
                                    rope_parameters={SLIDING: dict(rope_type="default", rope_theta=100.0),

@@ -102,7 +102,7 @@ TEST(Architectures, EachHasParityShapes) {
   for (const std::string& name : CaseNames()) compared.insert(LoadModelConfig(GoldenPath("models/" + name)).model_type);
   for (const Architecture& architecture : Architectures()) rows.insert(architecture.model_type);
   EXPECT_EQ(rows, compared);
-  for (const char* of_the_study : {"mistral", "llama", "qwen2", "gemma3_text", "gemma4", "gpt2"}) {
+  for (const char* of_the_study : {"mistral", "llama", "qwen2", "qwen3", "gemma3_text", "gemma4", "gpt2"}) {
     EXPECT_TRUE(rows.contains(of_the_study)) << of_the_study;
   }
 }
