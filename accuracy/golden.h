@@ -40,6 +40,7 @@ inline std::vector<float> GoldenNumbers(int64_t count, uint64_t seed, const std:
     if (kind == "constant" && i < out.size() / 2) out[i] = 0.75f;
     if (kind == "tiny") out[i] *= 1e-5f;
     if (kind == "offset") out[i] += 20;
+    if (kind == "ties") out[i] = 3.5f * static_cast<float>(i * 6 % 31);
     if (kind == "bfloat16") out[i] = BFloat16ToFloat(FloatToBFloat16(out[i]));
   }
   return out;

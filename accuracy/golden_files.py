@@ -31,6 +31,8 @@ def numbers(count, seed, kind):
         out = out * np.float32(1e-5)
     elif kind == "offset":
         out = out + np.float32(20)
+    elif kind == "ties":  # from 0 to 105 by halves of 7: a group's 4-bit and 2-bit steps are 7 and 35
+        out = np.float32(3.5) * (np.arange(count) * 6 % 31).astype(np.float32)
     elif kind == "bfloat16":
         bits = out.view(np.uint32)  # rounded to the nearest, ties to even
         out = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)

@@ -166,7 +166,7 @@ std::string HelpText() {
   }
   help << "\nschemes\n";
   for (const Scheme& scheme : Schemes()) {
-    help << "  " << std::left << std::setw(16) << scheme.name;
+    help << "  " << std::left << std::setw(18) << scheme.name;
     if (!scheme.refused.empty()) {
       help << "refused: " << scheme.refused << "\n";
     } else if (scheme.stores_dense()) {
