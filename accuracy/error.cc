@@ -1,27 +1,14 @@
 // error: how far encoded keys and values are from the originals, on the model's own cache at a context,
 // per layer. Only what policy append has encoded counts: sinks and residual are stored as they are. nmse
 // is the sum of squared errors over the sum of squares; max_error is the largest absolute one.
-#include <cmath>
-
+#include "accuracy/error_sum.h"
 #include "benchmarks/measurement.h"
 #include "fixtures/codec_tensors.h"
 
 namespace kvq {
 namespace {
 
-// Sums over one side of one or more layers.
-struct SideError {
-  double squared_error = 0, squares = 0, largest = 0;
-
-  void Add(const SideError& other) {
-    squared_error += other.squared_error;
-    squares += other.squares;
-    largest = std::max(largest, other.largest);
-  }
-  double nmse() const { return squared_error / squares; }
-};
-
-SideError Measure(const Codec& codec, const Spec& spec, const at::Tensor& plain) {
+ErrorSum Measure(const Codec& codec, const Spec& spec, const at::Tensor& plain) {
   at::Tensor decoded = plain.to(at::kFloat, /*non_blocking=*/false, /*copy=*/true);
   if (codec.encode != nullptr) {
     const CodecParams params = spec.Params(codec);
@@ -31,17 +18,14 @@ SideError Measure(const Codec& codec, const Spec& spec, const at::Tensor& plain)
     EncodeTensor(codec, params, plain, 0, encoded);
     DecodeTensor(codec, params, encoded, 0, decoded);
   }
-  const at::Tensor exact = plain.to(at::kDouble);
-  const at::Tensor difference = decoded.to(at::kDouble) - exact;
-  return {difference.square().sum().item<double>(), exact.square().sum().item<double>(),
-          difference.abs().max().item<double>()};
+  return ErrorSum::Of(plain, decoded);
 }
 
 Counters Error(Session& session, const Cell& cell, benchmark::State& state) {
   const Spec spec = ParseSpec(cell.spec);
   const int64_t encoded_tokens = EncodedTokens(spec, cell.context);
   if (encoded_tokens == 0) throw Skip("all tokens fit into the residual; nothing is encoded");
-  SideError keys, values;
+  ErrorSum keys, values;
   Counters per_layer;
   for (auto _ : state) {
     state.SetIterationTime(Time(session.device(), [&] {
@@ -53,8 +37,8 @@ Counters Error(Session& session, const Cell& cell, benchmark::State& state) {
         const auto part = [&](const at::Tensor& all) {
           return all.narrow(2, spec.sink_tokens, encoded_tokens);
         };
-        const SideError k = Measure(pair.keys->keys, spec, part(captured[layer].first));
-        const SideError v = Measure(pair.values->values, spec, part(captured[layer].second));
+        const ErrorSum k = Measure(pair.keys->keys, spec, part(captured[layer].first));
+        const ErrorSum v = Measure(pair.values->values, spec, part(captured[layer].second));
         keys.Add(k);
         values.Add(v);
         const std::string suffix = "/layer:" + std::to_string(layer);

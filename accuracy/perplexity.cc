@@ -14,53 +14,11 @@
 #include <map>
 
 #include "accuracy/scoring.h"
-#include "accuracy/statistics.h"
-#include "accuracy/windows.h"
-#include "benchmarks/measurement.h"
+#include "accuracy/text_windows.h"
 #include "kernels/error.h"
 
 namespace kvq {
 namespace {
-
-// Sums over the scored tokens of one window.
-struct WindowScore {
-  double reference_nll = 0, nll = 0, kld = 0, agreements = 0;
-  int64_t tokens = 0;
-};
-
-// Scores hidden states [batch, n, hidden] of both models for the tokens that follow them
-// (targets [batch, n]); adds to one sum a sequence.
-void AddScores(const Model& model, const at::Tensor& reference, const at::Tensor& hidden,
-               const at::Tensor& targets, WindowScore* scores) {
-  const at::Tensor sums =
-      ScoreTokens(model.Logits(reference), model.Logits(hidden), targets).sum(1).cpu();
-  for (int64_t b = 0; b < targets.size(0); ++b) {
-    scores[b].reference_nll += sums[b][0].item<double>();
-    scores[b].nll += sums[b][1].item<double>();
-    scores[b].kld += sums[b][2].item<double>();
-    scores[b].agreements += sums[b][3].item<double>();
-    scores[b].tokens += targets.size(1);
-  }
-}
-
-// What one cell works with.
-struct Work {
-  std::string key;  // of everything the unquantized model's results depend on
-  const Model& model;
-  const Backend& backend;
-  std::vector<int32_t> text;  // the corpus in tokens
-  std::vector<int32_t> bos;   // before every window: empty, or the BOS id
-};
-
-at::Tensor WindowIds(const Work& work, const std::vector<Window>& windows) {
-  std::vector<at::Tensor> rows;
-  for (const Window& window : windows) {
-    std::vector<int32_t> ids = work.bos;
-    ids.insert(ids.end(), work.text.begin() + window.begin, work.text.begin() + window.end);
-    rows.push_back(IdTensor(ids, 1, work.model.device()));
-  }
-  return at::cat(rows, 0);
-}
 
 // Hidden states of the unquantized model over whole windows. Kept for the next spec: they are small
 // where logits are not, and the same for all specs.
@@ -84,78 +42,23 @@ const at::Tensor& Reference(const Work& work, const at::Tensor& ids, int64_t fir
 std::vector<WindowScore> ScoreBatch(const Work& work, const Spec& spec,
                                     const std::vector<Window>& windows) {
   const at::Tensor ids = WindowIds(work, windows);
-  const int64_t batch = ids.size(0), length = ids.size(1);
-  const int64_t bos = static_cast<int64_t>(work.bos.size());
-  // Position p predicts token p + 1: the first that counts is the one before the first scored token.
-  const int64_t first = windows[0].score_from - windows[0].begin + bos - 1;
   const at::Tensor& reference = Reference(work, ids, windows[0].begin);
   std::vector<WindowScore> scores(windows.size());
-  KvCache cache(spec, work.model.cache_shape(batch), length, work.model.dtype(),
-                work.model.device());
-  const int64_t chunk = spec.residual_length > 0 ? spec.residual_length : 128;
-  for (int64_t begin = 0; begin < length;) {
-    const int64_t end = std::min(begin == 0 ? spec.sink_tokens + chunk : begin + chunk, length);
-    const at::Tensor hidden =
-        work.model.Forward(ids.narrow(1, begin, end - begin), cache, work.backend);
-    const int64_t from = std::max(begin, first), to = std::min(end, length - 1);
-    if (from < to) {
-      AddScores(work.model, reference.narrow(1, from, to - from),
-                hidden.narrow(1, from - begin, to - from), ids.narrow(1, from + 1, to - from),
-                scores.data());
-    }
-    begin = end;
-  }
+  CompareLogits(work, spec, windows, ids, reference,
+                [&](const at::Tensor& exact, const at::Tensor& logits, const at::Tensor& targets) {
+                  AddScores(exact, logits, targets, scores.data());
+                });
   return scores;
 }
 
 std::vector<WindowScore> ScoreAll(const Work& work, const Spec& spec,
                                   const std::vector<Window>& windows, int64_t batch) {
   std::vector<WindowScore> scores;
-  for (size_t i = 0; i < windows.size();) {
-    // Only windows that score the same positions can run side by side: the first one scores more than
-    // those that overlap an earlier one.
-    std::vector<Window> group = {windows[i]};
-    while (static_cast<int64_t>(group.size()) < batch && i + group.size() < windows.size() &&
-           windows[i + group.size()].scored() == windows[i].scored()) {
-      group.push_back(windows[i + group.size()]);
-    }
+  for (const std::vector<Window>& group : SideBySide(windows, batch)) {
     const std::vector<WindowScore> part = ScoreBatch(work, spec, group);
     scores.insert(scores.end(), part.begin(), part.end());
-    i += group.size();
   }
   return scores;
-}
-
-// One number a window: a sum over its scored tokens.
-template <typename Get>
-std::vector<double> PerToken(const std::vector<WindowScore>& scores, Get get) {
-  std::vector<double> values;
-  for (const WindowScore& score : scores) {
-    values.push_back(get(score) / static_cast<double>(score.tokens));
-  }
-  return values;
-}
-
-// Weighted by tokens, so that it is the mean over tokens even where windows differ in length.
-template <typename Get>
-double Total(const std::vector<WindowScore>& scores, Get get) {
-  double sum = 0;
-  int64_t tokens = 0;
-  for (const WindowScore& score : scores) {
-    sum += get(score);
-    tokens += score.tokens;
-  }
-  return sum / static_cast<double>(tokens);
-}
-
-// `most` and `least`: what the quantity cannot exceed.
-void AddInterval(Counters& counters, const std::string& name, double value,
-                 const std::optional<Interval>& interval, double least = -INFINITY,
-                 double most = INFINITY) {
-  counters.emplace_back(name, value);
-  if (!interval) return;
-  counters.emplace_back(name + "_lo", std::max(interval->low, least));
-  counters.emplace_back(name + "_hi", std::min(interval->high, most));
 }
 
 Counters Summary(const std::vector<WindowScore>& scores) {
@@ -216,13 +119,7 @@ Counters Floor(const Work& work, const Spec& spec, const std::vector<Window>& wi
 
 Counters DecodeProtocol(const Work& work, const Spec& spec, const Cell& cell,
                         const Options& options) {
-  const int64_t bos = static_cast<int64_t>(work.bos.size());
-  const std::vector<Window> windows =
-      DecodeWindows(static_cast<int64_t>(work.text.size()), cell.context - bos, options.stride,
-                    options.windows, bos > 0);
-  if (windows.empty()) {
-    throw Skip(StrCat("the corpus has ", work.text.size(), " tokens, one window ", cell.context));
-  }
+  const std::vector<Window> windows = WindowsOf(work, cell, options);
   const bool is_floor = spec.stores_dense() && spec.policy == Policy::kAppend;
   Counters counters;
   if (!is_floor) {
@@ -285,10 +182,7 @@ Counters StudyProtocol(const Work& work, const Spec& spec, const Cell& cell,
 
 Counters Perplexity(Session& session, const Cell& cell, benchmark::State& state) {
   const Options& options = session.options();
-  const Tokenizer& tokenizer = session.tokenizer(cell.model);
-  Work work{StrCat(cell.model, "/", cell.backend, "/", cell.context, "/", cell.batch),
-            session.model(cell.model), FindBackend(cell.backend), session.corpus_ids(cell.model), {}};
-  if (tokenizer.adds_bos()) work.bos.push_back(*tokenizer.bos_id());
+  Work work = WorkOf(session, cell);
   const Spec spec = ParseSpec(cell.spec);
   Counters counters;
   for (auto _ : state) {

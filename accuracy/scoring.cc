@@ -85,4 +85,16 @@ at::Tensor ScoreTokens(const at::Tensor& reference, const at::Tensor& logits,
   return scores;
 }
 
+void AddScores(const at::Tensor& reference, const at::Tensor& logits, const at::Tensor& targets,
+               WindowScore* scores) {
+  const at::Tensor sums = ScoreTokens(reference, logits, targets).sum(1).cpu();
+  for (int64_t b = 0; b < targets.size(0); ++b) {
+    scores[b].reference_nll += sums[b][0].item<double>();
+    scores[b].nll += sums[b][1].item<double>();
+    scores[b].kld += sums[b][2].item<double>();
+    scores[b].agreements += sums[b][3].item<double>();
+    scores[b].tokens += targets.size(1);
+  }
+}
+
 }  // namespace kvq

@@ -32,6 +32,20 @@ inline std::vector<Window> DecodeWindows(int64_t tokens, int64_t length, int64_t
   return windows;
 }
 
+// At most `batch` windows in a row at a time. Only windows that score the same positions can run
+// side by side: the first one scores more than those that overlap an earlier one.
+inline std::vector<std::vector<Window>> SideBySide(const std::vector<Window>& windows, int64_t batch) {
+  std::vector<std::vector<Window>> groups;
+  for (const Window& window : windows) {
+    if (groups.empty() || static_cast<int64_t>(groups.back().size()) == batch ||
+        groups.back().front().scored() != window.scored()) {
+      groups.emplace_back();
+    }
+    groups.back().push_back(window);
+  }
+  return groups;
+}
+
 // Protocol `study` (the reference study): windows of `length` tokens every `stride` (0: half a window)
 // until one ends with the text; the last may be shorter. A window's targets are the tokens that no
 // earlier one had; score_from is their first. `count` limits the text to that many windows.

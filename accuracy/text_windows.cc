@@ -1,0 +1,78 @@
+#include "accuracy/text_windows.h"
+
+#include "kernels/error.h"
+
+namespace kvq {
+
+Work WorkOf(Session& session, const Cell& cell) {
+  const Tokenizer& tokenizer = session.tokenizer(cell.model);
+  Work work{StrCat(cell.model, "/", cell.backend, "/", cell.context, "/", cell.batch),
+            session.model(cell.model), FindBackend(cell.backend), session.corpus_ids(cell.model),
+            {}};
+  if (tokenizer.adds_bos()) work.bos.push_back(*tokenizer.bos_id());
+  return work;
+}
+
+std::vector<Window> WindowsOf(const Work& work, const Cell& cell, const Options& options) {
+  const int64_t bos = static_cast<int64_t>(work.bos.size());
+  const std::vector<Window> windows =
+      DecodeWindows(static_cast<int64_t>(work.text.size()), cell.context - bos, options.stride,
+                    options.windows, bos > 0);
+  if (windows.empty()) {
+    throw Skip(StrCat("the corpus has ", work.text.size(), " tokens, one window ", cell.context));
+  }
+  return windows;
+}
+
+at::Tensor WindowIds(const Work& work, const std::vector<Window>& windows) {
+  std::vector<at::Tensor> rows;
+  for (const Window& window : windows) {
+    std::vector<int32_t> ids = work.bos;
+    ids.insert(ids.end(), work.text.begin() + window.begin, work.text.begin() + window.end);
+    rows.push_back(IdTensor(ids, 1, work.model.device()));
+  }
+  return at::cat(rows, 0);
+}
+
+void FeedAsDecoding(const Model& model, const Backend& backend, const Spec& spec,
+                    const at::Tensor& ids, KvCache& cache,
+                    const std::function<void(int64_t begin, const at::Tensor& hidden)>& use,
+                    const Tap& tap) {
+  const int64_t length = ids.size(1), chunk = spec.residual_length > 0 ? spec.residual_length : 128;
+  for (int64_t begin = 0; begin < length;) {
+    const int64_t end = std::min(begin == 0 ? spec.sink_tokens + chunk : begin + chunk, length);
+    use(begin, model.Forward(ids.narrow(1, begin, end - begin), cache, backend, tap));
+    begin = end;
+  }
+}
+
+void CompareLogits(const Work& work, const Spec& spec, const std::vector<Window>& windows,
+                   const at::Tensor& ids, const at::Tensor& reference,
+                   const std::function<void(const at::Tensor& reference, const at::Tensor& logits,
+                                            const at::Tensor& targets)>& use) {
+  const int64_t length = ids.size(1), bos = static_cast<int64_t>(work.bos.size());
+  // Position p predicts token p + 1: the first that counts is just before the first scored token.
+  const int64_t first = windows[0].score_from - windows[0].begin + bos - 1;
+  KvCache cache(spec, work.model.cache_shape(ids.size(0)), length, work.model.dtype(),
+                work.model.device());
+  FeedAsDecoding(work.model, work.backend, spec, ids, cache,
+                 [&](int64_t begin, const at::Tensor& hidden) {
+                   const int64_t from = std::max(begin, first);
+                   const int64_t to = std::min(begin + hidden.size(1), length - 1);
+                   if (from >= to) return;
+                   use(work.model.Logits(reference.narrow(1, from, to - from)),
+                       work.model.Logits(hidden.narrow(1, from - begin, to - from)),
+                       ids.narrow(1, from + 1, to - from));
+                 });
+}
+
+void AddInterval(Counters& counters, const std::string& name, double value,
+                 const std::optional<Interval>& interval, double least, double most,
+                 const std::string& suffix) {
+  counters.emplace_back(name + suffix, value);
+  if (!interval) return;
+  counters.emplace_back(name + "_lo" + suffix, std::max(interval->low, least));
+  counters.emplace_back(name + "_hi" + suffix, std::min(interval->high, most));
+}
+
+}  // namespace kvq

@@ -1,0 +1,56 @@
+// What measurements that score windows of a text share: the text, its windows as tokens, and the
+// unquantized model's predictions beside the quantized one's, made in calls as decoding would.
+#pragma once
+
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "accuracy/statistics.h"
+#include "accuracy/windows.h"
+#include "benchmarks/measurement.h"
+
+namespace kvq {
+
+// What one cell works with.
+struct Work {
+  std::string key;  // of everything the unquantized model's results depend on
+  const Model& model;
+  const Backend& backend;
+  std::vector<int32_t> text;  // the corpus in tokens
+  std::vector<int32_t> bos;   // before every window: empty, or the BOS id
+};
+
+Work WorkOf(Session& session, const Cell& cell);
+
+// The windows of protocol `decode`, of cell.context tokens with their BOS. Throws Skip where the
+// text is shorter than one.
+std::vector<Window> WindowsOf(const Work& work, const Cell& cell, const Options& options);
+
+// Tokens of windows of one length, [windows, length with BOS].
+at::Tensor WindowIds(const Work& work, const std::vector<Window>& windows);
+
+// Feeds ids [batch, n] in calls of residual_length tokens (128 where it is 0), the sinks with the
+// first, so that every token reads the history as decoding would; hands each call's first position
+// and hidden states [batch, tokens of the call, hidden_size] to `use`.
+void FeedAsDecoding(const Model& model, const Backend& backend, const Spec& spec,
+                    const at::Tensor& ids, KvCache& cache,
+                    const std::function<void(int64_t begin, const at::Tensor& hidden)>& use,
+                    const Tap& tap = {});
+
+// Runs windows that score the same positions, side by side (ids [batch, n]), through a cache of
+// `spec` and hands to `use`, call by call, for the positions whose next token counts: logits of the
+// reference, whose hidden states [batch, n, hidden_size] are given, logits of this run, [batch, m,
+// vocab_size] both, and the tokens that came, [batch, m].
+void CompareLogits(const Work& work, const Spec& spec, const std::vector<Window>& windows,
+                   const at::Tensor& ids, const at::Tensor& reference,
+                   const std::function<void(const at::Tensor& reference, const at::Tensor& logits,
+                                            const at::Tensor& targets)>& use);
+
+// Adds a value and, where there is one, its interval as `name`_lo and _hi. `most` and `least`: what
+// the quantity cannot exceed. `suffix` ends all three names.
+void AddInterval(Counters& counters, const std::string& name, double value,
+                 const std::optional<Interval>& interval, double least = -INFINITY,
+                 double most = INFINITY, const std::string& suffix = "");
+
+}  // namespace kvq
