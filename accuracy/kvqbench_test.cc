@@ -7,8 +7,11 @@
 #include <fstream>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <numeric>
 
+#include "accuracy/distribution.h"
 #include "accuracy/golden.h"
+#include "benchmarks/measurement.h"
 #include "fixtures/dataset.h"
 #include "kernels/error.h"
 
@@ -139,7 +142,7 @@ TEST_F(Kvqbench, MeasuresEverythingOnATinyModel) {
   std::ifstream in(file);
   const std::string text((std::istreambuf_iterator<char>(in)), {});
   const auto runs = ByName(text);
-  ASSERT_EQ(runs.size(), 16u);
+  ASSERT_EQ(runs.size(), 18u);
   const auto context = nlohmann::json::parse(text)["context"];
   for (const char* fact : {"kvqbench_commit", "kvqbench_build", "model " , "corpus_sha256", "seed", "dtype", "threads", "libtorch"}) {
     EXPECT_NE(context.dump().find(fact), std::string::npos) << fact;
@@ -204,6 +207,95 @@ TEST_F(Kvqbench, WhatDoesNotFitIntoMemoryIsSkippedAndTheRestRuns) {
   EXPECT_NE(runs.at("kv_size/tiny/sdpa/none/ctx:64/batch:125000")["error_message"].get<std::string>().find("out of memory"),
             std::string::npos);
   EXPECT_GT(runs.at("kv_size/tiny/sdpa/none/ctx:64/batch:1")["kv_bytes"].get<double>(), 0);
+}
+
+// Gives the tiny model heads of 64 channels, which the schemes can encode, and random weights.
+void WidenHeads(const fs::path& dir) {
+  nlohmann::json config = nlohmann::json::parse(std::ifstream(dir / "config.json")), header;
+  const int64_t wider = 64 / config["head_dim"].get<int64_t>();
+  std::string data;
+  at::manual_seed(11);
+  const Safetensors tiny = Safetensors::Open(dir.string());
+  for (const auto& [name, entry] : tiny.entries()) {
+    std::vector<int64_t> shape = entry.shape;
+    for (const char* projection : {"q_proj", "k_proj", "v_proj"}) {
+      if (name.find(projection) != std::string::npos) shape[0] *= wider;
+    }
+    if (name.find("o_proj") != std::string::npos) shape[1] *= wider;
+    const at::Tensor weights = shape.size() == 1 ? at::ones(shape) : at::randn(shape) * 0.3;
+    header[name] = {{"dtype", "F32"},
+                    {"shape", shape},
+                    {"data_offsets", {data.size(), data.size() + weights.nbytes()}}};
+    data.append(static_cast<const char*>(weights.data_ptr()), weights.nbytes());
+  }
+  const uint64_t length = header.dump().size();
+  config["head_dim"] = 64;
+  std::ofstream(dir / "wide.json") << config;
+  std::ofstream(dir / "wide.safetensors", std::ios::binary)
+          .write(reinterpret_cast<const char*>(&length), sizeof length)
+      << header << data;
+  fs::rename(dir / "wide.json", dir / "config.json");
+  fs::rename(dir / "wide.safetensors", dir / "model.safetensors");  // the old one is still mapped
+}
+
+// Lists of the JSON, and a summary that is one of the layers; the numbers are the cache's own.
+TEST_F(Kvqbench, DistributionDescribesTheCache) {
+  const c10::InferenceMode guard;
+  WidenHeads(dir_ / "tiny");
+  const std::string arguments =
+      Tiny() +
+      " --contexts=64 --batch=2 --prefill-chunk=24 --dtype=float32 --benchmark_format=json";
+  const Outcome outcome =
+      Execute(arguments + " --schemes=int4-hqq,none --benchmark_filter=distribution");
+  ASSERT_EQ(outcome.code, 0) << outcome.err;
+  const auto runs = ByName(outcome.out);
+  ASSERT_EQ(runs.size(), 1u) << "once, whatever the schemes";
+  const auto& run = runs.at("distribution/tiny/sdpa/none/ctx:64/batch:2");
+  EXPECT_EQ(outcome.out.find("]\":"), std::string::npos)
+      << "an element of a list was left a counter";
+
+  Options options{.models = {(dir_ / "tiny").string()},
+                  .corpus_file = (dir_ / "text.txt").string(),
+                  .dtype = "float32"};
+  Session session(options);
+  const auto& captured = session.captured_cache({options.models[0], "sdpa", "none", 64, 2});
+  double kurtosis_sum = 0, kurtosis_max = -INFINITY;
+  int heavy = 0;
+  for (size_t layer = 0; layer < captured.size(); ++layer) {
+    for (const auto& [side, x] :
+         {std::pair("k", captured[layer].first), std::pair("v", captured[layer].second)}) {
+      const auto value = [&, side = side](const std::string& name) {
+        return run[StrCat(name, "_", side, "/layer:", layer)];
+      };
+      Distribution of;
+      of.Add(x);
+      of.Count(x);
+      // The measurement fed 24 tokens a call, which moves float32 sums of the model.
+      EXPECT_NEAR(value("kurtosis").get<double>(), of.kurtosis(), 1e-4);
+      EXPECT_NEAR(value("std").get<double>(), of.std(), 1e-5 * of.std());
+      EXPECT_NEAR(value("var_ratio").get<double>(), of.per_channel_var() / of.per_token_var(),
+                  1e-4);
+      const std::vector<double> density = value("density"), largest = value("channel_max");
+      ASSERT_EQ(density.size(), 200u);
+      // Lists are rounded to float32.
+      EXPECT_NEAR(0.06 * std::accumulate(density.begin(), density.end(), 0.0), 1, 1e-5);
+      ASSERT_EQ(largest.size(), 4u * 64);
+      for (size_t i = 0; i < largest.size(); ++i) {
+        EXPECT_NEAR(largest[i], of.channel_max()[i], 1e-5 * of.std());
+      }
+      heavy += of.kurtosis() > 3;
+      if (side == std::string("v")) continue;
+      kurtosis_sum += value("kurtosis").get<double>();
+      kurtosis_max = std::max(kurtosis_max, value("kurtosis").get<double>());
+      EXPECT_NEAR(value("std").get<double>(),
+                  run[StrCat("std_k_pre_rope/layer:", layer)].get<double>(), 0.1 * of.std());
+      EXPECT_NE(value("density"), run[StrCat("density_k_pre_rope/layer:", layer)]);
+    }
+  }
+  EXPECT_NEAR(run["kurtosis_k_mean"].get<double>(), kurtosis_sum / 2, 1e-12);
+  EXPECT_EQ(run["kurtosis_k_max"], kurtosis_max);
+  EXPECT_EQ(run["heavy_tailed_layers"], heavy);
+  EXPECT_EQ(run["layers"], 2);
 }
 
 // ---- SmolLM2 on the default text: the numbers users see must not drift

@@ -21,6 +21,7 @@ import golden_files
 from golden_files import short
 
 VOCAB, TOKENS, GREEDY = 61, 40, 64
+IDS = [(i * i * 7 + 3 * i + 5) % VOCAB for i in range(TOKENS)]
 SIZES = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=40, num_hidden_layers=2,
              max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 HEADS = dict(num_attention_heads=4, num_key_value_heads=2)
@@ -127,12 +128,11 @@ def wrap(source, target):
 
 
 def computed(model):
-    ids = [(i * i * 7 + 3 * i + 5) % VOCAB for i in range(TOKENS)]
     positions = [0, 1, 17, TOKENS - 1]
     with torch.no_grad():
         cache = DynamicCache()  # without a config it keeps every token of sliding layers, too
-        logits = model(torch.tensor([ids]), past_key_values=cache, use_cache=True).logits[0]
-        longer, closest = list(ids), 1.0
+        logits = model(torch.tensor([IDS]), past_key_values=cache, use_cache=True).logits[0]
+        longer, closest = list(IDS), 1.0
         for _ in range(GREEDY):  # by hand: generate() would mask what it takes for padding
             last = model(torch.tensor([longer])).logits[0, -1]
             top = last.topk(2).values
@@ -141,7 +141,7 @@ def computed(model):
     assert closest > 1e-5, f"two tokens are nearly as likely ({closest}): take another seed"
     layers = [{"keys": [short(x) for x in layer.keys.reshape(-1)[::13]],
                "values": [short(x) for x in layer.values.reshape(-1)[::13]]} for layer in cache.layers]
-    return {"ids": ids, "positions": positions, "logits": [[short(x) for x in logits[i, :VOCAB]] for i in positions],
+    return {"ids": IDS, "positions": positions, "logits": [[short(x) for x in logits[i, :VOCAB]] for i in positions],
             "greedy": longer[TOKENS:], "cache": layers}
 
 

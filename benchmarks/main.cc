@@ -8,6 +8,7 @@
 #include <iostream>
 #include <regex>
 
+#include "benchmarks/json_reporter.h"
 #include "benchmarks/options.h"
 #include "kernels/error.h"
 
@@ -16,7 +17,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
-// Console output without the counters of single layers and depths, which the JSON has.
+// Console output without the counters of single layers and depths, nor lists, which the JSON has.
 class Console : public benchmark::ConsoleReporter {
  public:
   Console() : ConsoleReporter(OO_Defaults) {}
@@ -24,7 +25,7 @@ class Console : public benchmark::ConsoleReporter {
     std::vector<Run> brief = runs;
     for (Run& run : brief) {
       std::erase_if(run.counters, [](const auto& counter) {
-        return counter.first.find('/') != std::string::npos;
+        return counter.first.find_first_of("/[") != std::string::npos;
       });
     }
     ConsoleReporter::ReportRuns(brief);
@@ -37,7 +38,7 @@ class Tee : public benchmark::BenchmarkReporter {
  public:
   Tee(std::unique_ptr<BenchmarkReporter> display, std::ostream* file) : display_(std::move(display)) {
     if (file != nullptr) {
-      file_ = std::make_unique<benchmark::JSONReporter>();
+      file_ = std::make_unique<JsonReporter>();
       file_->SetOutputStream(file);
     }
   }
@@ -61,7 +62,7 @@ class Tee : public benchmark::BenchmarkReporter {
 
  private:
   std::unique_ptr<BenchmarkReporter> display_;
-  std::unique_ptr<benchmark::JSONReporter> file_;
+  std::unique_ptr<JsonReporter> file_;
 };
 
 // One line a finished benchmark on stderr, with the time that is left if the rest takes as long.
@@ -154,12 +155,13 @@ std::vector<std::pair<const Measurement*, Cell>> Cells(const CommandLine& line) 
       }
     }
   }
+  const std::vector<std::string> none = {"none"};
   for (const Measurement& measurement : Measurements()) {
     for (const std::string& model : o.models) {
       for (const std::string& backend : o.backends) {
         for (const int64_t context : o.contexts) {
           for (const int64_t batch : o.batches) {
-            for (const std::string& spec : o.schemes) {
+            for (const std::string& spec : measurement.unquantized ? none : o.schemes) {
               const Cell cell{model, backend, spec, context, batch};
               if (std::regex_search(CellName(measurement, cell), filter) != negative) {
                 cells.emplace_back(&measurement, cell);
@@ -293,7 +295,7 @@ int Main(int argc, char** argv) {
   }
   std::unique_ptr<benchmark::BenchmarkReporter> display;
   if (line.output.format == "json") {
-    display = std::make_unique<benchmark::JSONReporter>();
+    display = std::make_unique<JsonReporter>();
   } else {
     display = std::make_unique<Console>();
   }

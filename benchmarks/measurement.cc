@@ -118,6 +118,12 @@ void AddSpread(Counters& counters, const std::string& name, std::vector<double> 
   counters.emplace_back(name + "_max", values.back());
 }
 
+void AddList(Counters& counters, const std::string& name, const std::vector<double>& values) {
+  for (size_t i = 0; i < values.size(); ++i) {
+    counters.emplace_back(StrCat(name, "[", i, "]"), values[i]);
+  }
+}
+
 std::string CellName(const Measurement& measurement, const Cell& cell) {
   // A model that is a path is named by its last folder: a slash would break the name apart.
   std::string model = cell.model;

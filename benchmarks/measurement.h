@@ -87,12 +87,17 @@ class Session {
 // written to the JSON and left out of the console. What was not measured is not there: never 0.
 using Counters = std::vector<std::pair<std::string, double>>;
 
+// Adds a list of numbers, which the JSON has as one array called `name`; the elements are counters
+// `name[i]` (benchmarks/json_reporter.h).
+void AddList(Counters& counters, const std::string& name, const std::vector<double>& values);
+
 struct Measurement {
   std::string name;
   std::string what;           // one line for --help
   bool timed = false;         // its number is a time: refused in anything but a Release build
   bool needs_encoding = false;  // means nothing for specs that encode nothing
   bool quality = false;         // means nothing on random weights
+  bool unquantized = false;     // of the model alone: runs once, under the spec `none`
   // Measures once per state iteration, setting its time, and returns the counters.
   Counters (*run)(Session& session, const Cell& cell, benchmark::State& state);
 };
