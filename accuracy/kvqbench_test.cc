@@ -10,8 +10,10 @@
 #include <numeric>
 
 #include "accuracy/distribution.h"
+#include "accuracy/error_sum.h"
 #include "accuracy/golden.h"
-#include "benchmarks/measurement.h"
+#include "accuracy/sensitivity.h"
+#include "accuracy/text_windows.h"
 #include "fixtures/dataset.h"
 #include "kernels/error.h"
 
@@ -142,7 +144,7 @@ TEST_F(Kvqbench, MeasuresEverythingOnATinyModel) {
   std::ifstream in(file);
   const std::string text((std::istreambuf_iterator<char>(in)), {});
   const auto runs = ByName(text);
-  ASSERT_EQ(runs.size(), 18u);
+  ASSERT_EQ(runs.size(), 18u);  // sensitivity runs only where the filter names it
   const auto context = nlohmann::json::parse(text)["context"];
   for (const char* fact : {"kvqbench_commit", "kvqbench_build", "model " , "corpus_sha256", "seed", "dtype", "threads", "libtorch"}) {
     EXPECT_NE(context.dump().find(fact), std::string::npos) << fact;
@@ -296,6 +298,90 @@ TEST_F(Kvqbench, DistributionDescribesTheCache) {
   EXPECT_EQ(run["kurtosis_k_max"], kurtosis_max);
   EXPECT_EQ(run["heavy_tailed_layers"], heavy);
   EXPECT_EQ(run["layers"], 2);
+}
+
+// Each number of the profile against runs under the spec of that layer and part: the same attention
+// outputs, bit for bit, whose inputs nothing has touched, and perplexity's own kld.
+TEST_F(Kvqbench, SensitivityEqualsRunsOfItsSpecs) {
+  const c10::InferenceMode guard;
+  WidenHeads(dir_ / "tiny");
+  const std::string spec = "int2-hqq@residual=16@sinks=2";
+  const std::string part = "none@residual=16@sinks=2@layers=1-1:int2-hqq+none";
+  const std::string arguments =
+      Tiny() + " --contexts=64 --windows=3 --batch=2 --dtype=float32 --benchmark_format=json";
+  const Outcome outcome = Execute(arguments + " --schemes=" + spec +
+                                  ",int2-hqq@residual=16@layers=0-0:none,int4-hqq "
+                                  "--benchmark_filter=sensitivity");
+  ASSERT_EQ(outcome.code, 0) << outcome.err;
+  const auto runs = ByName(outcome.out);
+  const auto& run = runs.at("sensitivity/tiny/sdpa/" + spec + "/ctx:64/batch:2");
+
+  Options options{.models = {(dir_ / "tiny").string()},
+                  .corpus_file = (dir_ / "text.txt").string(),
+                  .windows = 3,
+                  .dtype = "float32"};
+  Session session(options);
+  const Cell cell{options.models[0], "sdpa", spec, 64, 2};
+  const Work work = WorkOf(session, cell);
+  for (int64_t layer = 0; layer < 2; ++layer) {
+    for (const auto& [name, keys, values] :
+         {std::tuple("k", true, false), std::tuple("v", false, true),
+          std::tuple("kv", true, true)}) {
+      const auto attended = [&, keys = keys, values = values](const at::Tensor& ids,
+                                                              const std::string& text) {
+        KvCache cache(ParseSpec(text), work.model.cache_shape(ids.size(0)), 64, at::kFloat,
+                      at::kCPU);
+        std::vector<at::Tensor> calls;
+        FeedAsDecoding(
+            work.model, work.backend, ParseSpec(spec), ids, cache,
+            [](int64_t, const at::Tensor&) {},
+            [&](const LayerView& view) {
+              if (view.cached_layer == layer) calls.push_back(view.attended.clone());
+            });
+        // The first call reads 2 sinks and 16 tokens as they are.
+        return at::cat(calls, 2).narrow(2, 18, 64 - 18);
+      };
+      ErrorSum error;
+      for (const std::vector<Window>& group : SideBySide(WindowsOf(work, cell, options), 2)) {
+        const at::Tensor ids = WindowIds(work, group);
+        const std::string encoded = PartOfSpec(ParseSpec(spec), layer, layer, keys, values);
+        error.Add(ErrorSum::Of(attended(ids, "none"), attended(ids, encoded)));
+      }
+      const double nmse = run[StrCat("attention_nmse_", name, "/layer:", layer)];
+      EXPECT_GT(nmse, 1e-4);
+      EXPECT_NEAR(nmse, error.nmse(), 1e-12 * nmse);  // sums of float64 in another order
+    }
+  }
+  const auto perplexity =
+      ByName(Execute(arguments + " --schemes=" + part + " --benchmark_filter=perplexity").out);
+  const auto& of_part = perplexity.at("perplexity/tiny/sdpa/" + part + "/ctx:64/batch:2");
+  // Its reference comes from one call: float32 sums in another order, as in kld_floor_nats.
+  EXPECT_NEAR(run["kld_nats_k/layer:1"].get<double>(), of_part["kld_nats"].get<double>(), 1e-6);
+  EXPECT_NEAR(run["top1_agreement_k/layer:1"].get<double>(),
+              of_part["top1_agreement"].get<double>(), 1e-12);
+  EXPECT_GT(run["kld_nats_k/layer:1"].get<double>(), 1e-5);
+  EXPECT_LT(run["kld_nats_k_lo/layer:1"].get<double>(), run["kld_nats_k/layer:1"].get<double>());
+  EXPECT_GT(run["logits_nmse_v/layer:0"].get<double>(), 1e-6);
+  EXPECT_EQ(
+      run["kld_nats_v_max"].get<double>(),
+      run[StrCat("kld_nats_v/layer:", run["most_sensitive_layer_v"].get<int>())].get<double>());
+  EXPECT_EQ(run["windows"], 3);
+
+  const auto& half =
+      runs.at("sensitivity/tiny/sdpa/int2-hqq@residual=16@layers=0-0:none/ctx:64/batch:2");
+  EXPECT_FALSE(half.contains("kld_nats_k/layer:0")) << "nothing is encoded there";
+  EXPECT_TRUE(half.contains("kld_nats_k/layer:1"));
+  EXPECT_NE(runs.at("sensitivity/tiny/sdpa/int4-hqq/ctx:64/batch:2")["error_message"]
+                .get<std::string>()
+                .find("nothing is encoded"),
+            std::string::npos)
+      << "128 tokens of residual";
+
+  const std::string list = Tiny() + " --schemes=none --contexts=32 --benchmark_list_tests";
+  EXPECT_EQ(Execute(list).out.find("sensitivity"), std::string::npos)
+      << "it costs too much to run unasked";
+  EXPECT_NE(Execute(list + " --benchmark_filter='error|sensitivity'").out.find("sensitivity"),
+            std::string::npos);
 }
 
 // ---- SmolLM2 on the default text: the numbers users see must not drift

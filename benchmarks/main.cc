@@ -157,6 +157,10 @@ std::vector<std::pair<const Measurement*, Cell>> Cells(const CommandLine& line) 
   }
   const std::vector<std::string> none = {"none"};
   for (const Measurement& measurement : Measurements()) {
+    if (measurement.on_request &&
+        line.output.filter.find(measurement.name) == std::string::npos) {
+      continue;
+    }
     for (const std::string& model : o.models) {
       for (const std::string& backend : o.backends) {
         for (const int64_t context : o.contexts) {

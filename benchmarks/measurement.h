@@ -98,6 +98,7 @@ struct Measurement {
   bool needs_encoding = false;  // means nothing for specs that encode nothing
   bool quality = false;         // means nothing on random weights
   bool unquantized = false;     // of the model alone: runs once, under the spec `none`
+  bool on_request = false;      // so costly that it runs only where --benchmark_filter names it
   // Measures once per state iteration, setting its time, and returns the counters.
   Counters (*run)(Session& session, const Cell& cell, benchmark::State& state);
 };

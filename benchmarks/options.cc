@@ -80,7 +80,7 @@ std::vector<Flag> Flags(Options& o) {
       numbers("batch", "sequences at a time", o.batches),
       text("corpus", "text by catalogue name", o.corpus),
       text("corpus-file", "a UTF-8 text file, or a folder of them, instead", o.corpus_file),
-      number("windows", "windows of text that perplexity scores", o.windows, 1),
+      number("windows", "windows of text that perplexity and sensitivity score", o.windows, 1),
       number("stride", "tokens from window to window; 0: disjoint (decode), half a window (study)",
              o.stride, 0),
       text("protocol", "of perplexity: decode, or study (the reference study's two phases)",
