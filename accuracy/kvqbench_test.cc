@@ -1,14 +1,12 @@
 // The command as its users run it: what it prints, what it refuses, and that it leaves nothing half-written.
 #include <gtest/gtest.h>
-#include <sys/wait.h>
 
 #include <cmath>
-#include <filesystem>
-#include <fstream>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <numeric>
 
+#include "accuracy/command.h"
 #include "accuracy/distribution.h"
 #include "accuracy/error_sum.h"
 #include "accuracy/golden.h"
@@ -21,25 +19,6 @@ namespace kvq {
 namespace {
 
 namespace fs = std::filesystem;
-
-struct Outcome {
-  int code;
-  std::string out, err;
-};
-
-// Runs kvqbench with these arguments; `before` may set limits.
-Outcome Execute(const std::string& arguments, const std::string& before = "") {
-  const fs::path dir = fs::path(testing::TempDir());
-  const std::string id = testing::UnitTest::GetInstance()->current_test_info()->name();
-  const std::string out = dir / (id + ".out"), err = dir / (id + ".err");
-  const int status = std::system(
-      StrCat("(", before, " exec ", KVQ_BENCH_EXE, " ", arguments, ") >", out, " 2>", err, " </dev/null").c_str());
-  const auto read = [](const std::string& path) {
-    std::ifstream file(path);
-    return std::string((std::istreambuf_iterator<char>(file)), {});
-  };
-  return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, read(out), read(err)};
-}
 
 // The tiny model of the parity tests with the tokenizer of the tokenizer tests, and a text for it.
 class Kvqbench : public testing::Test {
@@ -122,17 +101,9 @@ TEST_F(Kvqbench, ListsWhatItWouldRun) {
   EXPECT_EQ(negative.code, 2) << "every name but kv_size has an e";
   const Outcome help = Execute("--help");
   EXPECT_EQ(help.code, 0);
-  for (const char* word : {"--models", "--corpus-file", "perplexity", "int4-hqq", "sdpa", "exit code"}) {
+  for (const char* word : {"--models", "--corpus-file", "perplexity", "--protocol=study:", "int4-hqq", "sdpa", "exit code"}) {
     EXPECT_NE(help.out.find(word), std::string::npos) << word;
   }
-}
-
-// benchmarks.json by name.
-std::map<std::string, nlohmann::json> ByName(const std::string& text) {
-  std::map<std::string, nlohmann::json> runs;
-  const nlohmann::json all = nlohmann::json::parse(text);
-  for (const auto& run : all["benchmarks"]) runs[run["name"]] = run;
-  return runs;
 }
 
 TEST_F(Kvqbench, MeasuresEverythingOnATinyModel) {

@@ -10,7 +10,9 @@
 // Protocol `study` is the reference study's: half-overlapping windows; the quantized model is given the
 // first half in one call and the second half in another, and only the second call is scored, without its
 // first token; the first window is never quantized; a window's mean counts once for every target, scored or
-// not. With @policy=hf it replays what that study's library did.
+// not. With @policy=hf it replays what that study's library did. The JSON has each window's sums, from which
+// other choices follow (accuracy/defects.py): its targets, how many of them each model scored, both nll
+// sums, and the unquantized nll of the first scored one, which the quantized model leaves out.
 #include <map>
 
 #include "accuracy/scoring.h"
@@ -135,8 +137,9 @@ Counters DecodeProtocol(const Work& work, const Spec& spec, const Cell& cell,
   return counters;
 }
 
-// Mean nll of the tokens from `score_from` on (a window's targets), as the study computes it.
-double StudyNll(const Work& work, const Spec& spec, const Window& window, bool quantized) {
+// nll of a window's targets as the study scores them, less those that it leaves out at the front.
+std::vector<double> StudyNll(const Work& work, const Spec& spec, const Window& window,
+                             bool quantized) {
   const at::Tensor ids = WindowIds(work, {window});
   const int64_t length = ids.size(1), overlap = window.score_from - window.begin;
   KvCache cache(quantized ? spec : ParseSpec("none"), work.model.cache_shape(1), length,
@@ -146,15 +149,25 @@ double StudyNll(const Work& work, const Spec& spec, const Window& window, bool q
   if (phase2 > 0) work.model.Forward(ids.narrow(1, 0, phase2), cache, work.backend);
   const at::Tensor hidden =
       work.model.Forward(ids.narrow(1, phase2, length - phase2), cache, work.backend);
-  double nll = 0;
+  std::vector<double> nll;
   const int64_t first = std::max(overlap, phase2 + 1);  // the first token whose nll is counted
   for (int64_t begin = first; begin < length; begin += 256) {  // logits of few positions at a time
     const int64_t n = std::min<int64_t>(256, length - begin);
     const at::Tensor log =
         at::log_softmax(work.model.Logits(hidden.narrow(1, begin - 1 - phase2, n)), -1);
-    nll -= log.gather(-1, ids.narrow(1, begin, n).unsqueeze(-1)).to(at::kDouble).sum().item<double>();
+    const at::Tensor of_targets =
+        log.gather(-1, ids.narrow(1, begin, n).unsqueeze(-1)).view({n}).to(at::kDouble).cpu();
+    for (int64_t i = 0; i < n; ++i) nll.push_back(-of_targets[i].item<double>());
   }
-  return nll / static_cast<double>(length - first);
+  return nll;
+}
+
+// The same unquantized; kept for the next spec.
+const std::vector<double>& StudyReference(const Work& work, const Window& window) {
+  static std::map<std::pair<std::string, int64_t>, std::vector<double>> known;
+  std::vector<double>& nll = known[{work.key, window.begin}];
+  if (nll.empty()) nll = StudyNll(work, ParseSpec("none"), window, false);
+  return nll;
 }
 
 Counters StudyProtocol(const Work& work, const Spec& spec, const Cell& cell,
@@ -163,21 +176,40 @@ Counters StudyProtocol(const Work& work, const Spec& spec, const Cell& cell,
       StudyWindows(static_cast<int64_t>(work.text.size()), cell.context, options.stride,
                    options.windows);
   double reference = 0, quantized = 0;
-  for (const Window& window : windows) {
+  Counters per_window;
+  for (size_t i = 0; i < windows.size(); ++i) {
+    const Window& window = windows[i];
     const double targets = static_cast<double>(window.scored());
-    const double plain = StudyNll(work, spec, window, false);
-    reference += plain * targets;
+    const std::vector<double>& plain = StudyReference(work, window);
     // An overlap shorter than 128 runs without a cache: always the first window.
     const bool encodes = window.score_from - window.begin >= 128 && !spec.stores_dense();
-    quantized += (encodes ? StudyNll(work, spec, window, true) : plain) * targets;
+    const std::vector<double> scored = encodes ? StudyNll(work, spec, window, true) : plain;
+    if (scored.empty()) {  // the study's mean over none is not a number, and so is its perplexity
+      throw Skip(StrCat("the last window has one target, which the study does not score; choose "
+                        "other --windows than ", windows.size()));
+    }
+    reference += Mean(plain) * targets;
+    quantized += Mean(scored) * targets;
+    const std::string suffix = StrCat("/window:", i);
+    const double of_plain = static_cast<double>(plain.size());
+    const double of_scored = static_cast<double>(scored.size());
+    per_window.insert(per_window.end(),
+                      {{"targets" + suffix, targets},
+                       {"scored" + suffix, of_scored},
+                       {"scored_reference" + suffix, of_plain},
+                       {"nll_reference" + suffix, Mean(plain) * of_plain},
+                       {"nll_reference_first" + suffix, plain.front()},
+                       {"nll" + suffix, Mean(scored) * of_scored}});
   }
   const double tokens = static_cast<double>(windows.back().end);
   const double ppl_reference = std::exp(reference / tokens), ppl = std::exp(quantized / tokens);
-  return {{"ppl", ppl},
-          {"ppl_reference", ppl_reference},
-          {"delta_ppl", ppl - ppl_reference},
-          {"windows", static_cast<double>(windows.size())},
-          {"scored_tokens", tokens}};
+  Counters counters = {{"ppl", ppl},
+                       {"ppl_reference", ppl_reference},
+                       {"delta_ppl", ppl - ppl_reference},
+                       {"windows", static_cast<double>(windows.size())},
+                       {"scored_tokens", tokens}};
+  counters.insert(counters.end(), per_window.begin(), per_window.end());
+  return counters;
 }
 
 Counters Perplexity(Session& session, const Cell& cell, benchmark::State& state) {
@@ -203,6 +235,7 @@ Counters Perplexity(Session& session, const Cell& cell, benchmark::State& state)
 const RegisterMeasurement kPerplexity{
     {.name = "perplexity",
      .what = "ppl, its change, KLD and top-1 agreement with the unquantized model",
+     .study = "half-overlapping windows in two calls; the second is scored, less its first token",
      .quality = true, .run = Perplexity}};
 
 }  // namespace

@@ -1,12 +1,78 @@
 // decode: new tokens per second at a context, greedy, one at a time; the prefill is outside the timer.
 // Limit: the bytes one step must read, weights and stored KV cache, over the read bandwidth measured in
 // the same run (peak_fraction).
-#include "benchmarks/measurement.h"
+//
+// Protocol `study` is the reference study's: its input; the last prompt token is fed a second time, then
+// greedy steps; and the timer starts before the whole prompt is prefilled once more (the study meant to copy
+// a cache there). tokens_per_s is that number; tokens_per_s_net is what it should have been, the same
+// steps without the prefill, and reprefill_ms the difference. The tokens are in the JSON.
+#include "benchmarks/study.h"
+#include "kernels/error.h"
 
 namespace kvq {
 namespace {
 
+at::Tensor Next(const Model& model, const at::Tensor& hidden) {
+  return model.Logits(hidden.narrow(1, hidden.size(1) - 1, 1)).argmax(-1);
+}
+
+// What one step must read, and the share of the read bandwidth that is.
+void AddLimit(Counters& counters, const Model& model, const Spec& spec, int64_t batch,
+              int64_t tokens, double seconds_per_step) {
+  const int64_t cache = KvBytes(spec, model.cache_shape(batch), tokens, model.dtype());
+  const double bytes = static_cast<double>(model.WeightBytes() + cache);
+  counters.emplace_back("bytes_per_token", bytes);
+  counters.emplace_back("peak_fraction", bytes / seconds_per_step / ReadBandwidth(model.device()));
+}
+
+Counters StudyDecode(Session& session, const Cell& cell, benchmark::State& state) {
+  const Model& model = session.model(cell.model);
+  const Backend& backend = FindBackend(cell.backend);
+  const at::Tensor ids = StudyInput(session, cell);
+  const int64_t new_tokens = session.options().decode_tokens;
+  const Spec spec = ParseSpec(cell.spec);
+  KvCache cache(spec, model.cache_shape(cell.batch), ids.size(1) + new_tokens, model.dtype(),
+                model.device());
+  const auto prefill = [&] {
+    cache.Clear();
+    StudyPrefill(model, ids, cache, backend);
+  };
+  const at::Tensor last = ids.narrow(1, ids.size(1) - 1, 1);
+  prefill();
+  Next(model, model.Forward(last, cache, backend));  // warm-up of both shapes
+  std::vector<double> rates, net_rates, prefill_ms;
+  Counters tokens;
+  const double count = static_cast<double>(new_tokens * cell.batch);
+  for (auto _ : state) {
+    const double prefill_s = Time(model.device(), prefill);
+    std::vector<at::Tensor> steps = {last};
+    const double steps_s = Time(model.device(), [&] {
+      for (int64_t i = 0; i < new_tokens; ++i) {
+        steps.push_back(Next(model, model.Forward(steps.back(), cache, backend)));
+      }
+    });
+    state.SetIterationTime(prefill_s + steps_s);
+    rates.push_back(count / (prefill_s + steps_s));
+    net_rates.push_back(count / steps_s);
+    prefill_ms.push_back(prefill_s * 1e3);
+    tokens.clear();
+    for (int64_t i = 1; i <= new_tokens; ++i) {  // of the first sequence; all are the same
+      tokens.emplace_back(StrCat("token/step:", i), steps[i][0][0].item<double>());
+    }
+  }
+  Counters counters;
+  AddSpread(counters, "tokens_per_s", rates);
+  AddSpread(counters, "tokens_per_s_net", net_rates);
+  AddLimit(counters, model, spec, cell.batch, ids.size(1) + new_tokens / 2,
+           static_cast<double>(cell.batch) / counters[3].second);
+  AddSpread(counters, "reprefill_ms", prefill_ms);
+  counters.emplace_back("prompt_tokens", static_cast<double>(ids.size(1)));
+  counters.insert(counters.end(), tokens.begin(), tokens.end());
+  return counters;
+}
+
 Counters Decode(Session& session, const Cell& cell, benchmark::State& state) {
+  if (session.options().protocol == "study") return StudyDecode(session, cell, state);
   const Model& model = session.model(cell.model);
   const Backend& backend = FindBackend(cell.backend);
   const at::Tensor ids = session.context_ids(cell);
@@ -14,19 +80,18 @@ Counters Decode(Session& session, const Cell& cell, benchmark::State& state) {
   const int64_t new_tokens = session.options().decode_tokens;
   KvCache cache(spec, model.cache_shape(cell.batch), cell.context + new_tokens, model.dtype(),
                 model.device());
-  const auto next = [&](const at::Tensor& hidden) {
-    return model.Logits(hidden.narrow(1, hidden.size(1) - 1, 1)).argmax(-1);
-  };
   const auto prefill = [&] {
     cache.Clear();
-    return next(Feed(model, ids, cache, backend, session.options().prefill_chunk));
+    return Next(model, Feed(model, ids, cache, backend, session.options().prefill_chunk));
   };
-  next(model.Forward(prefill(), cache, backend));  // warm-up of both shapes
+  Next(model, model.Forward(prefill(), cache, backend));  // warm-up of both shapes
   std::vector<double> rates, per_token;
   for (auto _ : state) {
     at::Tensor token = prefill();
     const double seconds = Time(model.device(), [&] {
-      for (int64_t i = 0; i < new_tokens; ++i) token = next(model.Forward(token, cache, backend));
+      for (int64_t i = 0; i < new_tokens; ++i) {
+        token = Next(model, model.Forward(token, cache, backend));
+      }
     });
     state.SetIterationTime(seconds);
     rates.push_back(static_cast<double>(new_tokens * cell.batch) / seconds);
@@ -35,19 +100,15 @@ Counters Decode(Session& session, const Cell& cell, benchmark::State& state) {
   Counters counters;
   AddSpread(counters, "tokens_per_s", rates);
   AddSpread(counters, "ms_per_token", per_token);
-  const int64_t middle = cell.context + new_tokens / 2;
-  const double bytes =
-      static_cast<double>(model.WeightBytes() +
-                          KvBytes(spec, model.cache_shape(cell.batch), middle, model.dtype()));
-  const double median_s = counters[3].second / 1e3;
-  counters.emplace_back("bytes_per_token", bytes);
-  counters.emplace_back("peak_fraction", bytes / median_s / ReadBandwidth(model.device()));
+  AddLimit(counters, model, spec, cell.batch, cell.context + new_tokens / 2,
+           counters[3].second / 1e3);
   return counters;
 }
 
 const RegisterMeasurement kDecode{
-    {.name = "decode", .what = "new tokens/s at a context, without its prefill", .timed = true,
-     .run = Decode}};
+    {.name = "decode", .what = "new tokens/s at a context, without its prefill",
+     .study = "\"Hello world\" as text; a second prefill inside the timer; tokens_per_s_net without it",
+     .timed = true, .run = Decode}};
 
 }  // namespace
 }  // namespace kvq

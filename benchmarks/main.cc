@@ -108,13 +108,15 @@ void RunCell(benchmark::State& state, const Measurement& measurement, const Cell
       throw Skip("random weights say nothing about quality; give --models a directory with real ones");
     }
     const c10::InferenceMode no_gradients;
+    session.note.clear();
     for (const auto& [name, value] : measurement.run(session, cell, state)) {
       state.counters[name] = value;
     }
     // The kernels that really ran: nothing falls back silently.
     state.SetLabel(StrCat(session.device().is_cuda() ? "cuda" : "cpu", " ",
                           c10::toString(session.dtype()), ", ", cell.backend,
-                          spec.stores_dense() ? "" : " on decoded tokens"));
+                          spec.stores_dense() ? "" : " on decoded tokens",
+                          session.note.empty() ? "" : "; ", session.note));
   } catch (const InputError&) {
     throw;
   } catch (const Skip& reason) {

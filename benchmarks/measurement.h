@@ -72,6 +72,9 @@ class Session {
   // [batch, kv_heads, context, head_dim], before any cache.
   const std::vector<std::pair<at::Tensor, at::Tensor>>& captured_cache(const Cell& cell);
 
+  // What the cell that runs has to say beside its numbers; ends up in its label.
+  std::string note;
+
  private:
   Options options_;
   at::Device device_;
@@ -94,6 +97,7 @@ void AddList(Counters& counters, const std::string& name, const std::vector<doub
 struct Measurement {
   std::string name;
   std::string what;           // one line for --help
+  std::string study = {};     // what --protocol=study does instead; empty: it changes nothing
   bool timed = false;         // its number is a time: refused in anything but a Release build
   bool needs_encoding = false;  // means nothing for specs that encode nothing
   bool quality = false;         // means nothing on random weights

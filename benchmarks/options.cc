@@ -83,7 +83,7 @@ std::vector<Flag> Flags(Options& o) {
       number("windows", "windows of text that perplexity and sensitivity score", o.windows, 1),
       number("stride", "tokens from window to window; 0: disjoint (decode), half a window (study)",
              o.stride, 0),
-      text("protocol", "of perplexity: decode, or study (the reference study's two phases)",
+      text("protocol", "decode, or study: as the reference study measured, see below",
            o.protocol),
       text("device", "cpu or cuda", o.device),
       text("dtype", "float32, float16, bfloat16; auto: the faster one here (CUDA: float16)", o.dtype),
@@ -160,6 +160,12 @@ std::string HelpText() {
   for (const Measurement& measurement : Measurements()) {
     help << "  " << std::left << std::setw(16) << measurement.name << measurement.what << "\n";
   }
+  help << "\n--protocol=study: what the reference study did (defects included; accuracy/README.md)\n";
+  for (const Measurement& measurement : Measurements()) {
+    if (measurement.study.empty()) continue;
+    help << "  " << std::left << std::setw(16) << measurement.name << measurement.study << "\n";
+  }
+  help << "  the others do the same under both; @policy=hf makes a spec encode as its library did\n";
   help << "\nmodels on random weights, by their published shapes\n";
   for (const PublishedShape& shape : PublishedShapes()) {
     help << "  " << std::left << std::setw(16) << shape.name << shape.source << "\n";
