@@ -7,7 +7,6 @@ import math
 import os
 import re
 from dataclasses import dataclass
-from typing import Callable
 
 from results import MIB
 

@@ -1,0 +1,291 @@
+"""The page of results: one HTML file that needs no network. page.html has its frame, its style and its script."""
+
+import html
+import os
+import re
+
+import tables
+from results import HERE
+from tables import columns_of, context_label, has_numbers, model_name, spec_order
+
+
+def e(text):
+    return html.escape(str(text), quote=True)
+
+
+def table(head, rows, classes=()):
+    """A plain table; `rows` of HTML. `classes` of the columns: text or free."""
+    cls = lambda i: f' class="{classes[i]}"' if i < len(classes) and classes[i] else ""  # noqa: E731
+    return ("<table><thead><tr>" + "".join(f'<th scope="col"{cls(i)}>{e(text)}</th>' for i, text in enumerate(head)) +
+            "</tr></thead><tbody>" + "".join("<tr>" + "".join(f"<td{cls(i)}>{cell}</td>" for i, cell in enumerate(row)) +
+                                             "</tr>" for row in rows) + "</tbody></table>")
+
+
+def wide(content, label):
+    """What may be wider than the screen, to be scrolled by keyboard too."""
+    return f'<div class="wide" role="region" aria-label="{e(label)}" tabindex="0">{content}</div>'
+
+
+def several(cells, get):
+    return len({get(cell) for cell in cells}) > 1
+
+
+def listed(values):
+    return ", ".join(str(value) for value in values)
+
+
+# ---- what was measured on what
+
+# Facts of a run in the order in which they are shown; whatever else a file says of itself follows.
+FACTS = ["date", "gpu", "gpu_name", "cpu", "device", "driver", "dtype", "threads", "num_cpus", "kvqbench_commit",
+         "kvqbench_build", "libtorch", "cuda", "pytorch_version", "transformers_version", "cuda_version", "corpus",
+         "corpus_sha256", "ppl_dataset", "ppl_tokens", "protocol", "seed", "read_gb_per_s", "vram_total_mb"]
+NOT_SHOWN = {"kv_quant", "combo_elapsed_s", "experiment_id", "merged_from", "executable", "json_schema_version",
+             "library_version"}
+
+
+def facts_of(results, run):
+    """name -> all values that the files of a run give, each once."""
+    found = {}
+    for file in results.files:
+        if file.run == run and not file.superseded_by:
+            for key, value in {"measured": file.timestamp.replace("T", " "), **file.facts}.items():
+                if key not in NOT_SHOWN and key != "date" and not key.startswith("model_config ") and value is not None:
+                    found.setdefault(key, [])
+                    if str(value) not in found[key]:
+                        found[key].append(str(value))
+    if len(found.get("measured", [])) > 1:
+        found["measured"] = [f"{min(found['measured'])} to {max(found['measured'])}"]
+    order = {key: i for i, key in enumerate(["measured"] + FACTS)}
+    return dict(sorted(found.items(), key=lambda item: (order.get(item[0], 99), item[0])))
+
+
+def measured_section(results):
+    parts = []
+    for run in results.runs():
+        cells = results.of(run)
+        numbers = [cell for cell in cells if has_numbers(cell)]
+        of = numbers or cells
+        parts.append(f"<h3>{e(run)}</h3>")
+        parts.append("<p>" + e(
+            f"{len(of)} cells: " + "; ".join(filter(None, [
+                "models " + listed(sorted({model_name(c.model) for c in of})),
+                "attention " + listed(sorted({c.backend for c in of})),
+                "schemes " + listed(sorted({c.spec for c in of}, key=spec_order)) if numbers else
+                "distributions of keys and values",
+                "contexts " + listed(context_label(c) for c in sorted({c.context for c in of})),
+                "batch " + listed(sorted({c.batch for c in of})),
+                "on " + listed(sorted({c.device for c in of} - {"?"})) if {c.device for c in of} != {"?"} else ""]))
+            + ".") + "</p>")
+        facts = facts_of(results, run)
+        parts.append("<details><summary>Facts of this run</summary>" + wide(table(
+            ["fact", "value"], [[e(key), e(listed(values))] for key, values in facts.items()], ("text", "free")),
+            f"Facts of {run}") + "</details>")
+    return "".join(parts)
+
+
+# ---- warnings
+
+def warnings(results, missing=()):
+    """[(kind, what it means, [cases])], kinds without a case left out."""
+    name = lambda cell: (f"{cell.run}: " if several(results.current(), lambda c: c.run) else "") + (  # noqa: E731
+        f"{model_name(cell.model)}, {cell.backend}, {cell.spec}, {context_label(cell.context)}, batch {cell.batch}")
+    current = results.current()
+    skipped = [(cell, measurement, reason) for cell in current for measurement, reason in cell.skipped.items()
+               if "nothing is encoded" not in reason]
+    failed = [item for item in skipped if not item[2].startswith("skipped")]
+    busy, scaled = [], []
+    for file in results.files:
+        load, cores = file.facts.get("load_avg"), file.facts.get("num_cpus")
+        if load and cores and load[0] > cores + 0.5:
+            busy.append(f"{file.path}: load {load[0]:.1f} on {cores} cores")
+        if file.facts.get("cpu_scaling_enabled"):
+            scaled.append(file.path)
+    spread, single, noise, zero, throttled, overflow = [], [], [], [], [], []
+    for cell in current:
+        for key, value in cell.values.items():
+            if key.endswith("tokens_per_s") and value:
+                low, high = cell[key + "_min"], cell[key + "_max"]
+                if low is not None and (high - low) / value > 0.1:
+                    spread.append(f"{name(cell)}: {key.split('.')[0]} {low:.1f} to {high:.1f}, median {value:.1f} tokens/s")
+            if key.rsplit(".", 1)[-1].startswith("throttled") and value and "/" not in key:
+                throttled.append(f"{name(cell)}: {key}")
+        if cell["prefill.prefill_ms"] is not None and cell["prefill.prefill_ms_min"] is None:
+            single.append(name(cell))
+        floor, kld = cell["perplexity.kld_floor_nats"], cell["perplexity.kld_nats"]
+        low = cell["perplexity.kld_nats_lo"]
+        if cell.spec != "none" and floor and kld is not None and (kld if low is None else low) <= floor:
+            noise.append(f"{name(cell)}: {kld:.5f} nats, rounding alone {floor:.5f}")
+        low, high = cell["perplexity.delta_ppl_lo"], cell["perplexity.delta_ppl_hi"]
+        if cell.spec != "none" and low is not None and high is not None and low <= 0 <= high:
+            zero.append(f"{name(cell)}: {cell['perplexity.delta_ppl']:+.4f} [{low:+.4f}, {high:+.4f}]")
+        reserved, total = cell["memory.vram_reserved_bytes"], cell["memory.vram_total_bytes"]
+        if cell["memory.vram_overflow"] or reserved and total and reserved > total:
+            overflow.append(f"{name(cell)}: {reserved / 2**20:.0f} of {total / 2**20:.0f} MiB" if reserved and total
+                            else name(cell))
+    superseded = [f"{file.path}, by {file.superseded_by}" for file in results.files if file.superseded_by]
+    kinds = [
+        ("Failed", "These cells were tried and have no number.", [f"{name(c)}: {m}: {r}" for c, m, r in failed]),
+        ("Not read", "These files are left out.", [f"{path}: {reason}" for path, reason in results.refused]),
+        ("Throttled", "The device ran below its clock; these times are too long.", throttled),
+        ("Busy machine", "Others used the processor when the run began; its times are too long.", busy),
+        ("Changing clock", "The processor may change its clock; times vary with it.", scaled),
+        ("Spread", "The fastest and the slowest repetition are more than 10 % apart.", spread),
+        ("More memory than the device has", "Part of it lay elsewhere; times are not the device's own.", overflow),
+        ("Within the noise", "The KL divergence is not above what rounding alone does.", noise),
+        ("Below its own confidence", "The interval of the change of perplexity has 0 in it: no change is shown.", zero),
+        ("One repetition", "Times have no spread: they were measured once.", single),
+        ("Skipped", "These cells cannot run here.", [f"{name(c)}: {m}: {r}" for c, m, r in skipped if (c, m, r) not in failed]),
+        ("Superseded", "Newer files have measured all of these again; they are in tables/results.csv alone.", superseded),
+        ("Figures left out", "These results do not have what they show.", [f"{title}: {why}" for title, why in missing])]
+    return [kind for kind in kinds if kind[2]]
+
+
+def warnings_section(found):
+    if not found:
+        return "<p>None: every cell has its numbers.</p>"
+    return "".join(f"<details><summary><strong>{e(kind)}</strong> ({len(cases)}): {e(what)}</summary><ul>" +
+                   "".join(f"<li>{e(case)}</li>" for case in cases) + "</ul></details>" for kind, what, cases in found)
+
+
+# ---- the table
+
+def results_section(results, cells):
+    columns = columns_of(cells)
+    sides = [("model", "model", lambda c: model_name(c.model)), ("scheme", "spec", lambda c: c.spec),
+             ("context", "context", lambda c: context_label(c.context))]
+    for title, attribute in (("attention", "backend"), ("batch", "batch"), ("device", "device"), ("run", "run")):
+        if several(cells, lambda c: getattr(c, attribute)):
+            sides.append((title, attribute, lambda c, a=attribute: getattr(c, a)))
+    filters = []
+    for title, attribute, show in sides:
+        values = {getattr(cell, attribute): show(cell) for cell in cells}
+        order = sorted(values, key=spec_order if attribute == "spec" else None)
+        filters.append(f'<label>{e(title)}<select data-filter="{attribute}"><option value="">all</option>' + "".join(
+            f'<option value="{e(value)}">{e(values[value])}</option>' for value in order) + "</select></label>")
+    head = "".join(f'<th scope="col" aria-sort="none"{" class=text" if a not in ("context", "batch") else ""}>'
+                   f'<button type="button">{e(t)}</button></th>' for t, a, _ in sides)
+    head += "".join(f'<th scope="col" aria-sort="none"><button type="button" title="{e(c.what)}">{e(c.heading)}</button></th>'
+                    for c in columns)
+    rows = []
+    for i, cell in enumerate(cells):
+        data = "".join(f' data-{a}="{e(getattr(cell, a))}"' for _, a, _ in sides)
+        row = []
+        for _, attribute, show in sides:
+            text = e(show(cell))
+            if attribute == "spec":
+                text = f'<a href="#cell-{i}" title="raw data of this cell">{text}</a>'
+            kind = "" if attribute in ("context", "batch") else ' class="text"'
+            row.append(f'<td{kind} data-value="{e(getattr(cell, attribute))}">{text}</td>')
+        for column in columns:
+            value = cell[column.key]
+            shown = column.text(cell)
+            row.append(f'<td data-value="{"" if value is None else repr(float(value))}">{e(shown)}</td>')
+        rows.append(f"<tr{data}>{''.join(row)}</tr>")
+    words = "".join(f"<li><strong>{e(c.heading)}</strong>: {e(c.what)}</li>" for c in columns)
+    return (f'<div class="filters">{"".join(filters)}<label>search<input id="search" type="search"></label>'
+            '<button type="button" id="reset">show all</button><span id="count" role="status" class="soft"></span></div>' +
+            wide(f'<table id="results"><caption class="soft">Click a heading to sort; brackets are 95 % intervals; '
+                 f'a dash was not measured.</caption><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>',
+                 "Table of results") +
+            f'<details><summary>What the columns are</summary><ul>{words}</ul></details>')
+
+
+# ---- figures, statements, raw data, how to make it again
+
+def figure_section(drawn):
+    shown = []
+    for item in drawn:
+        links = ", ".join(f'<a href="figures/{e(file)}">{e(file.rsplit(".", 1)[-1].upper())}</a>' for file in item.files)
+        svg = item.svg.replace("<svg ", f'<svg role="img" aria-label="{e(item.title + ". " + item.alt)}" ', 1)
+        run = f' <span class="soft">({e(item.run)})</span>' if item.run and len({d.run for d in drawn if d.run}) > 1 else ""
+        shown.append(f'<figure id="{e(item.name)}">{svg}<figcaption><strong>{e(item.title)}{run}</strong>{e(item.alt)} '
+                     f'<span class="no-print">{links}</span></figcaption></figure>')
+    return f'<div class="figures">{"".join(shown)}</div>'
+
+
+def claims_section(claims):
+    rows = [[f'<span class="{"holds" if c.holds else "fails"}">{"holds" if c.holds else "contradicted"}</span>',
+             e(c.statement), e(c.where), e(c.finding)] for c in claims]
+    return ("<p>What the reference study published, set against its own raw data. Every finding is computed from the files "
+            "named above. Statements about code alone cannot be checked here.</p>" +
+            wide(table(["verdict", "statement", "where", "what the data say"], rows, ("text", "free", "free", "free")),
+                 "Published statements"))
+
+
+def raw_section(cells):
+    parts = []
+    for i, cell in enumerate(cells):
+        lines = [f"# {listed(file.path for file in cell.files)}"]
+        for key in sorted(cell.values):
+            value = cell.values[key]
+            lines.append(f"{key} = {f'[{len(value)} numbers, in the file]' if isinstance(value, list) else repr(value)}")
+        lines += [f"{key} = {text!r}" for key, text in sorted(cell.texts.items())]
+        lines += [f"{key}: {reason}" for key, reason in sorted(cell.skipped.items())]
+        title = f"{cell.run}: {cell.model}/{cell.backend}/{cell.spec}/ctx:{cell.context}/batch:{cell.batch}"
+        parts.append(f'<details id="cell-{i}"><summary>{e(title)}</summary><pre tabindex="0">{e(chr(10).join(lines))}</pre>'
+                     "</details>")
+    return f'<div class="cells">{"".join(parts)}</div>'
+
+
+def reproduce_section(results, folders):
+    commands = []
+    for run in results.runs():
+        cells = [cell for cell in results.of(run) if has_numbers(cell) or cell.skipped]
+        files = [file for file in results.files if file.run == run and file.kind == "benchmarks"]
+        if not cells or not files:
+            continue
+        facts = files[-1].facts
+        def option(name, values):
+            return f" --{name}=" + ",".join(map(str, values))
+        line = f"ci/study --out results/{tables.file_name(run)}"
+        line += option("models", sorted({c.model for c in cells}))
+        line += option("schemes", sorted({c.spec for c in cells}, key=spec_order))
+        line += option("backends", sorted({c.backend for c in cells}))
+        line += option("contexts", sorted({c.context for c in cells})) + option("batch", sorted({c.batch for c in cells}))
+        windows = {int(c["perplexity.windows"]) for c in cells if c["perplexity.windows"]}
+        line += option("windows", [max(windows)]) if windows else ""
+        for key in ("corpus", "protocol", "device", "seed"):
+            line += option(key, [facts[key]]) if facts.get(key) else ""
+        commit = facts.get("kvqbench_commit", "")
+        commands.append((f"git checkout {commit.removesuffix('-dirty')}\n" if commit else "") + line)
+    commands.append("ci/report " + " ".join(folders) + " --out OUT")
+    text = "<p>The figures, tables and this page come from the results alone, by the last command.</p>"
+    if any(file.kind != "benchmarks" for file in results.files):
+        text += ("<p>Results of schema version 2.0 were measured by the reference study's own programs "
+                 "(github.com/crack666/kv-cache-quantization); <code>kvqbench --protocol=study</code> with schemes "
+                 "<code>@policy=hf</code> repeats its protocol.</p>")
+    return text + "".join(f'<pre tabindex="0">{e(command)}</pre>' for command in commands)
+
+
+def files_section(written):
+    return "<ul>" + "".join(f'<li><a href="tables/{e(name)}">{e(name)}</a></li>' for name in written) + "</ul>"
+
+
+def write(results, drawn, missing, claims, written, folders, out):
+    cells = sorted((cell for cell in results.current() if has_numbers(cell)),
+                   key=lambda c: (results.runs().index(c.run), model_name(c.model), c.backend, c.batch, c.context,
+                                  spec_order(c.spec)))
+    found = warnings(results, missing)
+    models = sorted({model_name(cell.model) for cell in cells})
+    sections = [("measured", "What was measured on what", measured_section(results)),
+                ("warnings", "Warnings", warnings_section(found)),
+                ("results-heading", "Results", results_section(results, cells) if cells else "<p>No numbers.</p>"),
+                ("figures", "Figures", figure_section(drawn)),
+                ("statements", "Published statements", claims_section(claims) if claims else ""),
+                ("raw", "Raw data of every cell", raw_section(cells)),
+                ("reproduce", "How to make it again", reproduce_section(results, folders)),
+                ("files", "Tables to take along", files_section(written))]
+    sections = [section for section in sections if section[2]]
+    parts = {
+        "TITLE": e("What quantizing the KV cache costs and buys: " + listed(models[:6])),
+        "SUBTITLE": e(f"{len(cells)} cells of {len(results.runs())} run{'s' * (len(results.runs()) > 1)}; "
+                      f"{sum(len(cases) for _, _, cases in found)} warnings; one file, no network needed."),
+        "NAV": "".join(f'<li><a href="#{name}">{e(title)}</a></li>' for name, title, _ in sections),
+        "BODY": "".join(f'<section aria-labelledby="{name}"><h2 id="{name}">{e(title)}</h2>{content}</section>'
+                        for name, title, content in sections)}
+    with open(os.path.join(HERE, "page.html"), encoding="utf-8") as file:
+        page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], file.read())
+    with open(os.path.join(out, "index.html.part"), "w", encoding="utf-8") as file:
+        file.write(page)
+    os.replace(os.path.join(out, "index.html.part"), os.path.join(out, "index.html"))
