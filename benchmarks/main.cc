@@ -10,6 +10,7 @@
 
 #include "benchmarks/json_reporter.h"
 #include "benchmarks/options.h"
+#include "benchmarks/schema_v2.h"
 #include "kernels/error.h"
 
 namespace kvq {
@@ -195,12 +196,15 @@ void AddContext(Session& session) {
     text = text || !files.random_weights();
     benchmark::AddCustomContext("model " + model, "sha256:" + ModelSha256(files) +
                                                       (files.random_weights() ? ", random weights" : ""));
+    benchmark::AddCustomContext("model_config " + ModelLabel(model), ModelConfigV2(files).dump());
   }
   if (text) {
     benchmark::AddCustomContext("corpus", session.corpus().name);
     benchmark::AddCustomContext("corpus_sha256", session.corpus().sha256);
   }
   benchmark::AddCustomContext("protocol", o.protocol);
+  benchmark::AddCustomContext("runs", std::to_string(o.runs));
+  benchmark::AddCustomContext("decode_tokens", std::to_string(o.decode_tokens));
   benchmark::AddCustomContext("seed", std::to_string(o.seed));
   benchmark::AddCustomContext("device", o.device);
   benchmark::AddCustomContext("dtype", c10::toString(session.dtype()));
@@ -245,6 +249,10 @@ int Main(int argc, char** argv) {
   if (Schemes().empty() || Measurements().empty() || Architectures().empty() ||
       PublishedShapes().empty()) {
     throw std::runtime_error("a table is empty: its rows were lost at link time");
+  }
+  if (!line.output.to_v2.empty()) {
+    for (const std::string& path : WriteV2(line.output.files, line.output.to_v2)) std::cout << path << "\n";
+    return 0;
   }
   LimitMemory();
   KeepFreedMemory();

@@ -124,12 +124,13 @@ void AddList(Counters& counters, const std::string& name, const std::vector<doub
   }
 }
 
-std::string CellName(const Measurement& measurement, const Cell& cell) {
-  // A model that is a path is named by its last folder: a slash would break the name apart.
-  std::string model = cell.model;
+std::string ModelLabel(std::string model) {
   while (!model.empty() && model.back() == '/') model.pop_back();
-  model = model.substr(model.find_last_of('/') + 1);
-  return StrCat(measurement.name, "/", model, "/", cell.backend, "/", cell.spec,
+  return model.substr(model.find_last_of('/') + 1);
+}
+
+std::string CellName(const Measurement& measurement, const Cell& cell) {
+  return StrCat(measurement.name, "/", ModelLabel(cell.model), "/", cell.backend, "/", cell.spec,
                 "/ctx:", cell.context, "/batch:", cell.batch);
 }
 

@@ -127,6 +127,9 @@ std::vector<double> TimeIterations(benchmark::State& state, at::Device device, W
   return seconds;
 }
 
+// A model that is a path is named by its last folder: a slash would break a benchmark's name apart.
+std::string ModelLabel(std::string model);
+
 // `<measurement>/<model>/<backend>/<spec>/ctx:N/batch:B`.
 std::string CellName(const Measurement& measurement, const Cell& cell);
 

@@ -117,8 +117,13 @@ CommandLine ParseCommandLine(const std::vector<std::string>& arguments) {
       line.output.out = value;
     } else if (name == "--benchmark_out_format") {
       if (value != "json") throw InputError("--benchmark_out_format: json, not '", value, "'");
+    } else if (name == "--to-v2") {
+      if (value.empty()) throw InputError("--to-v2: wants a folder, as --to-v2=DIR");
+      line.output.to_v2 = value;
     } else if (name == "--benchmark_list_tests") {
       line.output.list_tests = value != "false" && value != "0";
+    } else if (!line.output.to_v2.empty() && argument.rfind("-", 0) != 0) {
+      line.output.files.push_back(argument);
     } else if (name.rfind("--benchmark_", 0) == 0 || name == "--v") {
       line.rest.push_back(argument);
     } else {
@@ -136,6 +141,9 @@ CommandLine ParseCommandLine(const std::vector<std::string>& arguments) {
       }
       if (!known) throw InputError(name, ": no such flag; --help lists them");
     }
+  }
+  if (!line.output.to_v2.empty() && line.output.files.empty()) {
+    throw InputError("--to-v2: wants the results to convert behind it, as --to-v2=DIR FILE.json...");
   }
   if (line.options.protocol != "decode" && line.options.protocol != "study") {
     throw InputError("--protocol: decode or study, not '", line.options.protocol, "'");
@@ -156,7 +164,9 @@ std::string HelpText() {
     help << "\n";
   }
   help << "  --benchmark_filter=REGEX, --benchmark_format=console|json, --benchmark_out=FILE.json,\n"
-          "  --benchmark_list_tests, and the others of Google Benchmark\n\nmeasurements\n";
+          "  --benchmark_list_tests, and the others of Google Benchmark\n"
+          "  --to-v2=DIR FILE.json...  measures nothing; converts results to the reference study's schema 2.0"
+          "\n\nmeasurements\n";
   for (const Measurement& measurement : Measurements()) {
     help << "  " << std::left << std::setw(16) << measurement.name << measurement.what << "\n";
   }

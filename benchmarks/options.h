@@ -14,6 +14,8 @@ struct OutputOptions {
   std::string format = "console";
   std::string out;              // --benchmark_out, always JSON
   bool list_tests = false;
+  std::string to_v2;              // --to-v2: a folder; nothing is measured
+  std::vector<std::string> files;  // what it converts
 };
 
 struct CommandLine {

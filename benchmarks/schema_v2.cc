@@ -1,0 +1,307 @@
+#include "benchmarks/schema_v2.h"
+
+#include <algorithm>
+#include <cmath>
+#include <filesystem>
+#include <fstream>
+#include <map>
+#include <regex>
+
+#include "fixtures/safetensors.h"
+#include "fixtures/spec.h"
+#include "kernels/error.h"
+
+namespace kvq {
+namespace {
+
+namespace fs = std::filesystem;
+using nlohmann::json;
+
+constexpr double kMiB = 1048576;
+
+// Benchmarks of one context: measurement -> the run as it stands in the file.
+using Context = std::map<std::string, json>;
+// Of one model, backend and spec: context -> its benchmarks.
+using Combination = std::map<int64_t, Context>;
+using Key = std::tuple<std::string, std::string, std::string>;
+
+// A counter in the schema's unit, or null.
+json Value(const Context& context, const std::string& measurement, const std::string& counter,
+           double scale = 1) {
+  const auto run = context.find(measurement);
+  if (run == context.end() || !run->second.contains(counter)) return nullptr;
+  const json& value = run->second.at(counter);
+  if (!value.is_number() || !std::isfinite(value.get<double>())) return nullptr;
+  return value.get<double>() * scale;
+}
+
+json Iterations(const Context& context, const std::string& measurement) {
+  const json value = Value(context, measurement, "iterations");
+  return value.is_null() ? value : json(static_cast<int64_t>(value.get<double>()));
+}
+
+json Number(const json& context, const char* key) {  // custom context is text
+  if (!context.contains(key)) return nullptr;
+  return std::stoll(context.at(key).get<std::string>());
+}
+
+json Text(const json& context, const char* key) {
+  return context.contains(key) ? context.at(key) : json(nullptr);
+}
+
+// Sum of what is known; null if any part is not.
+json Sum(const json& a, const json& b) {
+  if (a.is_null() || b.is_null()) return nullptr;
+  return a.get<double>() + b.get<double>();
+}
+
+json Product(const json& a, const json& b) {
+  if (a.is_null() || b.is_null()) return nullptr;
+  return a.get<double>() * b.get<double>();
+}
+
+// Seconds that all benchmarks of a context took in their timers.
+double Elapsed(const Context& context) {
+  double seconds = 0;
+  for (const auto& [name, run] : context) {
+    seconds += run.value("real_time", 0.0) * run.value("iterations", 0.0) / 1e3;
+  }
+  return seconds;
+}
+
+json Measurement(int64_t tokens, const Context& of, const Spec& spec, const json& decode_tokens,
+                 const json& memory_bytes) {
+  const json prefill_ms = Value(of, "prefill", "prefill_ms");
+  const json rate = Value(of, "decode", "tokens_per_s");
+  json decode_ms = nullptr;
+  if (!rate.is_null() && !decode_tokens.is_null()) {
+    decode_ms = 1e3 * decode_tokens.get<double>() / rate.get<double>();
+  }
+  // One run over one run: what encoding and decoding take of a prefill and of the decoding steps.
+  const auto overhead = [&](const char* measurement) -> json {
+    if (spec.stores_dense()) return 0;
+    return Sum(Product(Value(of, measurement, "share_of_prefill"), prefill_ms),
+               Product(Value(of, measurement, "share_of_decode"), decode_ms));
+  };
+  const json encode = overhead("quantize"), decode = overhead("dequantize");
+  const json both = Sum(encode, decode), whole = Sum(prefill_ms, decode_ms);
+  const json peak = Value(of, "memory", "vram_peak_bytes");
+  return {{"context_len", tokens},
+          {"prefill_ms", prefill_ms},
+          {"prefill_n_runs", Iterations(of, "prefill")},
+          {"prefill_tokens_per_sec", Value(of, "prefill", "tokens_per_s")},
+          {"decode_ms", decode_ms},
+          {"decode_n_runs", Iterations(of, "decode")},
+          {"decode_tokens", decode_tokens},
+          {"decode_tokens_per_sec", rate},
+          {"vram_peak_mb", Value(of, "memory", "vram_peak_bytes", 1 / kMiB)},
+          {"vram_reserved_mb", Value(of, "memory", "vram_reserved_bytes", 1 / kMiB)},
+          {"kv_cache_mb", Value(of, "kv_size", "kv_bytes", 1 / kMiB)},
+          {"kv_cache_type", "kvqbench " + spec.text},
+          {"quant_overhead_ms", encode},
+          {"dequant_overhead_ms", decode},
+          {"overhead_pct",
+           both.is_null() || whole.is_null() ? json(nullptr) : json(100 * both.get<double>() / whole.get<double>())},
+          {"avg_power_watts", Value(of, "decode", "watts")},
+          {"energy_mj_per_token", Value(of, "decode", "mj_per_token")},
+          {"ctx_elapsed_s", Elapsed(of)},
+          {"vram_overflow", peak.is_null() || memory_bytes.is_null()
+                                ? json(nullptr)
+                                : json(peak.get<double>() > memory_bytes.get<double>())}};
+}
+
+// The needle trials with the constant number, as the study has them.
+void AddNeedle(const Combination& contexts, json& benchmarks) {
+  int64_t trials = 0, successes = 0;
+  json per_context = json::object(), all = json::array();
+  static const std::regex kTrial("needle/depth:([0-9]+)");
+  for (const auto& [tokens, of] : contexts) {
+    const auto run = of.find("needle");
+    if (run == of.end()) continue;
+    std::vector<std::pair<int64_t, bool>> found;  // depth in percent
+    for (const auto& [counter, value] : run->second.items()) {
+      std::smatch match;
+      if (std::regex_match(counter, match, kTrial)) {
+        found.emplace_back(std::stoll(match[1]), value.get<double>() != 0);
+      }
+    }
+    if (found.empty()) continue;
+    std::sort(found.begin(), found.end());
+    int64_t here = 0;
+    for (const auto& [depth, success] : found) {
+      here += success;
+      json input = Value(of, "needle", StrCat("prompt_tokens/depth:", depth));
+      if (!input.is_null()) input = static_cast<int64_t>(input.get<double>());
+      all.push_back({{"context_length", tokens},
+                     {"depth_percent", static_cast<double>(depth) / 100},
+                     {"input_tokens", input},
+                     {"generated_text", nullptr},
+                     {"success", success}});
+    }
+    const auto count = static_cast<int64_t>(found.size());
+    per_context[std::to_string(tokens)] = {
+        {"trials", count},
+        {"successes", here},
+        {"success_rate", static_cast<double>(here) / static_cast<double>(count)}};
+    trials += count;
+    successes += here;
+  }
+  if (trials == 0) return;
+  benchmarks["needle_in_haystack"] = {
+      {"total_trials", trials},
+      {"successes", successes},
+      {"success_rate", static_cast<double>(successes) / static_cast<double>(trials)},
+      {"per_context", per_context}};
+  benchmarks["needle_in_haystack_trials"] = all;
+}
+
+json Quantization(const Spec& spec) {
+  const bool dense = spec.stores_dense();
+  static const std::regex kStudy("int[842]-(hqq|quanto)(-kivi)?");
+  const std::string& name = spec.schemes.keys->name;
+  const bool plain = spec.schemes.keys == spec.schemes.values && spec.layers.empty();
+  std::smatch match;
+  const bool known = plain && std::regex_match(name, match, kStudy);
+  json quant = {{"enabled", !dense}, {"nbits", nullptr},      {"backend", nullptr},   {"axis_key", nullptr},
+                {"axis_value", nullptr}, {"asymmetric", false}, {"spec", spec.text}};
+  if (dense) return quant;
+  quant["residual_length"] = spec.residual_length;
+  if (plain && spec.schemes.keys->keys.bits == spec.schemes.values->values.bits) {
+    quant["nbits"] = spec.schemes.keys->keys.bits;
+  }
+  quant["backend"] = known ? match[1].str() : spec.text.substr(0, spec.text.find('@'));
+  if (known) {
+    const bool kivi = match[2].matched;
+    quant["axis_value"] = match[1] == "hqq" || kivi ? 1 : 0;
+    quant["axis_key"] = kivi ? 0 : quant["axis_value"].get<int>();
+    quant["asymmetric"] = kivi;
+  }
+  return quant;
+}
+
+json Document(const json& context, const Key& key, const Combination& contexts) {
+  const auto& [model, backend, text] = key;
+  const Spec spec = ParseSpec(text);
+  const json decode_tokens = Number(context, "decode_tokens"), memory = Number(context, "gpu_memory_bytes");
+  const std::string date = context.at("date").get<std::string>().substr(0, 19);  // the machine's own time
+  json measurements = json::array(), benchmarks = json::object();
+  json window = nullptr;
+  double elapsed = 0;
+  for (const auto& [tokens, of] : contexts) {
+    measurements.push_back(Measurement(tokens, of, spec, decode_tokens, memory));
+    elapsed += Elapsed(of);
+    for (const auto& [name, counter] : {std::pair("perplexity", "ppl_reference"), std::pair("perplexity_quantized", "ppl")}) {
+      const json value = Value(of, "perplexity", counter);
+      if (value.is_null() || (spec.stores_dense() && std::string(counter) == "ppl")) continue;
+      benchmarks[name] = {{"dataset", Text(context, "corpus")}, {"tokens", tokens}, {"value", value}};
+      window = tokens;
+    }
+  }
+  AddNeedle(contexts, benchmarks);
+  const std::string model_config = "model_config " + model;
+  json shape = context.contains(model_config)
+                   ? json::parse(context.at(model_config).get<std::string>())
+                   : json{{"num_params_b", nullptr}, {"num_layers", nullptr}, {"num_q_heads", nullptr},
+                          {"num_kv_heads", nullptr}, {"gqa_ratio", nullptr}, {"head_dim", nullptr},
+                          {"max_position_embeddings", nullptr}};
+  std::string id = StrCat(model, "_", backend, "_", text == "none" ? "fp16" : text, "_");
+  std::transform(id.begin(), id.end(), id.begin(), [](unsigned char c) { return c == '-' ? '_' : std::tolower(c); });
+  for (const char c : date) {
+    if (c == 'T') id += '_';
+    else if (std::isdigit(static_cast<unsigned char>(c))) id += c;
+  }
+  const json gpu = Text(context, "gpu");
+  return {{"schema_version", "2.0"},
+          {"experiment_id", id},
+          {"timestamp", date},
+          {"model", model},
+          {"model_config", shape},
+          {"attn_backend", backend},
+          {"kv_quant", Quantization(spec)},
+          {"environment", {{"python_version", nullptr},
+                           {"pytorch_version", Text(context, "libtorch")},
+                           {"transformers_version", nullptr},
+                           {"cuda_version", Text(context, "cuda_runtime")},
+                           {"gpu_name", gpu},
+                           {"gpu_vram_gb", memory.is_null() ? memory : json(memory.get<double>() / 1e9)}}},
+          {"hardware", {{"vram_total_mb", memory.is_null() ? memory : json(memory.get<double>() / kMiB)}, {"gpu_name", gpu}}},
+          {"config", {{"seed", Number(context, "seed")},
+                      {"warmup_runs", 1},  // of prefill and of decode
+                      {"measure_runs", Number(context, "runs")},
+                      {"decode_tokens", decode_tokens},
+                      {"ppl_dataset", Text(context, "corpus")},
+                      {"ppl_tokens", window}}},
+          {"measurements", measurements},
+          {"benchmarks", benchmarks},
+          {"combo_elapsed_s", elapsed}};
+}
+
+}  // namespace
+
+json ModelConfigV2(const ModelFiles& files) {
+  const ModelConfig config = files.config();
+  json parameters = nullptr;
+  if (!files.random_weights()) {
+    int64_t count = 0;
+    const Safetensors weights = Safetensors::Open(files.dir);
+    for (const auto& [name, entry] : weights.entries()) {
+      int64_t elements = 1;
+      for (const int64_t size : entry.shape) elements *= size;
+      count += elements;
+    }
+    parameters = static_cast<double>(count) / 1e9;
+  }
+  const LayerConfig& first = config.layers.at(0);
+  return {{"num_params_b", parameters},
+          {"num_layers", config.layers.size()},
+          {"num_q_heads", config.num_heads},
+          {"num_kv_heads", first.num_kv_heads},
+          {"gqa_ratio", StrCat(config.num_heads / first.num_kv_heads, ":1")},
+          {"head_dim", first.head_dim},
+          {"max_position_embeddings", config.max_position_embeddings}};
+}
+
+std::vector<std::string> WriteV2(const std::vector<std::string>& files, const std::string& dir) {
+  static const std::regex kName("([^/]+)/([^/]+)/([^/]+)/([^/]+)/ctx:([0-9]+)/batch:([0-9]+).*");
+  std::vector<json> documents;
+  for (const std::string& path : files) {
+    std::ifstream stream(path);
+    if (!stream) throw InputError(path, ": cannot be read");
+    try {
+      const json results = json::parse(stream);
+      std::map<Key, Combination> combinations;
+      for (const json& run : results.at("benchmarks")) {
+        std::smatch match;
+        const std::string name = run.at("name");
+        if (!std::regex_match(name, match, kName)) throw InputError(path, ": '", name, "' is no benchmark of kvqbench");
+        // With repetitions, the median stands for them.
+        if (match[6] != "1" || run.value("error_occurred", false) || run.value("aggregate_name", "median") != "median") {
+          continue;
+        }
+        combinations[{match[2], match[3], match[4]}][std::stoll(match[5])][match[1]] = run;
+      }
+      for (const auto& [key, contexts] : combinations) {
+        documents.push_back(Document(results.at("context"), key, contexts));
+      }
+    } catch (const json::exception& error) {
+      throw InputError(path, ": not a benchmarks.json of kvqbench, or cut off: ", error.what());
+    } catch (const std::logic_error& error) {  // std::stoll
+      throw InputError(path, ": a number in its context is none: ", error.what());
+    }
+  }
+  std::error_code error;
+  fs::create_directories(dir, error);
+  std::vector<std::string> written;
+  for (const json& document : documents) {
+    const std::string path = fs::path(dir) / (document.at("experiment_id").get<std::string>() + ".json");
+    std::ofstream stream(path + ".part");
+    stream << document.dump(2) << "\n";
+    stream.close();
+    if (stream) fs::rename(path + ".part", path, error);
+    if (!stream || error) throw InputError("--to-v2: cannot write ", path, "; is the folder there, the disk full?");
+    written.push_back(path);
+  }
+  return written;
+}
+
+}  // namespace kvq
