@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 from matplotlib.lines import Line2D  # noqa: E402
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator  # noqa: E402
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator  # noqa: E402,F401
 
 import tables  # noqa: E402
 from tables import context_label, model_name, spec_order  # noqa: E402
@@ -108,8 +108,9 @@ def legend(figure, handles):
         return
     width, height = figure.get_size_inches()
     entry = 0.55 + 0.06 * max(len(handle.get_label()) for handle in handles)  # inches
-    columns = max(1, min(len(handles), int(width / entry)))
-    room = (0.1 + 0.16 * math.ceil(len(handles) / columns)) / height
+    rows = math.ceil(len(handles) / max(1, int(width / entry)))
+    columns = math.ceil(len(handles) / rows)
+    room = (0.1 + 0.16 * rows) / height
     figure.get_layout_engine().set(rect=(0, room, 1, 1 - room))
     figure.legend(handles=handles, loc="lower center", ncol=columns, handlelength=2.8, borderaxespad=0)
 
@@ -174,11 +175,21 @@ def lines(results, cells, value, label, reference=None):
     return figure, axes, panels, style, rows
 
 
+def mesh(axis, values, norm, cmap):
+    """Cells in colour, the first row on top; vectors, where imshow would make pixels."""
+    rows, columns = values.shape
+    drawn = axis.pcolormesh(np.arange(columns + 1) - 0.5, np.arange(rows + 1) - 0.5, np.ma.masked_invalid(values),
+                            norm=norm, cmap=cmap, edgecolors="face", linewidth=0.2)
+    axis.set_xlim(-0.5, columns - 0.5)
+    axis.set_ylim(rows - 0.5, -0.5)
+    return drawn
+
+
 def heatmap(axis, values, texts, rows, columns, norm, cmap):
     """Numbers written into their cells; what is missing is hatched."""
     grid_values = np.array([[math.nan if v is None else v for v in row] for row in values], float)
     axis.set_facecolor("none")
-    image = axis.imshow(np.ma.masked_invalid(grid_values), aspect="auto", norm=norm, cmap=cmap)
+    image = mesh(axis, grid_values, norm, cmap)
     for y, row in enumerate(values):
         for x, value in enumerate(row):
             if value is None:

@@ -13,9 +13,9 @@ from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
 
 import claims
 import tables
-from drawing import (COLOURS, DAMAGE, FAINT, INK, PAPER, RATE, WIDTH, Drawing, Drawn, FuncFormatter, Line2D, LogLocator,
-                     NullLocator, for_page, grid, heatmap, legend, lines, panels_of, plt, save, spec_handles, specs_of,
-                     styles, subplots)
+from drawing import (COLOURS, DAMAGE, FAINT, INK, RATE, WIDTH, Drawing, Drawn, FuncFormatter, Line2D, LogLocator,
+                     MaxNLocator, NullLocator, for_page, grid, heatmap, legend, lines, mesh, panels_of, plt, save,
+                     spec_handles, specs_of, styles, subplots)
 from results import MIB, decode_ms_per_token
 from tables import context_label, model_name, spec_order
 
@@ -187,8 +187,7 @@ def layer_kurtosis_profile(results, cells):
     figure, axes = subplots(len(strips), 1, squeeze=False, figsize=(WIDTH, 0.5 + 0.46 * len(strips)))
     rows = []
     for axis, (model, label, layers) in zip(axes.flat, strips):
-        image = axis.imshow([[math.nan if v is None else max(v, norm.vmin) for v in layers]], aspect="auto", norm=norm,
-                            cmap=DAMAGE)
+        image = mesh(axis, np.array([[math.nan if v is None else max(v, norm.vmin) for v in layers]]), norm, DAMAGE)
         peak = max(range(len(layers)), key=lambda i: -math.inf if layers[i] is None else layers[i])
         axis.plot(peak, -0.68, marker="v", color=INK, markersize=3.5, clip_on=False)
         axis.text(peak + len(layers) * 0.012, -0.72, f"{layers[peak]:.1f}", fontsize=6.5, va="center")
@@ -279,10 +278,12 @@ def layer_values(cells, prefix, names):
 
 def by_layer(results, cells, prefix, names, label):
     panels = [(cell, found) for _, of in panels_of(results, cells)
-              for cell, found in layer_values(sorted(of, key=lambda c: (c.context, spec_order(c.spec))), prefix, names)]
+              for cell, found in layer_values(sorted(of, key=lambda c: (c.context, spec_order(c.spec))), prefix, names)
+              if cell.batch == min(other.batch for other in cells)]
     if not panels:
         return None
-    panels = panels[:12]  # a page full
+    if len(panels) > 12:  # more than a page: the longest context alone
+        panels = [(cell, found) for cell, found in panels if cell.context == max(c.context for c, _ in panels)][:12]
     figure, axes = grid(len(panels), 1.75, sharey=True)
     rows, words = [], {name: word for name, word in names.items()}
     look = dict(zip(words, styles(words).values()))
@@ -300,6 +301,7 @@ def by_layer(results, cells, prefix, names, label):
         axis.set_yscale("log")
         axis.set_title((f"{model_name(cell.model)} {context_label(cell.context)}\n" if several else "") + cell.spec)
         axis.set_xlabel("layer")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axis in axes[::3]:
         axis.set_ylabel(label)
     legend(figure, [Line2D([], [], label=words[name], **look[name]) for name in words
@@ -352,6 +354,8 @@ def memory_loglog(results, cells):
     figure, axes, panels, style, rows = drawn
     for axis, (_, per_spec) in zip(axes, panels):
         axis.set_yscale("log", base=2)
+        values = [point[1] for points in per_spec.values() for point in points]
+        axis.set_ylim(min(values) / 1.4, max(values) * 1.6)
         slopes = [math.log2(p[-1][1] / p[0][1]) / math.log2(p[-1][0] / p[0][0]) for p in per_spec.values()]
         axis.text(0.04, 0.92, f"slope {min(slopes):.3f}" + (f" to {max(slopes):.3f}" if max(slopes) - min(slopes) > 5e-4
                                                            else ""), transform=axis.transAxes, fontsize=7)
@@ -402,20 +406,22 @@ def pareto_panels(results, cells, y_key, y_label, better, log, interval=False):
             if best is None or (value > best if better == "more" else value < best):
                 best = value
                 front.append(cell)
+        # `none` and rounding alone may be ever so small: they stand at the bottom then.
+        bottom = min((abs(c[y_key]) for c in of if c.spec != "none" and c[y_key]), default=1e-6) / 10
         def shown(cell, key):
-            return max(abs(cell[key]), 1e-5) if log else cell[key]
+            return max(abs(cell[key]), bottom) if log else cell[key]
         axis.plot([c["kv_size.bits_per_element"] for c in front], [shown(c, y_key) for c in front], color=FAINT, lw=0.9,
                   zorder=1)
         for cell in of:
             x, y = cell["kv_size.bits_per_element"], shown(cell, y_key)
             low, high = cell[y_key + "_lo"] or cell[y_key + "_min"], cell[y_key + "_hi"] or cell[y_key + "_max"]
             if interval and low is not None and high is not None and (not log or low > 0):
-                axis.plot([x, x], [max(low, 1e-5) if log else low, high], color=look[cell.spec]["color"], lw=1)
+                axis.plot([x, x], [max(low, bottom) if log else low, high], color=look[cell.spec]["color"], lw=1)
             axis.plot(x, y, linestyle="", color=look[cell.spec]["color"], marker=look[cell.spec]["marker"], markersize=5.5)
             rows.append({"panel": title, "spec": cell.spec, "bits_per_element": x, "value": cell[y_key], "lo": low,
                          "hi": high, "on_front": cell in front})
         floor = next((c["perplexity.kld_floor_nats"] for c in of if c["perplexity.kld_floor_nats"]), None)
-        if y_key == "perplexity.kld_nats" and floor:
+        if y_key == "perplexity.kld_nats" and floor and floor >= bottom:
             axis.axhline(floor, color=INK, lw=0.8, ls=(0, (1, 1)))
             axis.text(0.98, floor, "rounding alone", transform=axis.get_yaxis_transform(), fontsize=6.5, va="bottom",
                       ha="right")
@@ -465,21 +471,22 @@ def roofline(results, cells):
             return cell["prefill.gflop"] / cell["prefill.prefill_ms"] * 1e3
         return cell[kind + ".gb_per_s"]
     rows, groups = [], {}
-    for title, of in panels_of(results, cells):
+    panels = panels_of(results, cells)
+    for title, of in panels:
         longest = max(cell.context for cell in of)
         for cell in sorted((c for c in of if c.context == longest), key=lambda c: spec_order(c.spec)):
             for kind, label in kinds:
                 share, value = cell[kind + ".peak_fraction"], achieved(cell, kind)
                 if share and value:
-                    groups.setdefault(kind, []).append((f"{title}, " * (len({c.model for c in cells}) > 1) + cell.spec,
-                                                        cell.spec, value, value / share, share))
+                    groups.setdefault(kind, []).append((f"{title}, " * (len(panels) > 1) + cell.spec, cell.spec,
+                                                        value, value / share, share))
                     rows.append({"panel": title, "measurement": kind, "spec": cell.spec, "context": cell.context,
                                  "achieved": value, "limit": value / share, "share": share})
     if not groups:
         return "no limit was measured beside the times (peak_fraction)"
     most = max(len(group) for group in groups.values())
     used = [(kind, label) for kind, label in kinds if kind in groups]
-    columns = 2 if len(used) > 1 and most <= 14 else 1
+    columns = 2 if len(used) > 1 and len(panels) == 1 else 1
     figure, axes = subplots(math.ceil(len(used) / columns), columns, squeeze=False, figsize=(
         WIDTH, (0.75 + 0.2 * most) * math.ceil(len(used) / columns)))
     look = styles(specs_of(cells))
@@ -496,7 +503,7 @@ def roofline(results, cells):
         axis.set_yticklabels([item[0] for item in groups[kind]])
         axis.set_ylim(len(groups[kind]) - 0.5, -0.7)
         axis.set_xscale("log")
-        low, high = min(item[2] for item in groups[kind]), max(item[3] for item in groups[kind])
+        low, high = min(item[2] for item in groups[kind]), max(max(item[2:4]) for item in groups[kind])
         axis.set_xlim(low / 1.3, high * 1.3)
         few = high / low < 30
         axis.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if few else (1,)))

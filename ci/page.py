@@ -21,9 +21,9 @@ def table(head, rows, classes=()):
                                              "</tr>" for row in rows) + "</tbody></table>")
 
 
-def wide(content, label):
-    """What may be wider than the screen, to be scrolled by keyboard too."""
-    return f'<div class="wide" role="region" aria-label="{e(label)}" tabindex="0">{content}</div>'
+def wide(content, label, tall=""):
+    """What may be larger than the screen, to be scrolled by keyboard too."""
+    return f'<div class="wide{tall}" role="region" aria-label="{e(label)}" tabindex="0">{content}</div>'
 
 
 def several(cells, get):
@@ -156,7 +156,7 @@ def results_section(results, cells):
              ("context", "context", lambda c: context_label(c.context))]
     for title, attribute in (("attention", "backend"), ("batch", "batch"), ("device", "device"), ("run", "run")):
         if several(cells, lambda c: getattr(c, attribute)):
-            sides.append((title, attribute, lambda c, a=attribute: getattr(c, a)))
+            sides.append((title, attribute, lambda c, a=attribute: tables.file_name(c.run) if a == "run" else getattr(c, a)))
     filters = []
     for title, attribute, show in sides:
         values = {getattr(cell, attribute): show(cell) for cell in cells}
@@ -183,11 +183,11 @@ def results_section(results, cells):
             row.append(f'<td data-value="{"" if value is None else repr(float(value))}">{e(shown)}</td>')
         rows.append(f"<tr{data}>{''.join(row)}</tr>")
     words = "".join(f"<li><strong>{e(c.heading)}</strong>: {e(c.what)}</li>" for c in columns)
-    return (f'<div class="filters">{"".join(filters)}<label>search<input id="search" type="search"></label>'
+    return (f'<div class="filters">{"".join(filters)}<label>search names<input id="search" type="search"></label>'
             '<button type="button" id="reset">show all</button><span id="count" role="status" class="soft"></span></div>' +
             wide(f'<table id="results"><caption class="soft">Click a heading to sort; brackets are 95 % intervals; '
                  f'a dash was not measured.</caption><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>',
-                 "Table of results") +
+                 "Table of results", " tall") +
             f'<details><summary>What the columns are</summary><ul>{words}</ul></details>')
 
 
@@ -210,7 +210,7 @@ def claims_section(claims):
     return ("<p>What the reference study published, set against its own raw data. Every finding is computed from the files "
             "named above. Statements about code alone cannot be checked here.</p>" +
             wide(table(["verdict", "statement", "where", "what the data say"], rows, ("text", "free", "free", "free")),
-                 "Published statements"))
+                 "Table of published statements"))
 
 
 def raw_section(cells):
@@ -280,7 +280,7 @@ def write(results, drawn, missing, claims, written, folders, out):
     parts = {
         "TITLE": e("What quantizing the KV cache costs and buys: " + listed(models[:6])),
         "SUBTITLE": e(f"{len(cells)} cells of {len(results.runs())} run{'s' * (len(results.runs()) > 1)}; "
-                      f"{sum(len(cases) for _, _, cases in found)} warnings; one file, no network needed."),
+                      f"{len(found)} kinds of warnings; one file, no network needed."),
         "NAV": "".join(f'<li><a href="#{name}">{e(title)}</a></li>' for name, title, _ in sections),
         "BODY": "".join(f'<section aria-labelledby="{name}"><h2 id="{name}">{e(title)}</h2>{content}</section>'
                         for name, title, content in sections)}

@@ -1,0 +1,655 @@
+#!/usr/bin/python3
+"""Tests of ci/report: the reference study regenerated, results of kvqbench, refusals, schema 2.0, and the page in a
+browser. KVQ_BENCH_EXE: the kvqbench whose results are read (default build/release/kvqbench)."""
+
+import csv
+import glob
+import json
+import math
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import unittest
+import zipfile
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
+sys.path.insert(0, HERE)
+
+import numpy as np  # noqa: E402
+
+import browser  # noqa: E402
+import claims  # noqa: E402
+import drawing  # noqa: E402
+import page  # noqa: E402
+import results as reading  # noqa: E402
+import tables  # noqa: E402
+
+CACHE = os.environ.get("KVQ_CACHE") or os.path.expanduser("~/.cache/kvqbench")
+STUDY = os.path.join(os.environ.get("KVQ_SHARED") or os.path.join(ROOT, "..", "shared"), "reference-study", "data")
+KVQBENCH = os.environ.get("KVQ_BENCH_EXE") or os.path.join(ROOT, "build", "release", "kvqbench")
+AXE = os.path.join(CACHE, "downloads", "axe_playwright_python-0.1.8-py3-none-any.whl")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+
+
+def report(*arguments):
+    return subprocess.run([os.path.join(HERE, "report"), *arguments], capture_output=True, text=True)
+
+
+def read(*parts):
+    with open(os.path.join(*parts), encoding="utf-8", newline="") as file:
+        return file.read()
+
+
+def rows_of(text):
+    return list(csv.DictReader(text.splitlines()))
+
+
+class Once:
+    """Made once for all tests of a class, and removed after them."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = tempfile.mkdtemp(prefix="kvq_report_")
+        try:
+            cls.make()
+        except BaseException:
+            shutil.rmtree(cls.folder)
+            raise
+
+    @classmethod
+    def tearDownClass(cls):
+        shutil.rmtree(cls.folder)
+
+
+# ---- the reference study
+
+@unittest.skipUnless(os.path.isdir(STUDY), f"{STUDY} is not there")
+class Study(Once, unittest.TestCase):
+    @classmethod
+    def make(cls):
+        cls.done = report(STUDY, "--out", cls.folder)
+        cls.results = reading.load([STUDY])
+
+    def published(self, name):
+        return read(STUDY, "tables", name)
+
+    def made(self, name):
+        return read(self.folder, "tables", name)
+
+    def test_phase_b_equals_the_published_rows_cell_by_cell(self):
+        published, made = rows_of(self.published("phase_b_long_context.csv")), rows_of(self.made("phase_b_long_context.csv"))
+        self.assertEqual((len(published), len(made)), (80, 100))
+        by = {(row["model"], row["kv_quant"], row["context_len"]): row for row in made}
+        self.assertEqual(len(by), 100)
+        for row in published:
+            self.assertEqual(by[row["model"], row["kv_quant"], row["context_len"]], row)
+        # Byte for byte but for the model that the published table lacks.
+        lines = [line for line in self.made("phase_b_long_context.csv").splitlines(True) if not line.startswith("Gemma")]
+        self.assertEqual("".join(lines), self.published("phase_b_long_context.csv"))
+
+    def test_latex_tables_equal_the_published_ones(self):
+        for name in ("profiling_table_all.tex", "model_metrics_table.tex"):
+            self.assertEqual(self.made(name).rstrip("\n"), self.published(name), name)
+        rows = lambda text: [line for line in text.splitlines() if line.endswith(r"\\")]  # noqa: E731
+        made = rows(self.made("delta_ppl_cross_model.tex"))
+        self.assertEqual([line for line in made if "Gemma" not in line], rows(self.published("delta_ppl_cross_model.tex")))
+        self.assertEqual(len(made), 6)
+        self.assertIn("Model & Config", self.made("profiling_table_all_en.tex").replace(r"\textbf{", "").replace("}", ""))
+        self.assertIn("Modell & PPL", self.made("delta_ppl_cross_model_de.tex"))
+
+    def test_summaries_equal_the_published_ones(self):
+        for path in glob.glob(os.path.join(STUDY, "raw", "long_context", "*_summary.json")):
+            published = json.loads(read(path))
+            made = json.loads(self.made(f"summary_{tables.file_name(published['model'])}.json"))
+            by_file = {row["json_file"]: row for row in made["combinations"]}
+            self.assertEqual(sorted(by_file), sorted(row["json_file"] for row in published["combinations"]))
+            for row in published["combinations"]:  # only merged ones have vram_reserved_mb
+                self.assertEqual({key: by_file[row["json_file"]][key] for key in row}, row)
+            self.assertEqual(made["merged_from"], sorted(by_file))
+
+    def test_spearman_of_kurtosis(self):
+        rows = rows_of(read(self.folder, "figures", "kurtosis_vs_ppl_delta.csv"))
+        self.assertEqual(len(rows), 10)
+        self.assertEqual(f"{float(rows[0]['spearman']):.2f}", "0.74")
+
+    def test_published_statements_that_the_data_contradict(self):
+        rows = rows_of(self.made("published_statements.csv"))
+        found = {row["statement"]: row for row in rows}
+        self.assertEqual([row["statement"] for row in rows if row["holds"] == "True"],
+                         ["Kurtosis of keys goes with the change of perplexity: Spearman 0.74, n = 10."])
+        self.assertGreaterEqual(len(found), 20)
+        # The figures of the study's behavioural analysis, which come out of the data here.
+        everything = " ".join(row["finding"] for row in rows)
+        for figure in ("3.00 (Yi-1.5-9B)", "51.5 tokens/s, not 16.3", "2 warm-ups and 1 run", "100 of 100 cells: not sampled",
+                       "5 cells reserve more", "0.03 tokens/s", "32727 of 32607 MiB", "80 of 80 caches", "4 to 32 channels",
+                       "-0.0048 (INT8)", "-0.1908 (INT2)", "+0.8136, not +43.70", "+2,273, not +35,926", "+523.5 %", "+4.3 %",
+                       "57.826 (sage)", "80 rows, the raw files have 100", "33793 MiB", "7.5 % in all 72"):
+            self.assertIn(figure, everything)
+
+    def test_statements_are_computed_and_not_typed_in(self):
+        folder = os.path.join(self.folder, "changed", "raw", "long_context")
+        os.makedirs(folder)
+        for path in glob.glob(os.path.join(STUDY, "raw", "long_context", "*.json")):
+            data = json.loads(read(path))
+            for row in data.get("measurements", []):
+                row["avg_power_watts"], row["overhead_pct"] = 300.0, 5.0
+            with open(os.path.join(folder, os.path.basename(path)), "w", encoding="utf-8") as file:
+                json.dump(data, file)
+        changed = os.path.join(self.folder, "changed")
+        verdicts = {claim.where: claim for claim in claims.check(reading.load([changed]), [changed])}
+        self.assertTrue(verdicts["raw JSON files, measurements[].overhead_pct"].holds)
+        self.assertTrue(verdicts["raw JSON files"].holds)
+
+    def test_files_of_other_versions_are_named_and_the_rest_goes_on(self):
+        self.assertEqual(self.done.returncode, 0)
+        self.assertEqual(self.done.stderr.count("left out"), 6)
+        for name in ("profile_qwen2_7b_20260126_035838.json", "mistralai_Mistral-7B-v0.1_fp16_20251129_143443.json"):
+            self.assertIn(name, self.done.stderr)
+        self.assertEqual(len(self.results.files), 91)
+
+    def test_earlier_runs_of_the_same_are_superseded(self):
+        old = [file for file in self.results.files if "archive_pre_fix" in file.path and file.kind == "v2"]
+        self.assertEqual(len(old), 15)
+        for file in old:
+            self.assertIn("raw/long_context/", file.superseded_by)
+        self.assertFalse(any(file.superseded_by for file in self.results.files
+                             if file.path.startswith(("raw/long_context", "history/raw/phase_a_v3"))))
+        self.assertEqual(self.results.runs()[0], "raw/long_context")
+
+    def test_figures(self):
+        made = set(os.listdir(os.path.join(self.folder, "figures")))
+        for name in ("kurtosis_vs_ppl_delta", "vram_vs_context", "delta_ppl_heatmap", "needle_heatmap",
+                     "layer_kurtosis_profile", "kurtosis_violin", "kv_key_distributions", "pareto_kld", "pareto_decode",
+                     "stability_heatmap", "memory_loglog", "latency_vs_context"):
+            for ending in ("pdf", "svg", "png", "csv"):
+                self.assertIn(f"{name}.{ending}", made)
+            self.assertTrue(read(self.folder, "figures", name + ".svg").rstrip().endswith("</svg>"))
+            with open(os.path.join(self.folder, "figures", name + ".png"), "rb") as file:
+                self.assertEqual(file.read(8), b"\x89PNG\r\n\x1a\n")
+            self.assertGreater(len(rows_of(read(self.folder, "figures", name + ".csv"))), 3)
+        found = rows_of(read(self.folder, "figures", "needle_heatmap.csv"))
+        self.assertEqual(len(found), 5 * 5 * 4 * 5)  # models, schemes, contexts, depths
+        mistral = [row for row in found if row["panel"] == "Mistral-7B" and row["spec"] == "none"]
+        self.assertEqual(sum(float(row["found"]) for row in mistral), 10)  # of 20: success_rate 0.5
+        kv = rows_of(read(self.folder, "figures", "memory_loglog.csv"))
+        self.assertIn({"panel": "Qwen2-7B", "spec": "int4-hqq", "context": "32768", "value": "504.0"}, kv)
+
+
+# ---- results of kvqbench
+
+def write_model(folder):
+    """A Llama of two layers with heads of 64 and random weights, and the tokenizer of the parity tests."""
+    shutil.copytree(os.path.join(ROOT, "accuracy", "golden", "tokenizer"), folder)
+    config = json.loads(read(ROOT, "accuracy", "golden", "models", "llama-mha", "config.json"))
+    config.update(hidden_size=64, head_dim=64, num_attention_heads=2, num_key_value_heads=1, intermediate_size=48,
+                  max_position_embeddings=1024)
+    with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
+        json.dump(config, file)
+    shapes = {"model.embed_tokens": [420, 64], "lm_head": [420, 64], "model.norm": [64]}
+    for layer in range(2):
+        for name, shape in {"self_attn.q_proj": [128, 64], "self_attn.k_proj": [64, 64], "self_attn.v_proj": [64, 64],
+                            "self_attn.o_proj": [64, 128], "mlp.gate_proj": [48, 64], "mlp.up_proj": [48, 64],
+                            "mlp.down_proj": [64, 48], "input_layernorm": [64], "post_attention_layernorm": [64]}.items():
+            shapes[f"model.layers.{layer}.{name}"] = shape
+    random, header, data = np.random.default_rng(1), {}, b""
+    for name, shape in shapes.items():
+        part = (random.normal(0, 0.3, shape) if len(shape) > 1 else np.ones(shape)).astype("<f4").tobytes()
+        header[name + ".weight"] = {"dtype": "F32", "shape": shape, "data_offsets": [len(data), len(data) + len(part)]}
+        data += part
+    text = json.dumps(header).encode()
+    with open(os.path.join(folder, "model.safetensors"), "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text + data)
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+class Ours(Once, unittest.TestCase):
+    """What kvqbench measured just now, its version-2 files, and the reports of both."""
+
+    SPECS = ["none", "int8-hqq", "int4-hqq", "int2-hqq", "int2-hqq-kivi"]
+
+    @classmethod
+    def make(cls):
+        cls.parameters = write_model(os.path.join(cls.folder, "tiny"))
+        with open(os.path.join(cls.folder, "text.txt"), "w", encoding="utf-8") as file:
+            file.write("The capital of France is Paris. " * 800)
+        os.makedirs(os.path.join(cls.folder, "run"))
+        cls.json = os.path.join(cls.folder, "run", "benchmarks.json")
+        subprocess.run([KVQBENCH, "--models=" + os.path.join(cls.folder, "tiny"), "--corpus-file=" +
+                        os.path.join(cls.folder, "text.txt"), "--schemes=" + ",".join(cls.SPECS), "--contexts=256,512",
+                        "--batch=1,2", "--windows=3", "--runs=3", "--decode-tokens=4", "--dtype=float32",
+                        "--benchmark_out=" + cls.json], check=True, capture_output=True, env=ENVIRONMENT)
+        done = subprocess.run([KVQBENCH, "--to-v2=" + os.path.join(cls.folder, "v2"), cls.json], check=True,
+                              capture_output=True, text=True)
+        cls.v2 = done.stdout.split()
+        cls.data = json.loads(read(cls.json))
+        cls.done = report(os.path.join(cls.folder, "run"), "--out", os.path.join(cls.folder, "out"))
+        cls.results = reading.load([os.path.join(cls.folder, "run")])
+        cls.release = cls.data["context"]["kvqbench_build"] == "Release"  # others refuse to time
+
+    def cell(self, results, spec, context, batch=1):
+        return next(c for c in results.cells if (c.spec, c.context, c.batch) == (spec, context, batch))
+
+    def test_every_counter_is_read(self):
+        self.assertEqual(self.done.returncode, 0, self.done.stderr)
+        self.assertEqual(len(self.results.cells), 5 * 2 * 2)
+        for run in self.data["benchmarks"]:
+            name = reading.NAME.match(run["name"])
+            cell = self.cell(self.results, name["spec"], int(name["context"]), int(name["batch"]))
+            if run.get("error_occurred"):
+                self.assertEqual(cell.skipped[name["measurement"]], run["error_message"])
+                continue
+            for key, value in run.items():
+                if key not in reading.NO_COUNTERS:
+                    self.assertEqual(cell[f"{name['measurement']}.{key}"], value)
+
+    def test_tables(self):
+        text = read(self.folder, "out", "table.md")
+        self.assertIn("tiny, sdpa, context 512, batch 2; Float on", text)
+        cell = self.cell(self.results, "int4-hqq", 512)
+        row = next(line for line in text.split("context 512, batch 1")[1].splitlines() if line.startswith("| int4-hqq "))
+        low, high = cell["perplexity.kld_nats_lo"], cell["perplexity.kld_nats_hi"]
+        self.assertIn(f"{cell['perplexity.kld_nats']:.5f} [{low:.5f}, {high:.5f}]", row)
+        self.assertIn(f"{cell['kv_size.bits_per_element']:.3f}", row)
+        latex = read(self.folder, "out", "tables", "results_table.tex")
+        self.assertEqual(latex.count(r"\begin{tabular}"), 4)
+        self.assertEqual(latex.count("{"), latex.count("}"))
+        self.assertNotRegex(latex, r"(?<!\\)[%_#]")
+        flat = rows_of(read(self.folder, "out", "tables", "results.csv"))
+        self.assertEqual(len(flat), 20)
+        one = next(row for row in flat if (row["spec"], row["context"], row["batch"]) == ("int4-hqq", "512", "1"))
+        self.assertEqual(float(one["perplexity.kld_nats"]), cell["perplexity.kld_nats"])
+
+    def test_version_2_files_read_back_as_what_they_came_from(self):
+        self.assertEqual(len(self.v2), 5)
+        back = reading.load([os.path.join(self.folder, "v2")])  # checks them against the schema
+        self.assertEqual(back.refused, [])
+        self.assertEqual(len(back.cells), 5 * 2)
+        for cell in back.cells:
+            ours = self.cell(self.results, cell.spec, cell.context)
+            same = ["kv_size.kv_bytes", "kv_size.bits_per_element", "needle.needle_rate", "needle.needle_rate_lo",
+                    "needle.needle/depth:50"]
+            same += ["prefill.prefill_ms", "prefill.tokens_per_s", "decode.tokens_per_s"] if self.release else []
+            for key in same:
+                self.assertIsNotNone(ours[key] if key != "kv_size.bits_per_element" else cell[key])
+                if key != "kv_size.bits_per_element":  # there of elements in float32, here of 16 bits
+                    self.assertAlmostEqual(cell[key], ours[key], delta=1e-12 * abs(ours[key]), msg=key)
+            self.assertIsNone(cell["memory.vram_peak_bytes"])  # not measured: never 0
+            self.assertIsNone(cell["decode.watts"])
+        for spec in self.SPECS:
+            cell, ours = self.cell(back, spec, 512), self.cell(self.results, spec, 512)
+            self.assertEqual(cell["perplexity.ppl_reference"], ours["perplexity.ppl_reference"])
+            if spec != "none":
+                self.assertEqual(cell["perplexity.ppl"], ours["perplexity.ppl"])
+
+    def test_version_2_fields(self):
+        by_spec = {}
+        for path in self.v2:
+            data = json.loads(read(path))
+            by_spec[data["kv_quant"]["spec"]] = data
+            self.assertEqual(os.path.basename(path), data["experiment_id"] + ".json")
+            self.assertRegex(data["experiment_id"], r"^tiny_sdpa_[a-z0-9_]+_\d{8}_\d{6}$")
+        published = ["schema_version", "experiment_id", "timestamp", "model", "model_config", "attn_backend", "kv_quant",
+                     "environment", "hardware", "config", "measurements", "benchmarks", "combo_elapsed_s"]
+        kivi = by_spec["int2-hqq-kivi"]
+        self.assertEqual(sorted(kivi), sorted(published))
+        self.assertEqual(kivi["kv_quant"], {"enabled": True, "nbits": 2, "backend": "hqq", "axis_key": 0, "axis_value": 1,
+                                            "asymmetric": True, "residual_length": 128, "spec": "int2-hqq-kivi"})
+        self.assertEqual(by_spec["int4-hqq"]["kv_quant"]["axis_key"], 1)
+        self.assertEqual(by_spec["none"]["kv_quant"], {"enabled": False, "nbits": None, "backend": None, "axis_key": None,
+                                                       "axis_value": None, "asymmetric": False, "spec": "none"})
+        self.assertEqual(kivi["model_config"], {
+            "num_params_b": self.parameters / 1e9, "num_layers": 2, "num_q_heads": 2, "num_kv_heads": 1, "gqa_ratio": "2:1",
+            "head_dim": 64, "max_position_embeddings": 1024})
+        for row in kivi["measurements"]:
+            self.assertEqual(row["decode_tokens"], 4)
+            self.assertIsNone(row["vram_peak_mb"])
+            if self.release:
+                self.assertAlmostEqual(row["decode_ms"] * row["decode_tokens_per_sec"], 4000, places=6)
+                whole = row["prefill_ms"] + row["decode_ms"]
+                spent = row["quant_overhead_ms"] + row["dequant_overhead_ms"]
+                self.assertAlmostEqual(row["overhead_pct"], 100 * spent / whole, places=9)
+
+    def test_conversion_refuses_what_is_no_result(self):
+        for name, text in (("cut.json", read(self.json)[:2000]), ("other.json", '{"context": {}, "benchmarks": [{"name": "BM_x"}]}'),
+                           ("list.json", "[]")):
+            path = os.path.join(self.folder, name)
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text)
+            done = subprocess.run([KVQBENCH, "--to-v2=" + os.path.join(self.folder, "none"), path], capture_output=True,
+                                  text=True)
+            self.assertEqual((done.returncode, done.stderr.count("\n")), (2, 1), done.stderr)
+            self.assertIn(name, done.stderr)
+        self.assertFalse(os.path.exists(os.path.join(self.folder, "none")))
+
+    def test_mixed_with_the_study(self):
+        if not os.path.isdir(STUDY):
+            self.skipTest(f"{STUDY} is not there")
+        mixed = reading.load([os.path.join(self.folder, "run"), os.path.join(STUDY, "raw", "long_context")])
+        self.assertEqual(mixed.runs(), ["long_context", "run"])
+        self.assertEqual({len(mixed.of("run")), len(mixed.of("long_context"))}, {20, 100})
+
+
+# ---- what is refused
+
+class Refusals(unittest.TestCase):
+    def setUp(self):
+        self.folder = tempfile.mkdtemp(prefix="kvq_refusals_")
+        self.addCleanup(shutil.rmtree, self.folder)
+
+    def put(self, name, data):
+        with open(os.path.join(self.folder, name), "w", encoding="utf-8") as file:
+            file.write(data if isinstance(data, str) else json.dumps(data))
+
+    def good(self, **changes):
+        row = {"context_len": 4096, "prefill_ms": 1000.0, "prefill_tokens_per_sec": 4096.0, "decode_ms": 5000.0,
+               "decode_tokens": 128, "decode_tokens_per_sec": 25.6, "kv_cache_mb": 144.0, **changes.pop("row", {})}
+        return {"schema_version": "2.0", "experiment_id": "x", "timestamp": "2026-05-03T15:59:30", "model": "a/b",
+                "model_config": {"num_layers": 2, "num_q_heads": 4, "num_kv_heads": 2, "gqa_ratio": "2:1", "head_dim": 64},
+                "attn_backend": "sdpa", "kv_quant": {"enabled": False, "nbits": None, "backend": None},
+                "environment": {"gpu_name": "G"}, "config": {"decode_tokens": 128, "ppl_dataset": "w", "ppl_tokens": 4096},
+                "measurements": [row], "benchmarks": {}, **changes}
+
+    def test_bad_files_are_named_and_the_rest_goes_on(self):
+        self.put("good.json", self.good())
+        self.put("cut.json", json.dumps(self.good())[:200])
+        self.put("old.json", self.good(schema_version="1.0"))
+        self.put("lacks.json", {key: value for key, value in self.good().items() if key != "model"})
+        self.put("seconds.json", self.good(row={"prefill_ms": 1.0}))
+        self.put("negative.json", self.good(row={"kv_cache_mb": -1}))
+        self.put("text.json", self.good(row={"decode_ms": "fast"}))
+        self.put("foreign.json", {"context": {"date": "2026-01-01T00:00:00"}, "benchmarks": [{"name": "BM_Sort/8"}]})
+        self.put("list.json", [1, 2])
+        self.put("deep.json", "[" * 100000)
+        self.put("empty.json", "")
+        with open(os.path.join(self.folder, "binary.json"), "wb") as file:
+            file.write(b"\xff\xfe\x00")
+        results = reading.load([self.folder])
+        self.assertEqual([file.path for file in results.files], ["good.json"])
+        self.assertEqual(len(results.cells), 1)
+        reasons = {os.path.basename(path): reason for path, reason in results.refused}
+        for name, word in {"cut": "cut off", "old": "schema_version '1.0'", "lacks": "'model'", "seconds": "units",
+                           "negative": "kv_cache_mb", "text": "decode_ms", "foreign": "name", "list": "list",
+                           "deep": "deep", "empty": "cut off", "binary": "UTF-8"}.items():
+            self.assertIn(word, reasons[name + ".json"])
+            self.assertNotIn("\n", reasons[name + ".json"])
+        done = report(self.folder, "--out", os.path.join(self.folder, "out"))
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(done.stderr.count("left out"), 11)
+        # A second report of the same folder does not read the first one's summaries.
+        self.assertEqual(report(self.folder, "--out", os.path.join(self.folder, "out")).stderr, done.stderr)
+        self.assertIn("cut.json", read(self.folder, "out", "index.html"))
+
+    def test_bad_arguments(self):
+        self.put("cut.json", "{")
+        for arguments, word in (([self.folder], "--out"), (["--out", "x"], "folders"), ([self.folder, "--out"], "--out"),
+                                ([self.folder, "--outs=x"], "--outs"), (["/no/such", "--out", "x"], "/no/such"),
+                                ([self.folder, "--out", os.path.join(self.folder, "out")], "no results")):
+            done = report(*arguments)
+            self.assertEqual(done.returncode, 2, arguments)
+            self.assertIn(word, done.stderr.splitlines()[-1])
+        self.assertFalse(os.path.exists(os.path.join(self.folder, "out")))
+
+
+# ---- numbers
+
+class Numbers(unittest.TestCase):
+    def test_spearman(self):
+        self.assertAlmostEqual(claims.spearman([1, 2, 3, 4], [10, 20, 30, 40])[0], 1)
+        # 1 - 6 (1 + 1 + 1 + 1) / (5 * 24), Spearman 1904
+        self.assertAlmostEqual(claims.spearman([1, 2, 3, 4, 5], [2, 1, 4, 3, 5])[0], 0.8)
+        # Ties at their mean rank: (1.5, 1.5, 3) against (1, 2, 3) is sqrt(3)/2.
+        self.assertAlmostEqual(claims.spearman([7, 7, 9], [1, 2, 3])[0], math.sqrt(3) / 2)
+        self.assertGreater(claims.spearman(range(8), [3, 1, 4, 1, 5, 9, 2, 6])[1], 0.05)
+
+    def test_wilson(self):
+        # Newcombe 1998, Statistics in Medicine 17:857, table I: 81 of 263, and 0 of 20.
+        for successes, trials, low, high in ((81, 263, 0.2553, 0.3662), (0, 20, 0.0, 0.1611)):
+            found = reading.wilson(successes, trials)
+            self.assertAlmostEqual(found[0], low, places=4)
+            self.assertAlmostEqual(found[1], high, places=4)
+
+    def cells(self, rates):
+        return {context: reading.Cell("r", "d", "m", "b", "s", context, 1, {"decode.tokens_per_s": 1e3 / ms})
+                for context, ms in rates.items()}
+
+    def test_break_even(self):
+        plain = self.cells({1024: 10, 2048: 12, 4096: 20})
+        def text(rates):
+            cells = self.cells(rates)
+            reading.break_even(plain, cells)
+            cell = next(iter(cells.values()))
+            return cell.texts.get("decode.break_even"), cell["decode.break_even_context"]
+        self.assertEqual(text({1024: 12, 2048: 14, 4096: 18}), ("3072", 3072))  # +2 at 2048, -2 at 4096
+        self.assertEqual(text({1024: 12, 2048: 14, 4096: 21}), ("> 4096", None))
+        self.assertEqual(text({1024: 9, 2048: 11, 4096: 18}), ("<= 1024", 1024))
+        self.assertEqual(text({1024: 9, 2048: 14, 4096: 18}), ("3072", 3072))  # only what stays below counts
+        self.assertEqual(text({1024: 9}), (None, None))
+
+    def test_formats_of_the_study(self):
+        self.assertEqual([tables.delta_text(v) for v in (-0.0006, 0.2248, 43.7049, 35926.2553, -100.4, None)],
+                         ["-0.0006", "+0.2248", "+43.70", "+35,926", "-100", "--"])
+        self.assertEqual(tables.power_of_ten(35932.5, False), r"$3.6 \times 10^{4}$")
+        self.assertEqual(tables.power_of_ten(99999.0, True), r"$+1.0 \times 10^{5}$")
+        labels = {"none": ("FP16", "FP16", "FP16"), "int4-hqq": ("INT4", "INT4 (HQQ)", "INT4"),
+                  "int2-hqq-kivi": ("INT2-KIVI", "INT2 (KIVI)", "KIVI"), "q8_0": ("q8_0", "q8_0", "q8_0"),
+                  "int4-quanto": ("INT4-QUANTO", "INT4 (Quanto)", "INT4-QUANTO"),
+                  "int4-hqq@residual=64": ("int4-hqq@residual=64",) * 3}
+        for spec, expected in labels.items():
+            self.assertEqual((tables.csv_label(spec), tables.long_label(spec), tables.short_label(spec)), expected)
+        column = tables.Column("x", "x", "x", "{:+.3f}", interval=True)
+        cell = reading.Cell("r", "d", "m", "b", "s", 1, 1, {"x": -0.0001, "x_lo": -0.5, "x_hi": 1e-5})
+        self.assertEqual(column.text(cell), "+0.000 [-0.500, +0.000]")  # no minus before a zero
+        self.assertEqual(column.text(cell, tex=True), "$+$0.000 [$-$0.500, $+$0.000]")
+
+    def test_warnings(self):
+        results = reading.Results()
+        file = reading.File("f", "r", "benchmarks", "2026-01-01T00:00:00", {"load_avg": [5.0], "num_cpus": 2})
+        results.files.append(file)
+        cell = results.cell(file, "d", "m", "b", "int8-hqq", 1024)
+        cell.values.update({
+            "decode.tokens_per_s": 10.0, "decode.tokens_per_s_min": 9.0, "decode.tokens_per_s_max": 11.0,
+            "prefill.tokens_per_s": 10.0, "prefill.tokens_per_s_min": 9.9, "prefill.tokens_per_s_max": 10.1,
+            "perplexity.kld_nats": 0.002, "perplexity.kld_nats_lo": 0.0009, "perplexity.kld_floor_nats": 0.001,
+            "perplexity.delta_ppl": 0.01, "perplexity.delta_ppl_lo": -0.01, "perplexity.delta_ppl_hi": 0.03,
+            "decode.throttled_fraction": 0.2})
+        cell.skipped = {"needle": "failed: no", "memory": "skipped: CUDA", "error": "skipped: nothing is encoded"}
+        found = {kind: cases for kind, _, cases in page.warnings(results)}
+        self.assertEqual({kind: len(cases) for kind, cases in found.items()}, {
+            "Failed": 1, "Throttled": 1, "Busy machine": 1, "Spread": 1, "Within the noise": 1,
+            "Below its own confidence": 1, "Skipped": 1})
+        cell.values.update({"perplexity.kld_nats_lo": 0.0015, "perplexity.delta_ppl_lo": 0.001,
+                            "decode.tokens_per_s_min": 9.8, "decode.tokens_per_s_max": 10.2})
+        del cell.values["decode.throttled_fraction"]
+        cell.skipped, file.facts["load_avg"] = {}, [0.5]
+        self.assertEqual(page.warnings(results), [])
+
+    def test_nothing_is_told_apart_by_colour_alone(self):
+        look = drawing.styles([f"scheme{i}" for i in range(10)])
+        self.assertEqual(len({style["marker"] for style in look.values()}), 10)
+        for name in (drawing.DAMAGE, drawing.RATE):  # darker and darker, so that grey says the same
+            colours = drawing.plt.get_cmap(name)(np.linspace(0, 1, 64))[:, :3] @ [0.2126, 0.7152, 0.0722]
+            self.assertTrue((np.diff(colours) < 0).all(), name)
+
+
+# ---- the page, in a browser
+
+class Page(Ours):
+    """The page of kvqbench's results and, where it is there, the study's."""
+
+    @classmethod
+    def make(cls):
+        super().make()
+        with zipfile.ZipFile(AXE) as wheel:
+            cls.axe = wheel.read("axe_playwright_python/axe.min.js").decode()
+        cls.index = os.path.join(cls.folder, "out", "index.html")
+        cls.browser = browser.Browser()
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.browser.close()
+        super().tearDownClass()
+
+    def setUp(self):
+        self.browser.errors.clear()
+        self.browser.requests.clear()
+        self.browser.look()
+        self.browser.open(self.index)
+
+    def tearDown(self):
+        self.assertEqual(self.browser.errors, [])
+        for url in self.browser.requests:  # nothing from a network
+            self.assertTrue(url.startswith(("file://" + os.path.realpath(self.index), "data:")), url[:100])
+
+    def column(self, name, visible=True):
+        return self.browser.run(
+            "(() => { const heads = [...document.querySelectorAll('#results thead th')];"
+            f"const at = heads.findIndex(h => h.textContent.trim() === {name!r});"
+            "return [...document.querySelectorAll('#results tbody tr')].filter(r => !r.hidden)"
+            ".map(r => r.cells[at].textContent); })()")
+
+    def click(self, name):
+        self.browser.run("[...document.querySelectorAll('#results thead button')]"
+                         f".find(b => b.textContent === {name!r}).click()")
+
+    def test_it_has_everything(self):
+        text = self.browser.run("document.body.innerText")
+        for words in ("What was measured on what", "Warnings", "Results", "Figures", "Raw data of every cell",
+                      "How to make it again", "20 of 20 rows", "git checkout", "ci/study --out", "--windows=3"):
+            self.assertIn(words, text)
+        self.assertEqual(len(self.column("scheme")), 20)
+        self.assertGreaterEqual(self.browser.run("document.querySelectorAll('figure svg[role=img][aria-label]').length"), 7)
+        self.assertEqual(self.browser.run("document.querySelectorAll('.cells details').length"), 20)
+        ids = self.browser.run("[...document.querySelectorAll('[id]')].map(e => e.id)")
+        self.assertEqual(len(ids), len(set(ids)), "figures share an id")
+        # Every reference of a figure leads somewhere: else glyphs and clips are lost.
+        self.assertEqual(self.browser.run(
+            "[...document.querySelectorAll('svg use')].filter(u => !document.querySelector(CSS.escape ? "
+            "'#' + CSS.escape(u.getAttribute('xlink:href').slice(1)) : '')).length"), 0)
+        links = self.browser.run("[...document.querySelectorAll('a[href^=figures],a[href^=tables]')].map(a => a.getAttribute('href'))")
+        self.assertGreater(len(links), 30)
+        for link in links:
+            self.assertTrue(os.path.exists(os.path.join(self.folder, "out", link)), link)
+
+    def test_sorting(self):
+        for heading in ["bits/el.", "ppl"] + ["decode tok/s"] * self.release:
+            self.click(heading)
+            up = [float(text) for text in self.column(heading)]
+            self.assertEqual(up, sorted(up))
+            self.click(heading)
+            down = [float(text) for text in self.column(heading)]
+            self.assertEqual(down, sorted(up, reverse=True))
+        self.assertEqual(self.browser.run("document.querySelectorAll('#results th[aria-sort=descending]').length"), 1)
+        self.click("nmse K")  # `none` has none: last, whichever way
+        for _ in range(2):
+            self.assertEqual(self.column("nmse K")[-4:], ["-"] * 4)
+            self.assertNotIn("-", self.column("nmse K")[:-4])
+            self.click("nmse K")
+
+    def choose(self, name, value):
+        self.browser.run(f"(() => {{ const s = document.querySelector('[data-filter={name}]'); s.value = {value!r};"
+                         "s.dispatchEvent(new Event('change')); })()")
+
+    def test_filters(self):
+        self.choose("spec", "int4-hqq")
+        self.assertEqual(set(self.column("scheme")), {"int4-hqq"})
+        self.assertEqual(len(self.column("scheme")), 4)
+        self.choose("context", "256")
+        self.choose("batch", "2")
+        self.assertEqual((self.column("scheme"), self.column("context")), (["int4-hqq"], ["256"]))
+        self.assertEqual(self.browser.run("document.getElementById('count').textContent"), "1 of 20 rows")
+        self.browser.run("document.getElementById('reset').click()")
+        self.assertEqual(len(self.column("scheme")), 20)
+        self.browser.run("(() => { const s = document.getElementById('search'); s.value = 'KIVI 512';"
+                         "s.dispatchEvent(new Event('input')); })()")
+        self.assertEqual(self.column("scheme"), ["int2-hqq-kivi"] * 2)
+
+    def test_raw_data_opens_from_the_table(self):
+        self.browser.run("document.querySelector('#results tbody a').click()")
+        self.assertTrue(self.browser.run("new Promise(r => setTimeout(() => r(document.querySelector(location.hash).open), 200))"))
+        text = self.browser.run("document.querySelector(location.hash).innerText")
+        self.assertIn("kv_size.kv_bytes = ", text)
+
+    def test_by_keyboard(self):
+        # The first stop skips to the results; headings are buttons that Enter presses.
+        self.browser.key("Tab", 9)
+        self.assertEqual(self.browser.run("document.activeElement.className"), "skip")
+        for _ in range(60):
+            self.browser.key("Tab", 9)
+            if self.browser.run("document.activeElement.closest('#results th') !== null"):
+                break
+        self.assertEqual(self.browser.run("document.activeElement.tagName"), "BUTTON")
+        self.browser.key("Enter", 13, "\r")
+        self.assertEqual(self.browser.run("document.activeElement.closest('th').getAttribute('aria-sort')"), "ascending")
+        outline = self.browser.run("getComputedStyle(document.activeElement).outlineStyle")
+        self.assertEqual(outline, "solid")  # one sees where one is
+
+    def accessible(self, path, **look):
+        self.browser.look(**look)
+        self.browser.open(path)
+        self.browser.run(self.axe + ";0")
+        found = self.browser.run(
+            "axe.run({resultTypes: ['violations']}).then(r => r.violations.map(v => v.id + ': ' + v.help + ' ' + v.nodes[0].html))")
+        self.assertEqual(found, [])
+
+    def test_accessible(self):
+        for look in ({}, {"dark": True}, {"width": 390, "height": 800}):
+            with self.subTest(**look):
+                self.accessible(self.index, **look)
+
+    def test_on_a_phone_nothing_is_wider_than_the_screen(self):
+        self.browser.look(width=360, height=740)
+        self.assertLessEqual(self.browser.run("document.documentElement.scrollWidth"), 360)
+
+    def test_dark(self):
+        paper = "getComputedStyle(document.body).backgroundColor"
+        light = self.browser.run(paper)
+        self.browser.look(dark=True)
+        self.assertNotEqual(self.browser.run(paper), light)
+        self.assertNotIn(drawing.INK, self.browser.run("document.querySelector('.figures').innerHTML"))
+
+    def test_printed(self):
+        self.browser.look(media="print")
+        self.assertEqual(self.browser.run("getComputedStyle(document.querySelector('.filters')).display"), "none")
+        path = os.path.join(self.folder, "page.pdf")
+        self.browser.pdf(path)
+        with open(path, "rb") as file:
+            self.assertTrue(file.read(5), b"%PDF-")
+
+    def test_it_works_without_scripts(self):
+        html = re.sub(r"<script>.*?</script>", "", read(self.index), flags=re.S)
+        for path in re.findall(r'(?:src|href)="([^"]*)"', html):
+            self.assertNotRegex(path, r"^(https?:)?//")
+        self.assertEqual(html.count("<tr data-"), 20)
+
+    @unittest.skipUnless(os.path.isdir(STUDY), f"{STUDY} is not there")
+    def test_the_page_of_the_study(self):
+        out = os.path.join(self.folder, "study")
+        # The figures are drawn once more in class Study; here the page counts.
+        results = reading.load([STUDY])
+        os.makedirs(out)
+        page.write(results, [], [], claims.check(results, [STUDY]), [], [STUDY], out)
+        self.index = os.path.join(out, "index.html")
+        self.browser.open(self.index)
+        self.assertEqual(len(self.column("scheme")), 155)
+        text = self.browser.run("document.body.innerText")
+        for words in ("NVIDIA GeForce RTX 5090", "contradicted", "Spearman 0.74, n = 10", "profile_qwen2_7b"):
+            self.assertIn(words, self.browser.run("document.body.textContent") if words.startswith("profile") else text)
+        self.choose("model", "Qwen/Qwen2-7B")
+        self.choose("spec", "int4-hqq")
+        self.choose("context", "32768")
+        self.assertEqual(self.column("KV MiB"), ["504.00"])
+        self.browser.requests.clear()
+        self.accessible(self.index, dark=True)
+
+
+# The tests of results are inherited with what they are made of; once is enough.
+for _name in [name for name in dir(Ours) if name.startswith("test_")]:
+    setattr(Page, _name, None)
+
+if __name__ == "__main__":
+    unittest.main()
