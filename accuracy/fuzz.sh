@@ -7,36 +7,32 @@
 # its fix. Exit code 1 for a finding.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
-tokenizers=${KVQ_CACHE:-$HOME/.cache/kvqbench}/third_party/pytorch_tokenizers-1.0.1
+oniguruma=${KVQ_CACHE:-$HOME/.cache/kvqbench}/third_party/oniguruma-6.9.10
 build=$root/build/fuzz
 mkdir -p "$build/corpus"
 cd "$build"
-checked=(-std=c++20 -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined)
-includes=(-I "$root" -isystem "$tokenizers/include" -isystem "$tokenizers/third-party/llama.cpp-unicode/include")
+checked=(-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fsanitize=fuzzer-no-link)
 
-# compile OBJECT SOURCE FLAGS...: only where the source is newer.
-compile() {
-  local object=$1 source=$2
-  shift 2
-  [[ $object -nt $source ]] || clang++ "$@" "${includes[@]}" -c "$source" -o "$object"
-}
 objects=()
 # The architectures' rows are parsers of config.json, too.
 mapfile -t architectures < <(grep -l '^const RegisterArchitecture' "$root"/fixtures/*.cc)
-for source in "$root"/fixtures/{safetensors,model_config,tokenizer}.cc "${architectures[@]}" \
+for source in "$root"/fixtures/{safetensors,model_config,tokenizer{,_formats,_stages},added_tokens,bpe,unicode}.cc \
+  "${architectures[@]}" \
   "$root/accuracy/fuzz_loaders.cc"; do
   object=$(basename "$source").o
   # A changed header is rare here and a stale object is worse than a minute: ours are always compiled.
-  clang++ "${checked[@]}" -fsanitize=fuzzer-no-link "${includes[@]}" -c "$source" -o "$object"
+  clang++ "${checked[@]}" -std=c++20 -I "$root" -isystem "$oniguruma/src" -c "$source" -o "$object"
   objects+=("$object")
 done
-for source in "$tokenizers"/src/{pcre2_regex,pre_tokenizer,re2_regex,regex,regex_lookahead,std_regex}.cpp \
-  "$tokenizers"/third-party/llama.cpp-unicode/src/unicode{,-data}.cpp; do
+# Oniguruma shifts and adds in ways that the undefined-behaviour checks object to; addresses are checked.
+for source in "$oniguruma"/src/{regcomp,regenc,regerror,regexec,regparse,regsyntax,regversion,st,ascii,utf8,unicode}.c \
+  "$oniguruma"/src/unicode_{fold1,fold2,fold3,unfold}_key.c; do
   object=$(basename "$source").o
-  compile "$object" "$source" "${checked[@]}" -w -include functional -DTK_LOG_ENABLED=0
+  [[ $object -nt $source ]] ||
+    clang "${checked[@]}" -fno-sanitize=undefined -w -c "$source" -o "$object"
   objects+=("$object")
 done
-clang++ "${checked[@]}" -fsanitize=fuzzer "${objects[@]}" -lre2 -lpcre2-8 -o fuzz_loaders
+clang++ "${checked[@]}" -fsanitize=fuzzer "${objects[@]}" -l:libutf8proc.a -o fuzz_loaders
 # The seeds alone first: each is a case that must stay handled.
 ./fuzz_loaders "$root"/accuracy/fuzz_seeds/* 2>run.log || { tail -n 30 run.log; exit 1; }
 ./fuzz_loaders -max_total_time="${1:-60}" -max_len=65536 -rss_limit_mb=2500 -timeout=20 -print_final_stats=1 \

@@ -16,3 +16,26 @@ fail() {
 
 # show_help: the comment block at the top of the calling script.
 show_help() { sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$0"; }
+
+# download FILE SHA256 PIP-ARGUMENTS...: $KVQ_CACHE/downloads/FILE, by pip, checked.
+download() {
+  local file=$1 sha=$2 part target=$KVQ_CACHE/downloads/$1
+  shift 2
+  if [[ ! -f $target ]]; then
+    say "$(basename "$0"): downloading $file"
+    mkdir -p "$KVQ_CACHE/downloads"
+    part=$(mktemp -d "$KVQ_CACHE/downloads/.part-XXXXXX")
+    /usr/bin/python3 -m pip download --quiet --no-deps --dest "$part" "$@" >"$part/log" 2>&1 || {
+      local reason
+      reason=$(grep -v '^ *$' "$part/log" | tail -n 1)
+      rm -rf "$part"
+      fail "pip could not download $file: $reason"
+    }
+    sha256sum --check --status <<<"$sha  $part/$file" || {
+      rm -rf "$part"
+      fail "$file does not have the sha256 $sha"
+    }
+    mv "$part/$file" "$target"
+    rm -rf "$part"
+  fi
+}
