@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
 """Makes the golden files of the tokenizer tests with Hugging Face `tokenizers`, transformers and sentencepiece.
 
-usage: make_golden_tokenizers.py [--check] [--vocabularies LLAMA_CPP_PYTHON_SDIST]
+usage: make_golden_tokenizers.py [--check]
 
 Without --check trains a small tokenizer for each kind of file that the families of the study use, and writes it
 with what Python makes of the texts to accuracy/golden/tokenizers/<family>/. With --check computes that anew from
 the tokenizers that are there, and compares.
 
---vocabularies: takes real vocabularies (Llama-2, Llama-3, Qwen2, GPT-2, Gemma-4) from the sdist of
-llama-cpp-python 0.3.36 and writes them as Hugging Face files to <cache>/tokenizers/<family>/, as they are too
-large to be committed, and hashes of what Python makes of the texts to accuracy/golden/tokenizers/real.json.
+Where the cache has the sources of llama-cpp-python 0.3.36 (ci/live-parity brings them), takes real vocabularies
+(Llama-2, Llama-3, Qwen2, GPT-2, Gemma-4) from them. They are too large to be committed: they are written as
+Hugging Face files to <cache>/tokenizers/<family>/, and hashes of what Python makes of the texts to
+accuracy/golden/tokenizers/real.json.
 
 Texts: accuracy/golden/tokenizers/texts.json (in it `invalid` is bytes in hex, and the ids of the text number
 `cut` are decoded in parts, too), Pride and Prejudice from the cache, and WikiText-2 where
@@ -35,6 +36,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 GOLDEN = os.path.join(HERE, "golden", "tokenizers")
 CACHE = os.environ.get("KVQ_CACHE") or os.path.expanduser("~/.cache/kvqbench")
 SHARED = os.environ.get("KVQ_SHARED") or os.path.join(HERE, "..", "..", "shared")
+SDIST = os.path.join(CACHE, "downloads", "llama_cpp_python-0.3.36.tar.gz")
 BOOK, WIKI = "pride-and-prejudice", "wiki.test.raw"
 
 
@@ -144,12 +146,12 @@ def golden(folder):
     return result
 
 
-def real_vocabularies(sdist):
+def real_vocabularies():
     """Writes them, and returns by family llama.cpp's own test texts with the ids of the real tokenizers."""
     import gguf  # only here
 
     vectors = {}
-    with tempfile.TemporaryDirectory() as folder, tarfile.open(sdist) as archive:
+    with tempfile.TemporaryDirectory() as folder, tarfile.open(SDIST) as archive:
         wanted = {f"ggml-vocab-{name}.gguf{end}" for name, _ in REAL.values() for end in ("", ".inp", ".out")}
         for member in archive:
             name = os.path.basename(member.name)
@@ -205,8 +207,8 @@ def main(arguments):
         if not check:
             make(folder, texts)
         made[os.path.join(folder, "golden.json")] = golden(folder)
-    if "--vocabularies" in arguments:
-        vectors = real_vocabularies(arguments[arguments.index("--vocabularies") + 1])
+    if os.path.exists(SDIST):
+        vectors = real_vocabularies()
         made[os.path.join(GOLDEN, "real.json")] = {family: real_golden(family, vectors[family]) for family in REAL}
     if check:
         return 1 if sum(differs(path, value) for path, value in made.items()) else 0
