@@ -34,13 +34,7 @@
 #include <cmath>
 #include <vector>
 
-#include "kernels/error.h"
-#include "kernels/half.h"
-#include "kernels/vector_math.h"
-
-#ifdef __CUDACC__
-#include <cuda_runtime.h>
-#endif
+#include "kernels/groups.h"
 
 namespace kvq {
 namespace {
@@ -50,13 +44,6 @@ constexpr float kLargestZero = 60000;  // the solver moves it by less than a cod
 constexpr float kLargestHalf = 65504;
 
 // ---- arithmetic of one element, shared by CPU and GPU
-
-// clamp(round(v), 0, m), half to even. Clamping first gives the same and keeps v in range. NaN becomes 0.
-KVQ_HD inline float RoundCode(float v, float m) {
-  v = v > 0 ? v : 0;
-  v = v < m ? v : m;
-  return RoundToEven(v);
-}
 
 // a^-0.3 for a > 0.1 by log2 and exp2, relative error below 4e-7. Below the threshold of Shrink nobody asks.
 KVQ_HD inline float PowMinus03(float a) {
@@ -110,10 +97,6 @@ struct BlockShape {
   KVQ_HD int64_t GroupOf(int64_t flat) const { return across ? flat % groups() : flat / group; }
 };
 
-KVQ_HD inline int64_t Offset(const DenseView& x, int64_t b, int64_t h, int64_t t, int64_t d) {
-  return b * x.batch_stride + h * x.head_stride + t * x.token_stride + d;
-}
-
 // Where slot g (over head, token, head_dim / group) of a block of metadata lies.
 KVQ_HD inline uint16_t* Slot(const KvView& view, const BlockShape& shape, int plane, int64_t b,
                              int64_t first_token, int64_t g) {
@@ -124,41 +107,13 @@ KVQ_HD inline uint16_t* Slot(const KvView& view, const BlockShape& shape, int pl
          first_token * per_token + rest;
 }
 
-template <int kBits>
-KVQ_HD inline uint8_t* CodeRow(const KvView& view, int64_t b, int64_t h, int64_t token) {
-  return reinterpret_cast<uint8_t*>(view.planes[0] + (b * view.heads + h) * view.plane_stride[0]) +
-         token * view.head_dim * kBits / 8;
-}
-
-template <int kBits>
-inline constexpr float kMaxCode = (1 << kBits) - 1;
-
 // ---- CPU: the definition, a group at a time
-
-// Sum over the halving tree that a warp's shuffles follow: x[i] += x[i + n/2], ... Destroys x.
-template <int n>
-inline float TreeSum(float* x) {
-  for (int stride = n / 2; stride > 0; stride /= 2) {
-    for (int i = 0; i < stride; ++i) x[i] += x[i + stride];
-  }
-  return x[0];
-}
 
 template <int n>
 KVQ_VECTOR void InitGroup(const float* x, float m, float* s, float* z) {
-  float low[n], high[n], poison[n];
-  for (int i = 0; i < n; ++i) {
-    low[i] = high[i] = x[i];
-    poison[i] = x[i] * 0;  // NaN for NaN and infinity, which comparisons would lose
-  }
-  for (int stride = n / 2; stride > 0; stride /= 2) {
-    for (int i = 0; i < stride; ++i) {
-      low[i] = low[i + stride] < low[i] ? low[i + stride] : low[i];
-      high[i] = high[i + stride] > high[i] ? high[i + stride] : high[i];
-    }
-  }
-  InitialScale(low[0], high[0], m, *s, *z);
-  *z += TreeSum<n>(poison);
+  const GroupRange range = RangeOf<n>(x);
+  InitialScale(range.low, range.high, m, *s, *z);
+  *z += range.poison;
 }
 
 // One iteration: moves z, returns the sum of |x - r| before that.
@@ -200,62 +155,12 @@ double ErrorSum(const std::vector<float>& errors) {
   return lanes[0];
 }
 
-template <int kBits, int n>
-KVQ_VECTOR void PackRun(const uint8_t* codes, uint8_t* packed) {
-  constexpr int kPerByte = 8 / kBits, kBytes = n / kPerByte;
-  for (int k = 0; k < kBytes; ++k) packed[k] = codes[k];
-  for (int j = 1; j < kPerByte; ++j) {
-    for (int k = 0; k < kBytes; ++k) packed[k] |= codes[k + j * kBytes] << (j * kBits);
-  }
-}
-
-template <int kBits, int n>
-KVQ_VECTOR void UnpackRun(const uint8_t* packed, float* codes) {
-  constexpr int kPerByte = 8 / kBits, kBytes = n / kPerByte, kMask = (1 << kBits) - 1;
-  for (int j = 0; j < kPerByte; ++j) {
-    for (int k = 0; k < kBytes; ++k) {
-      codes[k + j * kBytes] = static_cast<float>((packed[k] >> (j * kBits)) & kMask);
-    }
-  }
-}
-
-KVQ_VECTOR void LoadRow(const void* data, DType dtype, int64_t offset, int64_t n, float* row) {
-  if (dtype == DType::kFloat32) {
-    for (int64_t i = 0; i < n; ++i) row[i] = static_cast<const float*>(data)[offset + i];
-  } else if (dtype == DType::kBFloat16) {
-    for (int64_t i = 0; i < n; ++i) {
-      row[i] = BFloat16ToFloat(static_cast<const uint16_t*>(data)[offset + i]);
-    }
-  } else {
-    for (int64_t i = 0; i < n; ++i) row[i] = HalfToFloat(static_cast<const uint16_t*>(data)[offset + i]);
-  }
-}
-
-KVQ_VECTOR void StoreRow(const float* row, int64_t n, DType dtype, int64_t offset, void* data) {
-  if (dtype == DType::kFloat32) {
-    for (int64_t i = 0; i < n; ++i) static_cast<float*>(data)[offset + i] = row[i];
-  } else if (dtype == DType::kBFloat16) {
-    for (int64_t i = 0; i < n; ++i) {
-      static_cast<uint16_t*>(data)[offset + i] = FloatToBFloat16(row[i]);
-    }
-  } else {
-    for (int64_t i = 0; i < n; ++i) static_cast<uint16_t*>(data)[offset + i] = FloatToHalf(row[i]);
-  }
-}
-
 // (q - z) s with one zero and scale for a run, or one for each element.
 KVQ_VECTOR void ScaleRun(float* codes, int64_t n, float z, float s) {
   for (int64_t i = 0; i < n; ++i) codes[i] = (codes[i] - z) * s;
 }
 KVQ_VECTOR void ScaleEach(float* codes, int64_t n, const float* z, const float* s) {
   for (int64_t i = 0; i < n; ++i) codes[i] = (codes[i] - z[i]) * s[i];
-}
-
-// Runs body(i) for all i, on all threads where `parallel`.
-template <typename Body>
-void ForEach(bool parallel, int64_t n, const Body& body) {
-#pragma omp parallel for schedule(static) if (parallel)
-  for (int64_t i = 0; i < n; ++i) body(i);
 }
 
 // Encodes the block of sequence b that begins at token `first` of x and goes to slot `first_slot`.
@@ -356,16 +261,6 @@ void ForBlocks(int64_t batch, int64_t tokens, int64_t block_tokens, const Work& 
   for (int64_t i = 0; i < all; ++i) work(i / blocks, i % blocks, /*parallel=*/false);
 }
 
-// Calls work with the group size as a constant.
-template <typename Work>
-void WithGroup(int64_t group, const Work& work) {
-  switch (group) {
-    case 32: return work(std::integral_constant<int, 32>());
-    case 64: return work(std::integral_constant<int, 64>());
-    default: return work(std::integral_constant<int, 128>());
-  }
-}
-
 template <int kBits, bool kAcross>
 void Encode(const CodecParams& params, const DenseView& x, int64_t first_token, const KvView& out) {
   const BlockShape shape = ShapeOf(out, params, kAcross);
@@ -390,13 +285,7 @@ void Decode(const CodecParams& params, const KvView& in, int64_t first_token, co
 
 std::vector<Plane> Planes(int64_t /*heads*/, int64_t head_dim, const CodecParams& params, int bits) {
   const int64_t group = params.group_size;
-  if (group != 32 && group != 64 && group != 128) {
-    throw InputError("hqq groups have 32, 64 or 128 elements, not ", group);
-  }
-  if (head_dim % group != 0) {
-    throw InputError("hqq wants a head_dim that is a multiple of the group size ", group, ", not ",
-                     head_dim);
-  }
+  CheckGroups("hqq", head_dim, group);
   return {{"codes", head_dim * bits / 8},
           {"scales", head_dim / group * 2},
           {"zeros", head_dim / group * 2}};
@@ -405,12 +294,6 @@ std::vector<Plane> Planes(int64_t /*heads*/, int64_t head_dim, const CodecParams
 // ---- CUDA: the same bits
 
 #ifdef __CUDACC__
-
-void Check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) {
-    throw std::runtime_error(StrCat("hqq: ", what, ": ", cudaGetErrorString(error)));
-  }
-}
 
 // TreeSum of a group spread over a warp: lane l holds elements l, l + 32, ... in x[0], x[1], ...
 template <int kPerLane>
@@ -553,8 +436,6 @@ __global__ void DecodeKernel(BlockShape shape, KvView in, int64_t first_token, D
     StoreElement(out.data, out.dtype, Offset(out, b, h, t, d), (code - z) * s);
   }
 }
-
-unsigned GridFor(int64_t threads) { return static_cast<unsigned>((threads + 255) / 256); }
 
 template <int kBits, bool kAcross>
 void EncodeCuda(const CodecParams& params, const DenseView& x, int64_t first_token, const KvView& out,
