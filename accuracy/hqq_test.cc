@@ -3,77 +3,15 @@
 
 #include <cmath>
 
-#include "accuracy/golden.h"
-#include "fixtures/codec_tensors.h"
+#include "accuracy/encoded.h"
 #include "kernels/error.h"
 
 namespace kvq {
 namespace {
 
-struct Case {
-  int64_t heads, tokens, head_dim, block;
-};
-
-// Encoded tokens taken apart again, as hqq.cu documents the planes.
-struct Plain {
-  std::vector<int> codes;               // by head, token, channel
-  std::vector<uint16_t> scales, zeros;  // by block, then slot
-};
-
-at::Tensor Input(const std::vector<float>& values, const Case& c, int64_t batch = 1) {
-  return at::tensor(values).view({batch, c.heads, c.tokens, c.head_dim});
-}
-
-EncodedTensors Encode(const Codec& codec, const CodecParams& params, const at::Tensor& x, int64_t block) {
-  EncodedTensors encoded = AllocateEncoded(codec, params, x.size(0), x.size(1), x.size(3), x.size(2),
-                                           block, x.device());
-  for (at::Tensor& plane : encoded.planes) plane.fill_(0xA5);  // what is not written shows
-  EncodeTensor(codec, params, x, 0, encoded);
-  return encoded;
-}
-
-at::Tensor RoundTrip(const Codec& codec, const CodecParams& params, const at::Tensor& x, int64_t block) {
-  at::Tensor out = at::full(x.sizes(), NAN, x.options());
-  DecodeTensor(codec, params, Encode(codec, params, x, block), 0, out);
-  return out;
-}
-
-Plain TakeApart(const EncodedTensors& encoded, int bits, int64_t group) {
-  Plain plain;
-  const KvView view = encoded.view();
-  const int64_t run_bytes = group * bits / 8;
-  for (int64_t h = 0; h < view.heads; ++h) {
-    for (int64_t t = 0; t < view.capacity; ++t) {
-      for (int64_t d = 0; d < view.head_dim; ++d) {
-        const int64_t in_run = d % group;
-        const auto* row = reinterpret_cast<const uint8_t*>(view.planes[0]) + h * view.plane_stride[0] +
-                          t * view.head_dim * bits / 8;
-        const int byte = row[d / group * run_bytes + in_run % run_bytes];
-        plain.codes.push_back(byte >> (in_run / run_bytes * bits) & ((1 << bits) - 1));
-      }
-    }
-  }
-  const int64_t per_token = view.head_dim / group;
-  for (int64_t first = 0; first < view.capacity; first += view.block_tokens) {
-    for (int64_t h = 0; h < view.heads; ++h) {
-      for (int64_t i = 0; i < view.block_tokens * per_token; ++i) {
-        const auto at = [&](int plane) {
-          return reinterpret_cast<const uint16_t*>(view.planes[plane] + h * view.plane_stride[plane])
-              [first * per_token + i];
-        };
-        plain.scales.push_back(at(1));
-        plain.zeros.push_back(at(2));
-      }
-    }
-  }
-  return plain;
-}
-
 const Codec& KeysOf(int bits, bool kivi) {
   return FindScheme("int" + std::to_string(bits) + (kivi ? "-hqq-kivi" : "-hqq")).keys;
 }
-
-constexpr CodecParams k64{.group_size = 64};
 
 // ---- against the package
 
