@@ -99,7 +99,7 @@ TEST(KvCache, WhatIsReadDoesNotDependOnTheCalls) {
   const at::Tensor keys = Tokens(23, 1);
   for (const char* spec : {"none", "int4-hqq@residual=4", "int4-hqq@residual=4@sinks=3", "int2-hqq@residual=0",
                            "int2-hqq-kivi@residual=8", "int4-hqq@residual=32", "none+int4-hqq@residual=4",
-                           "int4-hqq@residual=4@layers=1-1:none"}) {
+                           "int4-hqq@residual=4@layers=1-1:none", "int4-quanto@residual=4", "int2-quanto@residual=0"}) {
     const at::Tensor one = Replay(spec, keys, {23});
     const at::Tensor each = Replay(spec, keys, std::vector<int64_t>(23, 1));
     EXPECT_TRUE(one.equal(each)) << spec;
@@ -128,7 +128,7 @@ TEST(KvCache, SinksAndResidualStayExactAndTheRestIsEncodedOnce) {
 
 TEST(KvCache, FormulaAndAllocationAgreeToTheByte) {
   for (const char* text : {"none", "int8-hqq", "int4-hqq@residual=16", "int2-hqq@residual=0", "int4-hqq-kivi@sinks=4",
-                           "int4-hqq+none", "int4-hqq@layers=0-0:none", "int4-hqq@group=32"}) {
+                           "int4-hqq+none", "int4-hqq@layers=0-0:none", "int4-hqq@group=32", "int2-quanto"}) {
     const Spec spec = ParseSpec(text);
     for (const int64_t capacity : {1, 4, 5, 127, 128, 129, 133, 512}) {
       for (const at::ScalarType type : {at::kFloat, at::kBFloat16}) {
@@ -221,7 +221,7 @@ TEST(KvCacheParity, PolicyHfEqualsTransformersQuantizedCache) {
 TEST(KvCacheGpu, ReadsTheSameBitsAsOnTheCpu) {
   KVQ_NEEDS_CUDA();
   for (const char* text : {"none", "int8-hqq@residual=16", "int4-hqq@residual=16@sinks=4", "int2-hqq-kivi@residual=32",
-                           "int4-hqq@policy=hf@residual=16"}) {
+                           "int4-hqq@policy=hf@residual=16", "int4-quanto@residual=16"}) {
     KvCache cpu(ParseSpec(text), kShape, 100, at::kHalf, at::kCPU);
     KvCache gpu(ParseSpec(text), kShape, 100, at::kHalf, at::kCUDA);
     for (const int64_t n : {40, 1, 1, 30, 28}) {

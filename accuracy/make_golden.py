@@ -53,23 +53,27 @@ def hqq_cases():
     return cases
 
 
+def cache_calls(cache, heads, head_dim, dtype=torch.float32, text=lambda x: [short(v) for v in x]):
+    """QuantizedCache.update replayed, over two flushes: every 29th number that each call returns."""
+    calls = []
+    for call, tokens in enumerate((8, 1, 1, 1, 1, 3, 1, 2)):
+        count = heads * tokens * head_dim
+        k, v = (torch.from_numpy(numbers(count, 100 + 2 * call + side, "outliers"))
+                .reshape(1, heads, tokens, head_dim).to(dtype) for side in (0, 1))
+        k_out, v_out = cache.update(k, v, 0)
+        calls.append({"tokens": tokens, "keys": text(k_out.reshape(-1)[::29]),
+                      "values": text(v_out.reshape(-1)[::29])})
+    return calls
+
+
 def hf_cache_cases():
-    """QuantizedCache.update replayed: what each call returns, by sums over tokens and channels."""
     cases = []
     for bits, kivi in ((8, False), (4, False), (2, False), (4, True), (2, True)):
         heads, head_dim, residual = 2, 64, 4
         cache = QuantizedCache("hqq", LlamaConfig(num_hidden_layers=1), nbits=bits, axis_key=0 if kivi else 1,
                                axis_value=1, q_group_size=64, residual_length=residual)
-        calls = []
-        for call, tokens in enumerate((8, 1, 1, 1, 1, 3, 1, 2)):
-            count = heads * tokens * head_dim
-            k, v = (torch.from_numpy(numbers(count, 100 + 2 * call + side, "outliers"))
-                    .reshape(1, heads, tokens, head_dim) for side in (0, 1))
-            k_out, v_out = cache.update(k, v, 0)
-            calls.append({"tokens": tokens, "keys": [short(x) for x in k_out.reshape(-1)[::29]],
-                          "values": [short(x) for x in v_out.reshape(-1)[::29]]})
         cases.append({"bits": bits, "kivi": kivi, "heads": heads, "head_dim": head_dim,
-                      "residual": residual, "calls": calls})
+                      "residual": residual, "calls": cache_calls(cache, heads, head_dim)})
     return cases
 
 

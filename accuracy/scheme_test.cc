@@ -12,7 +12,8 @@ namespace kvq {
 namespace {
 
 TEST(Tables, HaveTheirRows) {
-  for (const char* name : {"none", "int8-hqq", "int4-hqq", "int2-hqq", "int4-hqq-kivi", "int2-hqq-kivi"}) {
+  for (const char* name : {"none", "int8-hqq", "int4-hqq", "int2-hqq", "int4-hqq-kivi", "int2-hqq-kivi",
+                           "int4-quanto", "int2-quanto"}) {
     const Scheme& scheme = FindScheme(name);
     EXPECT_FALSE(scheme.source.empty()) << name;
     if (scheme.stores_dense()) continue;
@@ -25,7 +26,9 @@ TEST(Tables, HaveTheirRows) {
 #endif
     }
   }
-  EXPECT_THROW(FindScheme("int8-quanto"), InputError);
+  for (const char* name : {"int8-quanto", "int8-quanto-kivi", "int4-quanto-kivi", "int2-quanto-kivi", "int5"}) {
+    EXPECT_THROW(FindScheme(name), InputError) << name;
+  }
   EXPECT_TRUE(std::is_sorted(Schemes().begin(), Schemes().end(),
                              [](const Scheme& a, const Scheme& b) { return a.name < b.name; }));
   std::string names;

@@ -492,11 +492,7 @@ Codec MakeCodec() {
   codec.encode_cuda = EncodeCuda<kBits, kAcross>;
   codec.decode_cuda = DecodeCuda<kBits, kAcross>;
 #endif
-  // 64 normal values span 4.7 standard deviations on average: uniform codes of that step have
-  // nmse step^2 / 12 = (4.7 / m)^2 / 12, with a tenth more for the spread of the range.
-  constexpr double kStep = 4.7 / kMaxCode<kBits>;
-  codec.nmse_budget = 1.1 * kStep * kStep / 12;
-  codec.budget_source = "uniform quantization noise of the mean range of 64 normal values, + 10 %";
+  SetUniformBudget(codec);
   return codec;
 }
 
