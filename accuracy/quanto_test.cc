@@ -49,7 +49,7 @@ TEST(QuantoParity, CodesScalesShiftsAndDecodedNumbersEqualThePackage) {
     const at::Tensor x = Input(GoldenNumbers(count, c["seed"], c["kind"]), shape).to(type);
     const CodecParams params{.group_size = group};
     const EncodedTensors encoded = Encode(KeysOf(bits), params, x, shape.block);
-    const Plain ours = TakeApart(encoded, bits, group);
+    const Plain ours = TakeApart(encoded, bits, group, PlaceInRun);
 
     const std::string text = c["codes"];
     ASSERT_EQ(text.size(), ours.codes.size());

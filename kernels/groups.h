@@ -26,9 +26,7 @@ inline constexpr float kMaxCode = (1 << kBits) - 1;
 
 // clamp(round(v), 0, m), half to even. Clamping first gives the same and keeps v in range. NaN becomes 0.
 KVQ_HD inline float RoundCode(float v, float m) {
-  v = v > 0 ? v : 0;
-  v = v < m ? v : m;
-  return RoundToEven(v);
+  return RoundToEven(Smaller(Larger(v, 0), m));
 }
 
 // Place of an element in DenseView::data.
