@@ -1,10 +1,25 @@
 // decode: new tokens per second at a context, greedy, one at a time; the prefill is outside the timer.
 // Limit: the bytes one step must read, weights and stored KV cache, over the read bandwidth measured in
 // the same run (peak_fraction).
+//
+// Backend fused runs the steps as one CUDA graph, whose first logits are compared with the other path's before
+// anything is timed. What the graph refuses runs as under sdpa, and the label says why.
+#include <cmath>
+#include <optional>
+
 #include "benchmarks/measurement.h"
+#include "fixtures/decode_graph.h"
+#include "kernels/error.h"
 
 namespace kvq {
 namespace {
+
+// Both paths round some twelve tensors a layer, in the same places but after sums in another order: independent
+// errors of at most a unit roundoff each, in both.
+double Tolerance(const Model& model) {
+  const double roundoff = model.dtype() == at::kHalf ? 0x1p-11 : 0x1p-8;
+  return roundoff * std::sqrt(2 * 12.0 * static_cast<double>(model.config().layers.size()));
+}
 
 Counters Decode(Session& session, const Cell& cell, benchmark::State& state) {
   const Model& model = session.model(cell.model);
@@ -19,14 +34,37 @@ Counters Decode(Session& session, const Cell& cell, benchmark::State& state) {
   };
   const auto prefill = [&] {
     cache.Clear();
-    return next(Feed(model, ids, cache, backend, session.options().prefill_chunk));
+    return next(Feed(model, ids, cache, backend, session.prefill_chunk(cell.batch)));
   };
-  next(model.Forward(prefill(), cache, backend));  // warm-up of both shapes
+  std::optional<DecodeGraph> graph;
+  if (backend.graph) {
+    try {
+      graph.emplace(model, cache);
+      session.ran = graph->kernels();
+    } catch (const InputError& why) {
+      session.ran = StrCat("sdpa", spec.stores_dense() ? "" : " on decoded tokens", " (", why.what(), ")");
+    }
+  }
+  {  // warm-up of both shapes
+    const at::Tensor first = prefill(), logits = model.Logits(model.Forward(first, cache, backend)).select(1, 0);
+    if (graph) {
+      prefill();
+      graph->Run(first, 1);
+      const double error = ((graph->logits() - logits).norm() / logits.norm()).item<double>();
+      if (!(error < Tolerance(model))) {
+        throw std::runtime_error(StrCat("the graph's logits are off by ", error, " of their norm"));
+      }
+    }
+  }
   std::vector<double> rates, per_token;
   for (auto _ : state) {
     at::Tensor token = prefill();
     const double seconds = Time(model.device(), [&] {
-      for (int64_t i = 0; i < new_tokens; ++i) token = next(model.Forward(token, cache, backend));
+      if (graph) {
+        graph->Run(token, new_tokens);
+      } else {
+        for (int64_t i = 0; i < new_tokens; ++i) token = next(model.Forward(token, cache, backend));
+      }
     });
     state.SetIterationTime(seconds);
     rates.push_back(static_cast<double>(new_tokens * cell.batch) / seconds);

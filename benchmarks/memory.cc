@@ -19,7 +19,7 @@ Counters Memory(Session& session, const Cell& cell, benchmark::State& state) {
     state.SetIterationTime(Time(model.device(), [&] {
       KvCache cache(ParseSpec(cell.spec), model.cache_shape(cell.batch), cell.context + 8,
                     model.dtype(), model.device());
-      at::Tensor hidden = Feed(model, ids, cache, backend, session.options().prefill_chunk);
+      at::Tensor hidden = Feed(model, ids, cache, backend, session.prefill_chunk(cell.batch));
       for (int i = 0; i < 8; ++i) {
         hidden = model.Forward(model.Logits(hidden.narrow(1, hidden.size(1) - 1, 1)).argmax(-1),
                                cache, backend);

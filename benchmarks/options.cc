@@ -90,7 +90,8 @@ std::vector<Flag> Flags(Options& o) {
       number("seed", "of everything random", o.seed, 0),
       number("runs", "timed repetitions of prefill, decode, quantize, dequantize", o.runs, 1),
       number("decode-tokens", "new tokens that decode times", o.decode_tokens, 1),
-      number("prefill-chunk", "tokens a prefill feeds at once", o.prefill_chunk, 1),
+      number("prefill-chunk", "tokens of a sequence that a prefill feeds at once; 0: 1024, on CUDA 8192 over the batch",
+             o.prefill_chunk, 0),
   };
 }
 

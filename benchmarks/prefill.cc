@@ -16,7 +16,7 @@ Counters Prefill(Session& session, const Cell& cell, benchmark::State& state) {
   const auto prefill = [&] {
     cache.Clear();
     const at::Tensor hidden =
-        Feed(model, ids, cache, backend, session.options().prefill_chunk);
+        Feed(model, ids, cache, backend, session.prefill_chunk(cell.batch));
     model.Logits(hidden.select(1, hidden.size(1) - 1)).argmax(-1);
   };
   prefill();  // warm-up: pages, threads, kernels

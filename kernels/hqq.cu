@@ -19,28 +19,24 @@
 // head_dim) apart, and one channel only if that is a whole number. Values as in plain.
 //
 // Exact bytes: bits / 8 + 4 / G per element (4.5 bits for int4 at G = 64). Planes, per token and head:
-//   codes   head_dim bits / 8; in each run of G codes, byte k holds codes k, k + G bits / 8, ...; the
-//           first in the low bits
+//   codes   head_dim bits / 8, see kernels/code_row.h
 //   scales  head_dim / G fp16 numbers 1 / s;  zeros  likewise z.  For kivi group c of a block has slot c,
 //           counted over head, token, head_dim / G: as many slots as groups.
-// Refused: head_dim that is no multiple of G; other G.
+// Refused: head_dim that is no multiple of G; other G; with 2 bits, head_dim that is no multiple of 64.
 //
 // A group that is so far from zero for its range that z would not fit fp16 gets the largest scale with which
 // it does; the package would store infinity. A group with NaN or infinity decodes to NaN.
 //
-// No operation here may be fused: CPU and GPU, every instruction set, give the same bits
-// (-ffp-contract=off, --fmad=false). Sums run over a fixed tree.
+// CPU and GPU, every instruction set, give the same bits: nothing is fused but what says fma (-ffp-contract=off,
+// --fmad=false), and sums run over a fixed tree.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <vector>
 
-#include "kernels/error.h"
-#include "kernels/half.h"
-#include "kernels/vector_math.h"
-
-#ifdef __CUDACC__
-#include <cuda_runtime.h>
-#endif
+#include "kernels/code_row.h"
+#include "kernels/decode_attention.cuh"
+#include "kernels/groups.h"
 
 namespace kvq {
 namespace {
@@ -51,44 +47,56 @@ constexpr float kLargestHalf = 65504;
 
 // ---- arithmetic of one element, shared by CPU and GPU
 
-// clamp(round(v), 0, m), half to even. Clamping first gives the same and keeps v in range. NaN becomes 0.
-KVQ_HD inline float RoundCode(float v, float m) {
-  v = v > 0 ? v : 0;
-  v = v < m ? v : m;
-  return RoundToEven(v);
-}
-
-// a^-0.3 for a > 0.1 by log2 and exp2, relative error below 4e-7. Below the threshold of Shrink nobody asks.
-KVQ_HD inline float PowMinus03(float a) {
-  const uint32_t bits = FloatBits(a) + (0x3F800000 - 0x3F3504F3);
-  const float exponent = static_cast<float>(static_cast<int32_t>(bits >> 23) - 127);
-  const float mantissa = BitsFloat((bits & 0x007FFFFF) + 0x3F3504F3);  // in [sqrt(1/2), sqrt(2))
-  const float t = (mantissa - 1) / (mantissa + 1), t2 = t * t;
-  // log2(m) = 2 / ln 2 (t + t^3 / 3 + t^5 / 5 + ...)
-  const float log2 =
-      t * (2.8853901f + t2 * (0.96179669f + t2 * (0.57707802f + t2 * (0.41219859f + t2 * 0.32059890f))));
-  const float y = -0.3f * exponent + -0.3f * log2;
-  return Exp2(y);
-}
-
 // Where |d| <= 0.17, |d|^-0.3 / 10 > |d|: shrink(d) = 0.
 constexpr float kShrinksToZero = 0.17f;
+constexpr int kSmallestExponent = 124;  // of such a float: 2^-3 <= 0.17
 
-KVQ_HD inline float Shrink(float d) {
-  const float a = d < 0 ? -d : d;
-  const float shrunk = a - 0.1f * PowMinus03(a > kShrinksToZero ? a : kShrinksToZero);
-  const float positive = shrunk > 0 ? shrunk : 0;
-  return d < 0 ? -positive : positive;
+// 2^(-0.3 e) / 10 for every exponent e = -3, ..., 127 that a float from kShrinksToZero on can have; 0 for infinity.
+struct PowerTable {
+  float of[256 - kSmallestExponent];
+};
+constexpr PowerTable kPowers = [] {
+  PowerTable table{};
+  double power = 0.18660659830736148;  // 2^0.9 / 10
+  for (int i = 0; i < 255 - kSmallestExponent; ++i, power *= 0.81225239635623547) {  // 2^-0.3
+    table.of[i] = static_cast<float>(power);
+  }
+  return table;
+}();
+
+// shrink(d). a^-0.3 = 2^(-0.3 e) m^-0.3 for a = 2^e m: the table times a polynomial for 1 <= m < 2, relative error
+// below 1e-6.
+KVQ_HD inline float Shrink(float d, const PowerTable& powers) {
+  const float a = BitsFloat(FloatBits(d) & 0x7FFFFFFF);
+  const uint32_t bits = FloatBits(Larger(a, kShrinksToZero));
+  const float m = BitsFloat((bits & 0x007FFFFF) | 0x3F800000);
+  float p = 0.0088891208f;
+  p = fmaf(p, m, -0.094541492f);
+  p = fmaf(p, m, 0.43034770f);
+  p = fmaf(p, m, -1.0938583f);
+  p = fmaf(p, m, 1.7051820f);
+  p = fmaf(p, m, -1.7307281f);
+  p = fmaf(p, m, 1.7747083f);
+  const float shrunk = fmaf(-powers.of[(bits >> 23) - kSmallestExponent], p, a);
+  return BitsFloat(FloatBits(Larger(shrunk, 0)) | (FloatBits(d) & 0x80000000));
 }
 
-// Scale and zero point that the solver starts from.
-KVQ_HD inline void InitialScale(float low, float high, float m, float& s, float& z) {
-  const float range = high - low;
+// a / s by inverse = 1 / s (both rounded): near, plus what it lacks. The same bits as the division wherever that
+// neither overflows nor underflows (Markstein, 1990; none differed in 2^30 of the hardest cases).
+KVQ_HD inline float Quotient(float a, float s, float inverse) {
+  const float near = a * inverse;
+  return fmaf(fmaf(-near, s, a), inverse, near);
+}
+
+// Scale and zero point that the solver starts from; 1 and NaN where something in the group is not finite.
+KVQ_HD inline void InitialScale(const GroupRange& group, float m, float& s, float& z) {
+  const float low = group.low, range = group.high - low;
   s = range <= 1e-4f ? 1.0f : m / range;
   s = s < 2e4f ? s : 2e4f;
   const float far = low < 0 ? -low : low;
   if (far * s > kLargestZero) s = kLargestZero / far;
-  z = -low * s;
+  z = -low * s + group.poison;
+  if (z != z) s = 1;
 }
 
 KVQ_HD inline uint16_t StoredScale(float s) {
@@ -110,10 +118,6 @@ struct BlockShape {
   KVQ_HD int64_t GroupOf(int64_t flat) const { return across ? flat % groups() : flat / group; }
 };
 
-KVQ_HD inline int64_t Offset(const DenseView& x, int64_t b, int64_t h, int64_t t, int64_t d) {
-  return b * x.batch_stride + h * x.head_stride + t * x.token_stride + d;
-}
-
 // Where slot g (over head, token, head_dim / group) of a block of metadata lies.
 KVQ_HD inline uint16_t* Slot(const KvView& view, const BlockShape& shape, int plane, int64_t b,
                              int64_t first_token, int64_t g) {
@@ -124,51 +128,21 @@ KVQ_HD inline uint16_t* Slot(const KvView& view, const BlockShape& shape, int pl
          first_token * per_token + rest;
 }
 
-template <int kBits>
-KVQ_HD inline uint8_t* CodeRow(const KvView& view, int64_t b, int64_t h, int64_t token) {
-  return reinterpret_cast<uint8_t*>(view.planes[0] + (b * view.heads + h) * view.plane_stride[0]) +
-         token * view.head_dim * kBits / 8;
-}
-
-template <int kBits>
-inline constexpr float kMaxCode = (1 << kBits) - 1;
-
 // ---- CPU: the definition, a group at a time
-
-// Sum over the halving tree that a warp's shuffles follow: x[i] += x[i + n/2], ... Destroys x.
-template <int n>
-inline float TreeSum(float* x) {
-  for (int stride = n / 2; stride > 0; stride /= 2) {
-    for (int i = 0; i < stride; ++i) x[i] += x[i + stride];
-  }
-  return x[0];
-}
 
 template <int n>
 KVQ_VECTOR void InitGroup(const float* x, float m, float* s, float* z) {
-  float low[n], high[n], poison[n];
-  for (int i = 0; i < n; ++i) {
-    low[i] = high[i] = x[i];
-    poison[i] = x[i] * 0;  // NaN for NaN and infinity, which comparisons would lose
-  }
-  for (int stride = n / 2; stride > 0; stride /= 2) {
-    for (int i = 0; i < stride; ++i) {
-      low[i] = low[i + stride] < low[i] ? low[i + stride] : low[i];
-      high[i] = high[i + stride] > high[i] ? high[i + stride] : high[i];
-    }
-  }
-  InitialScale(low[0], high[0], m, *s, *z);
-  *z += TreeSum<n>(poison);
+  InitialScale(RangeOf<n>(x), m, *s, *z);
 }
 
 // One iteration: moves z, returns the sum of |x - r| before that.
 template <int n>
 KVQ_VECTOR float StepGroup(const float* x, float m, float s, float* z) {
   float q[n], error[n], distance[n], largest[n];
-  const float zero = *z;
+  const float zero = *z, inverse = 1.0f / s;
   for (int i = 0; i < n; ++i) {
     q[i] = RoundCode(x[i] * s + zero, m);
-    error[i] = x[i] - (q[i] - zero) / s;
+    error[i] = x[i] - Quotient(q[i] - zero, s, inverse);
     largest[i] = distance[i] = std::fabs(error[i]);
   }
   for (int stride = n / 2; stride > 0; stride /= 2) {
@@ -177,7 +151,7 @@ KVQ_VECTOR float StepGroup(const float* x, float m, float s, float* z) {
     }
   }
   if (largest[0] > kShrinksToZero) {
-    for (int i = 0; i < n; ++i) q[i] = q[i] - (x[i] - Shrink(error[i])) * s;
+    for (int i = 0; i < n; ++i) q[i] = q[i] - (x[i] - Shrink(error[i], kPowers)) * s;
   } else {
     for (int i = 0; i < n; ++i) q[i] = q[i] - x[i] * s;
   }
@@ -200,62 +174,12 @@ double ErrorSum(const std::vector<float>& errors) {
   return lanes[0];
 }
 
-template <int kBits, int n>
-KVQ_VECTOR void PackRun(const uint8_t* codes, uint8_t* packed) {
-  constexpr int kPerByte = 8 / kBits, kBytes = n / kPerByte;
-  for (int k = 0; k < kBytes; ++k) packed[k] = codes[k];
-  for (int j = 1; j < kPerByte; ++j) {
-    for (int k = 0; k < kBytes; ++k) packed[k] |= codes[k + j * kBytes] << (j * kBits);
-  }
-}
-
-template <int kBits, int n>
-KVQ_VECTOR void UnpackRun(const uint8_t* packed, float* codes) {
-  constexpr int kPerByte = 8 / kBits, kBytes = n / kPerByte, kMask = (1 << kBits) - 1;
-  for (int j = 0; j < kPerByte; ++j) {
-    for (int k = 0; k < kBytes; ++k) {
-      codes[k + j * kBytes] = static_cast<float>((packed[k] >> (j * kBits)) & kMask);
-    }
-  }
-}
-
-KVQ_VECTOR void LoadRow(const void* data, DType dtype, int64_t offset, int64_t n, float* row) {
-  if (dtype == DType::kFloat32) {
-    for (int64_t i = 0; i < n; ++i) row[i] = static_cast<const float*>(data)[offset + i];
-  } else if (dtype == DType::kBFloat16) {
-    for (int64_t i = 0; i < n; ++i) {
-      row[i] = BFloat16ToFloat(static_cast<const uint16_t*>(data)[offset + i]);
-    }
-  } else {
-    for (int64_t i = 0; i < n; ++i) row[i] = HalfToFloat(static_cast<const uint16_t*>(data)[offset + i]);
-  }
-}
-
-KVQ_VECTOR void StoreRow(const float* row, int64_t n, DType dtype, int64_t offset, void* data) {
-  if (dtype == DType::kFloat32) {
-    for (int64_t i = 0; i < n; ++i) static_cast<float*>(data)[offset + i] = row[i];
-  } else if (dtype == DType::kBFloat16) {
-    for (int64_t i = 0; i < n; ++i) {
-      static_cast<uint16_t*>(data)[offset + i] = FloatToBFloat16(row[i]);
-    }
-  } else {
-    for (int64_t i = 0; i < n; ++i) static_cast<uint16_t*>(data)[offset + i] = FloatToHalf(row[i]);
-  }
-}
-
 // (q - z) s with one zero and scale for a run, or one for each element.
 KVQ_VECTOR void ScaleRun(float* codes, int64_t n, float z, float s) {
   for (int64_t i = 0; i < n; ++i) codes[i] = (codes[i] - z) * s;
 }
 KVQ_VECTOR void ScaleEach(float* codes, int64_t n, const float* z, const float* s) {
   for (int64_t i = 0; i < n; ++i) codes[i] = (codes[i] - z[i]) * s[i];
-}
-
-// Runs body(i) for all i, on all threads where `parallel`.
-template <typename Body>
-void ForEach(bool parallel, int64_t n, const Body& body) {
-#pragma omp parallel for schedule(static) if (parallel)
-  for (int64_t i = 0; i < n; ++i) body(i);
 }
 
 // Encodes the block of sequence b that begins at token `first` of x and goes to slot `first_slot`.
@@ -303,9 +227,7 @@ void EncodeBlock(const BlockShape& shape, const DenseView& x, int64_t b, int64_t
   });
   ForEach(parallel, rows, [&](int64_t row) {
     uint8_t* packed = CodeRow<kBits>(out, b, row / shape.tokens, first_slot + row % shape.tokens);
-    for (int64_t d = 0; d < row_size; d += n) {
-      PackRun<kBits, n>(&codes[row * row_size + d], packed + d * kBits / 8);
-    }
+    PackRow<kBits>(&codes[row * row_size], row_size, packed);
   });
 }
 
@@ -322,22 +244,22 @@ void DecodeBlock(const BlockShape& shape, const KvView& in, int64_t b, int64_t f
     const int64_t h = row / shape.tokens, t = row % shape.tokens;
     const uint8_t* packed = CodeRow<kBits>(in, b, h, first_slot + t);
     const int64_t offset = Offset(out, b, h, first + t, 0);
-    float values[n];
-    for (int64_t d = 0; d < shape.head_dim; d += n) {
-      UnpackRun<kBits, n>(packed + d * kBits / 8, values);
-      const int64_t flat = row * shape.head_dim + d;
+    std::vector<float> values(shape.head_dim);
+    UnpackRow<kBits>(packed, shape.head_dim, values.data());
+    const int64_t flat = row * shape.head_dim;
+    for (int64_t d = 0; d < shape.head_dim;) {
       if (!shape.across) {
-        ScaleRun(values, n, zeros[flat / n], scales[flat / n]);
+        const int64_t g = (flat + d) / n;
+        ScaleRun(&values[d], n, zeros[g], scales[g]);
+        d += n;
       } else {
         // Consecutive elements belong to consecutive groups, around the end.
-        for (int64_t i = 0; i < n;) {
-          const int64_t g = (flat + i) % groups, run = std::min<int64_t>(n - i, groups - g);
-          ScaleEach(values + i, run, &zeros[g], &scales[g]);
-          i += run;
-        }
+        const int64_t g = (flat + d) % groups, run = std::min(shape.head_dim - d, groups - g);
+        ScaleEach(&values[d], run, &zeros[g], &scales[g]);
+        d += run;
       }
-      StoreRow(values, n, out.dtype, offset + d, out.data);
     }
+    StoreRow(values.data(), shape.head_dim, out.dtype, offset, out.data);
   });
 }
 
@@ -354,16 +276,6 @@ void ForBlocks(int64_t batch, int64_t tokens, int64_t block_tokens, const Work& 
   if (all == 1) return work(0, 0, /*parallel=*/true);
 #pragma omp parallel for schedule(dynamic)
   for (int64_t i = 0; i < all; ++i) work(i / blocks, i % blocks, /*parallel=*/false);
-}
-
-// Calls work with the group size as a constant.
-template <typename Work>
-void WithGroup(int64_t group, const Work& work) {
-  switch (group) {
-    case 32: return work(std::integral_constant<int, 32>());
-    case 64: return work(std::integral_constant<int, 64>());
-    default: return work(std::integral_constant<int, 128>());
-  }
 }
 
 template <int kBits, bool kAcross>
@@ -390,12 +302,10 @@ void Decode(const CodecParams& params, const KvView& in, int64_t first_token, co
 
 std::vector<Plane> Planes(int64_t /*heads*/, int64_t head_dim, const CodecParams& params, int bits) {
   const int64_t group = params.group_size;
-  if (group != 32 && group != 64 && group != 128) {
-    throw InputError("hqq groups have 32, 64 or 128 elements, not ", group);
-  }
-  if (head_dim % group != 0) {
-    throw InputError("hqq wants a head_dim that is a multiple of the group size ", group, ", not ",
-                     head_dim);
+  CheckGroups("hqq", head_dim, group);
+  if (head_dim * bits % 128 != 0) {
+    throw InputError("codes of ", bits, " bits come in runs of ", 128 / bits, " channels: head_dim ", head_dim,
+                     " is no multiple of that");
   }
   return {{"codes", head_dim * bits / 8},
           {"scales", head_dim / group * 2},
@@ -403,191 +313,333 @@ std::vector<Plane> Planes(int64_t /*heads*/, int64_t head_dim, const CodecParams
 }
 
 // ---- CUDA: the same bits
+//
+// A group's iterations depend on nothing but the group; only where they stop depends on its whole block. So each
+// group runs all of them in registers and leaves z and its error of every one; then each block finds its
+// stop; then codes are made with the z of that iteration. Groups seldom run long: when z has not moved, it
+// never will again.
 
 #ifdef __CUDACC__
 
-void Check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) {
-    throw std::runtime_error(StrCat("hqq: ", what, ": ", cudaGetErrorString(error)));
+// Of the groups of some blocks, block by block.
+struct Solved {
+  int64_t first_block, blocks, groups;  // groups of one block
+  float* scales;                        // [blocks, groups]
+  float* zeros;                         // [kIterations, blocks, groups], after the iteration
+  float* errors;                        // likewise, the sum of |x - r| in it
+  int* stops;                           // [blocks], the last iteration
+  __host__ __device__ int64_t all() const { return blocks * groups; }
+};
+constexpr int64_t kSolvedBytes = (2 * kIterations + 1) * 4;  // a group
+
+// TreeSum of a group whose elements lane, lane + kLanes, ... are in one lane of kLanes; all of them get it.
+template <int kLanes, int kEach, int kStride = kEach / 2>
+__device__ __forceinline__ float LanesTreeSum(float (&x)[kEach]) {
+#pragma unroll
+  for (int i = 0; i < kStride; ++i) x[i] += x[i + kStride];
+  if constexpr (kStride > 1) {
+    return LanesTreeSum<kLanes, kEach, kStride / 2>(x);
+  } else {
+    float sum = x[0];
+    for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
+    return sum;
   }
 }
 
-// TreeSum of a group spread over a warp: lane l holds elements l, l + 32, ... in x[0], x[1], ...
-template <int kPerLane>
-__device__ float WarpTreeSum(float* x) {
-  for (int stride = kPerLane / 2; stride > 0; stride /= 2) {
-    for (int i = 0; i < stride; ++i) x[i] += x[i + stride];
-  }
-  float sum = x[0];
-  for (int stride = 16; stride > 0; stride /= 2) sum += __shfl_down_sync(~0u, sum, stride);
-  return __shfl_sync(~0u, sum, 0);
-}
-
-// One thread block a block of a sequence: scales and zero points of its groups into `solved`
-// [2, groups] and into the planes. `errors` is scratch, [groups].
-template <int kBits, int kPerLane>
-__global__ void __launch_bounds__(1024)
-    SolveKernel(BlockShape shape, DenseView x, KvView out, int64_t first_token, float* all_solved,
-                float* all_errors) {
-  constexpr float m = kMaxCode<kBits>;
-  __shared__ double lanes[256];
-  const int64_t groups = shape.groups(), blocks = x.tokens / shape.tokens;
-  const int64_t b = blockIdx.x / blocks, first = blockIdx.x % blocks * shape.tokens;
-  float* scales = all_solved + blockIdx.x * 2 * groups;
-  float* zeros = scales + groups;
-  float* errors = all_errors + blockIdx.x * groups;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const auto load = [&](int64_t g, float* values) {
-    for (int i = 0; i < kPerLane; ++i) {
-      const int64_t flat = shape.Flat(g, lane + 32 * i), row = flat / shape.head_dim;
-      values[i] = LoadElement(x.data, x.dtype,
-                              Offset(x, b, row / shape.tokens, first + row % shape.tokens,
-                                     flat % shape.head_dim));
-    }
+// Elements of group `g` of a block, as LanesTreeSum wants them.
+template <int n, bool kAcross, int kLanes, int kEach>
+__device__ __forceinline__ void LoadGroup(const BlockShape& shape, const DenseView& x, int64_t block, uint32_t g,
+                                          int lane, float (&values)[kEach]) {
+  const int64_t blocks = x.tokens / shape.tokens, b = block / blocks, first = block % blocks * shape.tokens;
+  const auto place = [&](uint32_t flat) {
+    const uint32_t row = flat / static_cast<uint32_t>(shape.head_dim);
+    return Offset(x, b, row / static_cast<uint32_t>(shape.tokens),
+                  first + row % static_cast<uint32_t>(shape.tokens),
+                  flat % static_cast<uint32_t>(shape.head_dim));
   };
-  float values[kPerLane], a[kPerLane];
-  for (int64_t g = warp; g < groups; g += warps) {
-    load(g, values);
-    float low = values[0], high = values[0];
-    for (int i = 0; i < kPerLane; ++i) {
-      low = values[i] < low ? values[i] : low;
-      high = values[i] > high ? values[i] : high;
-      a[i] = values[i] * 0;
-    }
-    for (int stride = 16; stride > 0; stride /= 2) {
-      const float other_low = __shfl_xor_sync(~0u, low, stride);
-      const float other_high = __shfl_xor_sync(~0u, high, stride);
-      low = other_low < low ? other_low : low;
-      high = other_high > high ? other_high : high;
-    }
-    const float poison = WarpTreeSum<kPerLane>(a);
-    if (lane == 0) {
-      InitialScale(low, high, m, scales[g], zeros[g]);
-      zeros[g] += poison;
+  const int64_t start = kAcross ? 0 : place(g * n) + lane;
+  const auto offset = [&](int i) {
+    return kAcross ? place((lane + i * kLanes) * static_cast<uint32_t>(shape.groups()) + g) : start + i * kLanes;
+  };
+  if (x.dtype == DType::kFloat32) {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) values[i] = static_cast<const float*>(x.data)[offset(i)];
+    return;
+  }
+  uint16_t raw[kEach];
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) raw[i] = static_cast<const uint16_t*>(x.data)[offset(i)];
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    values[i] = x.dtype == DType::kFloat16 ? HalfToFloat(raw[i]) : BFloat16ToFloat(raw[i]);
+  }
+}
+
+// One iteration of StepGroup: the new z, and the sum of |x - r| into `error`. Without kShrink it takes
+// shrink(d) for 0 and tells by `beyond` if that was wrong anywhere.
+template <int kLanes, bool kShrink, int kEach>
+__device__ __forceinline__ float Step(const float (&x)[kEach], const float (&scaled)[kEach], float m, float s,
+                                      float inverse, float z, const PowerTable& powers, float& error,
+                                      bool& beyond) {
+  float distance[kEach], target[kEach], largest = 0;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const float q = RoundCode(scaled[i] + z, m), centred = q - z;
+    const float d = x[i] - Quotient(centred, s, inverse);
+    distance[i] = fabsf(d);
+    if constexpr (kShrink) {
+      target[i] = q - (x[i] - Shrink(d, powers)) * s;
+    } else {
+      target[i] = q - scaled[i];
+      largest = fmaxf(largest, distance[i]);
     }
   }
+  beyond = largest > kShrinksToZero;
+  error = LanesTreeSum<kLanes>(distance);
+  return LanesTreeSum<kLanes>(target) / static_cast<float>(kEach * kLanes);
+}
+
+// Sixteen elements a lane.
+template <int n, bool kAcross>
+__global__ void __launch_bounds__(256) SolveKernel(BlockShape shape, DenseView x, float m, PowerTable constants,
+                                                   Solved solved) {
+  constexpr int kEach = 16, kLanes = n / kEach;
+  __shared__ PowerTable powers;
+  for (int i = threadIdx.x; i < static_cast<int>(sizeof(powers) / 4); i += 256) powers.of[i] = constants.of[i];
   __syncthreads();
-  float best = INFINITY;
+  const int64_t all = solved.all(), index = (blockIdx.x * int64_t{256} + threadIdx.x) / kLanes;
+  const int64_t id = index < all ? index : all - 1;  // lanes past the end go along and store nothing
+  const int lane = threadIdx.x % kLanes;
+  const bool stores = lane == 0 && index < all;
+  float values[kEach], scaled[kEach];
+  LoadGroup<n, kAcross, kLanes>(shape, x, solved.first_block + id / solved.groups,
+                                static_cast<uint32_t>(id % solved.groups), lane, values);
+  float low = values[0], high = values[0];
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    low = values[i] < low ? values[i] : low;
+    high = values[i] > high ? values[i] : high;
+    scaled[i] = values[i] * 0;
+  }
+#pragma unroll
+  for (int stride = kLanes / 2; stride > 0; stride /= 2) {
+    const float other_low = __shfl_xor_sync(~0u, low, stride), other_high = __shfl_xor_sync(~0u, high, stride);
+    low = other_low < low ? other_low : low;
+    high = other_high > high ? other_high : high;
+  }
+  float s, z;
+  InitialScale({low, high, LanesTreeSum<kLanes>(scaled)}, m, s, z);
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) scaled[i] = values[i] * s;
+  if (stores) solved.scales[id] = s;
+  const float inverse = 1.0f / s;
+
+  bool shrink = false;
+#pragma unroll 1
   for (int iteration = 0; iteration < kIterations; ++iteration) {
-    for (int64_t g = warp; g < groups; g += warps) {
-      load(g, values);
-      const float s = scales[g], z = zeros[g];
-      float distance[kPerLane];
-      for (int i = 0; i < kPerLane; ++i) {
-        const float q = RoundCode(values[i] * s + z, m);
-        const float error = values[i] - (q - z) / s;
-        distance[i] = fabsf(error);
-        a[i] = distance[i] > kShrinksToZero ? q - (values[i] - Shrink(error)) * s : q - values[i] * s;
-      }
-      const float sum = WarpTreeSum<kPerLane>(a), distances = WarpTreeSum<kPerLane>(distance);
-      __syncwarp();
-      if (lane == 0) {
-        zeros[g] = sum / static_cast<float>(shape.group);
-        errors[g] = distances;
-      }
+    float error, moved;
+    bool beyond = false;
+    if (!shrink) {
+      moved = Step<kLanes, false>(values, scaled, m, s, inverse, z, powers, error, beyond);
+      shrink = __any_sync(~0u, beyond);
     }
-    __syncthreads();
-    if (threadIdx.x < 256) {
-      double sum = 0;
-      for (int64_t g = threadIdx.x; g < groups; g += 256) sum += errors[g];
-      lanes[threadIdx.x] = sum;
+    if (shrink) moved = Step<kLanes, true>(values, scaled, m, s, inverse, z, powers, error, beyond);
+    const bool still = moved == z || (z != z && moved != moved);
+    z = moved;
+    // Where every group of the warp stands still, the rest is more of the same.
+    const int last = __all_sync(~0u, still) ? kIterations - 1 : iteration;
+    for (; iteration <= last; ++iteration) {
+      if (!stores) continue;
+      solved.zeros[iteration * all + id] = z;
+      solved.errors[iteration * all + id] = error;
     }
-    __syncthreads();
-    for (int stride = 128; stride > 0; stride /= 2) {
-      if (threadIdx.x < stride) lanes[threadIdx.x] += lanes[threadIdx.x + stride];
-      __syncthreads();
-    }
-    const float error = static_cast<float>(lanes[0] / static_cast<double>(groups * shape.group));
-    __syncthreads();  // before the next iteration writes lanes
-    if (!(error < best)) break;
-    best = error;
-  }
-  for (int64_t g = threadIdx.x; g < groups; g += blockDim.x) {
-    *Slot(out, shape, 1, b, first_token + first, g) = StoredScale(scales[g]);
-    *Slot(out, shape, 2, b, first_token + first, g) = FloatToHalf(zeros[g]);
+    iteration = last;
   }
 }
 
-// One thread a byte of codes.
-template <int kBits>
-__global__ void PackKernel(BlockShape shape, DenseView x, KvView out, int64_t first_token,
-                           const float* all_solved) {
-  constexpr int kPerByte = 8 / kBits;
-  const int64_t row_bytes = shape.head_dim / kPerByte, run_bytes = shape.group / kPerByte;
-  const int64_t index = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
-  if (index >= x.batch * x.heads * x.tokens * row_bytes) return;
-  const int64_t byte = index % row_bytes, t = index / row_bytes % x.tokens;
-  const int64_t h = index / row_bytes / x.tokens % x.heads, b = index / row_bytes / x.tokens / x.heads;
-  const int64_t block = b * (x.tokens / shape.tokens) + t / shape.tokens;
-  const float* scales = all_solved + block * 2 * shape.groups();
-  const float* zeros = scales + shape.groups();
-  unsigned packed = 0;
-  for (int j = 0; j < kPerByte; ++j) {
-    const int64_t d = byte / run_bytes * shape.group + byte % run_bytes + j * run_bytes;
-    const int64_t g = shape.GroupOf((h * shape.tokens + t % shape.tokens) * shape.head_dim + d);
-    const float value = LoadElement(x.data, x.dtype, Offset(x, b, h, t, d));
-    packed |= static_cast<unsigned>(RoundCode(value * scales[g] + zeros[g], kMaxCode<kBits>))
-              << (j * kBits);
+// One thread block a block, one warp an iteration: ErrorSum, and where it no longer falls.
+__global__ void __launch_bounds__(32 * kIterations) StopKernel(Solved solved, int64_t group) {
+  __shared__ float means[kIterations];
+  const int lane = threadIdx.x % 32, iteration = threadIdx.x / 32;
+  const float* errors = solved.errors + iteration * solved.all() + blockIdx.x * solved.groups;
+  double sums[8] = {};  // of ErrorSum's lanes lane, lane + 32, ...
+#pragma unroll 4
+  for (int64_t first = 0; first < solved.groups; first += 256) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int64_t g = first + lane + 32 * i;
+      if (g < solved.groups) sums[i] += errors[g];
+    }
   }
-  CodeRow<kBits>(out, b, h, first_token + t)[byte] = static_cast<uint8_t>(packed);
+#pragma unroll
+  for (int stride = 4; stride > 0; stride /= 2) {
+#pragma unroll
+    for (int i = 0; i < stride; ++i) sums[i] += sums[i + stride];
+  }
+  for (int stride = 16; stride > 0; stride /= 2) sums[0] += __shfl_down_sync(~0u, sums[0], stride);
+  if (lane == 0) means[iteration] = static_cast<float>(sums[0] / static_cast<double>(solved.groups * group));
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  float best = INFINITY;
+  int stop = 0;
+  for (; stop < kIterations - 1 && means[stop] < best; ++stop) best = means[stop];
+  solved.stops[blockIdx.x] = stop;
 }
 
-// One thread a byte of codes.
-template <int kBits>
-__global__ void DecodeKernel(BlockShape shape, KvView in, int64_t first_token, DenseView out) {
-  constexpr int kPerByte = 8 / kBits;
-  const int64_t row_bytes = shape.head_dim / kPerByte, run_bytes = shape.group / kPerByte;
-  const int64_t index = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
-  if (index >= out.batch * out.heads * out.tokens * row_bytes) return;
-  const int64_t byte = index % row_bytes, t = index / row_bytes % out.tokens;
-  const int64_t h = index / row_bytes / out.tokens % out.heads;
-  const int64_t b = index / row_bytes / out.tokens / out.heads;
+// One thread a word of codes, see code_row.h; and one a group for scale and zero point.
+template <int kBits, int n, bool kAcross>
+__global__ void __launch_bounds__(256) PackKernel(BlockShape shape, DenseView x, KvView out, int64_t first_token,
+                                                  Solved solved) {
+  constexpr int kRun = kRunChannels<kBits>;
+  const int64_t index = blockIdx.x * int64_t{256} + threadIdx.x, all = solved.all();
+  const int64_t blocks = x.tokens / shape.tokens;  // of a sequence
+  if (index < all) {
+    const int64_t block = index / solved.groups, g = index % solved.groups, sequence_block = solved.first_block + block;
+    const int64_t b = sequence_block / blocks, token = first_token + sequence_block % blocks * shape.tokens;
+    *Slot(out, shape, 1, b, token, g) = StoredScale(solved.scales[index]);
+    *Slot(out, shape, 2, b, token, g) = FloatToHalf(solved.zeros[solved.stops[block] * all + index]);
+  }
+  const uint32_t words = static_cast<uint32_t>(shape.head_dim / kRun);  // of a chunk
+  const int64_t row = index / (4 * words), block = row / (shape.heads * shape.tokens);
+  if (block >= solved.blocks) return;
+  const uint32_t row_in_block = static_cast<uint32_t>(row % (shape.heads * shape.tokens));
+  const uint32_t word = static_cast<uint32_t>(index % (4 * words)), chunk = word / words, run = word % words;
+  const int64_t sequence_block = solved.first_block + block, b = sequence_block / blocks;
+  const int64_t h = row_in_block / shape.tokens;
+  const int64_t t = sequence_block % blocks * shape.tokens + row_in_block % shape.tokens;
+  const float* scales = solved.scales + block * solved.groups;
+  const float* zeros = solved.zeros + solved.stops[block] * all + block * solved.groups;
+  const int64_t offset = Offset(x, b, h, t, run * kRun + 2 * chunk);
+  const uint32_t flat = row_in_block * static_cast<uint32_t>(shape.head_dim) + run * kRun + 2 * chunk;
+  uint32_t packed = 0;
+  float s = 0, z = 0;
+#pragma unroll
+  for (int field = 0; field < 16 / kBits; ++field) {
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      if (kAcross || (field * 8 % n == 0 && side == 0)) {
+        const uint32_t g = kAcross ? (flat + field * 8 + side) % static_cast<uint32_t>(solved.groups)
+                                   : (flat + field * 8) / n;
+        s = scales[g], z = zeros[g];
+      }
+      const float value = LoadElement(x.data, x.dtype, offset + field * 8 + side);
+      packed |= static_cast<uint32_t>(RoundCode(value * s + z, kMaxCode<kBits>)) << (field * kBits + 16 * side);
+    }
+  }
+  reinterpret_cast<uint32_t*>(CodeRow<kBits>(out, b, h, first_token + t))[word] = packed;
+}
+
+// One thread eight neighbouring channels: a field of a word of each chunk. `wide`: rows of `out` are 16-bit
+// numbers and 16-byte aligned.
+template <int kBits, bool kAcross>
+__global__ void __launch_bounds__(256) DecodeKernel(BlockShape shape, KvView in, int64_t first_token, DenseView out,
+                                                    bool wide) {
+  constexpr int kFields = 16 / kBits, kRun = kRunChannels<kBits>;
+  const uint32_t eights = static_cast<uint32_t>(shape.head_dim / 8), words = eights * 8 / kRun;
+  const int64_t index = blockIdx.x * int64_t{256} + threadIdx.x, row = index / eights;
+  if (row >= out.batch * out.heads * out.tokens) return;
+  const uint32_t eight = static_cast<uint32_t>(index % eights), field = eight % kFields;
+  const uint32_t tokens = static_cast<uint32_t>(out.tokens);
+  const int64_t t = row % tokens, h = row / tokens % out.heads, b = row / tokens / out.heads;
+  const uint32_t* codes =
+      reinterpret_cast<const uint32_t*>(CodeRow<kBits>(in, b, h, first_token + t)) + eight / kFields;
+  uint32_t chunks[4];
+#pragma unroll
+  for (int chunk = 0; chunk < 4; ++chunk) chunks[chunk] = codes[chunk * words];
   const int64_t block_first = first_token + t / shape.tokens * shape.tokens;
-  const unsigned packed = CodeRow<kBits>(in, b, h, first_token + t)[byte];
-  for (int j = 0; j < kPerByte; ++j) {
-    const int64_t d = byte / run_bytes * shape.group + byte % run_bytes + j * run_bytes;
-    const int64_t g = shape.GroupOf((h * shape.tokens + t % shape.tokens) * shape.head_dim + d);
-    const float s = HalfToFloat(*Slot(in, shape, 1, b, block_first, g));
-    const float z = HalfToFloat(*Slot(in, shape, 2, b, block_first, g));
-    const float code = static_cast<float>((packed >> (j * kBits)) & ((1 << kBits) - 1));
-    StoreElement(out.data, out.dtype, Offset(out, b, h, t, d), (code - z) * s);
+  const int64_t flat = (h * shape.tokens + t % shape.tokens) * shape.head_dim + eight * 8;
+  float s = 0, z = 0, values[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    if (kAcross || i == 0) {
+      const int64_t g = shape.GroupOf(flat + i);
+      s = HalfToFloat(*Slot(in, shape, 1, b, block_first, g));
+      z = HalfToFloat(*Slot(in, shape, 2, b, block_first, g));
+    }
+    const uint32_t code = chunks[i / 2] >> (field * kBits + 16 * (i % 2)) & ((1 << kBits) - 1);
+    values[i] = (static_cast<float>(code) - z) * s;
   }
+  const int64_t offset = Offset(out, b, h, t, eight * 8);
+  if (!wide) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) StoreElement(out.data, out.dtype, offset + i, values[i]);
+    return;
+  }
+  uint32_t packed[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float low = values[2 * i], high = values[2 * i + 1];
+    packed[i] = out.dtype == DType::kFloat16 ? FloatToHalf(low) | uint32_t{FloatToHalf(high)} << 16
+                                             : FloatToBFloat16(low) | uint32_t{FloatToBFloat16(high)} << 16;
+  }
+  *reinterpret_cast<uint4*>(static_cast<uint16_t*>(out.data) + offset) = {packed[0], packed[1], packed[2], packed[3]};
 }
 
-unsigned GridFor(int64_t threads) { return static_cast<unsigned>((threads + 255) / 256); }
+// Device memory that is given back in stream order and, up to 256 MiB, kept for the next call.
+void* AllocateScratch(int64_t bytes, cudaStream_t stream) {
+  static const bool kept = [] {
+    int device = 0;
+    cudaMemPool_t pool;
+    uint64_t keep = uint64_t{256} << 20;
+    Check(cudaGetDevice(&device), "current device");
+    Check(cudaDeviceGetDefaultMemPool(&pool, device), "memory pool");
+    Check(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &keep), "memory pool");
+    return true;
+  }();
+  (void)kept;
+  void* scratch = nullptr;
+  Check(cudaMallocAsync(&scratch, bytes, stream), "scratch memory");
+  return scratch;
+}
+
+template <int kBits, int n, bool kAcross>
+void EncodeBlocks(const BlockShape& shape, const DenseView& x, int64_t first_token, const KvView& out,
+                  Solved solved, cudaStream_t stream) {
+  const int64_t words = solved.blocks * shape.heads * shape.tokens * shape.head_dim * kBits / 32;
+  SolveKernel<n, kAcross><<<GridFor(solved.all() * (n / 16)), 256, 0, stream>>>(shape, x, kMaxCode<kBits>, kPowers,
+                                                                                solved);
+  StopKernel<<<static_cast<unsigned>(solved.blocks), 32 * kIterations, 0, stream>>>(solved, n);
+  PackKernel<kBits, n, kAcross><<<GridFor(std::max(words, solved.all())), 256, 0, stream>>>(shape, x, out,
+                                                                                            first_token, solved);
+  Check(cudaGetLastError(), "hqq encode");
+}
 
 template <int kBits, bool kAcross>
 void EncodeCuda(const CodecParams& params, const DenseView& x, int64_t first_token, const KvView& out,
                 void* stream_pointer) {
+  constexpr int64_t kScratchBytes = int64_t{64} << 20;
   const auto stream = static_cast<cudaStream_t>(stream_pointer);
   const BlockShape shape = ShapeOf(out, params, kAcross);
-  const int64_t blocks = x.batch * (x.tokens / shape.tokens), groups = shape.groups();
-  if (blocks == 0) return;
-  float* scratch = nullptr;  // scales and zero points in float32, and errors, of all groups
-  Check(cudaMallocAsync(reinterpret_cast<void**>(&scratch), blocks * groups * 3 * sizeof(float), stream),
-        "scratch memory");
-  float* errors = scratch + blocks * groups * 2;
-  const unsigned grid = static_cast<unsigned>(blocks);
-  WithGroup(shape.group, [&](auto group) {
-    SolveKernel<kBits, group() / 32><<<grid, 1024, 0, stream>>>(shape, x, out, first_token, scratch,
-                                                                errors);
-  });
-  PackKernel<kBits><<<GridFor(x.batch * x.heads * x.tokens * x.head_dim * kBits / 8), 256, 0, stream>>>(
-      shape, x, out, first_token, scratch);
-  const cudaError_t launched = cudaGetLastError();
+  const int64_t all_blocks = x.batch * (x.tokens / shape.tokens), groups = shape.groups();
+  if (all_blocks == 0) return;
+  // A bounded number of blocks at a time.
+  const int64_t block_bytes = groups * kSolvedBytes + 4;
+  const int64_t most = std::clamp<int64_t>(kScratchBytes / block_bytes, 1, all_blocks);
+  auto* scratch = static_cast<float*>(AllocateScratch(most * block_bytes, stream));
+  for (int64_t first = 0; first < all_blocks; first += most) {
+    Solved solved{first, std::min(most, all_blocks - first), groups, scratch, nullptr, nullptr, nullptr};
+    solved.zeros = solved.scales + solved.all();
+    solved.errors = solved.zeros + kIterations * solved.all();
+    solved.stops = reinterpret_cast<int*>(solved.errors + kIterations * solved.all());
+    WithGroup(shape.group, [&](auto group) {
+      EncodeBlocks<kBits, group(), kAcross>(shape, x, first_token, out, solved, stream);
+    });
+  }
   Check(cudaFreeAsync(scratch, stream), "scratch memory");
-  Check(launched, "encode");
 }
 
 template <int kBits, bool kAcross>
 void DecodeCuda(const CodecParams& params, const KvView& in, int64_t first_token, const DenseView& out,
                 void* stream) {
   const BlockShape shape = ShapeOf(in, params, kAcross);
-  const int64_t bytes = out.batch * out.heads * out.tokens * out.head_dim * kBits / 8;
-  if (bytes == 0) return;
-  DecodeKernel<kBits><<<GridFor(bytes), 256, 0, static_cast<cudaStream_t>(stream)>>>(
-      shape, in, first_token, out);
-  Check(cudaGetLastError(), "decode");
+  const int64_t eights = out.batch * out.heads * out.tokens * out.head_dim / 8;
+  if (eights == 0) return;
+  const int64_t strides = out.batch_stride | out.head_stride | out.token_stride;
+  const bool wide = out.dtype != DType::kFloat32 && strides % 8 == 0 &&
+                    reinterpret_cast<uintptr_t>(out.data) % 16 == 0;
+  DecodeKernel<kBits, kAcross><<<GridFor(eights), 256, 0, static_cast<cudaStream_t>(stream)>>>(
+      shape, in, first_token, out, wide);
+  Check(cudaGetLastError(), "hqq decode");
 }
 
 #endif  // __CUDACC__
@@ -611,11 +663,7 @@ Codec MakeCodec() {
   codec.encode_cuda = EncodeCuda<kBits, kAcross>;
   codec.decode_cuda = DecodeCuda<kBits, kAcross>;
 #endif
-  // 64 normal values span 4.7 standard deviations on average: uniform codes of that step have
-  // nmse step^2 / 12 = (4.7 / m)^2 / 12, with a tenth more for the spread of the range.
-  constexpr double kStep = 4.7 / kMaxCode<kBits>;
-  codec.nmse_budget = 1.1 * kStep * kStep / 12;
-  codec.budget_source = "uniform quantization noise of the mean range of 64 normal values, + 10 %";
+  SetUniformBudget(codec);
   return codec;
 }
 
@@ -623,9 +671,16 @@ constexpr char kSource[] = "hqq 0.2.8 (Badri & Shaji 2023), groups as in transfo
 
 template <int kBits>
 Scheme Plain(const char* name) {
-  return {.name = name, .source = kSource, .keys = MakeCodec<kBits, false>(),
-          .values = MakeCodec<kBits, false>(), .refused = ""};
+  Scheme scheme{.name = name, .source = kSource, .keys = MakeCodec<kBits, false>(),
+                .values = MakeCodec<kBits, false>(), .refused = ""};
+#ifdef __CUDACC__
+  scheme.decode_attention = decode_attention::Make<kBits>(kBits == 8   ? "fused_decode_int8"
+                                                          : kBits == 4 ? "fused_decode_int4"
+                                                                       : "fused_decode_int2");
+#endif
+  return scheme;
 }
+// Keys of neighbouring channels have different scales, in groups that end with the block: no fused kernel.
 template <int kBits>
 Scheme Kivi(const char* name) {
   return {.name = name, .source = kSource, .keys = MakeCodec<kBits, true>(),
