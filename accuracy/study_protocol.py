@@ -16,20 +16,21 @@ a decoded token of an unquantized cell differ; differences of quantized cells ar
 """
 
 import argparse
+import importlib.util
 import json
 import math
+import os
+import re
 import sys
 import time
 
 import torch
+from hqq.core.quantize import Quantizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.cache_utils import DynamicCache, HQQQuantizedLayer, QuantizedCache
 from transformers.utils import logging
-from transformers.cache_utils import HQQQuantizedLayer, QuantizedCache
 
-try:
-    from hqq.core.quantize import Quantizer
-except ImportError:
-    Quantizer = None
+from compare_transformers import wikitext_rows
 
 RESIDUAL = 128
 DEPTHS = (0.1, 0.25, 0.5, 0.75, 0.9)
@@ -38,52 +39,56 @@ QUESTION = "The special magic number for this experiment is"
 NUMBER = "7492"
 
 
+def fail(text):
+    print(f"study_protocol: {text}", file=sys.stderr)
+    sys.exit(2)
+
+
 def axes(spec):
     """Bits, library and group axes of keys and values; None for `none`."""
     if spec == "none":
         return None
-    bits, library, *kivi = spec.removeprefix("int").split("-")
-    if library not in ("hqq", "quanto") or kivi not in ([], ["kivi"]) or bits not in ("8", "4", "2"):
-        raise SystemExit(f"study_protocol: --specs: no spec '{spec}'")
+    match = re.fullmatch(r"int([842])-(hqq|quanto)(-kivi)?", spec)
+    if match is None:
+        fail(f"--specs: no spec '{spec}'; there are none, int{{8,4,2}}-{{hqq,quanto}}, and the same with -kivi")
+    bits, library, kivi = match.groups()
     if library == "quanto" and (kivi or bits == "8"):
-        raise SystemExit(f"study_protocol: --specs: transformers refuses '{spec}'")
+        fail(f"--specs: transformers refuses '{spec}': quanto has 4 and 2 bits, and keys and values on one axis")
+    if library == "quanto" and importlib.util.find_spec("optimum") is None:
+        fail(f"--specs: '{spec}' needs the package optimum-quanto")
     return int(bits), library, 0 if kivi or library == "quanto" else 1, 1 if library == "hqq" else 0
 
 
-def per_byte(bits):
-    return 8 // bits
+class WholeQuantizer(Quantizer):
+    """hqq, where its packing would fail: it joins halves or quarters of the groups' rows (or of the 64
+    rows of axis 0), so their number must be even, or a multiple of four."""
+
+    @classmethod
+    def quantize(cls, tensor, axis, nbits, group_size, **rest):
+        rows = group_size if axis == 0 else tensor.numel() // group_size
+        return Quantizer.quantize(tensor, axis=axis, nbits=nbits, group_size=group_size,
+                                  bitpack=rows % (8 // nbits) == 0, **rest)
 
 
-if Quantizer is not None:
-    class WholeQuantizer(Quantizer):
-        """hqq, where its packing would fail: it joins halves or quarters of the groups' rows (or of the 64
-        rows of axis 0), so their number must be even, or a multiple of four."""
+class HqqLayer(HQQQuantizedLayer):
+    half_metadata = True
 
-        @classmethod
-        def quantize(cls, tensor, axis, nbits, group_size, **rest):
-            rows = group_size if axis == 0 else tensor.numel() // group_size
-            return Quantizer.quantize(tensor, axis=axis, nbits=nbits, group_size=group_size,
-                                      bitpack=rows % per_byte(nbits) == 0, **rest)
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.quantizer = WholeQuantizer
 
-    class HqqLayer(HQQQuantizedLayer):
-        half_metadata = True
-
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            self.quantizer = WholeQuantizer
-
-        def _quantize(self, tensor, axis):
-            codes, meta = super()._quantize(tensor, axis)
-            if self.half_metadata:
-                for name in ("scale", "zero"):
-                    meta[name] = meta[name].half().to(tensor.dtype)
-            return codes, meta
+    def _quantize(self, tensor, axis):
+        codes, meta = super()._quantize(tensor, axis)
+        if self.half_metadata:
+            for name in ("scale", "zero"):
+                meta[name] = meta[name].half().to(tensor.dtype)
+        return codes, meta
 
 
 def make_cache(model, spec, layer_class=None, residual=RESIDUAL):
-    """A cache as the study makes it; None for `none` (the model makes its own)."""
+    """A cache as the study makes it: without a config, `none` keeps all tokens of sliding layers, too."""
     if spec == "none":
-        return None
+        return DynamicCache()
     bits, library, axis_key, axis_value = axes(spec)
     cache = QuantizedCache(library, model.config, nbits=bits, axis_key=axis_key, axis_value=axis_value,
                            q_group_size=64, residual_length=residual)
@@ -178,7 +183,7 @@ def cache_bytes(cache, spec):
                     codes, meta = stored
                     elements = math.prod(meta["shape"])
                     if meta["packing"]:
-                        assert codes.nbytes * per_byte(bits) == elements
+                        assert codes.nbytes * 8 // bits == elements
                     total += elements * bits // 8 + 2 * (meta["scale"].numel() + meta["zero"].numel())
                 else:
                     total += stored.numel() * bits // 8 + 2 * (stored._scale.numel() + stored._shift.numel())
@@ -189,7 +194,6 @@ def cache_bytes(cache, spec):
 def decode_run(model, tokenizer, spec, context, new_tokens):
     ids = torch.tensor([tokenizer("Hello world " * (context // 2)).input_ids[:context]])
     def prefill():
-        # `none`: the model makes its DynamicCache itself.
         return model(ids, past_key_values=make_cache(model, spec), use_cache=True)
     original = prefill()
     kv_bytes = cache_bytes(original.past_key_values, spec)
@@ -220,8 +224,7 @@ def load(directory, dtype=torch.float32):
 @torch.no_grad()
 def run(model, tokenizer, text, specs, context, windows, new_tokens,
         measure=("perplexity", "needle", "decode"), metadata="float16"):
-    if Quantizer is not None:
-        HqqLayer.half_metadata = metadata == "float16"
+    HqqLayer.half_metadata = metadata == "float16"
     ids = torch.tensor([tokenizer(text).input_ids])
     parts = windows_of(ids.shape[1], context, windows)
     result = {"context": context, "windows": parts, "specs": {}}
@@ -246,6 +249,8 @@ def compare(result, path):
     agree, compared = True, 0
     for name, run in runs.items():
         measurement, _, _, spec, context, _ = name.split("/")
+        if spec != "none" and not spec.endswith("@policy=hf"):
+            continue
         spec = spec.removesuffix("@policy=hf")
         ours = result["specs"].get(spec)
         if ours is None or context != f"ctx:{result['context']}":
@@ -298,9 +303,13 @@ def main(arguments):
     specs = o.specs.split(",")
     for spec in specs:
         axes(spec)
-    from compare_transformers import wikitext_rows
-    with open(o.text, encoding="utf-8", newline="") as file:
-        text = file.read()
+    if not os.path.isfile(os.path.join(o.model, "config.json")):
+        fail(f"{o.model}: not a Hugging Face model directory; it has no config.json")
+    try:
+        with open(o.text, encoding="utf-8", newline="") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"{o.text}: {error}")
     if o.text.endswith("wiki.test.raw"):
         text = wikitext_rows(text)
     model, tokenizer = load(o.model, getattr(torch, o.dtype))
