@@ -6,9 +6,9 @@ usage: study_protocol.py MODEL_DIR TEXT_FILE OUT.json [--specs none,int4-hqq] [-
            [--results BENCHMARKS.json]
 
 Specs: none, int8-hqq, int4-hqq, int2-hqq, int4-hqq-kivi, int2-hqq-kivi, and int4-quanto, int2-quanto where
-optimum-quanto is installed. On the CPU. The study ran in float16, so hqq stored scales and zero points in
-float16, and so does kvqbench; in float32 hqq would keep them whole: --metadata float16 (default) rounds
-them, float32 leaves hqq as it is. --windows ends the text with that many windows.
+optimum-quanto is installed. On the CPU. The study ran in float16, so its libraries stored scales and zero points
+in float16, and so does kvqbench; in float32 they would keep them whole: --metadata float16 (default) rounds
+them, float32 leaves the libraries as they are. --windows ends the text with that many windows.
 
 --results compares with what kvqbench wrote (--protocol=study --dtype=float32, specs with @policy=hf) and exits
 with 1 where the unquantized perplexity differs by more than 1e-4 of itself, or a needle's tokens, a verdict or
@@ -16,7 +16,6 @@ a decoded token of an unquantized cell differ; differences of quantized cells ar
 """
 
 import argparse
-import importlib.util
 import json
 import math
 import os
@@ -27,10 +26,15 @@ import time
 import torch
 from hqq.core.quantize import Quantizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.cache_utils import DynamicCache, HQQQuantizedLayer, QuantizedCache
+from transformers.cache_utils import DynamicCache, HQQQuantizedLayer, QuantizedCache, QuantoQuantizedLayer
 from transformers.utils import logging
 
 from compare_transformers import wikitext_rows
+
+try:
+    import make_golden_quanto  # lets quanto unpack without a compiler
+except ImportError:
+    make_golden_quanto = None
 
 RESIDUAL = 128
 DEPTHS = (0.1, 0.25, 0.5, 0.75, 0.9)
@@ -54,7 +58,7 @@ def axes(spec):
     bits, library, kivi = match.groups()
     if library == "quanto" and (kivi or bits == "8"):
         fail(f"--specs: transformers refuses '{spec}': quanto has 4 and 2 bits, and keys and values on one axis")
-    if library == "quanto" and importlib.util.find_spec("optimum") is None:
+    if library == "quanto" and make_golden_quanto is None:
         fail(f"--specs: '{spec}' needs the package optimum-quanto")
     return int(bits), library, 0 if kivi or library == "quanto" else 1, 1 if library == "hqq" else 0
 
@@ -70,19 +74,28 @@ class WholeQuantizer(Quantizer):
                                   bitpack=rows % (8 // nbits) == 0, **rest)
 
 
-class HqqLayer(HQQQuantizedLayer):
-    half_metadata = True
+HALF_METADATA = True  # of run(): round scales and zero points to float16
 
+
+class HqqLayer(HQQQuantizedLayer):
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self.quantizer = WholeQuantizer
 
     def _quantize(self, tensor, axis):
         codes, meta = super()._quantize(tensor, axis)
-        if self.half_metadata:
+        if HALF_METADATA:
             for name in ("scale", "zero"):
                 meta[name] = meta[name].half().to(tensor.dtype)
         return codes, meta
+
+
+class QuantoLayer(QuantoQuantizedLayer):
+    def _quantize(self, tensor, axis):
+        stored = super()._quantize(tensor, axis)
+        if HALF_METADATA:
+            stored._scale, stored._shift = (x.half().to(tensor.dtype) for x in (stored._scale, stored._shift))
+        return stored
 
 
 def make_cache(model, spec, layer_class=None, residual=RESIDUAL):
@@ -92,8 +105,8 @@ def make_cache(model, spec, layer_class=None, residual=RESIDUAL):
     bits, library, axis_key, axis_value = axes(spec)
     cache = QuantizedCache(library, model.config, nbits=bits, axis_key=axis_key, axis_value=axis_value,
                            q_group_size=64, residual_length=residual)
-    if library == "hqq":
-        cache.layers = [(layer_class or HqqLayer)(bits, axis_key, axis_value, 64, residual) for _ in cache.layers]
+    layer_class = layer_class or (HqqLayer if library == "hqq" else QuantoLayer)
+    cache.layers = [layer_class(bits, axis_key, axis_value, 64, residual) for _ in cache.layers]
     return cache
 
 
@@ -224,7 +237,8 @@ def load(directory, dtype=torch.float32):
 @torch.no_grad()
 def run(model, tokenizer, text, specs, context, windows, new_tokens,
         measure=("perplexity", "needle", "decode"), metadata="float16"):
-    HqqLayer.half_metadata = metadata == "float16"
+    global HALF_METADATA
+    HALF_METADATA = metadata == "float16"
     ids = torch.tensor([tokenizer(text).input_ids])
     parts = windows_of(ids.shape[1], context, windows)
     result = {"context": context, "windows": parts, "specs": {}}
