@@ -60,6 +60,11 @@ json Product(const json& a, const json& b) {
   return a.get<double>() * b.get<double>();
 }
 
+json Quotient(const json& a, const json& b) {
+  if (a.is_null() || b.is_null()) return nullptr;
+  return a.get<double>() / b.get<double>();
+}
+
 // Seconds that all benchmarks of a context took in their timers.
 double Elapsed(const Context& context) {
   double seconds = 0;
@@ -84,7 +89,7 @@ json Measurement(int64_t tokens, const Context& of, const Spec& spec, const json
                Product(Value(of, measurement, "share_of_decode"), decode_ms));
   };
   const json encode = overhead("quantize"), decode = overhead("dequantize");
-  const json both = Sum(encode, decode), whole = Sum(prefill_ms, decode_ms);
+  const json share = Quotient(Sum(encode, decode), Sum(prefill_ms, decode_ms));
   const json peak = Value(of, "memory", "vram_peak_bytes");
   return {{"context_len", tokens},
           {"prefill_ms", prefill_ms},
@@ -100,8 +105,7 @@ json Measurement(int64_t tokens, const Context& of, const Spec& spec, const json
           {"kv_cache_type", "kvqbench " + spec.text},
           {"quant_overhead_ms", encode},
           {"dequant_overhead_ms", decode},
-          {"overhead_pct",
-           both.is_null() || whole.is_null() ? json(nullptr) : json(100 * both.get<double>() / whole.get<double>())},
+          {"overhead_pct", Product(share, 100)},
           {"avg_power_watts", Value(of, "decode", "watts")},
           {"energy_mj_per_token", Value(of, "decode", "mj_per_token")},
           {"ctx_elapsed_s", Elapsed(of)},
@@ -127,15 +131,22 @@ void AddNeedle(const Combination& contexts, json& benchmarks) {
     }
     if (found.empty()) continue;
     std::sort(found.begin(), found.end());
+    // Protocol `study` has the answers in its label, from the start of the prompt to its end.
+    const std::string label = run->second.value("label", ""), word = "answers: ";
+    const size_t at = label.find(word);
+    json answers = json::array();
+    if (at != std::string::npos) answers = json::parse(label.substr(at + word.size()));
+    answers.get_ref<json::array_t&>().resize(found.size());  // null where there is none
     int64_t here = 0;
-    for (const auto& [depth, success] : found) {
+    for (size_t index = 0; index < found.size(); ++index) {
+      const auto [depth, success] = found[index];
       here += success;
       json input = Value(of, "needle", StrCat("prompt_tokens/depth:", depth));
       if (!input.is_null()) input = static_cast<int64_t>(input.get<double>());
       all.push_back({{"context_length", tokens},
                      {"depth_percent", static_cast<double>(depth) / 100},
                      {"input_tokens", input},
-                     {"generated_text", nullptr},
+                     {"generated_text", answers[index]},
                      {"success", success}});
     }
     const auto count = static_cast<int64_t>(found.size());
@@ -162,8 +173,9 @@ json Quantization(const Spec& spec) {
   const bool plain = spec.schemes.keys == spec.schemes.values && spec.layers.empty();
   std::smatch match;
   const bool known = plain && std::regex_match(name, match, kStudy);
-  json quant = {{"enabled", !dense}, {"nbits", nullptr},      {"backend", nullptr},   {"axis_key", nullptr},
-                {"axis_value", nullptr}, {"asymmetric", false}, {"spec", spec.text}};
+  json quant = {{"enabled", !dense},    {"nbits", nullptr},      {"backend", nullptr},
+                {"axis_key", nullptr},  {"axis_value", nullptr}, {"asymmetric", false},
+                {"spec", spec.text}};
   if (dense) return quant;
   quant["residual_length"] = spec.residual_length;
   if (plain && spec.schemes.keys->keys.bits == spec.schemes.values->values.bits) {
@@ -182,30 +194,39 @@ json Quantization(const Spec& spec) {
 json Document(const json& context, const Key& key, const Combination& contexts) {
   const auto& [model, backend, text] = key;
   const Spec spec = ParseSpec(text);
-  const json decode_tokens = Number(context, "decode_tokens"), memory = Number(context, "gpu_memory_bytes");
-  const std::string date = context.at("date").get<std::string>().substr(0, 19);  // the machine's own time
+  const json decode_tokens = Number(context, "decode_tokens");
+  const json memory = Number(context, "gpu_memory_bytes");
+  // The machine's own time.
+  const std::string date = context.at("date").get<std::string>().substr(0, 19);
   json measurements = json::array(), benchmarks = json::object();
   json window = nullptr;
   double elapsed = 0;
   for (const auto& [tokens, of] : contexts) {
     measurements.push_back(Measurement(tokens, of, spec, decode_tokens, memory));
     elapsed += Elapsed(of);
-    for (const auto& [name, counter] : {std::pair("perplexity", "ppl_reference"), std::pair("perplexity_quantized", "ppl")}) {
+    const auto perplexity = [&](const char* name, const char* counter) {
       const json value = Value(of, "perplexity", counter);
-      if (value.is_null() || (spec.stores_dense() && std::string(counter) == "ppl")) continue;
-      benchmarks[name] = {{"dataset", Text(context, "corpus")}, {"tokens", tokens}, {"value", value}};
+      if (value.is_null()) return;
+      benchmarks[name] = {
+          {"dataset", Text(context, "corpus")}, {"tokens", tokens}, {"value", value}};
       window = tokens;
-    }
+    };
+    perplexity("perplexity", "ppl_reference");
+    if (!spec.stores_dense()) perplexity("perplexity_quantized", "ppl");
   }
   AddNeedle(contexts, benchmarks);
-  const std::string model_config = "model_config " + model;
-  json shape = context.contains(model_config)
-                   ? json::parse(context.at(model_config).get<std::string>())
-                   : json{{"num_params_b", nullptr}, {"num_layers", nullptr}, {"num_q_heads", nullptr},
-                          {"num_kv_heads", nullptr}, {"gqa_ratio", nullptr}, {"head_dim", nullptr},
-                          {"max_position_embeddings", nullptr}};
+  json shape = nullptr;
+  if (const std::string fact = "model_config " + model; context.contains(fact)) {
+    shape = json::parse(context.at(fact).get<std::string>());
+  } else {
+    for (const char* field : {"num_params_b", "num_layers", "num_q_heads", "num_kv_heads",
+                              "gqa_ratio", "head_dim", "max_position_embeddings"}) {
+      shape[field] = nullptr;
+    }
+  }
   std::string id = StrCat(model, "_", backend, "_", text == "none" ? "fp16" : text, "_");
-  std::transform(id.begin(), id.end(), id.begin(), [](unsigned char c) { return c == '-' ? '_' : std::tolower(c); });
+  std::transform(id.begin(), id.end(), id.begin(),
+                 [](unsigned char c) { return c == '-' ? '_' : std::tolower(c); });
   for (const char c : date) {
     if (c == 'T') id += '_';
     else if (std::isdigit(static_cast<unsigned char>(c))) id += c;
@@ -223,8 +244,8 @@ json Document(const json& context, const Key& key, const Combination& contexts) 
                            {"transformers_version", nullptr},
                            {"cuda_version", Text(context, "cuda_runtime")},
                            {"gpu_name", gpu},
-                           {"gpu_vram_gb", memory.is_null() ? memory : json(memory.get<double>() / 1e9)}}},
-          {"hardware", {{"vram_total_mb", memory.is_null() ? memory : json(memory.get<double>() / kMiB)}, {"gpu_name", gpu}}},
+                           {"gpu_vram_gb", Quotient(memory, 1e9)}}},
+          {"hardware", {{"vram_total_mb", Quotient(memory, kMiB)}, {"gpu_name", gpu}}},
           {"config", {{"seed", Number(context, "seed")},
                       {"warmup_runs", 1},  // of prefill and of decode
                       {"measure_runs", Number(context, "runs")},
@@ -273,11 +294,12 @@ std::vector<std::string> WriteV2(const std::vector<std::string>& files, const st
       for (const json& run : results.at("benchmarks")) {
         std::smatch match;
         const std::string name = run.at("name");
-        if (!std::regex_match(name, match, kName)) throw InputError(path, ": '", name, "' is no benchmark of kvqbench");
-        // With repetitions, the median stands for them.
-        if (match[6] != "1" || run.value("error_occurred", false) || run.value("aggregate_name", "median") != "median") {
-          continue;
+        if (!std::regex_match(name, match, kName)) {
+          throw InputError(path, ": '", name, "' is no benchmark of kvqbench");
         }
+        if (match[6] != "1" || run.value("error_occurred", false)) continue;
+        // With repetitions, the median stands for them.
+        if (run.value("aggregate_name", "median") != "median") continue;
         combinations[{match[2], match[3], match[4]}][std::stoll(match[5])][match[1]] = run;
       }
       for (const auto& [key, contexts] : combinations) {
@@ -293,12 +315,13 @@ std::vector<std::string> WriteV2(const std::vector<std::string>& files, const st
   fs::create_directories(dir, error);
   std::vector<std::string> written;
   for (const json& document : documents) {
-    const std::string path = fs::path(dir) / (document.at("experiment_id").get<std::string>() + ".json");
+    const std::string id = document.at("experiment_id");
+    const std::string path = fs::path(dir) / (id + ".json");
     std::ofstream stream(path + ".part");
     stream << document.dump(2) << "\n";
     stream.close();
     if (stream) fs::rename(path + ".part", path, error);
-    if (!stream || error) throw InputError("--to-v2: cannot write ", path, "; is the folder there, the disk full?");
+    if (!stream || error) throw InputError("--to-v2: cannot write ", path, "; disk full?");
     written.push_back(path);
   }
   return written;
