@@ -197,7 +197,8 @@ def heatmap(axis, values, texts, rows, columns, norm, cmap):
             elif texts:
                 red, green, blue, _ = image.cmap(image.norm(value))
                 dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.5
-                axis.text(x, y, texts[y][x], ha="center", va="center", color="#ffffff" if dark else "#000000", fontsize=7)
+                axis.text(x, y, texts[y][x], ha="center", va="center",
+                          color="#ffffff" if dark else "#000000", fontsize=7)
     axis.set_xticks(range(len(columns)))
     axis.set_xticklabels(columns)
     axis.set_yticks(range(len(rows)))

@@ -31,7 +31,8 @@ def kurtosis_vs_ppl_delta(results, cells):
     figure, axis = subplots(figsize=(WIDTH, 3.4))
     low, high = 1e-4, max(10.0, max(point[3] for point in points) * 3)
     for top, bottom, word in ((0.01, low, "no change"), (1, 0.01, "noticeable"), (high, 1, "broken")):
-        axis.axhspan(bottom, top, color=FAINT, alpha={"no change": 0.04, "noticeable": 0.12, "broken": 0.22}[word], lw=0)
+        shade = {"no change": 0.04, "noticeable": 0.12, "broken": 0.22}[word]
+        axis.axhspan(bottom, top, color=FAINT, alpha=shade, lw=0)
         axis.text(0.008, bottom * 1.25, word, transform=axis.get_yaxis_transform(), ha="left", va="bottom", fontsize=7,
                   style="italic")
     for model, spec, kurtosis, delta in points:
@@ -145,7 +146,7 @@ def needle_heatmap(results, cells):
             found = {cell.context: trial for cell, trial in of if cell.spec == spec}
             axis = axes[y][x]
             values = [[found.get(context, {}).get(depth) for context in contexts] for depth in depths]
-            texts = [["" if v is None else "" if v == 1 else "×" if v == 0 else f"{v:.1f}" for v in row] for row in values]
+            texts = [["" if v in (None, 1) else "×" if v == 0 else f"{v:.1f}" for v in row] for row in values]
             heatmap(axis, values, texts, [f"{depth} %" for depth in depths],
                             [context_label(context) for context in contexts], plt.Normalize(-0.15, 1.1), RATE)
             axis.set_xticks(np.arange(len(contexts) + 1) - 0.5, minor=True)
@@ -209,7 +210,8 @@ def kurtosis_violin(results, cells):
     if not found:
         return NO_DISTRIBUTION
     # The study's split: heavy tails would flatten the others.
-    parts = [[item for item in found if (item[1]["distribution.kurtosis_k_mean"] > 15) == heavy] for heavy in (False, True)]
+    heavy = [cell["distribution.kurtosis_k_mean"] > 15 for _, cell in found]
+    parts = [[item for item, is_heavy in zip(found, heavy) if is_heavy == wanted] for wanted in (False, True)]
     parts = [part for part in parts if part]
     figure, axes = subplots(1, len(parts), squeeze=False, figsize=(WIDTH if len(found) > 1 else 3.6, 3.0),
                                 gridspec_kw={"width_ratios": [len(part) for part in parts]})
@@ -417,7 +419,8 @@ def pareto_panels(results, cells, y_key, y_label, better, log, interval=False):
             low, high = cell[y_key + "_lo"] or cell[y_key + "_min"], cell[y_key + "_hi"] or cell[y_key + "_max"]
             if interval and low is not None and high is not None and (not log or low > 0):
                 axis.plot([x, x], [max(low, bottom) if log else low, high], color=look[cell.spec]["color"], lw=1)
-            axis.plot(x, y, linestyle="", color=look[cell.spec]["color"], marker=look[cell.spec]["marker"], markersize=5.5)
+            axis.plot(x, y, linestyle="", color=look[cell.spec]["color"],
+                      marker=look[cell.spec]["marker"], markersize=5.5)
             rows.append({"panel": title, "spec": cell.spec, "bits_per_element": x, "value": cell[y_key], "lo": low,
                          "hi": high, "on_front": cell in front})
         floor = next((c["perplexity.kld_floor_nats"] for c in of if c["perplexity.kld_floor_nats"]), None)
@@ -434,7 +437,8 @@ def pareto_panels(results, cells, y_key, y_label, better, log, interval=False):
         axis.set_xlabel("bits per element")
         if axis in axes[::3]:
             axis.set_ylabel(y_label)
-    legend(figure, [Line2D([], [], label=s, color=l["color"], marker=l["marker"], linestyle="") for s, l in look.items()])
+    legend(figure, [Line2D([], [], label=s, color=l["color"], marker=l["marker"], linestyle="")
+           for s, l in look.items()])
     return figure, rows
 
 

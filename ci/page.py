@@ -1,6 +1,7 @@
 """The page of results: one HTML file that needs no network. page.html has its frame, its style and its script."""
 
 import html
+import operator
 import os
 import re
 
@@ -107,7 +108,8 @@ def warnings(results, missing=()):
             if key.endswith("tokens_per_s") and value:
                 low, high = cell[key + "_min"], cell[key + "_max"]
                 if low is not None and (high - low) / value > 0.1:
-                    spread.append(f"{name(cell)}: {key.split('.')[0]} {low:.1f} to {high:.1f}, median {value:.1f} tokens/s")
+                    spread.append(
+                        f"{name(cell)}: {key.split('.')[0]} {low:.1f} to {high:.1f}, median {value:.1f} tokens/s")
             if key.rsplit(".", 1)[-1].startswith("throttled") and value and "/" not in key:
                 throttled.append(f"{name(cell)}: {key}")
         if cell["prefill.prefill_ms"] is not None and cell["prefill.prefill_ms_min"] is None:
@@ -135,7 +137,8 @@ def warnings(results, missing=()):
         ("Within the noise", "The KL divergence is not above what rounding alone does.", noise),
         ("Below its own confidence", "The interval of the change of perplexity has 0 in it: no change is shown.", zero),
         ("One repetition", "Times have no spread: they were measured once.", single),
-        ("Skipped", "These cells cannot run here.", [f"{name(c)}: {m}: {r}" for c, m, r in skipped if (c, m, r) not in failed]),
+        ("Skipped", "These cells cannot run here.",
+         [f"{name(c)}: {m}: {r}" for c, m, r in skipped if (c, m, r) not in failed]),
         ("Superseded", "Newer files have measured all of these again; they are in tables/results.csv alone.", superseded),
         ("Figures left out", "These results do not have what they show.", [f"{title}: {why}" for title, why in missing])]
     return [kind for kind in kinds if kind[2]]
@@ -156,7 +159,8 @@ def results_section(results, cells):
              ("context", "context", lambda c: context_label(c.context))]
     for title, attribute in (("attention", "backend"), ("batch", "batch"), ("device", "device"), ("run", "run")):
         if several(cells, lambda c: getattr(c, attribute)):
-            sides.append((title, attribute, lambda c, a=attribute: tables.file_name(c.run) if a == "run" else getattr(c, a)))
+            show = (lambda c: tables.file_name(c.run)) if attribute == "run" else operator.attrgetter(attribute)
+            sides.append((title, attribute, show))
     filters = []
     for title, attribute, show in sides:
         values = {getattr(cell, attribute): show(cell) for cell in cells}
@@ -194,11 +198,12 @@ def results_section(results, cells):
 # ---- figures, statements, raw data, how to make it again
 
 def figure_section(drawn):
-    shown = []
+    shown, several_runs = [], len({item.run for item in drawn if item.run}) > 1
     for item in drawn:
-        links = ", ".join(f'<a href="figures/{e(file)}">{e(file.rsplit(".", 1)[-1].upper())}</a>' for file in item.files)
+        links = ", ".join(
+            f'<a href="figures/{e(file)}">{e(file.rsplit(".", 1)[-1].upper())}</a>' for file in item.files)
         svg = item.svg.replace("<svg ", f'<svg role="img" aria-label="{e(item.title + ". " + item.alt)}" ', 1)
-        run = f' <span class="soft">({e(item.run)})</span>' if item.run and len({d.run for d in drawn if d.run}) > 1 else ""
+        run = f' <span class="soft">({e(item.run)})</span>' if item.run and several_runs else ""
         shown.append(f'<figure id="{e(item.name)}">{svg}<figcaption><strong>{e(item.title)}{run}</strong>{e(item.alt)} '
                      f'<span class="no-print">{links}</span></figcaption></figure>')
     return f'<div class="figures">{"".join(shown)}</div>'
@@ -219,7 +224,8 @@ def raw_section(cells):
         lines = [f"# {listed(file.path for file in cell.files)}"]
         for key in sorted(cell.values):
             value = cell.values[key]
-            lines.append(f"{key} = {f'[{len(value)} numbers, in the file]' if isinstance(value, list) else repr(value)}")
+            lines.append(
+                f"{key} = {f'[{len(value)} numbers, in the file]' if isinstance(value, list) else repr(value)}")
         lines += [f"{key} = {text!r}" for key, text in sorted(cell.texts.items())]
         lines += [f"{key}: {reason}" for key, reason in sorted(cell.skipped.items())]
         title = f"{cell.run}: {cell.model}/{cell.backend}/{cell.spec}/ctx:{cell.context}/batch:{cell.batch}"
@@ -242,7 +248,8 @@ def reproduce_section(results, folders):
         line += option("models", sorted({c.model for c in cells}))
         line += option("schemes", sorted({c.spec for c in cells}, key=spec_order))
         line += option("backends", sorted({c.backend for c in cells}))
-        line += option("contexts", sorted({c.context for c in cells})) + option("batch", sorted({c.batch for c in cells}))
+        line += option("contexts", sorted({c.context for c in cells}))
+        line += option("batch", sorted({c.batch for c in cells}))
         windows = {int(c["perplexity.windows"]) for c in cells if c["perplexity.windows"]}
         line += option("windows", [max(windows)]) if windows else ""
         for key in ("corpus", "protocol", "device", "seed"):

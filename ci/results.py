@@ -160,7 +160,8 @@ def wilson(successes, trials):
 def add_benchmarks(results, file, data):
     context = data["context"]
     device = context.get("gpu") or context.get("cpu") or context.get("device") or "?"
-    file.facts = {key: value for key, value in context.items() if key not in ("caches", "host_name", "library_build_type")}
+    file.facts = {key: value for key, value in context.items()
+                  if key not in ("caches", "host_name", "library_build_type")}
     for key, value in context.items():
         if key.startswith("model_config "):
             try:

@@ -88,14 +88,17 @@ class Column:
             return "$" + text.replace("<=", r"\le").replace(">", ">") + "$" if tex else text
         if value is None:
             return "--" if tex else "-"
-        text = self.number(value)
+        texts = [self.number(value)]
         low, high = cell[self.key + "_lo"], cell[self.key + "_hi"]
         if self.interval and low is not None and high is not None:
-            text += f" [{self.number(low)}, {self.number(high)}]"
-        if tex:
+            texts.append(f"[{self.number(low)}, {self.number(high)}]")
+        if not tex:
+            return " ".join(texts)
+        for i, text in enumerate(texts):
             text = re.sub(r"([+-]?[\d.]+)e([+-])0*(\d+)", r"$\1 \\times 10^{\2\3}$", text)
-            return re.sub(r"(?<![\d.{$])([+-])(?=\d)", r"$\1$", text)
-        return text
+            texts[i] = re.sub(r"(?<![\d.{$])([+-])(?=\d)", r"$\1$", text)
+        # The interval stands below its number.
+        return texts[0] if len(texts) == 1 else rf"\shortstack[r]{{{texts[0]} \\ {{\tiny {texts[1]}}}}}"
 
     def number(self, value):
         text = self.pattern.format(value * self.scale)
@@ -244,10 +247,12 @@ TEXT = {
             "de": "Vollständige KV-Cache Profiling-Ergebnisse (alle Kontextlängen)"},
     "next": {"en": "continued on next page", "de": "Fortsetzung nächste Seite"},
     "metrics": {"en": "Model architecture and kurtosis", "de": "Modellarchitektur und Kurtosis-Kennzahlen"},
-    "results": {"en": "What the KV cache costs under each scheme: {model}, {backend}, context {context}, batch {batch}; "
-                      "{device}. Intervals: 95\\,\\%.",
-                "de": "Was der KV-Cache je Verfahren kostet: {model}, {backend}, Kontext {context}, Batch {batch}; "
-                      "{device}. Intervalle: 95\\,\\%."},
+    "cost": {"en": "What the KV cache costs under each scheme{where}.",
+             "de": "Was der KV-Cache je Verfahren kostet{where}."},
+    "quality": {"en": "What each scheme of the KV cache does to the answers{where}. Intervals: 95\\,\\%.",
+                "de": "Was jedes Verfahren des KV-Caches mit den Antworten macht{where}. Intervalle: 95\\,\\%."},
+    "where": {"en": ": {model}, {backend}, context {context}, batch {batch}; {device}",
+              "de": ": {model}, {backend}, Kontext {context}, Batch {batch}; {device}"},
     "scheme": {"en": "Scheme", "de": "Verfahren"},
 }
 
@@ -356,7 +361,8 @@ def profiling_table(results, cells, language):
             config = long_label(cell.spec) + (f" {cell.backend}" if backends else "") + \
                 (f" batch {cell.batch}" if batches else "")
             lines.append(" & ".join([
-                tex(model_name(model)), tex(config), context_label(cell.context), number("prefill.prefill_ms", "{:.0f}"),
+                tex(model_name(model)), tex(config), context_label(cell.context),
+                number("prefill.prefill_ms", "{:.0f}"),
                 number("decode.tokens_per_s", "{:.1f}"), number("kv_size.kv_bytes", "{:.1f}", 1 / MIB), ppl_text,
                 delta_shown]) + r" \\")
     return "\n".join(lines + [r"\end{longtable}"])
@@ -393,20 +399,26 @@ def model_metrics_table(results, language):
 
 
 def results_table(cells, language):
-    """Our table, one for each model, backend, context and batch size, with the intervals."""
+    """Our tables, two for each model, backend, context and batch size: what it costs, and what it does to the answers,
+    with the intervals."""
     parts = []
+    quality = ("error.", "perplexity.", "needle.")
     for (_, device, model, backend, context, batch), group in groups_of(cells).items():
-        columns = columns_of(group)
-        caption = TEXT["results"][language].format(model=tex(model_name(model)), backend=tex(backend), context=context,
-                                                   batch=batch, device=tex(device))
-        lines = [r"\begin{table}[htbp]", r"\centering", r"\footnotesize", rf"\caption{{{caption}}}",
-                 r"\begin{adjustbox}{max width=\textwidth}", rf"\begin{{tabular}}{{l{' r' * len(columns)}}}", r"\toprule",
-                 " & ".join([TEXT["scheme"][language]] +
-                            [tex(column.heading if language == "en" else column.german) for column in columns])
-                 + r" \\", r"\midrule"]
-        lines += [" & ".join([rf"\texttt{{{tex(cell.spec)}}}"] + [column.text(cell, tex=True) for column in columns])
-                  + r" \\" for cell in group]
-        parts.append("\n".join(lines + [r"\bottomrule", r"\end{tabular}", r"\end{adjustbox}", r"\end{table}"]))
+        where = TEXT["where"][language].format(model=tex(model_name(model)), backend=tex(backend), context=context,
+                                               batch=batch, device=tex(device))
+        for is_quality in (False, True):
+            columns = [column for column in columns_of(group) if column.key.startswith(quality) == is_quality]
+            if not columns:
+                continue
+            caption = TEXT["quality" if is_quality else "cost"][language].format(where=where)
+            heads = [tex((column.heading if language == "en" else column.german).replace(" [95 %]", ""))
+                     for column in columns]
+            lines = [r"\begin{table}[htbp]", r"\centering", r"\footnotesize", rf"\caption{{{caption}}}",
+                     r"\resizebox{\textwidth}{!}{%", rf"\begin{{tabular}}{{l{' r' * len(columns)}}}", r"\toprule",
+                     " & ".join([TEXT["scheme"][language]] + heads) + r" \\", r"\midrule"]
+            lines += [" & ".join([rf"\texttt{{{tex(cell.spec)}}}"] +
+                                 [column.text(cell, tex=True) for column in columns]) + r" \\" for cell in group]
+            parts.append("\n".join(lines + [r"\bottomrule", r"\end{tabular}}", r"\end{table}"]))
     return "\n\n".join(parts)
 
 
