@@ -4,7 +4,7 @@
 usage: make_golden_study.py [--check]
 
 Without --check writes accuracy/golden/study*.json and models/llama-study; with it, measures that model anew and
-compares (golden_files.py). float32, with hqq's metadata in float16 as in the study and in kvqbench. Packages:
+compares (golden_files.py). float32, with the libraries' metadata in float16 as in the study and in kvqbench. Packages:
 accuracy/requirements.txt.
 """
 
@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import golden_files
 import study_protocol
 
+SPECS = ("none", "int8-hqq", "int4-hqq", "int2-hqq", "int4-hqq-kivi", "int2-hqq-kivi", "int4-quanto", "int2-quanto")
 MODEL = os.path.join(golden_files.GOLDEN, "models", "llama-study")
 
 
@@ -64,8 +65,7 @@ def main(arguments):
     with open(os.path.join(cache, "texts", "pride-and-prejudice.txt"), encoding="utf-8") as file:
         text = file.read()
     return golden_files.write_or_check({
-        "study.json": cases(MODEL, text[6000:8000], ["none", "int8-hqq", "int4-hqq", "int2-hqq", "int4-hqq-kivi",
-                                                     "int2-hqq-kivi"], 132, ("perplexity", "needle", "decode")),
+        "study.json": cases(MODEL, text[6000:8000], SPECS, 132, ("perplexity", "needle", "decode")),
         "study-smollm2.json": cases(os.path.join(cache, "models", "smollm2-135m"), text[:4000], ["int4-hqq"], 0,
                                     ("perplexity", "needle")),
     }, check)

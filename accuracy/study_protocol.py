@@ -6,9 +6,9 @@ usage: study_protocol.py MODEL_DIR TEXT_FILE OUT.json [--specs none,int4-hqq] [-
            [--results BENCHMARKS.json]
 
 Specs: none, int8-hqq, int4-hqq, int2-hqq, int4-hqq-kivi, int2-hqq-kivi, and int4-quanto, int2-quanto where
-optimum-quanto is installed. On the CPU. The study ran in float16, so hqq stored scales and zero points in
-float16, and so does kvqbench; in float32 hqq would keep them whole: --metadata float16 (default) rounds
-them, float32 leaves hqq as it is. --windows ends the text with that many windows.
+optimum-quanto is installed. On the CPU. The study ran in float16, so its libraries stored scales and zero points
+in float16, and so does kvqbench; in float32 they would keep them whole: --metadata float16 (default) rounds
+them, float32 leaves the libraries as they are. --windows ends the text with that many windows.
 
 --results compares with what kvqbench wrote (--protocol=study --dtype=float32, specs with @policy=hf) and exits
 with 1 where the unquantized perplexity differs by more than 1e-4 of itself, or a needle's tokens, a verdict or
@@ -18,18 +18,23 @@ a decoded token of an unquantized cell differ; differences of quantized cells ar
 import argparse
 import json
 import math
+import os
+import re
 import sys
 import time
 
 import torch
+from hqq.core.quantize import Quantizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.cache_utils import DynamicCache, HQQQuantizedLayer, QuantizedCache, QuantoQuantizedLayer
 from transformers.utils import logging
-from transformers.cache_utils import HQQQuantizedLayer, QuantizedCache
+
+from compare_transformers import wikitext_rows
 
 try:
-    from hqq.core.quantize import Quantizer
+    import make_golden_quanto  # lets quanto unpack without a compiler
 except ImportError:
-    Quantizer = None
+    make_golden_quanto = None
 
 RESIDUAL = 128
 DEPTHS = (0.1, 0.25, 0.5, 0.75, 0.9)
@@ -38,57 +43,70 @@ QUESTION = "The special magic number for this experiment is"
 NUMBER = "7492"
 
 
+def fail(text):
+    print(f"study_protocol: {text}", file=sys.stderr)
+    sys.exit(2)
+
+
 def axes(spec):
     """Bits, library and group axes of keys and values; None for `none`."""
     if spec == "none":
         return None
-    bits, library, *kivi = spec.removeprefix("int").split("-")
-    if library not in ("hqq", "quanto") or kivi not in ([], ["kivi"]) or bits not in ("8", "4", "2"):
-        raise SystemExit(f"study_protocol: --specs: no spec '{spec}'")
+    match = re.fullmatch(r"int([842])-(hqq|quanto)(-kivi)?", spec)
+    if match is None:
+        fail(f"--specs: no spec '{spec}'; there are none, int{{8,4,2}}-{{hqq,quanto}}, and the same with -kivi")
+    bits, library, kivi = match.groups()
     if library == "quanto" and (kivi or bits == "8"):
-        raise SystemExit(f"study_protocol: --specs: transformers refuses '{spec}'")
+        fail(f"--specs: transformers refuses '{spec}': quanto has 4 and 2 bits, and keys and values on one axis")
+    if library == "quanto" and make_golden_quanto is None:
+        fail(f"--specs: '{spec}' needs the package optimum-quanto")
     return int(bits), library, 0 if kivi or library == "quanto" else 1, 1 if library == "hqq" else 0
 
 
-def per_byte(bits):
-    return 8 // bits
+class WholeQuantizer(Quantizer):
+    """hqq, where its packing would fail: it joins halves or quarters of the groups' rows (or of the 64
+    rows of axis 0), so their number must be even, or a multiple of four."""
+
+    @classmethod
+    def quantize(cls, tensor, axis, nbits, group_size, **rest):
+        rows = group_size if axis == 0 else tensor.numel() // group_size
+        return Quantizer.quantize(tensor, axis=axis, nbits=nbits, group_size=group_size,
+                                  bitpack=rows % (8 // nbits) == 0, **rest)
 
 
-if Quantizer is not None:
-    class WholeQuantizer(Quantizer):
-        """hqq, where its packing would fail: it joins halves or quarters of the groups' rows (or of the 64
-        rows of axis 0), so their number must be even, or a multiple of four."""
+HALF_METADATA = True  # of run(): round scales and zero points to float16
 
-        @classmethod
-        def quantize(cls, tensor, axis, nbits, group_size, **rest):
-            rows = group_size if axis == 0 else tensor.numel() // group_size
-            return Quantizer.quantize(tensor, axis=axis, nbits=nbits, group_size=group_size,
-                                      bitpack=rows % per_byte(nbits) == 0, **rest)
 
-    class HqqLayer(HQQQuantizedLayer):
-        half_metadata = True
+class HqqLayer(HQQQuantizedLayer):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.quantizer = WholeQuantizer
 
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            self.quantizer = WholeQuantizer
+    def _quantize(self, tensor, axis):
+        codes, meta = super()._quantize(tensor, axis)
+        if HALF_METADATA:
+            for name in ("scale", "zero"):
+                meta[name] = meta[name].half().to(tensor.dtype)
+        return codes, meta
 
-        def _quantize(self, tensor, axis):
-            codes, meta = super()._quantize(tensor, axis)
-            if self.half_metadata:
-                for name in ("scale", "zero"):
-                    meta[name] = meta[name].half().to(tensor.dtype)
-            return codes, meta
+
+class QuantoLayer(QuantoQuantizedLayer):
+    def _quantize(self, tensor, axis):
+        stored = super()._quantize(tensor, axis)
+        if HALF_METADATA:
+            stored._scale, stored._shift = (x.half().to(tensor.dtype) for x in (stored._scale, stored._shift))
+        return stored
 
 
 def make_cache(model, spec, layer_class=None, residual=RESIDUAL):
-    """A cache as the study makes it; None for `none` (the model makes its own)."""
+    """A cache as the study makes it: without a config, `none` keeps all tokens of sliding layers, too."""
     if spec == "none":
-        return None
+        return DynamicCache()
     bits, library, axis_key, axis_value = axes(spec)
     cache = QuantizedCache(library, model.config, nbits=bits, axis_key=axis_key, axis_value=axis_value,
                            q_group_size=64, residual_length=residual)
-    if library == "hqq":
-        cache.layers = [(layer_class or HqqLayer)(bits, axis_key, axis_value, 64, residual) for _ in cache.layers]
+    layer_class = layer_class or (HqqLayer if library == "hqq" else QuantoLayer)
+    cache.layers = [layer_class(bits, axis_key, axis_value, 64, residual) for _ in cache.layers]
     return cache
 
 
@@ -178,7 +196,7 @@ def cache_bytes(cache, spec):
                     codes, meta = stored
                     elements = math.prod(meta["shape"])
                     if meta["packing"]:
-                        assert codes.nbytes * per_byte(bits) == elements
+                        assert codes.nbytes * 8 // bits == elements
                     total += elements * bits // 8 + 2 * (meta["scale"].numel() + meta["zero"].numel())
                 else:
                     total += stored.numel() * bits // 8 + 2 * (stored._scale.numel() + stored._shift.numel())
@@ -189,7 +207,6 @@ def cache_bytes(cache, spec):
 def decode_run(model, tokenizer, spec, context, new_tokens):
     ids = torch.tensor([tokenizer("Hello world " * (context // 2)).input_ids[:context]])
     def prefill():
-        # `none`: the model makes its DynamicCache itself.
         return model(ids, past_key_values=make_cache(model, spec), use_cache=True)
     original = prefill()
     kv_bytes = cache_bytes(original.past_key_values, spec)
@@ -220,8 +237,8 @@ def load(directory, dtype=torch.float32):
 @torch.no_grad()
 def run(model, tokenizer, text, specs, context, windows, new_tokens,
         measure=("perplexity", "needle", "decode"), metadata="float16"):
-    if Quantizer is not None:
-        HqqLayer.half_metadata = metadata == "float16"
+    global HALF_METADATA
+    HALF_METADATA = metadata == "float16"
     ids = torch.tensor([tokenizer(text).input_ids])
     parts = windows_of(ids.shape[1], context, windows)
     result = {"context": context, "windows": parts, "specs": {}}
@@ -246,6 +263,8 @@ def compare(result, path):
     agree, compared = True, 0
     for name, run in runs.items():
         measurement, _, _, spec, context, _ = name.split("/")
+        if spec != "none" and not spec.endswith("@policy=hf"):
+            continue
         spec = spec.removesuffix("@policy=hf")
         ours = result["specs"].get(spec)
         if ours is None or context != f"ctx:{result['context']}":
@@ -298,9 +317,13 @@ def main(arguments):
     specs = o.specs.split(",")
     for spec in specs:
         axes(spec)
-    from compare_transformers import wikitext_rows
-    with open(o.text, encoding="utf-8", newline="") as file:
-        text = file.read()
+    if not os.path.isfile(os.path.join(o.model, "config.json")):
+        fail(f"{o.model}: not a Hugging Face model directory; it has no config.json")
+    try:
+        with open(o.text, encoding="utf-8", newline="") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"{o.text}: {error}")
     if o.text.endswith("wiki.test.raw"):
         text = wikitext_rows(text)
     model, tokenizer = load(o.model, getattr(torch, o.dtype))
