@@ -193,6 +193,10 @@ def words(folder, texts):
     metaspace = {"type": "Metaspace", "replacement": SPACE, "add_prefix_space": True, "prepend_scheme": "always"}
     specials = ["<unk>", "<s>", "</s>"]
     vocabulary, merges = train(texts, (None, metaspace), specials, size=300, limit_alphabet=90)
+    # Merges across words, which splitting keeps from being made.
+    for pair in (("e", SPACE + "t"), ("d", SPACE + "a")):
+        vocabulary["".join(pair)] = len(vocabulary)
+        merges.insert(0, list(pair))
     tokens = [added(token, vocabulary[token]) for token in specials]
     save(folder, tokenizer_json(vocabulary, merges, tokens, (None, metaspace), metaspace,
                                 template(vocabulary, "<s>", "</s>"), unk_token="<unk>"),
@@ -200,11 +204,11 @@ def words(folder, texts):
 
 
 def flags(folder, texts):
-    """Every flag of added tokens, behind two normalizers, Digits, and a space before each piece."""
+    """Every flag of added tokens, behind two normalizers, three splits, and a space before each piece."""
     exclamation = {"type": "Replace", "pattern": {"String": "\uff01"}, "content": "!"}
     stages = (sequence("normalizers", {"type": "NFC"}, exclamation),
-              sequence("pretokenizers", {"type": "Digits", "individual_digits": True},
-                       {**BYTES, "add_prefix_space": True}))
+              sequence("pretokenizers", split({"String": ","}, "MergedWithPrevious"),
+                       {"type": "Digits", "individual_digits": True}, {**BYTES, "add_prefix_space": True}))
     vocabulary, merges = train_bytes(texts, stages, size=300)
     of_token = {
         "word": {"single_word": True}, "cut": {"lstrip": True}, "keep": {"rstrip": True},
