@@ -5,7 +5,7 @@ usage: defects.py [--kvqbench FILE] [--model DIR] [--text FILE] [--results FILE.
 
 Measures with kvqbench wherever it can make both numbers. Two rows change one thing inside the study's own
 library (transformers' QuantizedCache with hqq, in float32): what a flush encodes, and how kivi groups keys.
-Prints the table; --results also keeps all figures. All in float32; 11 minutes of one core.
+Prints the table; --results also keeps all figures. All in float32; 12 minutes of one core.
 """
 
 import argparse
@@ -115,7 +115,7 @@ def kivi_grouping(model, ids):
 # ---- what kvqbench measures
 
 def kvqbench(options, flags):
-    """The runs of one call by measurement, spec and context; also remembers the call."""
+    """The runs of one call by measurement, spec and context."""
     common = [f"--models={options.model}", f"--corpus-file={options.text}", "--dtype=float32"]
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "out.json")
