@@ -208,7 +208,7 @@ void AddContext(Session& session) {
   benchmark::AddCustomContext("seed", std::to_string(o.seed));
   benchmark::AddCustomContext("device", o.device);
   benchmark::AddCustomContext("dtype", c10::toString(session.dtype()));
-  for (const auto& [name, value] : DeviceFacts(session.device())) {
+  for (const auto& [name, value] : DeviceFacts(session.device(), session.dtype())) {
     benchmark::AddCustomContext(name, value);
   }
 }

@@ -55,7 +55,7 @@ Counters Memory(Session& session, const Cell& cell, benchmark::State& state) {
   const at::Tensor ids = study ? StudyInput(session, cell) : session.context_ids(cell);
   Counters counters;
   for (auto _ : state) {
-    ReleaseFreedMemory();
+    ReleaseFreedMemory(session.device());
     const std::optional<int64_t> before = ResidentBytes();
     if (!before || !ResetPeakResident()) throw Skip("this system does not report resident memory");
     state.SetIterationTime(Time(model.device(), [&] {
