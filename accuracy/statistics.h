@@ -1,6 +1,7 @@
 // How sure a statistic is.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <optional>
@@ -41,6 +42,28 @@ inline std::optional<Interval> MeanInterval(const std::vector<double>& values) {
   const double n_real = static_cast<double>(n);
   const double half = StudentT95(n - 1) * std::sqrt(squares / (n_real - 1) / n_real);
   return Interval{mean - half, mean + half};
+}
+
+// 95 % interval of the median of independent values, whatever their distribution: the j-th smallest and
+// the j-th largest, j the most for which fewer than j heads of n fair coins have a chance of at most 2.5 %
+// (Hahn & Meeker 1991, Statistical Intervals, 5.2). Nothing for fewer than six.
+inline std::optional<Interval> MedianInterval(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  const size_t n = values.size();
+  const double n_real = static_cast<double>(n);
+  size_t j = 0;
+  if (n <= 500) {
+    double chance = std::pow(0.5, n_real), sum = 0;  // of j heads, and of fewer
+    while (sum + chance <= 0.025) {
+      sum += chance;
+      chance *= (n_real - static_cast<double>(j)) / static_cast<double>(j + 1);
+      ++j;
+    }
+  } else {  // the binomial distribution is normal enough, and 2^-n too small to be a number
+    j = static_cast<size_t>((n_real - 1.959964 * std::sqrt(n_real)) / 2);
+  }
+  if (j == 0) return std::nullopt;
+  return Interval{values[j - 1], values[n - j]};
 }
 
 // Wilson's 95 % interval of a rate (Wilson 1927, J. Am. Stat. Assoc. 22:209).

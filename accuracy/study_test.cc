@@ -24,7 +24,7 @@ void ExpectStudy(const nlohmann::json& golden, const std::string& model_dir, dou
   }
   const bool decodes = golden["new_tokens"] > 0;
   const Outcome outcome = Execute(
-      StrCat("--protocol=study --dtype=float32 --runs=1 --models=", model_dir, " --corpus-file=", text.string(),
+      StrCat("--protocol=study --dtype=float32 --runs=1 --max-runs=1 --models=", model_dir, " --corpus-file=", text.string(),
              " --schemes=", schemes, " --contexts=", golden["context"].get<int>(), " --windows=", golden["windows"].get<int>(),
              decodes ? StrCat(" --decode-tokens=", golden["new_tokens"].get<int>()) : "", " --benchmark_filter='perplexity|needle",
              decodes ? "|decode|kv_size|memory'" : "'", " --benchmark_format=json"));

@@ -6,6 +6,7 @@
 // greedy steps; and the timer starts before the whole prompt is prefilled once more (the study meant to copy
 // a cache there). tokens_per_s is that number; tokens_per_s_net is what it should have been, the same
 // steps without the prefill, and reprefill_ms the difference. The tokens are in the JSON.
+#include "benchmarks/decoding.h"
 #include "benchmarks/study.h"
 #include "kernels/error.h"
 
@@ -43,15 +44,14 @@ Counters StudyDecode(Session& session, const Cell& cell, benchmark::State& state
   std::vector<double> rates, net_rates, prefill_ms;
   Counters tokens;
   const double count = static_cast<double>(new_tokens * cell.batch);
-  for (auto _ : state) {
-    const double prefill_s = Time(model.device(), prefill);
+  Samples(session, state, [&] {
+    const double prefill_s = session.Time(prefill);
     std::vector<at::Tensor> steps = {last};
-    const double steps_s = Time(model.device(), [&] {
+    const double steps_s = session.Time([&] {
       for (int64_t i = 0; i < new_tokens; ++i) {
         steps.push_back(Next(model, model.Forward(steps.back(), cache, backend)));
       }
     });
-    state.SetIterationTime(prefill_s + steps_s);
     rates.push_back(count / (prefill_s + steps_s));
     net_rates.push_back(count / steps_s);
     prefill_ms.push_back(prefill_s * 1e3);
@@ -59,7 +59,8 @@ Counters StudyDecode(Session& session, const Cell& cell, benchmark::State& state
     for (int64_t i = 1; i <= new_tokens; ++i) {  // of the first sequence; all are the same
       tokens.emplace_back(StrCat("token/step:", i), steps[i][0][0].item<double>());
     }
-  }
+    return prefill_s + steps_s;
+  });
   Counters counters;
   AddSpread(counters, "tokens_per_s", rates);
   AddSpread(counters, "tokens_per_s_net", net_rates);
@@ -73,34 +74,21 @@ Counters StudyDecode(Session& session, const Cell& cell, benchmark::State& state
 
 Counters Decode(Session& session, const Cell& cell, benchmark::State& state) {
   if (session.options().protocol == "study") return StudyDecode(session, cell, state);
-  const Model& model = session.model(cell.model);
-  const Backend& backend = FindBackend(cell.backend);
-  const at::Tensor ids = session.context_ids(cell);
-  const Spec spec = ParseSpec(cell.spec);
   const int64_t new_tokens = session.options().decode_tokens;
-  KvCache cache(spec, model.cache_shape(cell.batch), cell.context + new_tokens, model.dtype(),
-                model.device());
-  const auto prefill = [&] {
-    cache.Clear();
-    return Next(model, Feed(model, ids, cache, backend, session.options().prefill_chunk));
-  };
-  Next(model, model.Forward(prefill(), cache, backend));  // warm-up of both shapes
+  Decoding decoding(session, cell, new_tokens);
+  decoding.WarmUp();
   std::vector<double> rates, per_token;
-  for (auto _ : state) {
-    at::Tensor token = prefill();
-    const double seconds = Time(model.device(), [&] {
-      for (int64_t i = 0; i < new_tokens; ++i) {
-        token = Next(model, model.Forward(token, cache, backend));
-      }
-    });
-    state.SetIterationTime(seconds);
-    rates.push_back(static_cast<double>(new_tokens * cell.batch) / seconds);
+  for (const double seconds : Samples(session, state, [&] {
+         const at::Tensor first = decoding.Prefill();
+         return session.Time([&] { decoding.Run(first); });
+       })) {
+    rates.push_back(decoding.tokens() / seconds);
     per_token.push_back(seconds * 1e3 / static_cast<double>(new_tokens));
   }
   Counters counters;
   AddSpread(counters, "tokens_per_s", rates);
   AddSpread(counters, "ms_per_token", per_token);
-  AddLimit(counters, model, spec, cell.batch, cell.context + new_tokens / 2,
+  AddLimit(counters, decoding.model(), decoding.spec(), cell.batch, cell.context + new_tokens / 2,
            counters[3].second / 1e3);
   return counters;
 }

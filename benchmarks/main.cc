@@ -110,9 +110,10 @@ void RunCell(benchmark::State& state, const Measurement& measurement, const Cell
     }
     const c10::InferenceMode no_gradients;
     session.note.clear();
-    for (const auto& [name, value] : measurement.run(session, cell, state)) {
-      state.counters[name] = value;
-    }
+    if (session.watch() != nullptr) session.watch()->Take();  // what a cell that failed has left
+    Counters counters = measurement.run(session, cell, state);
+    if (session.watch() != nullptr) AddGpuState(session, session.watch()->Take(), counters);
+    for (const auto& [name, value] : counters) state.counters[name] = value;
     // The kernels that really ran: nothing falls back silently.
     state.SetLabel(StrCat(session.device().is_cuda() ? "cuda" : "cpu", " ",
                           c10::toString(session.dtype()), ", ", cell.backend,
@@ -204,10 +205,17 @@ void AddContext(Session& session) {
   }
   benchmark::AddCustomContext("protocol", o.protocol);
   benchmark::AddCustomContext("runs", std::to_string(o.runs));
+  benchmark::AddCustomContext("max_runs", std::to_string(o.max_runs));
+  benchmark::AddCustomContext("max_seconds", std::to_string(o.max_seconds));
   benchmark::AddCustomContext("decode_tokens", std::to_string(o.decode_tokens));
   benchmark::AddCustomContext("seed", std::to_string(o.seed));
   benchmark::AddCustomContext("device", o.device);
   benchmark::AddCustomContext("dtype", c10::toString(session.dtype()));
+  if (session.nvml() != nullptr) {  // before the probes warm it up
+    for (const auto& [name, value] : session.nvml()->Facts()) benchmark::AddCustomContext(name, value);
+  } else if (session.device().is_cuda()) {
+    benchmark::AddCustomContext("nvml", session.why_no_nvml());
+  }
   for (const auto& [name, value] : DeviceFacts(session.device(), session.dtype())) {
     benchmark::AddCustomContext(name, value);
   }
@@ -303,7 +311,7 @@ int Main(int argc, char** argv) {
           }
           progress.Done();
         })
-        ->Iterations(measurement->timed ? line.options.runs : 1)
+        ->Iterations(1)  // with as many samples as it takes: see Samples
         ->UseManualTime()
         ->Unit(benchmark::kMillisecond);
   }

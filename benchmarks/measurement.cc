@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <random>
 
+#include "accuracy/statistics.h"
 #include "kernels/error.h"
 
 namespace kvq {
@@ -34,6 +35,13 @@ RegisterMeasurement::RegisterMeasurement(Measurement measurement) {
 Session::Session(Options options)
     : options_(std::move(options)), device_(ParseDevice(options_.device)) {
   if (options_.dtype != "auto") dtype_ = ParseDType(options_.dtype);
+  if (!device_.is_cuda()) return;
+  try {
+    nvml_ = std::make_unique<Nvml>(PciBusId(device_.index()));
+    watch_ = std::make_unique<GpuWatch>(*nvml_);
+  } catch (const std::runtime_error& error) {
+    why_no_nvml_ = error.what();
+  }
 }
 
 at::ScalarType Session::dtype() {
@@ -108,6 +116,54 @@ const std::vector<std::pair<at::Tensor, at::Tensor>>& Session::captured_cache(co
     captured_.second.emplace_back(at::cat(keys[layer], 2), at::cat(values[layer], 2));
   }
   return captured_.second;
+}
+
+std::vector<double> Samples(Session& session, benchmark::State& state,
+                            const std::function<double()>& sample) {
+  const Options& o = session.options();
+  std::vector<double> seconds;
+  Counters median;
+  std::optional<double> half_width;
+  for (auto _ : state) {
+    const auto start = std::chrono::steady_clock::now();
+    const auto go_on = [&] {
+      const auto n = static_cast<int64_t>(seconds.size());
+      if (n < o.runs) return true;
+      const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
+      const bool sure = half_width && *half_width < 0.01;
+      return !sure && n < o.max_runs && elapsed.count() < static_cast<double>(o.max_seconds);
+    };
+    while (go_on()) {
+      seconds.push_back(sample());
+      median.clear();
+      AddSpread(median, "seconds", seconds);
+      if (const auto interval = MedianInterval(seconds)) {
+        half_width = (interval->high - interval->low) / 2 / median.front().second;
+      }
+    }
+    state.SetIterationTime(median.front().second);
+  }
+  state.counters["samples"] = static_cast<double>(seconds.size());
+  if (half_width) state.counters["ci95_fraction"] = *half_width;
+  return seconds;
+}
+
+void AddGpuState(Session& session, const GpuSummary& seen, Counters& counters) {
+  if (seen.readings == 0) return;
+  if (seen.sm_clock_mhz) counters.emplace_back("sm_clock_mhz", static_cast<double>(*seen.sm_clock_mhz));
+  if (seen.temperature_c) counters.emplace_back("temperature_c", static_cast<double>(*seen.temperature_c));
+  if (seen.clock_reasons) {
+    std::string words;
+    for (const std::string& word : ThrottleReasons(*seen.clock_reasons)) {
+      words += (words.empty() ? "" : ", ") + word;
+    }
+    counters.emplace_back("throttled", words.empty() ? 0 : 1);
+    if (!words.empty()) session.AddNote("throttled: " + words);
+  }
+  if (const auto others = session.nvml()->ForeignProcesses(); others && !others->empty()) {
+    counters.emplace_back("foreign_processes", static_cast<double>(others->size()));
+    session.AddNote("foreign processes: " + ProcessText(*others));
+  }
 }
 
 void AddSpread(Counters& counters, const std::string& name, std::vector<double> values) {

@@ -4,6 +4,7 @@
 
 #include <benchmark/benchmark.h>
 
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -13,6 +14,7 @@
 #include "fixtures/dataset.h"
 #include "fixtures/device.h"
 #include "fixtures/model.h"
+#include "fixtures/nvml.h"
 #include "fixtures/tokenizer.h"
 
 namespace kvq {
@@ -32,9 +34,10 @@ struct Options {
   std::string device = "cpu";
   std::string dtype = "auto";
   int64_t seed = 42;
-  int64_t runs = 3;
+  int64_t runs = 3, max_runs = 30, max_seconds = 10;  // see Samples
   int64_t decode_tokens = 128;
   int64_t prefill_chunk = 1024;
+  bool vram_diag = false;
 };
 
 // One benchmark: a measurement of one model under one backend and spec, at one context and batch size.
@@ -72,8 +75,28 @@ class Session {
   // [batch, kv_heads, context, head_dim], before any cache.
   const std::vector<std::pair<at::Tensor, at::Tensor>>& captured_cache(const Cell& cell);
 
+  void DropCapturedCache() { captured_ = {}; }
+
+  // What the driver says of the GPU, and who watches it; null on a CPU, and where NVML does not work:
+  // why_no_nvml says why.
+  Nvml* nvml() { return nvml_.get(); }
+  GpuWatch* watch() { return watch_.get(); }
+  const std::string& why_no_nvml() const { return why_no_nvml_; }
+  // Seconds that `work` takes on the device, which is watched.
+  template <typename Work>
+  double Time(Work&& work) {
+    if (watch_ == nullptr) return kvq::Time(device_, std::forward<Work>(work));
+    watch_->Begin();
+    struct End {
+      GpuWatch& watch;
+      ~End() { watch.End(); }
+    } end{*watch_};
+    return kvq::Time(device_, std::forward<Work>(work));
+  }
+
   // What the cell that runs has to say beside its numbers; ends up in its label.
   std::string note;
+  void AddNote(const std::string& text) { note += (note.empty() ? "" : "; ") + text; }
 
  private:
   Options options_;
@@ -84,6 +107,9 @@ class Session {
   std::optional<Corpus> corpus_;
   std::pair<std::string, std::vector<int32_t>> ids_;
   std::pair<std::string, std::vector<std::pair<at::Tensor, at::Tensor>>> captured_;
+  std::unique_ptr<Nvml> nvml_;
+  std::unique_ptr<GpuWatch> watch_;
+  std::string why_no_nvml_;
 };
 
 // Names and values of a result, in the order in which they are shown. A name with a slash ("nmse_k/layer:3") is
@@ -93,6 +119,10 @@ using Counters = std::vector<std::pair<std::string, double>>;
 // Adds a list of numbers, which the JSON has as one array called `name`; the elements are counters
 // `name[i]` (benchmarks/json_reporter.h).
 void AddList(Counters& counters, const std::string& name, const std::vector<double>& values);
+
+// What was seen of the GPU while a cell was measured, if anything: sm_clock_mhz, temperature_c, throttled;
+// and a note where something else than the cell made it slow.
+void AddGpuState(Session& session, const GpuSummary& seen, Counters& counters);
 
 struct Measurement {
   std::string name;
@@ -116,16 +146,12 @@ struct RegisterMeasurement {
 // Median, smallest and largest as `name`, `name_min` and `name_max`: how sure a repeated time is.
 void AddSpread(Counters& counters, const std::string& name, std::vector<double> values);
 
-// Runs `work` once per iteration of the state, as its manual time; returns the seconds of each.
-template <typename Work>
-std::vector<double> TimeIterations(benchmark::State& state, at::Device device, Work&& work) {
-  std::vector<double> seconds;
-  for (auto _ : state) {
-    seconds.push_back(Time(device, work));
-    state.SetIterationTime(seconds.back());
-  }
-  return seconds;
-}
+// Takes samples, each the seconds of one repetition, until their median is sure: at least --runs of them, then until
+// half of its 95 % interval is below 1 % of it, --max-runs are taken or --max-seconds have passed. All within one
+// iteration of the state, whose time is the median. Counters: samples, ci95_fraction (half the interval over the
+// median; not there for fewer than six).
+std::vector<double> Samples(Session& session, benchmark::State& state,
+                            const std::function<double()>& sample);
 
 // A model that is a path is named by its last folder: a slash would break a benchmark's name apart.
 std::string ModelLabel(std::string model);

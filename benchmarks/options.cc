@@ -88,7 +88,9 @@ std::vector<Flag> Flags(Options& o) {
       text("device", "cpu or cuda", o.device),
       text("dtype", "float32, float16, bfloat16; auto: the faster one here (CUDA: float16)", o.dtype),
       number("seed", "of everything random", o.seed, 0),
-      number("runs", "timed repetitions of prefill, decode, quantize, dequantize", o.runs, 1),
+      number("runs", "timed repetitions of prefill, decode, power, quantize, dequantize, at least", o.runs, 1),
+      number("max-runs", "and at most, until the median is known to 1 % (95 % interval)", o.max_runs, 1),
+      number("max-seconds", "after which no repetition more than --runs begins", o.max_seconds, 0),
       number("decode-tokens", "new tokens that decode times", o.decode_tokens, 1),
       number("prefill-chunk", "tokens a prefill feeds at once", o.prefill_chunk, 1),
   };
@@ -120,6 +122,8 @@ CommandLine ParseCommandLine(const std::vector<std::string>& arguments) {
     } else if (name == "--to-v2") {
       if (value.empty()) throw InputError("--to-v2: wants a folder, as --to-v2=DIR");
       line.output.to_v2 = value;
+    } else if (name == "--vram-diag") {
+      line.options.vram_diag = value != "false" && value != "0";
     } else if (name == "--benchmark_list_tests") {
       line.output.list_tests = value != "false" && value != "0";
     } else if (!line.output.to_v2.empty() && argument.rfind("-", 0) != 0) {
@@ -163,7 +167,8 @@ std::string HelpText() {
     if (!flag.value.empty()) help << " (" << flag.value << ")";
     help << "\n";
   }
-  help << "  --benchmark_filter=REGEX, --benchmark_format=console|json, --benchmark_out=FILE.json,\n"
+  help << "  --vram-diag     memory lists the largest live blocks of GPU memory on stderr\n"
+          "  --benchmark_filter=REGEX, --benchmark_format=console|json, --benchmark_out=FILE.json,\n"
           "  --benchmark_list_tests, and the others of Google Benchmark\n"
           "  --to-v2=DIR FILE.json...  measures nothing; converts results to the reference study's schema 2.0"
           "\n\nmeasurements\n";

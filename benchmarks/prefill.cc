@@ -22,7 +22,7 @@ Counters Prefill(Session& session, const Cell& cell, benchmark::State& state) {
   prefill();  // warm-up: pages, threads, kernels
   std::vector<double> rates, milliseconds;
   const double tokens = static_cast<double>(cell.context * cell.batch);
-  for (const double seconds : TimeIterations(state, model.device(), prefill)) {
+  for (const double seconds : Samples(session, state, [&] { return session.Time(prefill); })) {
     milliseconds.push_back(seconds * 1e3);
     rates.push_back(tokens / seconds);
   }

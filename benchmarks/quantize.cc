@@ -101,7 +101,7 @@ Counters Quantize(Session& session, const Cell& cell, benchmark::State& state) {
     for (const Job& job : jobs) EncodeTensor(*job.codec, job.params, job.plain, 0, job.encoded);
   };
   encode();
-  const std::vector<double> seconds = TimeIterations(state, session.device(), encode);
+  const std::vector<double> seconds = Samples(session, state, [&] { return session.Time(encode); });
   Counters counters = Rates(seconds, MovedBytes(jobs), session.device());
   const Shares shares = MeasureShares(session, cell, spec);
   counters.emplace_back("share_of_prefill", shares.encode_prefill);
@@ -123,7 +123,7 @@ Counters Dequantize(Session& session, const Cell& cell, benchmark::State& state)
     }
   };
   decode();
-  const std::vector<double> seconds = TimeIterations(state, session.device(), decode);
+  const std::vector<double> seconds = Samples(session, state, [&] { return session.Time(decode); });
   Counters counters = Rates(seconds, MovedBytes(jobs), session.device());
   const Shares shares = MeasureShares(session, cell, spec);
   counters.emplace_back("share_of_prefill", shares.decode_prefill);

@@ -35,8 +35,9 @@ json Value(const Context& context, const std::string& measurement, const std::st
   return value.get<double>() * scale;
 }
 
-json Iterations(const Context& context, const std::string& measurement) {
-  const json value = Value(context, measurement, "iterations");
+json Repetitions(const Context& context, const std::string& measurement) {
+  json value = Value(context, measurement, "samples");
+  if (value.is_null()) value = Value(context, measurement, "iterations");  // as older files have them
   return value.is_null() ? value : json(static_cast<int64_t>(value.get<double>()));
 }
 
@@ -69,7 +70,7 @@ json Quotient(const json& a, const json& b) {
 double Elapsed(const Context& context) {
   double seconds = 0;
   for (const auto& [name, run] : context) {
-    seconds += run.value("real_time", 0.0) * run.value("iterations", 0.0) / 1e3;
+    seconds += run.value("real_time", 0.0) * run.value("iterations", 0.0) * run.value("samples", 1.0) / 1e3;
   }
   return seconds;
 }
@@ -90,13 +91,13 @@ json Measurement(int64_t tokens, const Context& of, const Spec& spec, const json
   };
   const json encode = overhead("quantize"), decode = overhead("dequantize");
   const json share = Quotient(Sum(encode, decode), Sum(prefill_ms, decode_ms));
-  const json peak = Value(of, "memory", "vram_peak_bytes");
+  const json reserved = Value(of, "memory", "vram_reserved_bytes");
   return {{"context_len", tokens},
           {"prefill_ms", prefill_ms},
-          {"prefill_n_runs", Iterations(of, "prefill")},
+          {"prefill_n_runs", Repetitions(of, "prefill")},
           {"prefill_tokens_per_sec", Value(of, "prefill", "tokens_per_s")},
           {"decode_ms", decode_ms},
-          {"decode_n_runs", Iterations(of, "decode")},
+          {"decode_n_runs", Repetitions(of, "decode")},
           {"decode_tokens", decode_tokens},
           {"decode_tokens_per_sec", rate},
           {"vram_peak_mb", Value(of, "memory", "vram_peak_bytes", 1 / kMiB)},
@@ -106,12 +107,12 @@ json Measurement(int64_t tokens, const Context& of, const Spec& spec, const json
           {"quant_overhead_ms", encode},
           {"dequant_overhead_ms", decode},
           {"overhead_pct", Product(share, 100)},
-          {"avg_power_watts", Value(of, "decode", "watts")},
-          {"energy_mj_per_token", Value(of, "decode", "mj_per_token")},
+          {"avg_power_watts", Value(of, "power", "watts")},
+          {"energy_mj_per_token", Value(of, "power", "mj_per_token")},
           {"ctx_elapsed_s", Elapsed(of)},
-          {"vram_overflow", peak.is_null() || memory_bytes.is_null()
+          {"vram_overflow", reserved.is_null() || memory_bytes.is_null()
                                 ? json(nullptr)
-                                : json(peak.get<double>() > memory_bytes.get<double>())}};
+                                : json(reserved.get<double>() > memory_bytes.get<double>())}};
 }
 
 // The needle trials with the constant number, as the study has them.

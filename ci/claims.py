@@ -125,7 +125,7 @@ def overhead_share(results, cells):
 
 def power_measured(results, cells):
     timed = [c for c in cells if c["decode.tokens_per_s"] is not None]
-    without = [c for c in timed if c["decode.watts"] is None]
+    without = [c for c in timed if c["power.watts"] is None]
     if timed:
         yield Claim("Power and energy were measured: avg_power_watts, energy_mj_per_token.", "raw JSON files",
                     f"Power is 0.0 in {len(without)} of {len(timed)} cells: not sampled.", not without)

@@ -30,8 +30,8 @@ V2_VALUES = [
     ("decode_tokens_per_sec", "decode.tokens_per_s", 1), ("vram_peak_mb", "memory.vram_peak_bytes", MIB),
     ("vram_reserved_mb", "memory.vram_reserved_bytes", MIB), ("kv_cache_mb", "kv_size.kv_bytes", MIB),
     ("quant_overhead_ms", "overhead.encode_ms", 1), ("dequant_overhead_ms", "overhead.decode_ms", 1),
-    ("overhead_pct", "overhead.overhead_pct", 1), ("avg_power_watts", "decode.watts", 1),
-    ("energy_mj_per_token", "decode.mj_per_token", 1), ("ctx_elapsed_s", "elapsed_s", 1),
+    ("overhead_pct", "overhead.overhead_pct", 1), ("avg_power_watts", "power.watts", 1),
+    ("energy_mj_per_token", "power.mj_per_token", 1), ("ctx_elapsed_s", "elapsed_s", 1),
     ("vram_overflow", "memory.vram_overflow", 1)]
 SUMMARY_VALUES = [
     ("prefill_ms", "prefill.prefill_ms", 1), ("decode_tok_s", "decode.tokens_per_s", 1),
@@ -228,7 +228,7 @@ def add_v2(results, file, data):
         for name, ours, factor in V2_VALUES:
             value = row.get(name)
             # The study wrote 0 where it did not measure power.
-            if value is not None and not (value == 0 and ours in ("decode.watts", "decode.mj_per_token")):
+            if value is not None and not (value == 0 and ours in ("power.watts", "power.mj_per_token")):
                 put(cell, ours, value if isinstance(value, bool) else value * factor)
         for runs, ours in (("prefill_ms_runs", "prefill.prefill_ms"), ("decode_ms_runs", "decode.decode_ms")):
             if row.get(runs):

@@ -300,7 +300,7 @@ class Ours(Once, unittest.TestCase):
                 if key != "kv_size.bits_per_element":  # there of elements in float32, here of 16 bits
                     self.assertAlmostEqual(cell[key], ours[key], delta=1e-12 * abs(ours[key]), msg=key)
             self.assertIsNone(cell["memory.vram_peak_bytes"])  # not measured: never 0
-            self.assertIsNone(cell["decode.watts"])
+            self.assertIsNone(cell["power.watts"])
         for spec in self.SPECS:
             cell, ours = self.cell(back, spec, 512), self.cell(self.results, spec, 512)
             self.assertEqual(cell["perplexity.ppl_reference"], ours["perplexity.ppl_reference"])

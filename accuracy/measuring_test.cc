@@ -1,0 +1,116 @@
+// How the measurements repeat, and how they count a CPU's energy.
+#include <filesystem>
+#include <fstream>
+
+#include "accuracy/golden.h"
+#include "accuracy/statistics.h"
+#include "benchmarks/options.h"
+#include "fixtures/rapl.h"
+
+namespace kvq {
+namespace {
+
+namespace fs = std::filesystem;
+
+// Ranks of the interval of a median as tables of the sign test have them (Conover 1999, Practical Nonparametric
+// Statistics, table A3: the largest r with a binomial sum of at most 0.025).
+TEST(Measuring, MedianIntervalHasTheRanksOfTheTables) {
+  const auto ranks = [](size_t n) {
+    std::vector<double> values;
+    for (size_t i = n; i > 0; --i) values.push_back(static_cast<double>(i));  // the rank is the value
+    return MedianInterval(values);
+  };
+  for (const size_t n : {1, 2, 5}) EXPECT_FALSE(ranks(n)) << n;
+  for (const auto& [n, j] : std::vector<std::pair<size_t, int>>{{6, 1}, {8, 1}, {9, 2}, {10, 2}, {12, 3}, {15, 4}, {20, 6}, {30, 10}}) {
+    EXPECT_EQ(ranks(n)->low, j) << n;
+    EXPECT_EQ(ranks(n)->high, static_cast<double>(n) + 1 - j) << n;
+  }
+  // The sum of the binomial distribution and the normal one meet.
+  EXPECT_NEAR(ranks(500)->low, 228, 1);
+  EXPECT_NEAR(ranks(502)->low, 229, 1);
+}
+
+// Repeats a made-up time through Google Benchmark as a cell does.
+std::vector<double> Repeat(const std::vector<std::string>& flags, const std::function<double(size_t)>& time,
+                           benchmark::UserCounters& counters) {
+  Session session(ParseCommandLine(flags).options);
+  std::vector<double> seconds;
+  class Quiet : public benchmark::BenchmarkReporter {
+   public:
+    bool ReportContext(const Context&) override { return true; }
+    void ReportRuns(const std::vector<Run>& runs) override { last = runs.back().counters; }
+    benchmark::UserCounters last;
+  } quiet;
+  benchmark::ClearRegisteredBenchmarks();
+  benchmark::RegisterBenchmark("repeat", [&](benchmark::State& state) {
+    size_t i = 0;
+    seconds = Samples(session, state, [&] { return time(i++); });
+  })->Iterations(1)->UseManualTime();
+  benchmark::RunSpecifiedBenchmarks(&quiet, "repeat");
+  benchmark::ClearRegisteredBenchmarks();
+  counters = quiet.last;
+  return seconds;
+}
+
+TEST(Measuring, RepeatsUntilTheMedianIsSure) {
+  benchmark::UserCounters counters;
+  // All the same: six make an interval, and it is none.
+  EXPECT_EQ(Repeat({"--runs=3"}, [](size_t) { return 2.0; }, counters).size(), 6u);
+  EXPECT_EQ(counters["samples"], 6);
+  EXPECT_EQ(counters["ci95_fraction"], 0);
+  // 1 and 1.1 in turn are never known to 1 %.
+  EXPECT_EQ(Repeat({"--runs=3", "--max-runs=12"}, [](size_t i) { return 1 + 0.1 * (i % 2); }, counters).size(), 12u);
+  EXPECT_NEAR(counters["ci95_fraction"], 0.05 / 1.05, 1e-9);
+  // No time for more, and too few for an interval.
+  EXPECT_EQ(Repeat({"--runs=3", "--max-seconds=0"}, [](size_t) { return 2.0; }, counters).size(), 3u);
+  EXPECT_EQ(counters.count("ci95_fraction"), 0u);
+  // --runs is the least, whatever the rest says.
+  EXPECT_EQ(Repeat({"--runs=8", "--max-runs=1", "--max-seconds=0"}, [](size_t) { return 2.0; }, counters).size(), 8u);
+}
+
+class RaplFiles : public testing::Test {
+ protected:
+  void SetUp() override {
+    root_ = fs::path(testing::TempDir()) / "powercap";
+    fs::remove_all(root_);
+    fs::create_directories(root_);
+  }
+  void Zone(const std::string& zone, const std::string& name, int64_t microjoules) {
+    fs::create_directories(root_ / zone);
+    std::ofstream(root_ / zone / "name") << name << "\n";
+    std::ofstream(root_ / zone / "energy_uj") << microjoules << "\n";
+    std::ofstream(root_ / zone / "max_energy_range_uj") << 1000000000 << "\n";
+  }
+  fs::path root_;
+};
+
+TEST_F(RaplFiles, AddsUpPackagesAndWrapsAround) {
+  Zone("intel-rapl:0", "package-0", 5000000);
+  Zone("intel-rapl:1", "package-1", 999000000);
+  Zone("intel-rapl:0:0", "core", 1);  // in package-0 already
+  Zone("intel-rapl:2", "psys", 1);    // the packages are in it
+  Zone("intel-rapl-mmio:0", "package-0", 1);
+  Rapl rapl(root_);
+  EXPECT_EQ(rapl.Joules(), 0);
+  Zone("intel-rapl:0", "package-0", 8000000);
+  Zone("intel-rapl:1", "package-1", 1000000);
+  Zone("intel-rapl:0:0", "core", 77000000);
+  EXPECT_DOUBLE_EQ(rapl.Joules(), 3 + 2);
+  EXPECT_DOUBLE_EQ(rapl.Joules(), 5) << "nothing since";
+}
+
+TEST_F(RaplFiles, SaysWhyThereIsNone) {
+  EXPECT_THROW(Rapl{root_.string()}, std::runtime_error);
+  EXPECT_THROW(Rapl{(root_ / "missing").string()}, std::runtime_error);
+  Zone("intel-rapl:0", "package-0", 5);
+  fs::remove(root_ / "intel-rapl:0/energy_uj");
+  try {
+    Rapl rapl(root_);
+    FAIL();
+  } catch (const std::runtime_error& error) {
+    EXPECT_NE(std::string(error.what()).find("energy_uj may not be read"), std::string::npos) << error.what();
+  }
+}
+
+}  // namespace
+}  // namespace kvq

@@ -1,0 +1,38 @@
+// Greedy decoding behind a prefilled context, as the measurements time, weigh and hold it: `decode`, `power`
+// and `memory` run the same steps.
+#pragma once
+
+#include "benchmarks/measurement.h"
+
+namespace kvq {
+
+class Decoding {
+ public:
+  // Of `new_tokens` steps. Throws Skip where the context cannot be had.
+  Decoding(Session& session, const Cell& cell, int64_t new_tokens);
+
+  // Fills the emptied cache with the context; returns the next token of every sequence, [batch, 1].
+  at::Tensor Prefill();
+  // Feeds the token and decodes greedily, new_tokens steps in all.
+  void Run(at::Tensor token);
+  // A prefill and one step: both shapes.
+  void WarmUp();
+
+  const Model& model() const { return model_; }
+  const KvCache& cache() const { return cache_; }
+  const Spec& spec() const { return spec_; }
+  double tokens() const { return static_cast<double>(new_tokens_ * cache_.shape().batch); }  // of a Run
+
+ private:
+  at::Tensor Next(const at::Tensor& hidden) const;
+
+  Session& session_;
+  const Model& model_;
+  const Backend& backend_;
+  const Spec spec_;
+  const int64_t new_tokens_;
+  const at::Tensor ids_;
+  KvCache cache_;
+};
+
+}  // namespace kvq

@@ -1,0 +1,110 @@
+// power: what decoding draws, and what a new token costs in energy, the prefill outside. The steps are those
+// of `decode`. On a GPU from its own energy counter, or where it has none from the power that NVML reports, every
+// 50 ms; on a CPU from RAPL, of whole packages. Idle is measured first, with the model loaded, and given:
+// watts_net and mj_per_token_net are without it. Where nothing counts energy there is no number.
+//
+// Energy counters advance in steps of some ten milliseconds, so a sample is as many runs of --decode-tokens as
+// last a second.
+#include <memory>
+#include <thread>
+
+#include "benchmarks/decoding.h"
+#include "fixtures/rapl.h"
+
+namespace kvq {
+namespace {
+
+// Energy and seconds of the intervals since the last Take.
+class Meter {
+ public:
+  explicit Meter(Session& session) : watch_(session.watch()) {
+    if (watch_ != nullptr) return;
+    if (session.device().is_cuda()) throw Skip(session.why_no_nvml());
+    try {
+      rapl_.emplace();
+    } catch (const std::runtime_error& error) {
+      throw Skip(error.what());
+    }
+  }
+
+  void Begin() {
+    if (watch_ != nullptr) return watch_->Begin();
+    joules_before_ = rapl_->Joules();
+    began_ = Clock::now();
+  }
+  void End() {
+    if (watch_ != nullptr) return watch_->End();
+    seen_.joules = seen_.joules.value_or(0) + rapl_->Joules() - joules_before_;
+    seen_.seconds += std::chrono::duration<double>(Clock::now() - began_).count();
+  }
+  GpuSummary Take() {
+    GpuSummary seen = watch_ != nullptr ? watch_->Take() : std::exchange(seen_, {});
+    if (!seen.joules) throw Skip("this GPU reports neither energy nor power");
+    return seen;
+  }
+  const char* Source(const GpuSummary& seen) const {
+    if (watch_ == nullptr) return "energy by RAPL";
+    return seen.energy_counter ? "energy by NVML's counter" : "power by NVML every 50 ms";
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  GpuWatch* watch_;
+  std::optional<Rapl> rapl_;
+  GpuSummary seen_;
+  double joules_before_ = 0;
+  Clock::time_point began_;
+};
+
+Counters Power(Session& session, const Cell& cell, benchmark::State& state) {
+  Meter meter(session);
+  Decoding decoding(session, cell, session.options().decode_tokens);
+  decoding.WarmUp();
+  Synchronize(session.device());
+
+  // The power that NVML reports is a mean over a second: the warm-up's has to pass.
+  std::this_thread::sleep_for(std::chrono::seconds(1));
+  meter.Begin();
+  std::this_thread::sleep_for(std::chrono::seconds(2));
+  meter.End();
+  const GpuSummary idle = meter.Take();
+  const double idle_watts = *idle.joules / idle.seconds;
+
+  GpuSummary clocks;
+  std::vector<double> watts, per_token, rates;
+  Samples(session, state, [&] {
+    double seconds = 0, tokens = 0;
+    do {
+      const at::Tensor first = decoding.Prefill();
+      Synchronize(session.device());
+      meter.Begin();
+      seconds += Time(session.device(), [&] { decoding.Run(first); });
+      meter.End();
+      tokens += decoding.tokens();
+    } while (seconds < 1);
+    const GpuSummary seen = meter.Take();
+    clocks.AddState(seen);
+    watts.push_back(*seen.joules / seen.seconds);
+    per_token.push_back(*seen.joules * 1e3 / tokens);
+    rates.push_back(tokens / seconds);
+    return seconds / tokens;
+  });
+  session.AddNote(meter.Source(idle));
+  Counters counters;
+  AddSpread(counters, "watts", watts);
+  counters.emplace_back("watts_idle", idle_watts);
+  counters.emplace_back("watts_net", counters[0].second - idle_watts);
+  AddSpread(counters, "mj_per_token", per_token);
+  for (size_t i = 0; i < per_token.size(); ++i) per_token[i] *= 1 - idle_watts / watts[i];
+  AddSpread(counters, "mj_per_token_net", per_token);
+  AddSpread(counters, "tokens_per_s", rates);
+  AddGpuState(session, clocks, counters);
+  return counters;
+}
+
+const RegisterMeasurement kPower{
+    {.name = "power", .what = "watts and mJ of a new token while decoding, with and without the idle machine's",
+     .timed = true, .run = Power}};
+
+}  // namespace
+}  // namespace kvq
