@@ -1,12 +1,25 @@
-// memory: peak resident memory of a prefill and eight decoding steps on the CPU, from the kernel's own high-water
-// mark, which is reset first. rss_peak_bytes is the whole process; rss_grown_bytes leaves out what was
-// resident before the cell began (weights, libraries, text).
+// memory: peak memory of a prefill and eight decoding steps, as `decode` does them.
+//
+// On a CPU the process's resident memory, from the kernel's own high-water mark, which is reset first: rss_peak_bytes
+// is the whole process; rss_grown_bytes leaves out what was resident before the cell began (weights,
+// libraries, text).
+//
+// On a GPU vram_peak_bytes is what tensors had at most, weights included, and vram_reserved_bytes what libtorch's
+// allocator had taken for them: what has to fit, so vram_overflow is flagged on it. beyond_weights_bytes is the
+// peak without what lived before the cell; the cache is in it once, kv_bytes_allocated. nvml_used_bytes is what the
+// driver counts at the end, less what was in use before this process came: CUDA's own context and memory
+// that kernels allocate are in it, too. --vram-diag lists the largest live blocks where memory is cleaned up.
 //
 // Protocol `study` replays what the reference study's peak holds: its input prefilled in one call with the
 // logits of all positions, the cache kept, a second one like it (the study's deep copy), and a third
 // prefill as in its decode timer, with its logits; then the steps. study_peak_bytes is the same by
 // formula (benchmarks/study.h), without the temporary tensors of the layers.
+#include <cstdio>
+
+#include "benchmarks/decoding.h"
 #include "benchmarks/study.h"
+#include "fixtures/gpu_memory.h"
+#include "kernels/error.h"
 
 namespace kvq {
 namespace {
@@ -19,17 +32,27 @@ void Steps(const Model& model, at::Tensor token, KvCache& cache, const Backend& 
   }
 }
 
-Counters Honest(Session& session, const Cell& cell, const Model& model, const at::Tensor& ids) {
-  const Backend& backend = FindBackend(cell.backend);
-  KvCache cache(ParseSpec(cell.spec), model.cache_shape(cell.batch), cell.context + kSteps,
-                model.dtype(), model.device());
-  const at::Tensor hidden = Feed(model, ids, cache, backend, session.options().prefill_chunk);
-  Steps(model, model.Logits(hidden.narrow(1, hidden.size(1) - 1, 1)).argmax(-1), cache, backend);
-  return {{"kv_bytes_allocated", static_cast<double>(cache.AllocatedBytes())},
-          {"scratch_bytes", static_cast<double>(cache.ScratchBytes())}};
+// --vram-diag: what lives at a moment, on stderr.
+void Diagnose(Session& session, const char* when, const KvCache* cache) {
+  if (!session.options().vram_diag || !session.device().is_cuda()) return;
+  const auto mib = [](int64_t bytes) { return static_cast<double>(bytes) / (1 << 20); };
+  const GpuMemory memory = ReadGpuMemory(session.device());
+  std::string text = StrCat("GPU memory, ", when, ": ", mib(memory.allocated), " MiB allocated");
+  if (cache != nullptr) {
+    text += StrCat(", of it the cache ", mib(cache->AllocatedBytes()), ", its scratch ", mib(cache->ScratchBytes()));
+  }
+  std::fprintf(stderr, "%s\n%s", text.c_str(), LargestBlocks(session.device(), 12).c_str());
 }
 
-Counters Study(const Cell& cell, const Model& model, const at::Tensor& ids) {
+Counters Honest(Session& session, const Cell& cell) {
+  Decoding decoding(session, cell, kSteps);
+  decoding.Run(decoding.Prefill());
+  Diagnose(session, "after the last step", &decoding.cache());
+  return {{"kv_bytes_allocated", static_cast<double>(decoding.cache().AllocatedBytes())},
+          {"scratch_bytes", static_cast<double>(decoding.cache().ScratchBytes())}};
+}
+
+Counters Study(Session& session, const Cell& cell, const Model& model, const at::Tensor& ids) {
   const Backend& backend = FindBackend(cell.backend);
   const Spec spec = ParseSpec(cell.spec);
   const CacheShape shape = model.cache_shape(cell.batch);
@@ -41,6 +64,7 @@ Counters Study(const Cell& cell, const Model& model, const at::Tensor& ids) {
     StudyPrefill(model, ids, *caches.back(), backend);
   }
   Steps(model, ids.narrow(1, n - 1, 1), *caches.back(), backend);
+  Diagnose(session, "after the last step, three caches", caches[0].get());
   return {{"study_peak_bytes",
            static_cast<double>(StudyPeakBytes(spec, shape, n, model.config().vocab_size,
                                               model.config().hidden_size, model.dtype()))},
@@ -48,28 +72,59 @@ Counters Study(const Cell& cell, const Model& model, const at::Tensor& ids) {
           {"scratch_bytes", static_cast<double>(caches[0]->ScratchBytes())}};
 }
 
+Counters MemoryOfProcess(Session&, const std::function<Counters()>& work) {
+  const std::optional<int64_t> before = ResidentBytes();
+  if (!before || !ResetPeakResident()) throw Skip("this system does not report resident memory");
+  Counters counters = work();
+  const double peak = static_cast<double>(*PeakResidentBytes());
+  counters.emplace_back("rss_peak_bytes", peak);
+  counters.emplace_back("rss_grown_bytes", peak - static_cast<double>(*before));
+  return counters;
+}
+
+Counters MemoryOfGpu(Session& session, const std::function<Counters()>& work) {
+  const at::Device device = session.device();
+  Diagnose(session, "before the cell", nullptr);
+  ResetGpuPeaks(device);
+  const int64_t before = ReadGpuMemory(device).allocated;
+  Counters counters = work();
+  Synchronize(device);
+  const GpuMemory after = ReadGpuMemory(device);
+  counters.emplace_back("vram_peak_bytes", static_cast<double>(after.peak_allocated));
+  counters.emplace_back("vram_reserved_bytes", static_cast<double>(after.peak_reserved));
+  counters.emplace_back("vram_total_bytes", static_cast<double>(after.device_total));
+  counters.emplace_back("vram_overflow", after.peak_reserved > after.device_total ? 1 : 0);
+  counters.emplace_back("beyond_weights_bytes", static_cast<double>(after.peak_allocated - before));
+  if (session.nvml() != nullptr) {
+    if (const auto added = session.nvml()->MemoryAddedBytes()) {
+      counters.emplace_back("nvml_used_bytes", static_cast<double>(*added));
+    }
+  }
+  ReleaseFreedMemory(device);
+  Diagnose(session, "after the cell", nullptr);
+  return counters;
+}
+
 Counters Memory(Session& session, const Cell& cell, benchmark::State& state) {
-  if (session.device().is_cuda()) throw Skip("resident memory is measured with --device=cpu");
   const bool study = session.options().protocol == "study";
   const Model& model = session.model(cell.model);
   const at::Tensor ids = study ? StudyInput(session, cell) : session.context_ids(cell);
   Counters counters;
   for (auto _ : state) {
+    session.DropCapturedCache();
     ReleaseFreedMemory(session.device());
-    const std::optional<int64_t> before = ResidentBytes();
-    if (!before || !ResetPeakResident()) throw Skip("this system does not report resident memory");
-    state.SetIterationTime(Time(model.device(), [&] {
-      counters = study ? Study(cell, model, ids) : Honest(session, cell, model, ids);
+    const auto measure = session.device().is_cuda() ? MemoryOfGpu : MemoryOfProcess;
+    state.SetIterationTime(Time(session.device(), [&] {
+      counters = measure(session, [&] {
+        return study ? Study(session, cell, model, ids) : Honest(session, cell);
+      });
     }));
-    const double peak = static_cast<double>(*PeakResidentBytes());
-    counters.emplace_back("rss_peak_bytes", peak);
-    counters.emplace_back("rss_grown_bytes", peak - static_cast<double>(*before));
   }
   return counters;
 }
 
 const RegisterMeasurement kMemory{
-    {.name = "memory", .what = "peak resident bytes of a prefill and some decoding (CPU)",
+    {.name = "memory", .what = "peak bytes of a prefill and some decoding: resident (CPU), allocated and reserved (CUDA)",
      .study = "three caches and the logits of all positions at once, as the study's peaks hold",
      .run = Memory}};
 
