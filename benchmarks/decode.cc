@@ -79,7 +79,7 @@ Counters Decode(Session& session, const Cell& cell, benchmark::State& state) {
   decoding.WarmUp();
   std::vector<double> rates, per_token;
   for (const double seconds : Samples(session, state, [&] {
-         const at::Tensor first = decoding.Prefill();
+         const at::Tensor first = decoding.Start();
          return session.Time([&] { decoding.Run(first); });
        })) {
     rates.push_back(decoding.tokens() / seconds);

@@ -12,7 +12,7 @@ Decoding::Decoding(Session& session, const Cell& cell, int64_t new_tokens)
       cache_(spec_, model_.cache_shape(cell.batch), cell.context + new_tokens, model_.dtype(),
              model_.device()) {}
 
-at::Tensor Decoding::Prefill() {
+at::Tensor Decoding::Start() {
   cache_.Clear();
   return Next(Feed(model_, ids_, cache_, backend_, session_.options().prefill_chunk));
 }
@@ -21,7 +21,7 @@ void Decoding::Run(at::Tensor token) {
   for (int64_t i = 0; i < new_tokens_; ++i) token = Next(model_.Forward(token, cache_, backend_));
 }
 
-void Decoding::WarmUp() { Next(model_.Forward(Prefill(), cache_, backend_)); }
+void Decoding::WarmUp() { Next(model_.Forward(Start(), cache_, backend_)); }
 
 at::Tensor Decoding::Next(const at::Tensor& hidden) const {
   return model_.Logits(hidden.narrow(1, hidden.size(1) - 1, 1)).argmax(-1);

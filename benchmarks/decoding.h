@@ -11,8 +11,8 @@ class Decoding {
   // Of `new_tokens` steps. Throws Skip where the context cannot be had.
   Decoding(Session& session, const Cell& cell, int64_t new_tokens);
 
-  // Fills the emptied cache with the context; returns the next token of every sequence, [batch, 1].
-  at::Tensor Prefill();
+  // Brings the cache to where it is behind the context; returns the next token of every sequence, [batch, 1].
+  at::Tensor Start();
   // Feeds the token and decodes greedily, new_tokens steps in all.
   void Run(at::Tensor token);
   // A prefill and one step: both shapes.

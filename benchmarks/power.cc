@@ -75,7 +75,7 @@ Counters Power(Session& session, const Cell& cell, benchmark::State& state) {
   Samples(session, state, [&] {
     double seconds = 0, tokens = 0;
     do {
-      const at::Tensor first = decoding.Prefill();
+      const at::Tensor first = decoding.Start();
       Synchronize(session.device());
       meter.Begin();
       seconds += Time(session.device(), [&] { decoding.Run(first); });

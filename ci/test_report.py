@@ -224,7 +224,7 @@ class Ours(Once, unittest.TestCase):
         cls.json = os.path.join(cls.folder, "run", "benchmarks.json")
         subprocess.run([KVQBENCH, "--models=" + os.path.join(cls.folder, "tiny"), "--corpus-file=" +
                         os.path.join(cls.folder, "text.txt"), "--schemes=" + ",".join(cls.SPECS), "--contexts=256,512",
-                        "--batch=1,2", "--windows=3", "--runs=3", "--decode-tokens=4", "--dtype=float32",
+                        "--batch=1,2", "--windows=3", "--runs=3", "--max-runs=3", "--decode-tokens=4", "--dtype=float32",
                         "--benchmark_filter=.*|sensitivity", "--benchmark_out=" + cls.json],
                        check=True, capture_output=True, env=ENVIRONMENT)
         done = subprocess.run([KVQBENCH, "--to-v2=" + os.path.join(cls.folder, "v2"), cls.json], check=True,
