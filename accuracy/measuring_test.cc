@@ -68,6 +68,25 @@ TEST(Measuring, RepeatsUntilTheMedianIsSure) {
   EXPECT_EQ(Repeat({"--runs=8", "--max-runs=1", "--max-seconds=0"}, [](size_t) { return 2.0; }, counters).size(), 8u);
 }
 
+// What ci/report warns of (ci/page.py), and a reader sees in the label.
+TEST(Measuring, AThrottledCellSaysWhy) {
+  Session session{Options{}};
+  GpuSummary seen;
+  Counters counters;
+  AddGpuState(session, seen, counters);
+  EXPECT_TRUE(counters.empty()) << "nothing was read";
+  seen.readings = 2, seen.sm_clock_mhz = 1980, seen.clock_reasons = 0x1 | 0x2;
+  AddGpuState(session, seen, counters);
+  EXPECT_EQ(counters, (Counters{{"sm_clock_mhz", 1980}, {"throttled", 0}})) << "no temperature: none was reported";
+  EXPECT_EQ(session.note, "");
+  counters.clear();
+  session.AddNote("something else");
+  seen.temperature_c = 88, seen.clock_reasons = 0x4 | 0x40;
+  AddGpuState(session, seen, counters);
+  EXPECT_EQ(counters, (Counters{{"sm_clock_mhz", 1980}, {"temperature_c", 88}, {"throttled", 1}}));
+  EXPECT_EQ(session.note, "something else; throttled: sw_power_cap, hw_thermal_slowdown");
+}
+
 class RaplFiles : public testing::Test {
  protected:
   void SetUp() override {

@@ -160,6 +160,7 @@ void AddGpuState(Session& session, const GpuSummary& seen, Counters& counters) {
     counters.emplace_back("throttled", words.empty() ? 0 : 1);
     if (!words.empty()) session.AddNote("throttled: " + words);
   }
+  if (session.nvml() == nullptr) return;
   if (const auto others = session.nvml()->ForeignProcesses(); others && !others->empty()) {
     counters.emplace_back("foreign_processes", static_cast<double>(others->size()));
     session.AddNote("foreign processes: " + ProcessText(*others));

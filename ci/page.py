@@ -102,7 +102,7 @@ def warnings(results, missing=()):
             busy.append(f"{file.path}: load {load[0]:.1f} on {cores} cores")
         if file.facts.get("cpu_scaling_enabled"):
             scaled.append(file.path)
-    spread, single, noise, zero, throttled, overflow = [], [], [], [], [], []
+    spread, single, noise, zero, throttled, shared, overflow = [], [], [], [], [], [], []
     for cell in current:
         for key, value in cell.values.items():
             if key.endswith("tokens_per_s") and value:
@@ -112,6 +112,8 @@ def warnings(results, missing=()):
                         f"{name(cell)}: {key.split('.')[0]} {low:.1f} to {high:.1f}, median {value:.1f} tokens/s")
             if key.rsplit(".", 1)[-1].startswith("throttled") and value and "/" not in key:
                 throttled.append(f"{name(cell)}: {key}")
+            if key.endswith(".foreign_processes") and value:
+                shared.append(f"{name(cell)}: {key.split('.')[0]}")
         if cell["prefill.prefill_ms"] is not None and cell["prefill.prefill_ms_min"] is None:
             single.append(name(cell))
         floor, kld = cell["perplexity.kld_floor_nats"], cell["perplexity.kld_nats"]
@@ -130,6 +132,7 @@ def warnings(results, missing=()):
         ("Failed", "These cells were tried and have no number.", [f"{name(c)}: {m}: {r}" for c, m, r in failed]),
         ("Not read", "These files are left out.", [f"{path}: {reason}" for path, reason in results.refused]),
         ("Throttled", "The device ran below its clock; these times are too long.", throttled),
+        ("Shared GPU", "Other processes were on it; its times may be too long.", shared),
         ("Busy machine", "Others used the processor when the run began; its times are too long.", busy),
         ("Changing clock", "The processor may change its clock; times vary with it.", scaled),
         ("Spread", "The fastest and the slowest repetition are more than 10 % apart.", spread),
