@@ -61,6 +61,7 @@ TEST_F(Kvqbench, RefusesBadInputInOneLine) {
   ExpectRefused(Execute(tiny + " --protocol=fast"), {"--protocol", "decode or study"});
   ExpectRefused(Execute(tiny + " --schemes=none --contexts=32 --dtype=int8"), {"--dtype", "float32"});
   ExpectRefused(Execute(tiny + " --schemes=none --contexts=32 --device=tpu"), {"--device", "tpu"});
+  ExpectRefused(Execute(tiny + " --schemes=none --contexts=32 --vram-diag"), {"--vram-diag", "--device=cuda"});
   ExpectRefused(Execute(tiny + " --schemes=none --contexts=32 --benchmark_filter=nothing"), {"--benchmark_filter", "matches none"});
   ExpectRefused(Execute(tiny + " --schemes=none --contexts=32 --benchmark_filter='('"), {"--benchmark_filter", "regular expression"});
   ExpectRefused(Execute(tiny + " --schemes=none --contexts=32 --benchmark_format=xml"), {"--benchmark_format"});
@@ -154,7 +155,7 @@ TEST_F(KvqbenchGpu, MeasuresTimesMemoryAndPower) {
   KVQ_NEEDS_CUDA();
   const fs::path file = dir_ / "out.json";
   const Outcome outcome = Execute(Tiny() + " --device=cuda --schemes=none --contexts=64 --batch=2 --runs=2 --max-seconds=2 "
-                              "--decode-tokens=4 --vram-diag --benchmark_filter='^(prefill|decode|memory|power)' --benchmark_out=" +
+                              "--decode-tokens=48 --vram-diag --benchmark_filter='^(prefill|decode|memory|power)' --benchmark_out=" +
                               file.string());
   ASSERT_EQ(outcome.code, 0) << outcome.err;
   EXPECT_NE(outcome.err.find("GPU memory, after the last step"), std::string::npos) << outcome.err;

@@ -149,6 +149,9 @@ CommandLine ParseCommandLine(const std::vector<std::string>& arguments) {
   if (!line.output.to_v2.empty() && line.output.files.empty()) {
     throw InputError("--to-v2: wants the results to convert behind it, as --to-v2=DIR FILE.json...");
   }
+  if (line.options.vram_diag && line.options.device == "cpu") {
+    throw InputError("--vram-diag: lists a GPU's memory; wants --device=cuda");
+  }
   if (line.options.protocol != "decode" && line.options.protocol != "study") {
     throw InputError("--protocol: decode or study, not '", line.options.protocol, "'");
   }
