@@ -181,7 +181,7 @@ Counters MeasureDistribution(Session& session, const Cell& cell, benchmark::Stat
       for (const auto pass : {&Distribution::Add, &Distribution::Count}) {
         KvCache cache(ParseSpec("none"), model.cache_shape(cell.batch), cell.context, model.dtype(),
                       session.device());
-        Feed(model, ids, cache, FindBackend(cell.backend), session.options().prefill_chunk, 0,
+        Feed(model, ids, cache, FindBackend(cell.backend), session.prefill_chunk(cell.batch), 0,
              [&](const LayerView& view) {
                Layer& layer = layers[view.cached_layer];
                for (size_t side = 0; side < kSides.size(); ++side) {

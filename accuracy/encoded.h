@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 
 #include <cmath>
+#include <utility>
 #include <vector>
 
 #include "accuracy/golden.h"
@@ -42,18 +43,33 @@ inline at::Tensor RoundTrip(const Codec& codec, const CodecParams& params, const
   return out;
 }
 
-inline Plain TakeApart(const EncodedTensors& encoded, int bits, int64_t group) {
+// Where the code of channel d is in a token's row: the byte and the lowest bit in it.
+using CodePlace = std::pair<int64_t, int64_t> (*)(int64_t d, int64_t head_dim, int bits, int64_t group);
+
+// In runs of a group, see quanto.cu.
+inline std::pair<int64_t, int64_t> PlaceInRun(int64_t d, int64_t /*head_dim*/, int bits, int64_t group) {
+  const int64_t run_bytes = group * bits / 8, in_run = d % group;
+  return {d / group * run_bytes + in_run % run_bytes, in_run / run_bytes * bits};
+}
+
+// In chunks of words, see code_row.h.
+inline std::pair<int64_t, int64_t> PlaceInRow(int64_t d, int64_t head_dim, int bits, int64_t /*group*/) {
+  const int64_t step = d / 16, half = d % 16 / 8, chunk = d % 8 / 2, side = d % 2;
+  const int64_t word_steps = 8 / bits, words = head_dim * bits / 128;
+  const int64_t bit = 16 * side + (step % word_steps * 2 + half) * bits;
+  return {(chunk * words + step / word_steps) * 4 + bit / 8, bit % 8};
+}
+
+inline Plain TakeApart(const EncodedTensors& encoded, int bits, int64_t group, CodePlace place) {
   Plain plain;
   const KvView view = encoded.view();
-  const int64_t run_bytes = group * bits / 8;
   for (int64_t h = 0; h < view.heads; ++h) {
     for (int64_t t = 0; t < view.capacity; ++t) {
       for (int64_t d = 0; d < view.head_dim; ++d) {
-        const int64_t in_run = d % group;
         const auto* row = reinterpret_cast<const uint8_t*>(view.planes[0]) + h * view.plane_stride[0] +
                           t * view.head_dim * bits / 8;
-        const int byte = row[d / group * run_bytes + in_run % run_bytes];
-        plain.codes.push_back(byte >> (in_run / run_bytes * bits) & ((1 << bits) - 1));
+        const auto [byte, bit] = place(d, view.head_dim, bits, group);
+        plain.codes.push_back(row[byte] >> bit & ((1 << bits) - 1));
       }
     }
   }

@@ -1,19 +1,18 @@
-// What schemes of codes in groups of 32, 64 or 128 share: places in views, rows in and out, packed runs
-// of codes, the range of a group, refusals, the error budget, the launch of CUDA twins.
+// What schemes of codes in groups share: places in views, rows in and out, packed runs of codes, the range of
+// a group, loops over all of it, and the launch of their CUDA twins.
+//
+// A group has 32, 64 or 128 elements; its codes are packed as one run wherever its elements lie in a row.
 #pragma once
 
 #include <cstdint>
-#include <stdexcept>
 #include <type_traits>
 
 #include "kernels/error.h"
 #include "kernels/half.h"
+#include "kernels/launch.cuh"
 #include "kernels/scheme.h"
 #include "kernels/vector_math.h"
 
-#ifdef __CUDACC__
-#include <cuda_runtime.h>
-#endif
 
 namespace kvq {
 
@@ -24,9 +23,7 @@ inline constexpr float kMaxCode = (1 << kBits) - 1;
 
 // clamp(round(v), 0, m), half to even. Clamping first gives the same and keeps v in range. NaN becomes 0.
 KVQ_HD inline float RoundCode(float v, float m) {
-  v = v > 0 ? v : 0;
-  v = v < m ? v : m;
-  return RoundToEven(v);
+  return RoundToEven(Smaller(Larger(v, 0), m));
 }
 
 // Place of an element in DenseView::data.
@@ -154,20 +151,5 @@ KVQ_VECTOR GroupRange RangeOf(const float* x) {
   }
   return {low[0], high[0], TreeSum<n>(poison)};
 }
-
-// ---- CUDA
-
-#ifdef __CUDACC__
-
-inline void Check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) {
-    throw std::runtime_error(StrCat("CUDA: ", what, ": ", cudaGetErrorString(error)));
-  }
-}
-
-// Blocks of 256 threads for so many threads.
-inline unsigned GridFor(int64_t threads) { return static_cast<unsigned>((threads + 255) / 256); }
-
-#endif  // __CUDACC__
 
 }  // namespace kvq

@@ -34,7 +34,8 @@ KVQ_HD inline uint16_t FloatToHalf(float x) {
   } else {
     half = (magnitude - 0x38000000 + 0xFFF + ((magnitude >> 13) & 1)) >> 13;
   }
-  return static_cast<uint16_t>(half | sign);
+  // One NaN for all, as CPU and GPU make different ones.
+  return static_cast<uint16_t>(magnitude > 0x7F800000 ? half : half | sign);
 }
 
 // Element `index` of an array of a run-time type.

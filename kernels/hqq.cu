@@ -19,21 +19,23 @@
 // head_dim) apart, and one channel only if that is a whole number. Values as in plain.
 //
 // Exact bytes: bits / 8 + 4 / G per element (4.5 bits for int4 at G = 64). Planes, per token and head:
-//   codes   head_dim bits / 8; in each run of G codes, byte k holds codes k, k + G bits / 8, ...; the
-//           first in the low bits
+//   codes   head_dim bits / 8, see kernels/code_row.h
 //   scales  head_dim / G fp16 numbers 1 / s;  zeros  likewise z.  For kivi group c of a block has slot c,
 //           counted over head, token, head_dim / G: as many slots as groups.
-// Refused: head_dim that is no multiple of G; other G.
+// Refused: head_dim that is no multiple of G; other G; with 2 bits, head_dim that is no multiple of 64.
 //
 // A group that is so far from zero for its range that z would not fit fp16 gets the largest scale with which
 // it does; the package would store infinity. A group with NaN or infinity decodes to NaN.
 //
-// No operation here may be fused: CPU and GPU, every instruction set, give the same bits
-// (-ffp-contract=off, --fmad=false). Sums run over a fixed tree.
+// CPU and GPU, every instruction set, give the same bits: nothing is fused but what says fma (-ffp-contract=off,
+// --fmad=false), and sums run over a fixed tree.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <vector>
 
+#include "kernels/code_row.h"
+#include "kernels/decode_attention.cuh"
 #include "kernels/groups.h"
 
 namespace kvq {
@@ -45,37 +47,51 @@ constexpr float kLargestHalf = 65504;
 
 // ---- arithmetic of one element, shared by CPU and GPU
 
-// a^-0.3 for a > 0.1 by log2 and exp2, relative error below 4e-7. Below the threshold of Shrink nobody asks.
-KVQ_HD inline float PowMinus03(float a) {
-  const uint32_t bits = FloatBits(a) + (0x3F800000 - 0x3F3504F3);
-  const float exponent = static_cast<float>(static_cast<int32_t>(bits >> 23) - 127);
-  const float mantissa = BitsFloat((bits & 0x007FFFFF) + 0x3F3504F3);  // in [sqrt(1/2), sqrt(2))
-  const float t = (mantissa - 1) / (mantissa + 1), t2 = t * t;
-  // log2(m) = 2 / ln 2 (t + t^3 / 3 + t^5 / 5 + ...)
-  const float log2 =
-      t * (2.8853901f + t2 * (0.96179669f + t2 * (0.57707802f + t2 * (0.41219859f + t2 * 0.32059890f))));
-  const float y = -0.3f * exponent + -0.3f * log2;
-  return Exp2(y);
-}
-
 // Where |d| <= 0.17, |d|^-0.3 / 10 > |d|: shrink(d) = 0.
 constexpr float kShrinksToZero = 0.17f;
 
-KVQ_HD inline float Shrink(float d) {
-  const float a = d < 0 ? -d : d;
-  const float shrunk = a - 0.1f * PowMinus03(a > kShrinksToZero ? a : kShrinksToZero);
-  const float positive = shrunk > 0 ? shrunk : 0;
-  return d < 0 ? -positive : positive;
+// 2^(-0.3 e) / 10 for every exponent a float can have, biased by 127; 0 for that of infinity.
+struct PowerTable {
+  float of[256];
+};
+constexpr PowerTable kPowers = [] {
+  PowerTable table{};
+  double power = 29460684610.010017;  // 2^(0.3 * 127) / 10
+  for (int e = 0; e < 255; ++e, power *= 0.81225239635623547) table.of[e] = static_cast<float>(power);  // 2^-0.3
+  return table;
+}();
+
+// shrink(d). a^-0.3 = 2^(-0.3 e) m^-0.3 for a = 2^e m: the table times a polynomial for 1 <= m < 2, relative error
+// below 5e-6.
+KVQ_HD inline float Shrink(float d, const PowerTable& powers) {
+  const uint32_t bits = FloatBits(d);
+  const float m = BitsFloat((bits & 0x007FFFFF) | 0x3F800000), a = BitsFloat(bits & 0x7FFFFFFF);
+  float p = -0.014653758f;
+  p = fmaf(p, m, 0.13453212f);
+  p = fmaf(p, m, -0.51638743f);
+  p = fmaf(p, m, 1.0785673f);
+  p = fmaf(p, m, -1.3724519f);
+  p = fmaf(p, m, 1.6903888f);
+  const float shrunk = fmaf(-powers.of[bits >> 23 & 0xFF], p, a);
+  return BitsFloat(FloatBits(Larger(shrunk, 0)) | (bits & 0x80000000));
 }
 
-// Scale and zero point that the solver starts from.
-KVQ_HD inline void InitialScale(float low, float high, float m, float& s, float& z) {
-  const float range = high - low;
+// a / s by inverse = 1 / s (both rounded): near, plus what it lacks. The same bits as the division wherever that
+// neither overflows nor underflows (Markstein, 1990; none differed in 2^30 of the hardest cases).
+KVQ_HD inline float Quotient(float a, float s, float inverse) {
+  const float near = a * inverse;
+  return fmaf(fmaf(-near, s, a), inverse, near);
+}
+
+// Scale and zero point that the solver starts from; both NaN where something in the group is not finite.
+KVQ_HD inline void InitialScale(const GroupRange& group, float m, float& s, float& z) {
+  const float low = group.low, range = group.high - low;
   s = range <= 1e-4f ? 1.0f : m / range;
   s = s < 2e4f ? s : 2e4f;
   const float far = low < 0 ? -low : low;
   if (far * s > kLargestZero) s = kLargestZero / far;
-  z = -low * s;
+  z = -low * s + group.poison;
+  if (z != z) s = z;
 }
 
 KVQ_HD inline uint16_t StoredScale(float s) {
@@ -101,7 +117,8 @@ struct BlockShape {
 KVQ_HD inline uint16_t* Slot(const KvView& view, const BlockShape& shape, int plane, int64_t b,
                              int64_t first_token, int64_t g) {
   const int64_t per_token = shape.head_dim / shape.group;
-  const int64_t h = g / (shape.tokens * per_token), rest = g % (shape.tokens * per_token);
+  const uint32_t slot = static_cast<uint32_t>(g), per_head = static_cast<uint32_t>(shape.tokens * per_token);
+  const uint32_t h = slot / per_head, rest = slot % per_head;  // 64-bit division is slow on a GPU
   return reinterpret_cast<uint16_t*>(view.planes[plane] +
                                      (b * view.heads + h) * view.plane_stride[plane]) +
          first_token * per_token + rest;
@@ -111,19 +128,17 @@ KVQ_HD inline uint16_t* Slot(const KvView& view, const BlockShape& shape, int pl
 
 template <int n>
 KVQ_VECTOR void InitGroup(const float* x, float m, float* s, float* z) {
-  const GroupRange range = RangeOf<n>(x);
-  InitialScale(range.low, range.high, m, *s, *z);
-  *z += range.poison;
+  InitialScale(RangeOf<n>(x), m, *s, *z);
 }
 
 // One iteration: moves z, returns the sum of |x - r| before that.
 template <int n>
 KVQ_VECTOR float StepGroup(const float* x, float m, float s, float* z) {
   float q[n], error[n], distance[n], largest[n];
-  const float zero = *z;
+  const float zero = *z, inverse = 1.0f / s;
   for (int i = 0; i < n; ++i) {
     q[i] = RoundCode(x[i] * s + zero, m);
-    error[i] = x[i] - (q[i] - zero) / s;
+    error[i] = x[i] - Quotient(q[i] - zero, s, inverse);
     largest[i] = distance[i] = std::fabs(error[i]);
   }
   for (int stride = n / 2; stride > 0; stride /= 2) {
@@ -132,9 +147,9 @@ KVQ_VECTOR float StepGroup(const float* x, float m, float s, float* z) {
     }
   }
   if (largest[0] > kShrinksToZero) {
-    for (int i = 0; i < n; ++i) q[i] = q[i] - (x[i] - Shrink(error[i])) * s;
+    for (int i = 0; i < n; ++i) q[i] = fmaf(Shrink(error[i], kPowers) - x[i], s, q[i]);
   } else {
-    for (int i = 0; i < n; ++i) q[i] = q[i] - x[i] * s;
+    for (int i = 0; i < n; ++i) q[i] = fmaf(-x[i], s, q[i]);
   }
   *z = TreeSum<n>(q) / n;
   return TreeSum<n>(distance);
@@ -208,9 +223,7 @@ void EncodeBlock(const BlockShape& shape, const DenseView& x, int64_t b, int64_t
   });
   ForEach(parallel, rows, [&](int64_t row) {
     uint8_t* packed = CodeRow<kBits>(out, b, row / shape.tokens, first_slot + row % shape.tokens);
-    for (int64_t d = 0; d < row_size; d += n) {
-      PackRun<kBits, n>(&codes[row * row_size + d], packed + d * kBits / 8);
-    }
+    PackRow<kBits>(&codes[row * row_size], row_size, packed);
   });
 }
 
@@ -227,22 +240,22 @@ void DecodeBlock(const BlockShape& shape, const KvView& in, int64_t b, int64_t f
     const int64_t h = row / shape.tokens, t = row % shape.tokens;
     const uint8_t* packed = CodeRow<kBits>(in, b, h, first_slot + t);
     const int64_t offset = Offset(out, b, h, first + t, 0);
-    float values[n];
-    for (int64_t d = 0; d < shape.head_dim; d += n) {
-      UnpackRun<kBits, n>(packed + d * kBits / 8, values);
-      const int64_t flat = row * shape.head_dim + d;
+    std::vector<float> values(shape.head_dim);
+    UnpackRow<kBits>(packed, shape.head_dim, values.data());
+    const int64_t flat = row * shape.head_dim;
+    for (int64_t d = 0; d < shape.head_dim;) {
       if (!shape.across) {
-        ScaleRun(values, n, zeros[flat / n], scales[flat / n]);
+        const int64_t g = (flat + d) / n;
+        ScaleRun(&values[d], n, zeros[g], scales[g]);
+        d += n;
       } else {
         // Consecutive elements belong to consecutive groups, around the end.
-        for (int64_t i = 0; i < n;) {
-          const int64_t g = (flat + i) % groups, run = std::min<int64_t>(n - i, groups - g);
-          ScaleEach(values + i, run, &zeros[g], &scales[g]);
-          i += run;
-        }
+        const int64_t g = (flat + d) % groups, run = std::min(shape.head_dim - d, groups - g);
+        ScaleEach(&values[d], run, &zeros[g], &scales[g]);
+        d += run;
       }
-      StoreRow(values, n, out.dtype, offset + d, out.data);
     }
+    StoreRow(values.data(), shape.head_dim, out.dtype, offset, out.data);
   });
 }
 
@@ -286,189 +299,362 @@ void Decode(const CodecParams& params, const KvView& in, int64_t first_token, co
 std::vector<Plane> Planes(int64_t /*heads*/, int64_t head_dim, const CodecParams& params, int bits) {
   const int64_t group = params.group_size;
   CheckGroups("hqq", head_dim, group);
+  if (head_dim * bits % 128 != 0) {
+    throw InputError("codes of ", bits, " bits come in runs of ", 128 / bits, " channels: head_dim ", head_dim,
+                     " is no multiple of that");
+  }
   return {{"codes", head_dim * bits / 8},
           {"scales", head_dim / group * 2},
           {"zeros", head_dim / group * 2}};
 }
 
 // ---- CUDA: the same bits
+//
+// A group's iterations depend on nothing but the group; only where they stop depends on its whole block. So each
+// group runs all of them in registers and leaves z and its error of every one; then each block finds its
+// stop; then codes are made with the z of that iteration. Groups seldom run long: when z has not moved, it
+// never will again.
 
 #ifdef __CUDACC__
 
-// TreeSum of a group spread over a warp: lane l holds elements l, l + 32, ... in x[0], x[1], ...
-template <int kPerLane>
-__device__ float WarpTreeSum(float* x) {
-  for (int stride = kPerLane / 2; stride > 0; stride /= 2) {
-    for (int i = 0; i < stride; ++i) x[i] += x[i + stride];
+// Of the groups of some blocks, block by block.
+struct Solved {
+  int64_t first_block, blocks, groups;  // groups of one block
+  float* scales;                        // [blocks, groups]
+  float* zeros;                         // [kIterations, blocks, groups], after the iteration
+  float* errors;                        // likewise, the sum of |x - r| in it
+  int* stops;                           // [blocks], the last iteration
+  __host__ __device__ int64_t all() const { return blocks * groups; }
+};
+constexpr int64_t kSolvedBytes = (2 * kIterations + 1) * 4;  // a group
+constexpr int kSolveThreads = 128, kSolveEach = 8;
+
+// TreeSum of a group whose elements lane, lane + kLanes, ... are in one lane of kLanes; all of them get it.
+template <int kLanes, int kEach, int kStride = kEach / 2>
+__device__ __forceinline__ float LanesTreeSum(float (&x)[kEach]) {
+#pragma unroll
+  for (int i = 0; i < kStride; ++i) x[i] += x[i + kStride];
+  if constexpr (kStride > 1) {
+    return LanesTreeSum<kLanes, kEach, kStride / 2>(x);
+  } else {
+    float sum = x[0];
+    for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
+    return sum;
   }
-  float sum = x[0];
-  for (int stride = 16; stride > 0; stride /= 2) sum += __shfl_down_sync(~0u, sum, stride);
-  return __shfl_sync(~0u, sum, 0);
 }
 
-// One thread block a block of a sequence: scales and zero points of its groups into `solved`
-// [2, groups] and into the planes. `errors` is scratch, [groups].
-template <int kBits, int kPerLane>
-__global__ void __launch_bounds__(1024)
-    SolveKernel(BlockShape shape, DenseView x, KvView out, int64_t first_token, float* all_solved,
-                float* all_errors) {
-  constexpr float m = kMaxCode<kBits>;
-  __shared__ double lanes[256];
-  const int64_t groups = shape.groups(), blocks = x.tokens / shape.tokens;
-  const int64_t b = blockIdx.x / blocks, first = blockIdx.x % blocks * shape.tokens;
-  float* scales = all_solved + blockIdx.x * 2 * groups;
-  float* zeros = scales + groups;
-  float* errors = all_errors + blockIdx.x * groups;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const auto load = [&](int64_t g, float* values) {
-    for (int i = 0; i < kPerLane; ++i) {
-      const int64_t flat = shape.Flat(g, lane + 32 * i), row = flat / shape.head_dim;
-      values[i] = LoadElement(x.data, x.dtype,
-                              Offset(x, b, row / shape.tokens, first + row % shape.tokens,
-                                     flat % shape.head_dim));
+// Elements of group `g` of a block, as LanesTreeSum wants them.
+template <int n, bool kAcross, int kLanes, int kEach>
+__device__ __forceinline__ void LoadGroup(const BlockShape& shape, const DenseView& x, int64_t block, uint32_t g,
+                                          int lane, float (&values)[kEach]) {
+  const uint32_t blocks = static_cast<uint32_t>(x.tokens / shape.tokens);  // of a sequence
+  const int64_t b = static_cast<uint32_t>(block) / blocks, first = static_cast<uint32_t>(block) % blocks * shape.tokens;
+  const auto place = [&](uint32_t flat) {
+    const uint32_t row = flat / static_cast<uint32_t>(shape.head_dim);
+    return Offset(x, b, row / static_cast<uint32_t>(shape.tokens),
+                  first + row % static_cast<uint32_t>(shape.tokens),
+                  flat % static_cast<uint32_t>(shape.head_dim));
+  };
+  const int64_t start = kAcross ? 0 : place(g * n) + lane;
+  const auto offset = [&](int i) {
+    return kAcross ? place((lane + i * kLanes) * static_cast<uint32_t>(shape.groups()) + g) : start + i * kLanes;
+  };
+  if (x.dtype == DType::kFloat32) {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) values[i] = static_cast<const float*>(x.data)[offset(i)];
+    return;
+  }
+  uint16_t raw[kEach];
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) raw[i] = static_cast<const uint16_t*>(x.data)[offset(i)];
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    values[i] = x.dtype == DType::kFloat16 ? HalfToFloat(raw[i]) : BFloat16ToFloat(raw[i]);
+  }
+}
+
+// One iteration of StepGroup: the new z, and the sum of |x - r| into `error`. Without kShrink it takes
+// shrink(d) for 0 and tells by `beyond` if that was wrong anywhere.
+template <int kLanes, bool kShrink, int kEach>
+__device__ __forceinline__ float Step(const float (&x)[kEach], const float (&scaled)[kEach], float m, float s,
+                                      float inverse, float z, const PowerTable& powers, float& error,
+                                      bool& beyond) {
+  float distance[kEach], target[kEach], largest = 0;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const float q = RoundCode(scaled[i] + z, m), centred = q - z;
+    const float d = x[i] - Quotient(centred, s, inverse);
+    distance[i] = fabsf(d);
+    if constexpr (kShrink) {
+      target[i] = fmaf(Shrink(d, powers) - x[i], s, q);
+    } else {
+      target[i] = fmaf(-x[i], s, q);
+      largest = fmaxf(largest, distance[i]);
+    }
+  }
+  beyond = largest > kShrinksToZero;
+  error = LanesTreeSum<kLanes>(distance);
+  return LanesTreeSum<kLanes>(target) / static_cast<float>(kEach * kLanes);
+}
+
+// Eight elements a lane: few enough that the groups of one warp stand still at about the same time.
+template <int n, bool kAcross>
+__global__ void __launch_bounds__(kSolveThreads) SolveKernel(BlockShape shape, DenseView x, float m, PowerTable constants,
+                                                   Solved solved) {
+  constexpr int kEach = kSolveEach, kLanes = n / kEach;
+  __shared__ PowerTable powers;
+  for (int i = threadIdx.x; i < 256; i += kSolveThreads) powers.of[i] = constants.of[i];
+  __syncthreads();
+  const uint32_t all = static_cast<uint32_t>(solved.all());
+  const uint32_t index = (blockIdx.x * kSolveThreads + threadIdx.x) / kLanes;
+  const uint32_t id = index < all ? index : all - 1;  // lanes past the end go along and store nothing
+  const int lane = threadIdx.x % kLanes;
+  const bool stores = lane == 0 && index < all;
+  float values[kEach], scaled[kEach];
+  const uint32_t groups = static_cast<uint32_t>(solved.groups);
+  LoadGroup<n, kAcross, kLanes>(shape, x, solved.first_block + id / groups, id % groups, lane, values);
+  float low = values[0], high = values[0];
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    low = values[i] < low ? values[i] : low;
+    high = values[i] > high ? values[i] : high;
+    scaled[i] = values[i] * 0;
+  }
+#pragma unroll
+  for (int stride = kLanes / 2; stride > 0; stride /= 2) {
+    const float other_low = __shfl_xor_sync(~0u, low, stride), other_high = __shfl_xor_sync(~0u, high, stride);
+    low = other_low < low ? other_low : low;
+    high = other_high > high ? other_high : high;
+  }
+  float s, z;
+  InitialScale({low, high, LanesTreeSum<kLanes>(scaled)}, m, s, z);
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) scaled[i] = values[i] * s;
+  if (stores) solved.scales[id] = s;
+  const float inverse = 1.0f / s;
+
+  bool shrink = false;
+#pragma unroll 1
+  for (int iteration = 0; iteration < kIterations; ++iteration) {
+    float error, moved;
+    bool beyond = false;
+    if (!shrink) {
+      moved = Step<kLanes, false>(values, scaled, m, s, inverse, z, powers, error, beyond);
+      shrink = __any_sync(~0u, beyond);
+    }
+    if (shrink) moved = Step<kLanes, true>(values, scaled, m, s, inverse, z, powers, error, beyond);
+    const bool still = moved == z || (z != z && moved != moved);
+    z = moved;
+    // Where every group of the warp stands still, the rest is more of the same.
+    const int last = __all_sync(~0u, still) ? kIterations - 1 : iteration;
+    for (; iteration <= last; ++iteration) {
+      if (!stores) continue;
+      solved.zeros[iteration * int64_t{all} + id] = z;
+      solved.errors[iteration * int64_t{all} + id] = error;
+    }
+    iteration = last;
+  }
+}
+
+// One thread block a block, one warp an iteration: ErrorSum, and where it no longer falls.
+__global__ void __launch_bounds__(32 * kIterations) StopKernel(Solved solved, int64_t group) {
+  __shared__ float means[kIterations];
+  const int lane = threadIdx.x % 32, iteration = threadIdx.x / 32;
+  const float* errors = solved.errors + iteration * solved.all() + blockIdx.x * solved.groups;
+  double sums[8] = {};  // of ErrorSum's lanes lane, lane + 32, ...
+#pragma unroll 4
+  for (int64_t first = 0; first < solved.groups; first += 256) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int64_t g = first + lane + 32 * i;
+      if (g < solved.groups) sums[i] += errors[g];
+    }
+  }
+#pragma unroll
+  for (int stride = 4; stride > 0; stride /= 2) {
+#pragma unroll
+    for (int i = 0; i < stride; ++i) sums[i] += sums[i + stride];
+  }
+  for (int stride = 16; stride > 0; stride /= 2) sums[0] += __shfl_down_sync(~0u, sums[0], stride);
+  if (lane == 0) means[iteration] = static_cast<float>(sums[0] / static_cast<double>(solved.groups * group));
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  float best = INFINITY;
+  int stop = 0;
+  for (; stop < kIterations - 1 && means[stop] < best; ++stop) best = means[stop];
+  solved.stops[blockIdx.x] = stop;
+}
+
+// One thread a word of codes, see code_row.h; and one a group for scale and zero point. There are fewer than 2^32 of
+// both: 64-bit divisions would be most of the work.
+template <int kBits, int n, bool kAcross>
+__global__ void __launch_bounds__(256) PackKernel(BlockShape shape, DenseView x, KvView out, int64_t first_token,
+                                                  Solved solved) {
+  constexpr int kRun = kRunChannels<kBits>;
+  const uint32_t index = blockIdx.x * 256 + threadIdx.x, groups = static_cast<uint32_t>(solved.groups);
+  const uint32_t blocks = static_cast<uint32_t>(x.tokens / shape.tokens);  // of a sequence
+  const uint32_t first_block = static_cast<uint32_t>(solved.first_block), tokens = static_cast<uint32_t>(shape.tokens);
+  const int64_t all = solved.all();
+  if (index < all) {
+    const uint32_t block = index / groups, sequence_block = first_block + block;
+    const int64_t b = sequence_block / blocks, token = first_token + sequence_block % blocks * tokens;
+    *Slot(out, shape, 1, b, token, index % groups) = StoredScale(solved.scales[index]);
+    *Slot(out, shape, 2, b, token, index % groups) = FloatToHalf(solved.zeros[solved.stops[block] * all + index]);
+  }
+  const uint32_t head_dim = static_cast<uint32_t>(shape.head_dim), words = head_dim / kRun;  // of a chunk
+  const uint32_t row = index / (4 * words), word = index % (4 * words), chunk = word / words, run = word % words;
+  const uint32_t rows = static_cast<uint32_t>(shape.heads) * tokens, block = row / rows, row_in_block = row % rows;
+  if (block >= solved.blocks) return;
+  const uint32_t sequence_block = first_block + block, h = row_in_block / tokens;
+  const int64_t b = sequence_block / blocks, t = sequence_block % blocks * tokens + row_in_block % tokens;
+  const float* scales = solved.scales + block * solved.groups;
+  const float* zeros = solved.zeros + solved.stops[block] * all + block * solved.groups;
+  const int64_t offset = Offset(x, b, h, t, run * kRun + 2 * chunk);
+  const uint32_t flat = row_in_block * head_dim + run * kRun + 2 * chunk;
+  float values[16 / kBits][2];
+#pragma unroll
+  for (int field = 0; field < 16 / kBits; ++field) {
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      values[field][side] = LoadElement(x.data, x.dtype, offset + field * 8 + side);
+    }
+  }
+  uint32_t packed = 0;
+  float s = 0, z = 0;
+#pragma unroll
+  for (int field = 0; field < 16 / kBits; ++field) {
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      if (kAcross || (field * 8 % n == 0 && side == 0)) {
+        const uint32_t g = kAcross ? (flat + field * 8 + side) % groups : (flat + field * 8) / n;
+        s = scales[g], z = zeros[g];
+      }
+      packed |= static_cast<uint32_t>(RoundCode(values[field][side] * s + z, kMaxCode<kBits>))
+                << (field * kBits + 16 * side);
+    }
+  }
+  reinterpret_cast<uint32_t*>(CodeRow<kBits>(out, b, h, first_token + t))[word] = packed;
+}
+
+// One thread eight neighbouring channels: a field of a word of each chunk. `wide`: rows of `out` are 16-bit
+// numbers and 16-byte aligned.
+template <int kBits, bool kAcross>
+__global__ void __launch_bounds__(256) DecodeKernel(BlockShape shape, KvView in, int64_t first_token, DenseView out,
+                                                    bool wide) {
+  constexpr int kFields = 16 / kBits, kRun = kRunChannels<kBits>;
+  const uint32_t eights = static_cast<uint32_t>(shape.head_dim / 8), words = eights * 8 / kRun;
+  const uint32_t index = blockIdx.x * 256 + threadIdx.x, row = index / eights, eight = index % eights;
+  const uint32_t tokens = static_cast<uint32_t>(out.tokens), heads = static_cast<uint32_t>(out.heads);
+  const uint32_t t = row % tokens, head = row / tokens, h = head % heads, b = head / heads, field = eight % kFields;
+  if (b >= out.batch) return;
+  const uint32_t* codes =
+      reinterpret_cast<const uint32_t*>(CodeRow<kBits>(in, b, h, first_token + t)) + eight / kFields;
+  uint32_t chunks[4];
+#pragma unroll
+  for (int chunk = 0; chunk < 4; ++chunk) chunks[chunk] = codes[chunk * words];
+  const auto metadata = [&](int plane, int channel) {
+    if constexpr (kAcross) {
+      const uint32_t block_tokens = static_cast<uint32_t>(shape.tokens);
+      const uint32_t flat = (h * block_tokens + t % block_tokens) * (eights * 8) + eight * 8 + channel;
+      return HalfToFloat(*Slot(in, shape, plane, b, first_token + t / block_tokens * block_tokens,
+                               flat % static_cast<uint32_t>(shape.groups())));
+    } else {
+      const uint32_t per_token = eights * 8 / static_cast<uint32_t>(shape.group);
+      const auto* slots = reinterpret_cast<const uint16_t*>(in.planes[plane] + head * in.plane_stride[plane]);
+      return HalfToFloat(slots[(first_token + t) * per_token + eight * 8 / static_cast<uint32_t>(shape.group)]);
     }
   };
-  float values[kPerLane], a[kPerLane];
-  for (int64_t g = warp; g < groups; g += warps) {
-    load(g, values);
-    float low = values[0], high = values[0];
-    for (int i = 0; i < kPerLane; ++i) {
-      low = values[i] < low ? values[i] : low;
-      high = values[i] > high ? values[i] : high;
-      a[i] = values[i] * 0;
-    }
-    for (int stride = 16; stride > 0; stride /= 2) {
-      const float other_low = __shfl_xor_sync(~0u, low, stride);
-      const float other_high = __shfl_xor_sync(~0u, high, stride);
-      low = other_low < low ? other_low : low;
-      high = other_high > high ? other_high : high;
-    }
-    const float poison = WarpTreeSum<kPerLane>(a);
-    if (lane == 0) {
-      InitialScale(low, high, m, scales[g], zeros[g]);
-      zeros[g] += poison;
-    }
+  float s = 0, z = 0, values[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    if (kAcross || i == 0) s = metadata(1, i), z = metadata(2, i);
+    const uint32_t code = chunks[i / 2] >> (field * kBits + 16 * (i % 2)) & ((1 << kBits) - 1);
+    values[i] = (static_cast<float>(code) - z) * s;
   }
-  __syncthreads();
-  float best = INFINITY;
-  for (int iteration = 0; iteration < kIterations; ++iteration) {
-    for (int64_t g = warp; g < groups; g += warps) {
-      load(g, values);
-      const float s = scales[g], z = zeros[g];
-      float distance[kPerLane];
-      for (int i = 0; i < kPerLane; ++i) {
-        const float q = RoundCode(values[i] * s + z, m);
-        const float error = values[i] - (q - z) / s;
-        distance[i] = fabsf(error);
-        a[i] = distance[i] > kShrinksToZero ? q - (values[i] - Shrink(error)) * s : q - values[i] * s;
-      }
-      const float sum = WarpTreeSum<kPerLane>(a), distances = WarpTreeSum<kPerLane>(distance);
-      __syncwarp();
-      if (lane == 0) {
-        zeros[g] = sum / static_cast<float>(shape.group);
-        errors[g] = distances;
-      }
-    }
-    __syncthreads();
-    if (threadIdx.x < 256) {
-      double sum = 0;
-      for (int64_t g = threadIdx.x; g < groups; g += 256) sum += errors[g];
-      lanes[threadIdx.x] = sum;
-    }
-    __syncthreads();
-    for (int stride = 128; stride > 0; stride /= 2) {
-      if (threadIdx.x < stride) lanes[threadIdx.x] += lanes[threadIdx.x + stride];
-      __syncthreads();
-    }
-    const float error = static_cast<float>(lanes[0] / static_cast<double>(groups * shape.group));
-    __syncthreads();  // before the next iteration writes lanes
-    if (!(error < best)) break;
-    best = error;
+  const int64_t offset = Offset(out, b, h, t, eight * 8);
+  if (!wide) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) StoreElement(out.data, out.dtype, offset + i, values[i]);
+    return;
   }
-  for (int64_t g = threadIdx.x; g < groups; g += blockDim.x) {
-    *Slot(out, shape, 1, b, first_token + first, g) = StoredScale(scales[g]);
-    *Slot(out, shape, 2, b, first_token + first, g) = FloatToHalf(zeros[g]);
+  uint32_t packed[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float low = values[2 * i], high = values[2 * i + 1];
+    packed[i] = out.dtype == DType::kFloat16 ? FloatToHalf(low) | uint32_t{FloatToHalf(high)} << 16
+                                             : FloatToBFloat16(low) | uint32_t{FloatToBFloat16(high)} << 16;
   }
+  *reinterpret_cast<uint4*>(static_cast<uint16_t*>(out.data) + offset) = {packed[0], packed[1], packed[2], packed[3]};
 }
 
-// One thread a byte of codes.
-template <int kBits>
-__global__ void PackKernel(BlockShape shape, DenseView x, KvView out, int64_t first_token,
-                           const float* all_solved) {
-  constexpr int kPerByte = 8 / kBits;
-  const int64_t row_bytes = shape.head_dim / kPerByte, run_bytes = shape.group / kPerByte;
-  const int64_t index = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
-  if (index >= x.batch * x.heads * x.tokens * row_bytes) return;
-  const int64_t byte = index % row_bytes, t = index / row_bytes % x.tokens;
-  const int64_t h = index / row_bytes / x.tokens % x.heads, b = index / row_bytes / x.tokens / x.heads;
-  const int64_t block = b * (x.tokens / shape.tokens) + t / shape.tokens;
-  const float* scales = all_solved + block * 2 * shape.groups();
-  const float* zeros = scales + shape.groups();
-  unsigned packed = 0;
-  for (int j = 0; j < kPerByte; ++j) {
-    const int64_t d = byte / run_bytes * shape.group + byte % run_bytes + j * run_bytes;
-    const int64_t g = shape.GroupOf((h * shape.tokens + t % shape.tokens) * shape.head_dim + d);
-    const float value = LoadElement(x.data, x.dtype, Offset(x, b, h, t, d));
-    packed |= static_cast<unsigned>(RoundCode(value * scales[g] + zeros[g], kMaxCode<kBits>))
-              << (j * kBits);
-  }
-  CodeRow<kBits>(out, b, h, first_token + t)[byte] = static_cast<uint8_t>(packed);
+// Device memory that is given back in stream order and, up to 256 MiB, kept for the next call.
+void* AllocateScratch(int64_t bytes, cudaStream_t stream) {
+  static const bool kept = [] {
+    int device = 0;
+    cudaMemPool_t pool;
+    uint64_t keep = uint64_t{256} << 20;
+    Check(cudaGetDevice(&device), "current device");
+    Check(cudaDeviceGetDefaultMemPool(&pool, device), "memory pool");
+    Check(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &keep), "memory pool");
+    return true;
+  }();
+  (void)kept;
+  void* scratch = nullptr;
+  Check(cudaMallocAsync(&scratch, bytes, stream), "scratch memory");
+  return scratch;
 }
 
-// One thread a byte of codes.
-template <int kBits>
-__global__ void DecodeKernel(BlockShape shape, KvView in, int64_t first_token, DenseView out) {
-  constexpr int kPerByte = 8 / kBits;
-  const int64_t row_bytes = shape.head_dim / kPerByte, run_bytes = shape.group / kPerByte;
-  const int64_t index = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
-  if (index >= out.batch * out.heads * out.tokens * row_bytes) return;
-  const int64_t byte = index % row_bytes, t = index / row_bytes % out.tokens;
-  const int64_t h = index / row_bytes / out.tokens % out.heads;
-  const int64_t b = index / row_bytes / out.tokens / out.heads;
-  const int64_t block_first = first_token + t / shape.tokens * shape.tokens;
-  const unsigned packed = CodeRow<kBits>(in, b, h, first_token + t)[byte];
-  for (int j = 0; j < kPerByte; ++j) {
-    const int64_t d = byte / run_bytes * shape.group + byte % run_bytes + j * run_bytes;
-    const int64_t g = shape.GroupOf((h * shape.tokens + t % shape.tokens) * shape.head_dim + d);
-    const float s = HalfToFloat(*Slot(in, shape, 1, b, block_first, g));
-    const float z = HalfToFloat(*Slot(in, shape, 2, b, block_first, g));
-    const float code = static_cast<float>((packed >> (j * kBits)) & ((1 << kBits) - 1));
-    StoreElement(out.data, out.dtype, Offset(out, b, h, t, d), (code - z) * s);
-  }
+template <int kBits, int n, bool kAcross>
+void EncodeBlocks(const BlockShape& shape, const DenseView& x, int64_t first_token, const KvView& out,
+                  Solved solved, cudaStream_t stream) {
+  const int64_t words = solved.blocks * shape.heads * shape.tokens * shape.head_dim * kBits / 32;
+  const int64_t lanes = solved.all() * (n / kSolveEach);
+  const auto grid = static_cast<unsigned>((lanes + kSolveThreads - 1) / kSolveThreads);
+  SolveKernel<n, kAcross><<<grid, kSolveThreads, 0, stream>>>(shape, x, kMaxCode<kBits>, kPowers, solved);
+  StopKernel<<<static_cast<unsigned>(solved.blocks), 32 * kIterations, 0, stream>>>(solved, n);
+  PackKernel<kBits, n, kAcross><<<GridFor(std::max(words, solved.all())), 256, 0, stream>>>(shape, x, out,
+                                                                                            first_token, solved);
+  Check(cudaGetLastError(), "hqq encode");
 }
 
 template <int kBits, bool kAcross>
 void EncodeCuda(const CodecParams& params, const DenseView& x, int64_t first_token, const KvView& out,
                 void* stream_pointer) {
+  constexpr int64_t kScratchBytes = int64_t{64} << 20;
   const auto stream = static_cast<cudaStream_t>(stream_pointer);
   const BlockShape shape = ShapeOf(out, params, kAcross);
-  const int64_t blocks = x.batch * (x.tokens / shape.tokens), groups = shape.groups();
-  if (blocks == 0) return;
-  float* scratch = nullptr;  // scales and zero points in float32, and errors, of all groups
-  Check(cudaMallocAsync(reinterpret_cast<void**>(&scratch), blocks * groups * 3 * sizeof(float), stream),
-        "scratch memory");
-  float* errors = scratch + blocks * groups * 2;
-  const unsigned grid = static_cast<unsigned>(blocks);
-  WithGroup(shape.group, [&](auto group) {
-    SolveKernel<kBits, group() / 32><<<grid, 1024, 0, stream>>>(shape, x, out, first_token, scratch,
-                                                                errors);
-  });
-  PackKernel<kBits><<<GridFor(x.batch * x.heads * x.tokens * x.head_dim * kBits / 8), 256, 0, stream>>>(
-      shape, x, out, first_token, scratch);
-  const cudaError_t launched = cudaGetLastError();
+  const int64_t all_blocks = x.batch * (x.tokens / shape.tokens), groups = shape.groups();
+  if (all_blocks == 0) return;
+  if (groups >= int64_t{1} << 28) throw InputError("hqq: a block of ", groups, " groups is too large for a GPU");
+  // A bounded number of blocks at a time.
+  const int64_t block_bytes = groups * kSolvedBytes + 4;
+  const int64_t most = std::clamp<int64_t>(kScratchBytes / block_bytes, 1, all_blocks);
+  auto* scratch = static_cast<float*>(AllocateScratch(most * block_bytes, stream));
+  for (int64_t first = 0; first < all_blocks; first += most) {
+    Solved solved{first, std::min(most, all_blocks - first), groups, scratch, nullptr, nullptr, nullptr};
+    solved.zeros = solved.scales + solved.all();
+    solved.errors = solved.zeros + kIterations * solved.all();
+    solved.stops = reinterpret_cast<int*>(solved.errors + kIterations * solved.all());
+    WithGroup(shape.group, [&](auto group) {
+      EncodeBlocks<kBits, group(), kAcross>(shape, x, first_token, out, solved, stream);
+    });
+  }
   Check(cudaFreeAsync(scratch, stream), "scratch memory");
-  Check(launched, "encode");
 }
 
 template <int kBits, bool kAcross>
 void DecodeCuda(const CodecParams& params, const KvView& in, int64_t first_token, const DenseView& out,
                 void* stream) {
   const BlockShape shape = ShapeOf(in, params, kAcross);
-  const int64_t bytes = out.batch * out.heads * out.tokens * out.head_dim * kBits / 8;
-  if (bytes == 0) return;
-  DecodeKernel<kBits><<<GridFor(bytes), 256, 0, static_cast<cudaStream_t>(stream)>>>(
-      shape, in, first_token, out);
-  Check(cudaGetLastError(), "decode");
+  const int64_t eights = out.batch * out.heads * out.tokens * out.head_dim / 8;
+  if (eights == 0) return;
+  if (eights >= int64_t{1} << 32) throw InputError("hqq: too many elements for one call on a GPU");
+  const int64_t strides = out.batch_stride | out.head_stride | out.token_stride;
+  const bool wide = out.dtype != DType::kFloat32 && strides % 8 == 0 &&
+                    reinterpret_cast<uintptr_t>(out.data) % 16 == 0;
+  DecodeKernel<kBits, kAcross><<<GridFor(eights), 256, 0, static_cast<cudaStream_t>(stream)>>>(
+      shape, in, first_token, out, wide);
+  Check(cudaGetLastError(), "hqq decode");
 }
 
 #endif  // __CUDACC__
@@ -500,9 +686,16 @@ constexpr char kSource[] = "hqq 0.2.8 (Badri & Shaji 2023), groups as in transfo
 
 template <int kBits>
 Scheme Plain(const char* name) {
-  return {.name = name, .source = kSource, .keys = MakeCodec<kBits, false>(),
-          .values = MakeCodec<kBits, false>(), .refused = ""};
+  Scheme scheme{.name = name, .source = kSource, .keys = MakeCodec<kBits, false>(),
+                .values = MakeCodec<kBits, false>(), .refused = ""};
+#ifdef __CUDACC__
+  scheme.decode_attention = decode_attention::Make<kBits>(kBits == 8   ? "fused_decode_int8"
+                                                          : kBits == 4 ? "fused_decode_int4"
+                                                                       : "fused_decode_int2");
+#endif
+  return scheme;
 }
+// Keys of neighbouring channels have different scales, in groups that end with the block: no fused kernel.
 template <int kBits>
 Scheme Kivi(const char* name) {
   return {.name = name, .source = kSource, .keys = MakeCodec<kBits, true>(),

@@ -84,12 +84,26 @@ struct Codec {
   const char* budget_source = "";
 };
 
+struct DecodeAttentionArgs;  // kernels/attention.h
+
+// A scheme's fused kernel: attention of one new token that reads the codes of keys and values directly.
+// Asynchronous, one launch on `stream` (a cudaStream_t).
+struct DecodeAttention {
+  const char* name = nullptr;  // of the kernel, for results
+  // Bytes of workspace for these shapes on the current device; reads no pointer.
+  int64_t (*workspace_bytes)(const DecodeAttentionArgs&) = nullptr;
+  // Throws InputError for shapes the kernel does not know, std::runtime_error when the launch fails.
+  void (*run)(const DecodeAttentionArgs&, void* stream) = nullptr;
+};
+
 // A row of the table. `none` is the row without functions: its tokens stay in the model's own type.
 struct Scheme {
   std::string name;
   std::string source;   // paper, repository
   Codec keys, values;
   std::string refused;  // not empty: the name is known, it cannot run, and this is why
+  // For keys and values both of this scheme; empty where there is none, and in a CPU-only build.
+  DecodeAttention decode_attention = {};
 
   bool stores_dense() const { return keys.encode == nullptr && values.encode == nullptr; }
 };

@@ -1,0 +1,45 @@
+// What the fused kernels of the schemes take (Scheme::decode_attention).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/scheme.h"
+
+namespace kvq {
+
+// Where the tokens of one sequence are, in the order in which attention counts them: sinks, encoded, residual.
+struct SequenceLength {
+  int32_t sinks = 0;     // in sink_keys, sink_values
+  int32_t encoded = 0;   // in keys, values
+  int32_t residual = 0;  // in residual_keys, residual_values
+};
+
+// out = softmax(scale q K^T) V for one query a sequence and query head, over all of its tokens; 0 where there are
+// none. Query head i reads KV head i / (query_heads / keys.heads).
+//
+// Everything here is fixed for a captured CUDA graph; what changes from step to step is in device memory: the
+// lengths, and what the pointers point to. The launch is sized by the capacities.
+struct DecodeAttentionArgs {
+  DType dtype = DType::kFloat16;  // of queries, out and all dense tokens: float16 or bfloat16
+  int64_t query_heads = 0;        // 1 to 16 a KV head
+  const void* queries = nullptr;  // [batch, query_heads, head_dim], contiguous, 16-byte aligned
+  void* out = nullptr;            // likewise
+  float scale = 1;                // of the logits, above 0: usually head_dim^-0.5
+
+  // The encoded tokens. Planes and their strides are multiples of 16 bytes. For `none`, plane 0 holds the tokens
+  // themselves: [batch, heads, capacity, head_dim] of dtype.
+  KvView keys, values;
+  CodecParams key_params, value_params;
+  // The tokens in dtype before and behind them, [batch, heads, tokens, head_dim], rows 16-byte aligned; empty
+  // views (tokens = 0) where the lengths are always 0.
+  DenseView sink_keys, sink_values, residual_keys, residual_values;
+
+  const SequenceLength* lengths = nullptr;  // [batch] in device memory, none above its capacity
+
+  // workspace_bytes() of device memory, 256-byte aligned, all zero before the first launch; launches leave it fit
+  // for the next. Not to be shared by launches that may overlap.
+  void* workspace = nullptr;
+};
+
+}  // namespace kvq

@@ -1,0 +1,56 @@
+// How the codes of one token lie in its row of head_dim * bits / 8 bytes, so that the rows of a few tokens, as
+// they are, hold the operands of the tensor cores' m16n8k16 products (kernels/ptx.cuh), whichever way round:
+// channels times tokens for the keys, tokens times channels for the values.
+//
+// Sixteen channels c = 16 i + r are step i of a product, and r = 8 half + 2 chunk + side names a code's place in
+// it. The row is four chunks; a chunk is head_dim * bits / 128 words of 32 bits; word w has the codes of steps
+// i = w S ... w S + S - 1, S = 8 / bits. The low 16 bits have side 0, the high ones side 1, and in each the
+// code of step i and half h is field 2 (i - w S) + h, `bits` wide, the first in the low bits.
+//
+// So word & mask is a pair of neighbouring channels' codes, as 16-bit numbers.
+// int4, head_dim 128: byte 0 has channels 0 (low bits) and 8, byte 1 channels 16 and 24, byte 2 channels 1 and 9.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/vector_math.h"
+
+namespace kvq {
+
+// Channels that one word of each chunk covers: a row has a whole number of them.
+template <int kBits>
+inline constexpr int kRunChannels = 128 / kBits;
+
+// Codes of a row of head_dim channels, to and from one byte a code.
+template <int kBits>
+KVQ_VECTOR inline void PackRow(const uint8_t* codes, int64_t head_dim, uint8_t* row) {
+  constexpr int kFields = 16 / kBits, kRun = kRunChannels<kBits>;
+  const int64_t words = head_dim / kRun;
+  for (int64_t w = 0; w < words; ++w) {
+    uint16_t sides[8];  // [chunk, side]
+    for (int i = 0; i < 8; ++i) sides[i] = codes[w * kRun + i];
+    for (int field = 1; field < kFields; ++field) {
+      for (int i = 0; i < 8; ++i) {
+        sides[i] = static_cast<uint16_t>(sides[i] | codes[w * kRun + 8 * field + i] << (field * kBits));
+      }
+    }
+    for (int chunk = 0; chunk < 4; ++chunk) memcpy(row + (chunk * words + w) * 4, sides + 2 * chunk, 4);
+  }
+}
+
+template <int kBits>
+KVQ_VECTOR inline void UnpackRow(const uint8_t* row, int64_t head_dim, float* codes) {
+  constexpr int kFields = 16 / kBits, kRun = kRunChannels<kBits>, kMask = (1 << kBits) - 1;
+  const int64_t words = head_dim / kRun;
+  for (int64_t w = 0; w < words; ++w) {
+    uint16_t sides[8];
+    for (int chunk = 0; chunk < 4; ++chunk) memcpy(sides + 2 * chunk, row + (chunk * words + w) * 4, 4);
+    for (int field = 0; field < kFields; ++field) {
+      for (int i = 0; i < 8; ++i) {
+        codes[w * kRun + 8 * field + i] = static_cast<float>(sides[i] >> (field * kBits) & kMask);
+      }
+    }
+  }
+}
+
+}  // namespace kvq

@@ -1,0 +1,147 @@
+// PTX instructions that CUDA C++ has no name for, and short names for what the kernels use all the time.
+// sm_80 and later.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace kvq::ptx {
+
+// ---- shared memory by its own 32-bit addresses, so that a lane keeps one register and constant offsets
+
+using Shared = uint32_t;
+__device__ __forceinline__ Shared SharedAddress(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// n words, 4 n bytes aligned.
+template <int n>
+__device__ __forceinline__ void LoadShared(Shared at, uint32_t (&words)[n]) {
+  static_assert(n == 1 || n == 2 || n == 4 || n == 8);
+  if constexpr (n >= 4) {
+#pragma unroll
+    for (int i = 0; i < n; i += 4) {
+      asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+                   : "=r"(words[i]), "=r"(words[i + 1]), "=r"(words[i + 2]), "=r"(words[i + 3])
+                   : "r"(at + 4 * i));
+    }
+  } else if constexpr (n == 2) {
+    asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(at));
+  } else {
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(words[0]) : "r"(at));
+  }
+}
+
+__device__ __forceinline__ uint32_t LoadShared16(Shared at) {
+  uint16_t x;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(x) : "r"(at));
+  return x;
+}
+__device__ __forceinline__ void ZeroShared16(Shared at) {
+  asm volatile("st.shared.u16 [%0], %1;" ::"r"(at), "h"(static_cast<uint16_t>(0)) : "memory");
+}
+
+// ---- asynchronous copies of 16 bytes from global to shared memory, both aligned to 16
+
+__device__ __forceinline__ void CopyAsync(Shared shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+// Zeros instead, and nothing read, where not `there`.
+__device__ __forceinline__ void CopyAsyncOrZero(Shared shared, const void* global, bool there) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
+               "r"(there ? 16 : 0)
+               : "memory");
+}
+// Ends a group of copies of this thread.
+__device__ __forceinline__ void CopyCommit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until all but the newest n groups of this thread have arrived.
+template <int n>
+__device__ __forceinline__ void CopyWait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory");
+}
+
+// ---- d += a b: a [16, 16] row by row, b [16, 8] column by column, 16-bit pairs along the 16; d [16, 8] in
+// float32. Lane 4 g + t holds of a: rows g (a0, a2) and g + 8 (a1, a3), columns 2 t, 2 t + 1 (a0, a1) and
+// 8 more (a2, a3); of b: column g, rows 2 t, 2 t + 1 (b0) and 8 more (b1); of d: columns 2 t, 2 t + 1 of
+// rows g (d0, d1) and g + 8 (d2, d3). Subnormal numbers count in full.
+
+__device__ __forceinline__ void MmaHalf(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                        uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void MmaBFloat16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2,
+                                            uint32_t a3, uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// The 8 x 8 matrix of 16-bit numbers whose row g has columns 2 t, 2 t + 1 in lane 4 g + t, transposed.
+__device__ __forceinline__ uint32_t Transpose(uint32_t pair) {
+  uint32_t transposed;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
+  return transposed;
+}
+
+// Adds to a number in global memory and returns what it was: what this block wrote before (up to a
+// __syncthreads) is seen by whoever adds later, and what those before had written is seen from here on.
+__device__ __forceinline__ int AddInOrder(int* to, int x) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(to), "r"(x) : "memory");
+  return before;
+}
+
+// ---- arithmetic
+
+// 2^x and log2 x by the special function unit: relative error 2^-22; 2^-inf = 0.
+__device__ __forceinline__ float Exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float Log2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Bytes of the eight in (low, high), picked by the four low digits of `selector`.
+__device__ __forceinline__ uint32_t PickBytes(uint32_t low, uint32_t high, uint32_t selector) {
+  return __byte_perm(low, high, selector);
+}
+
+// Two 16-bit numbers in a word, the first in the low half.
+__device__ __forceinline__ uint32_t PackHalf(float first, float second) {
+  uint32_t word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  return word;
+}
+__device__ __forceinline__ uint32_t PackBFloat16(float first, float second) {
+  uint32_t word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  return word;
+}
+__device__ __forceinline__ float HalfAt(uint32_t word, int index) {
+  __half2 pair;
+  memcpy(&pair, &word, sizeof pair);
+  return index == 0 ? __low2float(pair) : __high2float(pair);
+}
+__device__ __forceinline__ float BFloat16At(uint32_t word, int index) {
+  return __uint_as_float(index == 0 ? word << 16 : word & 0xFFFF0000u);
+}
+// The larger of each half; a number before NaN.
+__device__ __forceinline__ uint32_t MaxHalf(uint32_t a, uint32_t b) {
+  uint32_t word;
+  asm("max.f16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
+  return word;
+}
+
+}  // namespace kvq::ptx
