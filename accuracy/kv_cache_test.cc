@@ -218,6 +218,42 @@ TEST(KvCacheParity, PolicyHfEqualsTransformersQuantizedCache) {
   }
 }
 
+// Tokens that a kernel stores itself, by the same rules as fixtures/decode_graph.cc, and then counts.
+TEST(KvCache, CountsWhatWasStoredFromOutside) {
+  for (const char* text : {"none", "int4-hqq@residual=16@sinks=4", "int2-hqq-kivi@residual=32", "int8-hqq@residual=16"}) {
+    const Spec spec = ParseSpec(text);
+    KvCache updated(spec, kShape, 100, at::kFloat, at::kCPU), stored(spec, kShape, 100, at::kFloat, at::kCPU);
+    for (int64_t length = 0; length < 99; ++length) {
+      const at::Tensor x = Tokens(1, static_cast<uint64_t>(length));
+      const int64_t encoded = EncodedTokens(spec, length), after = EncodedTokens(spec, length + 1);
+      for (int64_t layer = 0; layer < 2; ++layer) {
+        updated.Update(layer, x, -x);
+        const auto [keys, values] = stored.storage(layer);
+        for (const auto& [side, token] : {std::pair(keys, x), std::pair(values, -x)}) {
+          if (side.encoded != nullptr && after > encoded) {
+            EncodeTensor(*side.codec, side.params, side.residual, encoded, *side.encoded);
+          }
+          const at::Tensor& to = side.encoded == nullptr          ? side.tokens
+                                 : length < spec.sink_tokens ? side.sinks
+                                                             : side.residual;
+          const bool counted_behind = side.encoded != nullptr && length >= spec.sink_tokens;
+          to.narrow(2, counted_behind ? length - spec.sink_tokens - after : length, 1).copy_(token);
+        }
+      }
+      stored.Advance(1);
+    }
+    for (int64_t layer = 0; layer < 2; ++layer) {
+      const at::Tensor x = Tokens(1, 99);
+      const auto theirs = updated.Update(layer, x, -x), ours = stored.Update(layer, x, -x);
+      EXPECT_TRUE(theirs.first.equal(ours.first)) << text;
+      EXPECT_TRUE(theirs.second.equal(ours.second)) << text;
+    }
+    EXPECT_THROW(stored.Advance(1), std::length_error);
+  }
+  KvCache hf(ParseSpec("int4-hqq@policy=hf"), kShape, 100, at::kFloat, at::kCPU);
+  EXPECT_THROW(hf.Advance(1), std::logic_error);
+}
+
 TEST(KvCacheGpu, ReadsTheSameBitsAsOnTheCpu) {
   KVQ_NEEDS_CUDA();
   for (const char* text : {"none", "int8-hqq@residual=16", "int4-hqq@residual=16@sinks=4", "int2-hqq-kivi@residual=32",
