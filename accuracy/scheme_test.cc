@@ -33,8 +33,8 @@ TEST(Tables, HaveTheirRows) {
                              [](const Scheme& a, const Scheme& b) { return a.name < b.name; }));
   std::string names;
   for (const Measurement& measurement : Measurements()) names += measurement.name + " ";
-  EXPECT_EQ(names, "decode dequantize distribution error kv_size memory needle perplexity prefill "
-                   "quantize sensitivity ");
+  EXPECT_EQ(names, "decode dequantize distribution error kernel_attention kernel_decode kernel_encode kernel_flush kv_size memory "
+                   "needle perplexity power prefill quantize sensitivity ");
   names.clear();
   for (const PublishedShape& shape : PublishedShapes()) names += shape.name + " ";
   EXPECT_EQ(names, "gemma-4-e4b gpt2 llama-3.1-8b mistral-7b qwen2-0.5b qwen2-7b qwen3-8b yi-1.5-9b ");

@@ -2,6 +2,9 @@
 // Limit: the bytes one step must read, weights and stored KV cache, over the read bandwidth measured in
 // the same run (peak_fraction).
 //
+// Backend fused runs the steps as one CUDA graph, whose first logits are compared with the other path's
+// before anything is timed. What the graph refuses runs as under sdpa, and the label says why.
+//
 // Protocol `study` is the reference study's: its input; the last prompt token is fed a second time, then
 // greedy steps; and the timer starts before the whole prompt is prefilled once more (the study meant to copy
 // a cache there). tokens_per_s is that number; tokens_per_s_net is what it should have been, the same

@@ -1,6 +1,20 @@
 #include "benchmarks/decoding.h"
 
+#include <cmath>
+
+#include "kernels/error.h"
+
 namespace kvq {
+namespace {
+
+// Both paths round some twelve tensors a layer, in the same places but after sums in another order: independent
+// errors of at most a unit roundoff each, in both.
+double Tolerance(const Model& model) {
+  const double roundoff = model.dtype() == at::kHalf ? 0x1p-11 : 0x1p-8;
+  return roundoff * std::sqrt(2 * 12.0 * static_cast<double>(model.config().layers.size()));
+}
+
+}  // namespace
 
 Decoding::Decoding(Session& session, const Cell& cell, int64_t new_tokens)
     : session_(session),
@@ -10,18 +24,43 @@ Decoding::Decoding(Session& session, const Cell& cell, int64_t new_tokens)
       new_tokens_(new_tokens),
       ids_(session.context_ids(cell)),
       cache_(spec_, model_.cache_shape(cell.batch), cell.context + new_tokens, model_.dtype(),
-             model_.device()) {}
+             model_.device()) {
+  if (!backend_.graph) return;
+  try {
+    graph_.emplace(model_, cache_);
+    session.ran = graph_->kernels();
+  } catch (const InputError& why) {
+    session.ran = StrCat("sdpa", spec_.stores_dense() ? "" : " on decoded tokens", " (", why.what(), ")");
+  }
+}
 
 at::Tensor Decoding::Start() {
-  cache_.Clear();
-  return Next(Feed(model_, ids_, cache_, backend_, session_.options().prefill_chunk));
+  if (!first_.defined()) {
+    first_ = Next(Feed(model_, ids_, cache_, backend_, session_.prefill_chunk(cache_.shape().batch)));
+    behind_context_ = cache_.Save();
+  } else {
+    behind_context_();
+  }
+  return first_;
 }
 
 void Decoding::Run(at::Tensor token) {
+  if (graph_) {
+    graph_->Run(token, new_tokens_);
+    return;
+  }
   for (int64_t i = 0; i < new_tokens_; ++i) token = Next(model_.Forward(token, cache_, backend_));
 }
 
-void Decoding::WarmUp() { Next(model_.Forward(Start(), cache_, backend_)); }
+void Decoding::WarmUp() {
+  const at::Tensor logits = model_.Logits(model_.Forward(Start(), cache_, backend_)).select(1, 0);
+  if (!graph_) return;
+  graph_->Run(Start(), 1);
+  const double error = ((graph_->logits() - logits).norm() / logits.norm()).item<double>();
+  if (!(error < Tolerance(model_))) {
+    throw std::runtime_error(StrCat("the graph's logits are off by ", error, " of their norm"));
+  }
+}
 
 at::Tensor Decoding::Next(const at::Tensor& hidden) const {
   return model_.Logits(hidden.narrow(1, hidden.size(1) - 1, 1)).argmax(-1);

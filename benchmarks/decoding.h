@@ -1,8 +1,15 @@
 // Greedy decoding behind a prefilled context, as the measurements time, weigh and hold it: `decode`, `power`
 // and `memory` run the same steps.
+//
+// Under a backend with a graph (fused) the steps run as one (fixtures/decode_graph.h); what the graph refuses runs as
+// under sdpa, and Session::ran, which ends up in the label, says why.
 #pragma once
 
+#include <functional>
+#include <optional>
+
 #include "benchmarks/measurement.h"
+#include "fixtures/decode_graph.h"
 
 namespace kvq {
 
@@ -15,7 +22,8 @@ class Decoding {
   at::Tensor Start();
   // Feeds the token and decodes greedily, new_tokens steps in all.
   void Run(at::Tensor token);
-  // A prefill and one step: both shapes.
+  // A prefill and one step. Where a graph runs, throws std::runtime_error if its logits are not those of the other
+  // path.
   void WarmUp();
 
   const Model& model() const { return model_; }
@@ -33,6 +41,9 @@ class Decoding {
   const int64_t new_tokens_;
   const at::Tensor ids_;
   KvCache cache_;
+  std::optional<DecodeGraph> graph_;
+  at::Tensor first_;                       // token behind the context, once it is known
+  std::function<void()> behind_context_;  // brings the cache there again
 };
 
 }  // namespace kvq

@@ -108,16 +108,20 @@ void RunCell(benchmark::State& state, const Measurement& measurement, const Cell
     if (measurement.quality && session.random_weights(cell.model)) {
       throw Skip("random weights say nothing about quality; give --models a directory with real ones");
     }
+    if (FindBackend(cell.backend).graph && (!session.device().is_cuda() || session.dtype() == at::kFloat)) {
+      throw Skip(StrCat("backend ", cell.backend, " needs --device=cuda and 16 bits"));
+    }
     const c10::InferenceMode no_gradients;
     session.note.clear();
+    session.ran = StrCat(FindBackend(cell.backend).graph ? "sdpa" : cell.backend,
+                         spec.stores_dense() ? "" : " on decoded tokens");
     if (session.watch() != nullptr) session.watch()->Take();  // what a cell that failed has left
     Counters counters = measurement.run(session, cell, state);
     if (session.watch() != nullptr) AddGpuState(session, session.watch()->Take(), counters);
     for (const auto& [name, value] : counters) state.counters[name] = value;
     // The kernels that really ran: nothing falls back silently.
     state.SetLabel(StrCat(session.device().is_cuda() ? "cuda" : "cpu", " ",
-                          c10::toString(session.dtype()), ", ", cell.backend,
-                          spec.stores_dense() ? "" : " on decoded tokens",
+                          c10::toString(session.dtype()), ", ", session.ran,
                           session.note.empty() ? "" : "; ", session.note));
   } catch (const InputError&) {
     throw;

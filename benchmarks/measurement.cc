@@ -49,6 +49,13 @@ at::ScalarType Session::dtype() {
   return *dtype_;
 }
 
+// On a CPU the caches decide. On a GPU a product wants some thousand rows, and more buy nothing: 8192 tokens of a 7B
+// model keep their temporaries below half a GiB, and few calls decode the history.
+int64_t Session::prefill_chunk(int64_t batch) const {
+  if (options_.prefill_chunk > 0) return options_.prefill_chunk;
+  return device_.is_cuda() ? std::max<int64_t>(8192 / batch, 128) : 1024;
+}
+
 const Model& Session::model(const std::string& name) {
   if (model_.second == nullptr || model_.first != name) {
     captured_ = {};
@@ -106,7 +113,7 @@ const std::vector<std::pair<at::Tensor, at::Tensor>>& Session::captured_cache(co
   const Model& of = model(cell.model);
   KvCache cache(ParseSpec("none"), of.cache_shape(cell.batch), cell.context, of.dtype(), device_);
   std::vector<std::vector<at::Tensor>> keys(cache.shape().layers.size()), values(keys.size());
-  Feed(of, context_ids(cell), cache, FindBackend(cell.backend), options_.prefill_chunk, 0,
+  Feed(of, context_ids(cell), cache, FindBackend(cell.backend), prefill_chunk(cell.batch), 0,
        [&](const LayerView& view) {
          keys[view.cached_layer].push_back(view.keys.clone());
          values[view.cached_layer].push_back(view.values.clone());

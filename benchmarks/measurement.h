@@ -36,7 +36,7 @@ struct Options {
   int64_t seed = 42;
   int64_t runs = 3, max_runs = 30, max_seconds = 10;  // see Samples
   int64_t decode_tokens = 128;
-  int64_t prefill_chunk = 1024;
+  int64_t prefill_chunk = 0;  // 0: by device
   bool vram_diag = false;
 };
 
@@ -59,6 +59,10 @@ class Session {
 
   const Options& options() const { return options_; }
   at::Device device() const { return device_; }
+  // Tokens a prefill feeds at once, of each of `batch` sequences.
+  int64_t prefill_chunk(int64_t batch) const;
+  // The attention that really ran, for the label of the result: the cell's backend, unless a measurement knows more.
+  std::string ran;
   at::ScalarType dtype();  // `auto` is settled by measuring both at the first use
 
   const Model& model(const std::string& name);

@@ -1,10 +1,11 @@
 // power: what decoding draws, and what a new token costs in energy, the prefill outside. The steps are those
 // of `decode`. On a GPU from its own energy counter, or where it has none from the power that NVML reports, every
-// 50 ms; on a CPU from RAPL, of whole packages. Idle is measured first, with the model loaded, and given:
+// 50 ms; on a CPU from RAPL, of whole packages. Idle is measured first, once for each model, with the model loaded, and given:
 // watts_net and mj_per_token_net are without it. Where nothing counts energy there is no number.
 //
 // Energy counters advance in steps of some ten milliseconds, so a sample is as many runs of --decode-tokens as
 // last a second.
+#include <map>
 #include <memory>
 #include <thread>
 
@@ -56,18 +57,26 @@ class Meter {
   Clock::time_point began_;
 };
 
-Counters Power(Session& session, const Cell& cell, benchmark::State& state) {
-  Meter meter(session);
-  Decoding decoding(session, cell, session.options().decode_tokens);
-  decoding.WarmUp();
+// Two seconds of nothing with the model loaded, measured once for each model.
+GpuSummary Idle(Session& session, const Cell& cell, Meter& meter) {
+  static std::map<std::string, GpuSummary> known;
+  const auto found = known.find(cell.model);
+  if (found != known.end()) return found->second;
   Synchronize(session.device());
-
   // The power that NVML reports is a mean over a second: the warm-up's has to pass.
   std::this_thread::sleep_for(std::chrono::seconds(1));
   meter.Begin();
   std::this_thread::sleep_for(std::chrono::seconds(2));
   meter.End();
-  const GpuSummary idle = meter.Take();
+  return known[cell.model] = meter.Take();
+}
+
+Counters Power(Session& session, const Cell& cell, benchmark::State& state) {
+  Meter meter(session);
+  Decoding decoding(session, cell, session.options().decode_tokens);
+  decoding.WarmUp();
+
+  const GpuSummary idle = Idle(session, cell, meter);
   const double idle_watts = *idle.joules / idle.seconds;
 
   GpuSummary clocks;

@@ -13,16 +13,16 @@ Counters Prefill(Session& session, const Cell& cell, benchmark::State& state) {
   const at::Tensor ids = session.context_ids(cell);
   KvCache cache(ParseSpec(cell.spec), model.cache_shape(cell.batch), cell.context, model.dtype(),
                 model.device());
-  const auto prefill = [&] {
+  const int64_t chunk = session.prefill_chunk(cell.batch);
+  const auto prefill = [&](int64_t tokens) {
     cache.Clear();
-    const at::Tensor hidden =
-        Feed(model, ids, cache, backend, session.options().prefill_chunk);
+    const at::Tensor hidden = Feed(model, ids.narrow(1, 0, tokens), cache, backend, chunk);
     model.Logits(hidden.select(1, hidden.size(1) - 1)).argmax(-1);
   };
-  prefill();  // warm-up: pages, threads, kernels
+  prefill(std::min(cell.context, chunk));  // warm-up: pages, threads, kernels
   std::vector<double> rates, milliseconds;
   const double tokens = static_cast<double>(cell.context * cell.batch);
-  for (const double seconds : Samples(session, state, [&] { return session.Time(prefill); })) {
+  for (const double seconds : Samples(session, state, [&] { return session.Time([&] { prefill(cell.context); }); })) {
     milliseconds.push_back(seconds * 1e3);
     rates.push_back(tokens / seconds);
   }

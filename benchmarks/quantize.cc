@@ -55,7 +55,7 @@ Shares MeasureShares(Session& session, const Cell& cell, const Spec& spec) {
   at::Tensor token;
   const at::Tensor ids = session.context_ids(cell);
   const double prefill_s = Time(model.device(), [&] {
-    hidden = Feed(model, ids, cache, backend, session.options().prefill_chunk);
+    hidden = Feed(model, ids, cache, backend, session.prefill_chunk(cell.batch));
     token = next();
   });
   const CacheWork prefill = cache.work();

@@ -430,8 +430,23 @@ def derive(results):
                 if cell["kv_size.bits_per_element"] is None and dense and dense["kv_size.kv_bytes"] \
                         and cell["kv_size.kv_bytes"]:  # the unquantized cache has 16 bits an element
                     put(cell, "kv_size.bits_per_element", 16 * cell["kv_size.kv_bytes"] / dense["kv_size.kv_bytes"])
+            fit_latency(cells)
             if spec != "none":
                 break_even(plain, cells)
+
+
+def fit_latency(cells):
+    """Sets decode.fit_base_ms and decode.fit_us_per_1k_tokens on cells of a spec: a and b of ms a token = a + b context,
+    by least squares over three contexts or more."""
+    points = [(context, ms) for context, ms in ((c, decode_ms_per_token(cell)) for c, cell in cells.items()) if ms]
+    if len(points) < 3:
+        return
+    mean_x = sum(x for x, _ in points) / len(points)
+    mean_y = sum(y for _, y in points) / len(points)
+    slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
+    for cell in cells.values():
+        put(cell, "decode.fit_base_ms", mean_y - slope * mean_x)
+        put(cell, "decode.fit_us_per_1k_tokens", slope * 1e6)
 
 
 def break_even(plain, cells):

@@ -451,6 +451,16 @@ class Numbers(unittest.TestCase):
         self.assertEqual(text({1024: 9, 2048: 14, 4096: 18}), ("3072", 3072))  # only what stays below counts
         self.assertEqual(text({1024: 9}), (None, None))
 
+    def test_latency_fit(self):
+        cells = self.cells({0: 4.0, 1000: 4.1, 2000: 4.2, 4000: 4.4})
+        reading.fit_latency(cells)
+        for cell in cells.values():
+            self.assertAlmostEqual(cell["decode.fit_base_ms"], 4.0)
+            self.assertAlmostEqual(cell["decode.fit_us_per_1k_tokens"], 100)
+        two = self.cells({0: 4.0, 1000: 4.1})
+        reading.fit_latency(two)
+        self.assertIsNone(two[0]["decode.fit_base_ms"])  # two points always lie on a line
+
     def test_formats_of_the_study(self):
         self.assertEqual([tables.delta_text(v) for v in (-0.0006, 0.2248, 43.7049, 35926.2553, -100.4, None)],
                          ["-0.0006", "+0.2248", "+43.70", "+35,926", "-100", "--"])

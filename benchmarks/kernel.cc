@@ -1,0 +1,303 @@
+// kernel_encode, kernel_flush, kernel_decode, kernel_attention: single kernels of a scheme on the shapes of a model's
+// first layer, on a GPU. No weights are needed. Timed as replays of a CUDA graph of many calls, each on buffers of
+// its own that together exceed the L2 cache; the time is that of one call.
+//
+// Limits: for attention the bytes of the stored cache over the read bandwidth measured in the same run
+// (peak_fraction), beside libtorch's flash and cuDNN attention on the same tokens in 16 bits (flash_us, cudnn_us), and
+// the speed-up over the faster of them divided by the ratio of bytes (speedup_per_byte_ratio: 1 is all that fewer
+// bytes can give). For the others the bytes of the 16-bit numbers and of the codes, read or written.
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <random>
+
+#include "benchmarks/measurement.h"
+#include "fixtures/codec_tensors.h"
+#include "kernels/attention.h"
+#include "kernels/error.h"
+#ifdef KVQ_CUDA
+#include <c10/core/StreamGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <cuda_runtime_api.h>
+#endif
+
+namespace kvq {
+namespace {
+
+using at::Tensor;
+
+#ifdef KVQ_CUDA
+
+void Check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(StrCat("CUDA: ", cudaGetErrorString(error)));
+}
+
+// Microseconds of one of `calls` calls in a replayed graph: one for each iteration of the state, or `repeats` of them.
+// call(i, stream) enqueues call number i.
+class GraphTimer {
+ public:
+  explicit GraphTimer(at::Device device)
+      : aten_stream_(c10::impl::VirtualGuardImpl(at::kCUDA).getStreamFromGlobalPool(device)),
+        stream_(static_cast<cudaStream_t>(aten_stream_.native_handle())) {}
+
+  template <typename Call>
+  std::vector<double> Measure(int calls, int repeats, const Call& call) const {
+    const c10::StreamGuard guard(aten_stream_);
+    Check(cudaDeviceSynchronize());
+    for (int i = 0; i < calls; ++i) call(i, stream_);  // warm-up; libraries allocate what they need
+    Check(cudaStreamSynchronize(stream_));
+    cudaGraph_t graph = nullptr;
+    cudaGraphExec_t executable = nullptr;
+    cudaEvent_t begin = nullptr, end = nullptr;
+    Check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal));
+    for (int i = 0; i < calls; ++i) call(i, stream_);
+    Check(cudaStreamEndCapture(stream_, &graph));
+    Check(cudaGraphInstantiate(&executable, graph, 0));
+    Check(cudaEventCreate(&begin));
+    Check(cudaEventCreate(&end));
+    std::vector<double> microseconds;
+    for (int i = -1; i < repeats; ++i) {
+      Check(cudaEventRecord(begin, stream_));
+      Check(cudaGraphLaunch(executable, stream_));
+      Check(cudaEventRecord(end, stream_));
+      Check(cudaEventSynchronize(end));
+      float milliseconds = 0;
+      Check(cudaEventElapsedTime(&milliseconds, begin, end));
+      if (i >= 0) microseconds.push_back(milliseconds * 1e3 / calls);
+    }
+    cudaEventDestroy(begin), cudaEventDestroy(end);
+    cudaGraphExecDestroy(executable), cudaGraphDestroy(graph);
+    return microseconds;
+  }
+
+ private:
+  c10::Stream aten_stream_;
+  cudaStream_t stream_;
+};
+
+constexpr int kRepeats = 9;
+
+// Copies of something that many bytes large such that together they exceed any L2 cache.
+int Copies(double bytes) {
+  constexpr double kBeyondL2 = 256e6;
+  return static_cast<int>(std::clamp(std::ceil(kBeyondL2 / bytes), 2.0, 64.0));
+}
+
+struct Shape {
+  int64_t batch, heads, kv_heads, head_dim, context;
+};
+
+Shape ShapeOf(const Cell& cell, Session& session) {
+  if (!session.device().is_cuda()) throw Skip("single kernels are timed with --device=cuda; quantize and dequantize time a CPU's");
+  if (session.dtype() == at::kFloat) throw Skip("kernels are timed on 16-bit numbers");
+  const ModelConfig config = FindModel(cell.model).config();
+  const LayerConfig& layer = config.layers.front();
+  return {cell.batch, config.num_heads, layer.num_kv_heads, layer.head_dim, cell.context};
+}
+
+Tensor Normal(Session& session, std::vector<int64_t> shape) {
+  return at::randn(shape, at::TensorOptions().dtype(session.dtype()).device(session.device()));
+}
+
+// Tokens of one side and their codes.
+struct Side {
+  const Codec* codec;
+  CodecParams params;
+  Tensor plain;
+  EncodedTensors encoded;
+
+  double moved() const { return static_cast<double>(plain.numel() * plain.element_size() + encoded.nbytes()); }
+};
+
+// `sides` times tokens of random numbers, encoded as the spec has keys and values in turn.
+std::vector<Side> Sides(Session& session, const Spec& spec, const Shape& shape, int64_t tokens, int count) {
+  const SchemePair pair = spec.At(0);
+  std::vector<Side> sides;
+  for (int i = 0; i < count; ++i) {
+    const Codec& codec = i % 2 == 0 ? pair.keys->keys : pair.values->values;
+    if (codec.encode == nullptr) throw Skip("one side is not encoded");
+    const CodecParams params = spec.Params(codec);
+    const Tensor plain = Normal(session, {shape.batch, shape.kv_heads, tokens, shape.head_dim});
+    sides.push_back({&codec, params, plain,
+                     AllocateEncoded(codec, params, shape.batch, shape.kv_heads, shape.head_dim, tokens,
+                                     BlockTokens(spec, codec), session.device())});
+    EncodeTensor(codec, params, plain, 0, sides.back().encoded);
+  }
+  return sides;
+}
+
+double Median(std::vector<double> values) {
+  std::nth_element(values.begin(), values.begin() + values.size() / 2, values.end());
+  return values[values.size() / 2];
+}
+
+// The work of `timed` once per iteration of the state; the microseconds of each.
+std::vector<double> Iterate(Session& session, benchmark::State& state,
+                            const std::function<std::vector<double>()>& timed) {
+  std::vector<double> all;
+  for (auto _ : state) {
+    std::vector<double> some;
+    session.Time([&] { some = timed(); });  // the GPU's state is watched meanwhile
+    state.SetIterationTime(Median(some) / 1e6);
+    all.insert(all.end(), some.begin(), some.end());
+  }
+  return all;
+}
+
+Counters Codecs(Session& session, const Cell& cell, benchmark::State& state, bool encodes, bool one_block) {
+  const Shape shape = ShapeOf(cell, session);
+  const Spec spec = ParseSpec(cell.spec);
+  const int64_t tokens = one_block ? spec.residual_length : EncodedTokens(spec, cell.context);
+  if (tokens == 0) throw Skip("all tokens fit into the residual; nothing is encoded");
+  const double elements = 2.0 * static_cast<double>(shape.batch * shape.kv_heads * tokens * shape.head_dim);
+  const int count = Copies(elements) + Copies(elements) % 2;
+  const std::vector<Side> sides = Sides(session, spec, shape, tokens, count);
+  const auto one = [&](const Side& side, cudaStream_t stream) {
+    const DenseView plain = ViewOf(side.plain);
+    if (encodes) {
+      side.codec->encode_cuda(side.params, plain, 0, side.encoded.view(), stream);
+    } else {
+      side.codec->decode_cuda(side.params, side.encoded.view(), 0, plain, stream);
+    }
+  };
+  const GraphTimer timer(session.device());
+  const std::vector<double> microseconds = Iterate(session, state, [&] {
+    return timer.Measure(count, kRepeats, [&](int i, cudaStream_t stream) { one(sides[i], stream); });
+  });
+  session.ran = StrCat(cell.spec, encodes ? " encode" : " decode");
+  Counters counters;
+  AddSpread(counters, "us", microseconds);
+  const double bytes = (sides[0].moved() + sides[1].moved()) / 2;
+  counters.emplace_back("bytes", bytes);
+  counters.emplace_back("gb_per_s", bytes / counters.front().second / 1e3);
+  counters.emplace_back("peak_fraction", counters.back().second * 1e9 / ReadBandwidth(session.device()));
+  return counters;
+}
+
+// What decode attention reads in one call, and how it is called.
+struct AttentionJob {
+  Tensor queries, out, workspace, dense_keys, dense_values;
+  EncodedTensors keys, values;
+  DecodeAttentionArgs args;
+};
+
+Counters Attention(Session& session, const Cell& cell, benchmark::State& state) {
+  const Shape shape = ShapeOf(cell, session);
+  const Spec spec = ParseSpec(cell.spec);
+  const SchemePair pair = spec.At(0);
+  const DecodeAttention& attention = pair.keys->decode_attention;
+  if (pair.keys != pair.values || attention.run == nullptr) {
+    throw Skip(StrCat("no fused attention for keys ", pair.keys->name, " and values ", pair.values->name));
+  }
+  const bool dense = pair.keys->stores_dense();
+  const auto cache_shape = [&](int64_t heads) {
+    return std::vector<int64_t>{shape.batch, heads, shape.context, shape.head_dim};
+  };
+  const double dense_bytes = 4.0 * static_cast<double>(shape.batch * shape.kv_heads * shape.context * shape.head_dim);
+  const Tensor lengths = at::tensor({0, static_cast<int>(shape.context), 0}, at::kInt).repeat({shape.batch, 1})
+                             .to(session.device());
+  const double scale = 1 / std::sqrt(static_cast<double>(shape.head_dim));
+
+  std::vector<AttentionJob> jobs;
+  double bytes = dense_bytes;
+  std::vector<Side> encoded;
+  if (!dense) {
+    // The whole context encoded: blocks of a residual, whatever its length here.
+    encoded = Sides(session, spec, shape, shape.context, 2);
+    for (Side& side : encoded) side.plain = Tensor();
+    bytes = static_cast<double>(encoded[0].encoded.nbytes() + encoded[1].encoded.nbytes());
+  }
+  const int copies = Copies(bytes);
+  for (int i = 0; i < copies; ++i) {
+    AttentionJob job;
+    job.queries = Normal(session, {shape.batch, shape.heads, 1, shape.head_dim});
+    job.out = at::empty_like(job.queries);
+    DecodeAttentionArgs& args = job.args;
+    args.dtype = DTypeOf(session.dtype()), args.query_heads = shape.heads;
+    args.queries = job.queries.data_ptr(), args.out = job.out.data_ptr();
+    args.scale = static_cast<float>(scale);
+    if (dense) {
+      job.dense_keys = Normal(session, cache_shape(shape.kv_heads));
+      job.dense_values = Normal(session, cache_shape(shape.kv_heads));
+      for (auto [view, tensor] : {std::pair(&args.keys, &job.dense_keys), std::pair(&args.values, &job.dense_values)}) {
+        view->batch = shape.batch, view->heads = shape.kv_heads, view->head_dim = shape.head_dim;
+        view->capacity = shape.context;
+        view->planes[0] = static_cast<std::byte*>(tensor->data_ptr());
+        view->plane_stride[0] = tensor->stride(1) * tensor->element_size();
+      }
+    } else {
+      job.keys = encoded[0].encoded, job.values = encoded[1].encoded;
+      for (EncodedTensors* side : {&job.keys, &job.values}) {
+        for (Tensor& plane : side->planes) plane = plane.clone();
+      }
+      args.keys = job.keys.view(), args.values = job.values.view();
+      args.key_params = encoded[0].params, args.value_params = encoded[1].params;
+    }
+    args.lengths = reinterpret_cast<const SequenceLength*>(lengths.data_ptr());
+    job.workspace = at::zeros({attention.workspace_bytes(args)}, job.queries.options().dtype(at::kByte));
+    args.workspace = job.workspace.data_ptr();
+    jobs.push_back(std::move(job));
+  }
+  const GraphTimer timer(session.device());
+  const std::vector<double> microseconds = Iterate(session, state, [&] {
+    return timer.Measure(copies, kRepeats, [&](int i, cudaStream_t stream) { attention.run(jobs[i].args, stream); });
+  });
+  session.ran = attention.name;
+  jobs.clear();
+
+  // The same tokens in 16 bits through libtorch.
+  std::vector<std::array<Tensor, 3>> plain;
+  for (int i = 0; i < Copies(dense_bytes); ++i) {
+    plain.push_back({Normal(session, {shape.batch, shape.heads, 1, shape.head_dim}),
+                     Normal(session, cache_shape(shape.kv_heads)), Normal(session, cache_shape(shape.kv_heads))});
+  }
+  const auto time = [&](const auto& attend) {
+    return Median(timer.Measure(static_cast<int>(plain.size()), kRepeats, [&](int i, cudaStream_t) { attend(plain[i]); }));
+  };
+  const double flash = time([&](const std::array<Tensor, 3>& x) {
+    at::_flash_attention_forward(x[0].transpose(1, 2), x[1].transpose(1, 2), x[2].transpose(1, 2), {}, {}, 1,
+                                 shape.context, 0.0, false, false, scale);
+  });
+  const double cudnn = time([&](const std::array<Tensor, 3>& x) {
+    at::_cudnn_attention_forward(x[0], x[1], x[2], {}, {}, {}, 1, shape.context, false, 0.0, false, false, scale);
+  });
+  Counters counters;
+  AddSpread(counters, "us", microseconds);
+  const double us = counters.front().second;
+  counters.emplace_back("bytes", bytes);
+  counters.emplace_back("gb_per_s", bytes / us / 1e3);
+  counters.emplace_back("peak_fraction", bytes / us * 1e6 / ReadBandwidth(session.device()));
+  counters.emplace_back("flash_us", flash);
+  counters.emplace_back("cudnn_us", cudnn);
+  counters.emplace_back("speedup", std::min(flash, cudnn) / us);
+  counters.emplace_back("speedup_per_byte_ratio", std::min(flash, cudnn) / us * bytes / dense_bytes);
+  return counters;
+}
+
+#else  // a CPU-only build
+
+Counters Codecs(Session&, const Cell&, benchmark::State&, bool, bool) { throw Skip("a CPU-only build"); }
+Counters Attention(Session&, const Cell&, benchmark::State&) { throw Skip("a CPU-only build"); }
+
+#endif  // KVQ_CUDA
+
+template <bool kEncodes, bool kOneBlock>
+Counters Codec(Session& session, const Cell& cell, benchmark::State& state) {
+  return Codecs(session, cell, state, kEncodes, kOneBlock);
+}
+
+const RegisterMeasurement kEncode{{.name = "kernel_encode", .what = "us of encoding one side of one layer (GPU)",
+                                   .timed = true, .needs_encoding = true, .on_request = true,
+                                   .run = Codec<true, false>}};
+const RegisterMeasurement kFlush{{.name = "kernel_flush", .what = "us of encoding one full residual of one side (GPU)",
+                                  .timed = true, .needs_encoding = true, .on_request = true,
+                                  .run = Codec<true, true>}};
+const RegisterMeasurement kDecode{{.name = "kernel_decode", .what = "us of decoding one side of one layer (GPU)",
+                                   .timed = true, .needs_encoding = true, .on_request = true,
+                                   .run = Codec<false, false>}};
+const RegisterMeasurement kAttention{{.name = "kernel_attention",
+                                      .what = "us of one layer's decode attention, beside flash and cuDNN (GPU)",
+                                      .timed = true, .on_request = true, .run = Attention}};
+
+}  // namespace
+}  // namespace kvq
