@@ -163,6 +163,18 @@ TEST(DecodeAttentionGpu, EqualsAttentionOverDecodedTokens) {
   }
 }
 
+// Every kind of code and every path once: what fits under a sanitizer.
+TEST(DecodeAttentionGpu, AFewShapes) {
+  KVQ_NEEDS_CUDA();
+  const c10::InferenceMode guard;
+  at::manual_seed(8);
+  for (const char* scheme : {"none", "int8-hqq", "int4-hqq", "int2-hqq"}) {
+    Check({scheme, 128, 64, 4, {{3, 200, 40}, {0, 0, 5}}});
+    Check({scheme, 64, 32, 7, {{0, 129, 0}}, at::kBFloat16});
+    Check({scheme, 256, 128, 16, {{0, 100, 128}}});
+  }
+}
+
 TEST(DecodeAttentionGpu, RefusesWhatItDoesNotKnow) {
   KVQ_NEEDS_CUDA();
   const DecodeAttention& attention = FindScheme("int4-hqq").decode_attention;
