@@ -76,13 +76,6 @@ KVQ_HD inline float Shrink(float d, const PowerTable& powers) {
   return BitsFloat(FloatBits(Larger(shrunk, 0)) | (bits & 0x80000000));
 }
 
-// a / s by inverse = 1 / s (both rounded): near, plus what it lacks. The same bits as the division wherever that
-// neither overflows nor underflows (Markstein, 1990; none differed in 2^30 of the hardest cases).
-KVQ_HD inline float Quotient(float a, float s, float inverse) {
-  const float near = a * inverse;
-  return fmaf(fmaf(-near, s, a), inverse, near);
-}
-
 // Scale and zero point that the solver starts from; both NaN where something in the group is not finite.
 KVQ_HD inline void InitialScale(const GroupRange& group, float m, float& s, float& z) {
   const float low = group.low, range = group.high - low;
@@ -536,55 +529,54 @@ __global__ void __launch_bounds__(256) PackKernel(BlockShape shape, DenseView x,
   reinterpret_cast<uint32_t*>(CodeRow<kBits>(out, b, h, first_token + t))[word] = packed;
 }
 
-// One thread eight neighbouring channels: a field of a word of each chunk. `wide`: rows of `out` are 16-bit
-// numbers and 16-byte aligned.
-template <int kBits, bool kAcross>
+// A thread decodes eight neighbouring channels, a field of a word of each chunk, of kDecodeTokens tokens that are
+// `rows` apart. Sequence and head are the block's z and y: division is slow.
+constexpr int kDecodeTokens = 4;
+
+template <int kBits, DType kType, int n, bool kAcross>
 __global__ void __launch_bounds__(256) DecodeKernel(BlockShape shape, KvView in, int64_t first_token, DenseView out,
-                                                    bool wide) {
+                                                    bool wide, uint32_t rows) {
   constexpr int kFields = 16 / kBits, kRun = kRunChannels<kBits>;
-  const uint32_t eights = static_cast<uint32_t>(shape.head_dim / 8), words = eights * 8 / kRun;
-  const uint32_t index = blockIdx.x * 256 + threadIdx.x, row = index / eights, eight = index % eights;
-  const uint32_t tokens = static_cast<uint32_t>(out.tokens), heads = static_cast<uint32_t>(out.heads);
-  const uint32_t t = row % tokens, head = row / tokens, h = head % heads, b = head / heads, field = eight % kFields;
-  if (b >= out.batch) return;
-  const uint32_t* codes =
-      reinterpret_cast<const uint32_t*>(CodeRow<kBits>(in, b, h, first_token + t)) + eight / kFields;
-  uint32_t chunks[4];
+  const uint32_t head_dim = static_cast<uint32_t>(shape.head_dim), eights = head_dim / 8, words = head_dim / kRun;
+  const uint32_t index = blockIdx.x * 256 + threadIdx.x, first = index / eights, eight = index % eights;
+  const uint32_t tokens = static_cast<uint32_t>(out.tokens);
+  const int64_t b = blockIdx.z, h = blockIdx.y;
+  if (first >= rows) return;
+  const int field = eight % kFields;
+  const uint32_t* codes = reinterpret_cast<const uint32_t*>(CodeRow<kBits>(in, b, h, first_token)) + eight / kFields;
+  uint32_t chunks[kDecodeTokens][4];
+  float s[kDecodeTokens], z[kDecodeTokens];
 #pragma unroll
-  for (int chunk = 0; chunk < 4; ++chunk) chunks[chunk] = codes[chunk * words];
-  const auto metadata = [&](int plane, int channel) {
-    if constexpr (kAcross) {
-      const uint32_t block_tokens = static_cast<uint32_t>(shape.tokens);
-      const uint32_t flat = (h * block_tokens + t % block_tokens) * (eights * 8) + eight * 8 + channel;
-      return HalfToFloat(*Slot(in, shape, plane, b, first_token + t / block_tokens * block_tokens,
-                               flat % static_cast<uint32_t>(shape.groups())));
-    } else {
-      const uint32_t per_token = eights * 8 / static_cast<uint32_t>(shape.group);
-      const auto* slots = reinterpret_cast<const uint16_t*>(in.planes[plane] + head * in.plane_stride[plane]);
-      return HalfToFloat(slots[(first_token + t) * per_token + eight * 8 / static_cast<uint32_t>(shape.group)]);
+  for (int i = 0; i < kDecodeTokens; ++i) {
+    const uint32_t t = first + i * rows;
+    if (t >= tokens) break;
+#pragma unroll
+    for (int chunk = 0; chunk < 4; ++chunk) chunks[i][chunk] = codes[(t * 4 + chunk) * words];
+    if constexpr (!kAcross) {
+      const int64_t slot = (first_token + t) * (head_dim / n) + eight * 8 / n, head = b * in.heads + h;
+      s[i] = LoadHalf(reinterpret_cast<const uint16_t*>(in.planes[1] + head * in.plane_stride[1]) + slot);
+      z[i] = LoadHalf(reinterpret_cast<const uint16_t*>(in.planes[2] + head * in.plane_stride[2]) + slot);
     }
-  };
-  float s = 0, z = 0, values[8];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    if (kAcross || i == 0) s = metadata(1, i), z = metadata(2, i);
-    const uint32_t code = chunks[i / 2] >> (field * kBits + 16 * (i % 2)) & ((1 << kBits) - 1);
-    values[i] = (static_cast<float>(code) - z) * s;
   }
-  const int64_t offset = Offset(out, b, h, t, eight * 8);
-  if (!wide) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) StoreElement(out.data, out.dtype, offset + i, values[i]);
-    return;
-  }
-  uint32_t packed[4];
+  for (int i = 0; i < kDecodeTokens; ++i) {
+    const uint32_t t = first + i * rows;
+    if (t >= tokens) break;
+    float values[8];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float low = values[2 * i], high = values[2 * i + 1];
-    packed[i] = out.dtype == DType::kFloat16 ? FloatToHalf(low) | uint32_t{FloatToHalf(high)} << 16
-                                             : FloatToBFloat16(low) | uint32_t{FloatToBFloat16(high)} << 16;
+    for (int channel = 0; channel < 8; ++channel) {
+      if constexpr (kAcross) {
+        const uint32_t block_tokens = static_cast<uint32_t>(shape.tokens), in_block = t % block_tokens;
+        const uint32_t flat = (static_cast<uint32_t>(h) * block_tokens + in_block) * head_dim + eight * 8 + channel;
+        const uint32_t g = flat % static_cast<uint32_t>(shape.groups());
+        s[i] = LoadHalf(Slot(in, shape, 1, b, first_token + t - in_block, g));
+        z[i] = LoadHalf(Slot(in, shape, 2, b, first_token + t - in_block, g));
+      }
+      const uint32_t word = chunks[i][channel / 2] >> (field * kBits);
+      values[channel] = (CodeToFloat(word, 16 * (channel % 2), kBits) - z[i]) * s[i];
+    }
+    StoreEight<kType>(out, Offset(out, b, h, t, eight * 8), wide, values);
   }
-  *reinterpret_cast<uint4*>(static_cast<uint16_t*>(out.data) + offset) = {packed[0], packed[1], packed[2], packed[3]};
 }
 
 // Device memory that is given back in stream order and, up to 256 MiB, kept for the next call.
@@ -646,14 +638,15 @@ template <int kBits, bool kAcross>
 void DecodeCuda(const CodecParams& params, const KvView& in, int64_t first_token, const DenseView& out,
                 void* stream) {
   const BlockShape shape = ShapeOf(in, params, kAcross);
-  const int64_t eights = out.batch * out.heads * out.tokens * out.head_dim / 8;
-  if (eights == 0) return;
-  if (eights >= int64_t{1} << 32) throw InputError("hqq: too many elements for one call on a GPU");
-  const int64_t strides = out.batch_stride | out.head_stride | out.token_stride;
-  const bool wide = out.dtype != DType::kFloat32 && strides % 8 == 0 &&
-                    reinterpret_cast<uintptr_t>(out.data) % 16 == 0;
-  DecodeKernel<kBits, kAcross><<<GridFor(eights), 256, 0, static_cast<cudaStream_t>(stream)>>>(
-      shape, in, first_token, out, wide);
+  if (out.batch * out.heads * out.tokens == 0) return;
+  if (out.tokens * out.head_dim >= int64_t{1} << 31) throw InputError("hqq: too many tokens for one call on a GPU");
+  const auto rows = static_cast<uint32_t>((out.tokens + kDecodeTokens - 1) / kDecodeTokens);
+  const dim3 grid(GridFor(rows * (out.head_dim / 8)), static_cast<unsigned>(out.heads),
+                  static_cast<unsigned>(out.batch));
+  WithTypeAndGroup(out.dtype, shape.group, [&](auto type, auto group) {
+    DecodeKernel<kBits, type(), group(), kAcross><<<grid, 256, 0, static_cast<cudaStream_t>(stream)>>>(
+        shape, in, first_token, out, IsWide(out), rows);
+  });
   Check(cudaGetLastError(), "hqq decode");
 }
 

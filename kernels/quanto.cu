@@ -127,18 +127,6 @@ void DecodeRow(const KvView& in, int64_t slot, const DenseView& out, const Row& 
   }
 }
 
-// Calls work with the type and the group size as constants.
-template <typename Work>
-void WithTypeAndGroup(DType dtype, int64_t group, const Work& work) {
-  WithGroup(group, [&](auto n) {
-    switch (dtype) {
-      case DType::kFloat32: return work(std::integral_constant<DType, DType::kFloat32>(), n);
-      case DType::kFloat16: return work(std::integral_constant<DType, DType::kFloat16>(), n);
-      case DType::kBFloat16: return work(std::integral_constant<DType, DType::kBFloat16>(), n);
-    }
-  });
-}
-
 template <int kBits>
 void Encode(const CodecParams& params, const DenseView& x, int64_t first_token, const KvView& out) {
   WithTypeAndGroup(x.dtype, params.group_size, [&](auto type, auto group) {
@@ -163,74 +151,115 @@ void Decode(const CodecParams& params, const KvView& in, int64_t first_token, co
 
 #ifdef __CUDACC__
 
-// A team of up to 32 threads encodes a group of n elements; each of them owns whole bytes of codes.
-template <int kBits, int n>
-inline constexpr int kTeam = std::min(32, n * kBits / 8);
+// A thread has eight bytes of codes, and so eight neighbouring elements of each of the 8 / kBits parts of a group.
+// Sequence and head are the block's z and y: division is slow.
+template <int kBits>
+dim3 GridOf(const DenseView& x) {
+  return {GridFor(x.tokens * x.head_dim * kBits / 64), static_cast<unsigned>(x.heads),
+          static_cast<unsigned>(x.batch)};
+}
+
+// Two numbers as the package would hold them.
+template <DType kType>
+__device__ __forceinline__ void RoundTwo(float& low, float& high) {
+  if constexpr (kType != DType::kFloat32) UnpackTwo<kType>(PackTwo<kType>(low, high), low, high);
+}
 
 template <int kBits, DType kType, int n>
-__global__ void EncodeKernel(DenseView x, int64_t first_token, KvView out) {
+__global__ void __launch_bounds__(256) EncodeKernel(DenseView x, int64_t first_token, KvView out, bool wide) {
   constexpr float m = kMaxCode<kBits>;
-  constexpr int kPerByte = 8 / kBits, kBytes = n / kPerByte, kThreads = kTeam<kBits, n>;
-  constexpr int kOwnBytes = kBytes / kThreads, kOwn = n / kThreads;
-  const int64_t per_row = x.head_dim / n, groups = Rows(x) * per_row;
-  const int64_t team = (blockIdx.x * int64_t{blockDim.x} + threadIdx.x) / kThreads;
-  const bool in_range = team < groups;  // those past the end take part in the shuffles below
-  const int64_t index = in_range ? team : groups - 1, g = index % per_row;
-  const int lane = threadIdx.x % kThreads;
-  const Row row(x, index / per_row);
-  float values[kOwn];  // code j of byte i at i kPerByte + j
-  GroupRange range;
-  for (int i = 0; i < kOwn; ++i) {
-    const int element = lane + i / kPerByte * kThreads + i % kPerByte * kBytes;
-    const float v = LoadElement(x.data, kType, Offset(x, row.b, row.h, row.t, g * n + element));
-    range.low = i == 0 || v < range.low ? v : range.low;
-    range.high = i == 0 || v > range.high ? v : range.high;
-    range.poison = i == 0 ? v * 0 : range.poison + v * 0;
-    values[i] = v;
+  constexpr int kParts = 8 / kBits, kBytes = n / kParts, kThreads = kBytes / 8;
+  const uint32_t per_token = static_cast<uint32_t>(x.head_dim) * kBits / 64;
+  const uint32_t index = blockIdx.x * 256 + threadIdx.x, place = index % per_token;
+  const bool in_range = index / per_token < x.tokens;  // those past the end take part in the shuffles below
+  const int64_t b = blockIdx.z, h = blockIdx.y, t = in_range ? index / per_token : 0;
+  const int64_t g = place / kThreads, lane = place % kThreads;
+  const int64_t offset = Offset(x, b, h, t, g * n + lane * 8);
+  float values[kParts][8];
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) LoadEight<kType>(x, offset + part * kBytes, wide, values[part]);
+  GroupRange range = {values[0][0], values[0][0], 0};
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float v = values[part][i];
+      range.low = Smaller(v, range.low);
+      range.high = Larger(v, range.high);
+      range.poison = fmaf(v, 0.0f, range.poison);
+    }
   }
+#pragma unroll
   for (int stride = kThreads / 2; stride > 0; stride /= 2) {
-    const float low = __shfl_xor_sync(~0u, range.low, stride);
-    const float high = __shfl_xor_sync(~0u, range.high, stride);
-    range.low = low < range.low ? low : range.low;
-    range.high = high > range.high ? high : range.high;
+    range.low = Smaller(__shfl_xor_sync(~0u, range.low, stride), range.low);
+    range.high = Larger(__shfl_xor_sync(~0u, range.high, stride), range.high);
     range.poison += __shfl_xor_sync(~0u, range.poison, stride);
   }
   if (!in_range) return;
   float scale, shift;
   ScaleAndShift<kType>(range, m, scale, shift);
-  const int64_t slot = first_token + row.t;
-  uint8_t* packed = CodeRow<kBits>(out, row.b, row.h, slot) + g * kBytes;
-  for (int i = 0; i < kOwnBytes; ++i) {
-    unsigned byte = 0;
-    for (int j = 0; j < kPerByte; ++j) {
-      const float code = CodeOf<kType>(values[i * kPerByte + j], m, scale, shift);
-      byte |= static_cast<unsigned>(code) << (j * kBits);
+  const int64_t slot = first_token + t;
+  // Bytes are sums of shifted floats that hold their codes in the low bits.
+  uint32_t packed[2] = {0, 0}, bias = 0;
+#pragma unroll
+  for (int bit = 0; bit < 32; bit += kBits) bias += 0x4B000000u << bit;
+  // 11 and 8 bits over as many: the quotient is that of the division. With a scale that has all its bits the
+  // largest is m and less than a half, and none is NaN: nothing is to be clamped.
+  if (kType != DType::kFloat32 && scale >= 6.1035156e-5f && scale < 1e18f) {
+    const float inverse = 1.0f / scale;
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+      for (int i = 0; i < 8; i += 2) {
+        float low = values[part][i] + shift, high = values[part][i + 1] + shift;
+        RoundTwo<kType>(low, high);
+        low = Quotient(low, scale, inverse), high = Quotient(high, scale, inverse);
+        RoundTwo<kType>(low, high);
+        packed[i / 4] += FloatBits(low + kCodeBias) << (i % 4 * 8 + part * kBits);
+        packed[i / 4] += FloatBits(high + kCodeBias) << (i % 4 * 8 + 8 + part * kBits);
+      }
     }
-    packed[lane + i * kThreads] = static_cast<uint8_t>(byte);
+  } else {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float code = CodeOf<kType>(values[part][i], m, scale, shift);
+        packed[i / 4] += FloatBits(code + kCodeBias) << (i % 4 * 8 + part * kBits);
+      }
+    }
   }
+  reinterpret_cast<uint2*>(CodeRow<kBits>(out, b, h, slot))[place] = {packed[0] - bias, packed[1] - bias};
   if (lane == 0) {
-    MetadataRow(out, 1, n, row.b, row.h, slot)[g] = Stored(scale);
-    MetadataRow(out, 2, n, row.b, row.h, slot)[g] = Stored(shift);
+    MetadataRow(out, 1, n, b, h, slot)[g] = Stored(scale);
+    MetadataRow(out, 2, n, b, h, slot)[g] = Stored(shift);
   }
 }
 
-// One thread a byte of codes.
 template <int kBits, DType kType, int n>
-__global__ void DecodeKernel(KvView in, int64_t first_token, DenseView out) {
-  constexpr int kPerByte = 8 / kBits, kBytes = n / kPerByte;
-  const int64_t row_bytes = out.head_dim / kPerByte;
-  const int64_t index = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
-  if (index >= Rows(out) * row_bytes) return;
-  const Row row(out, index / row_bytes);
-  const int64_t byte = index % row_bytes, g = byte / kBytes, slot = first_token + row.t;
-  const unsigned packed = CodeRow<kBits>(in, row.b, row.h, slot)[byte];
-  const float scale = HalfToFloat(MetadataRow(in, 1, n, row.b, row.h, slot)[g]);
-  const float shift = HalfToFloat(MetadataRow(in, 2, n, row.b, row.h, slot)[g]);
-  for (int j = 0; j < kPerByte; ++j) {
-    const float code = static_cast<float>((packed >> (j * kBits)) & ((1 << kBits) - 1));
-    const int64_t d = g * n + byte % kBytes + j * kBytes;
-    StoreElement(out.data, kType, Offset(out, row.b, row.h, row.t, d),
-                 Decoded<kType>(code, scale, shift));
+__global__ void __launch_bounds__(256) DecodeKernel(KvView in, int64_t first_token, DenseView out, bool wide) {
+  constexpr int kParts = 8 / kBits, kBytes = n / kParts, kThreads = kBytes / 8;
+  const uint32_t per_token = static_cast<uint32_t>(out.head_dim) * kBits / 64;
+  const uint32_t index = blockIdx.x * 256 + threadIdx.x, place = index % per_token;
+  const int64_t b = blockIdx.z, h = blockIdx.y, t = index / per_token;
+  if (t >= out.tokens) return;
+  const int64_t g = place / kThreads, lane = place % kThreads, slot = first_token + t;
+  const uint2 packed = reinterpret_cast<const uint2*>(CodeRow<kBits>(in, b, h, slot))[place];
+  const float scale = LoadHalf(MetadataRow(in, 1, n, b, h, slot) + g);
+  const float shift = LoadHalf(MetadataRow(in, 2, n, b, h, slot) + g);
+  const int64_t offset = Offset(out, b, h, t, g * n + lane * 8);
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+    float values[8];
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) {
+      const uint32_t word = i < 4 ? packed.x : packed.y;
+      float low = scale * CodeToFloat(word, i % 4 * 8 + part * kBits, kBits);
+      float high = scale * CodeToFloat(word, i % 4 * 8 + 8 + part * kBits, kBits);
+      RoundTwo<kType>(low, high);
+      values[i] = low - shift, values[i + 1] = high - shift;
+    }
+    StoreEight<kType>(out, offset + part * kBytes, wide, values);
   }
 }
 
@@ -239,9 +268,8 @@ void EncodeCuda(const CodecParams& params, const DenseView& x, int64_t first_tok
                 void* stream) {
   if (Rows(x) == 0) return;
   WithTypeAndGroup(x.dtype, params.group_size, [&](auto type, auto group) {
-    const int64_t threads = Rows(x) * (x.head_dim / group()) * kTeam<kBits, group()>;
     EncodeKernel<kBits, type(), group()>
-        <<<GridFor(threads), 256, 0, static_cast<cudaStream_t>(stream)>>>(x, first_token, out);
+        <<<GridOf<kBits>(x), 256, 0, static_cast<cudaStream_t>(stream)>>>(x, first_token, out, IsWide(x));
   });
   Check(cudaGetLastError(), "encode");
 }
@@ -251,9 +279,8 @@ void DecodeCuda(const CodecParams& params, const KvView& in, int64_t first_token
                 void* stream) {
   if (Rows(out) == 0) return;
   WithTypeAndGroup(out.dtype, params.group_size, [&](auto type, auto group) {
-    const int64_t threads = Rows(out) * (out.head_dim * kBits / 8);
     DecodeKernel<kBits, type(), group()>
-        <<<GridFor(threads), 256, 0, static_cast<cudaStream_t>(stream)>>>(in, first_token, out);
+        <<<GridOf<kBits>(out), 256, 0, static_cast<cudaStream_t>(stream)>>>(in, first_token, out, IsWide(out));
   });
   Check(cudaGetLastError(), "decode");
 }
