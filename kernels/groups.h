@@ -26,13 +26,6 @@ KVQ_HD inline float RoundCode(float v, float m) {
   return RoundToEven(Smaller(Larger(v, 0), m));
 }
 
-// a / s by inverse = 1 / s (both rounded): near, plus what it lacks. The same bits as the division wherever that
-// neither overflows nor underflows (Markstein, 1990; none differed in 2^30 of the hardest cases).
-KVQ_HD inline float Quotient(float a, float s, float inverse) {
-  const float near = a * inverse;
-  return fmaf(fmaf(-near, s, a), inverse, near);
-}
-
 // Place of an element in DenseView::data.
 KVQ_HD inline int64_t Offset(const DenseView& x, int64_t b, int64_t h, int64_t t, int64_t d) {
   return b * x.batch_stride + h * x.head_stride + t * x.token_stride + d;

@@ -203,8 +203,9 @@ __global__ void __launch_bounds__(256) EncodeKernel(DenseView x, int64_t first_t
   uint32_t packed[2] = {0, 0}, bias = 0;
 #pragma unroll
   for (int bit = 0; bit < 32; bit += kBits) bias += 0x4B000000u << bit;
-  // 11 and 8 bits over as many: the quotient is that of the division. With a scale that has all its bits the
-  // largest is m and less than a half, and none is NaN: nothing is to be clamped.
+  // Of two float16 or bfloat16 numbers, a (1 / b) rounded to that type is a / b rounded to it: none differs of all
+  // pairs. With a scale that has all its bits the largest quotient is m and less than a half, and none is NaN:
+  // nothing is to be clamped.
   if (kType != DType::kFloat32 && scale >= 6.1035156e-5f && scale < 1e18f) {
     const float inverse = 1.0f / scale;
 #pragma unroll
@@ -213,7 +214,7 @@ __global__ void __launch_bounds__(256) EncodeKernel(DenseView x, int64_t first_t
       for (int i = 0; i < 8; i += 2) {
         float low = values[part][i] + shift, high = values[part][i + 1] + shift;
         RoundTwo<kType>(low, high);
-        low = Quotient(low, scale, inverse), high = Quotient(high, scale, inverse);
+        low *= inverse, high *= inverse;
         RoundTwo<kType>(low, high);
         packed[i / 4] += FloatBits(low + kCodeBias) << (i % 4 * 8 + part * kBits);
         packed[i / 4] += FloatBits(high + kCodeBias) << (i % 4 * 8 + 8 + part * kBits);
