@@ -117,12 +117,12 @@ class LongRun : public TinyModel {
     TinyModel::SetUp();
     WidenHeads(dir_ / "tiny");
   }
-  // Every measurement but the needle, 2 contexts and 4 specs.
+  // Long cells and short ones, of 2 contexts and 4 specs.
   std::string Study(const fs::path& file) const {
     return Tiny() +
            " --schemes=none,int8-hqq@residual=16,int4-hqq@residual=16,int2-hqq-kivi@residual=16 "
            "--contexts=48,64 --windows=2 --runs=1 --decode-tokens=2 --dtype=float32 "
-           "--benchmark_filter='kv_size|perplexity|error|distribution|sensitivity|decode|memory' "
+           "--benchmark_filter='kv_size|perplexity|error|distribution|sensitivity|decode|needle' "
            "--benchmark_out=" +
            file.string();
   }
@@ -158,16 +158,16 @@ void LongRun::KillAndResume(int kills, unsigned seed) {
         std::chrono::duration<double>(std::uniform_real_distribution<double>(0, most)(random)));
   };
   std::map<std::string, std::string> before;
-  int killed = 0, in_start_up = 0, studies = 1, parts = 0;
-  while (killed < kills) {
+  std::vector<size_t> there;  // cells after each kill
+  int in_start_up = 0, studies = 1, parts = 0;
+  while (there.size() < static_cast<size_t>(kills)) {
     Running run(Study(file), err);
     const unsigned kind = random() % 5;
     if (kind == 0) {  // before its first cell
       wait(start_up);
-    } else {  // in its cells; short enough that most studies are killed as often as wanted before
-              // they end
-      run.WaitForStart(1);
-      wait(1.4 * (all - start_up) / kills);
+    } else {  // in its cells: by number, so that the kills spread over the study at any speed
+      run.WaitForStart(1 + random() % (cells * 4 / 5 / static_cast<size_t>(kills)));
+      wait((all - start_up) / static_cast<double>(cells));
     }
     if (kind == 1) {                        // and while the file is written
       fs::remove(file.string() + ".part");  // that another kill left
@@ -175,13 +175,14 @@ void LongRun::KillAndResume(int kills, unsigned seed) {
         std::this_thread::sleep_for(std::chrono::microseconds(20));
       }
     }
-    if (!run.Kill()) {  // it has ended: once more from the start
+    if (!run.Kill()) {  // the study has ended before: once more from the start
+      ASSERT_LE(++studies, 10);
       fs::remove(file);
       before.clear();
-      ++studies;
+      there.clear();
+      in_start_up = parts = 0;
       continue;
     }
-    ++killed;
     parts += kind == 1 && fs::exists(file.string() + ".part");
     const size_t started = run.Started();
     in_start_up += started == 0;
@@ -195,6 +196,7 @@ void LongRun::KillAndResume(int kills, unsigned seed) {
     EXPECT_GE(now.size() + 1, before.size() + started);
     EXPECT_LE(now.size(), before.size() + started);
     before = now;
+    there.push_back(now.size());
   }
   const Outcome last = Execute(Study(file));
   EXPECT_EQ(last.code, 0) << last.err;
@@ -207,11 +209,11 @@ void LongRun::KillAndResume(int kills, unsigned seed) {
   size_t fields = 0;
   const json compared = Deterministic(expected);
   for (const json& run : compared["benchmarks"]) fields += run.size();
-  std::cout << killed << " kills of a study of " << cells << " cells (" << all << " s, " << start_up
+  std::cout << kills << " kills of a study of " << cells << " cells (" << all << " s, " << start_up
             << " s until its first cell), " << in_start_up << " before a cell began, " << parts
-            << " while the file was written, " << studies - 1
-            << " studies ended before their kill; " << before.size()
-            << " cells were there before the last run, " << fields << " fields compared\n";
+            << " while the file was written; cells there after each:";
+  for (const size_t count : there) std::cout << " " << count;
+  std::cout << "; " << fields << " fields compared; attempt " << studies << "\n";
 }
 
 TEST_F(LongRun, KilledAndResumedEqualsUninterrupted) { KillAndResume(3, 1); }

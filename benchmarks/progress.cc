@@ -1,5 +1,9 @@
 #include "benchmarks/progress.h"
 
+#include <sys/ioctl.h>
+#include <unistd.h>
+
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 
@@ -57,11 +61,15 @@ std::optional<double> Progress::left() const {
 void Progress::Start(const std::string& name) {
   start_ = Clock::now();
   const std::optional<double> rest = left();
-  const std::string time = StrCat(DurationText(elapsed()), " elapsed",
-                                  rest ? StrCat(", about ", DurationText(*rest), " left") : "");
+  std::string line =
+      StrCat("[", all_ - expected_.size() + 1, "/", all_, "] ", DurationText(elapsed()), " elapsed",
+             rest ? StrCat(", about ", DurationText(*rest), " left") : "", "; ", name);
   Clear();
-  std::fprintf(stderr, "[%zu/%zu] %s; %s%s", all_ - expected_.size() + 1, all_, name.c_str(),
-               time.c_str(), terminal_ ? "" : "\n");
+  struct winsize window;
+  if (terminal_ && ::ioctl(STDERR_FILENO, TIOCGWINSZ, &window) == 0 && window.ws_col > 1) {
+    line.resize(std::min<size_t>(line.size(), window.ws_col - 1u));  // Clear does not clear two
+  }
+  std::fprintf(stderr, "%s%s", line.c_str(), terminal_ ? "" : "\n");
   std::fflush(stderr);
 }
 

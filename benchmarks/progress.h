@@ -16,7 +16,7 @@ namespace kvq {
 // "34 s", "12 min", "5 h 20 min".
 std::string DurationText(double seconds);
 
-// Progress on stderr: `[done + 1/all] name; elapsed, time left`, when a cell starts. On a terminal
+// Progress on stderr: `[done + 1/all] elapsed, time left; name`, when a cell starts. On a terminal
 // the line is drawn over the one before; elsewhere each is a line of its own.
 class Progress {
  public:
