@@ -157,30 +157,36 @@ void LongRun::KillAndResume(int kills, unsigned seed) {
     std::this_thread::sleep_for(
         std::chrono::duration<double>(std::uniform_real_distribution<double>(0, most)(random)));
   };
+  const auto expect_equal = [&] {
+    const json resumed = json::parse(Text(file));
+    EXPECT_EQ(resumed["benchmarks"].size(), cells);
+    // json::diff says what differs, where all of it would fill the screen.
+    EXPECT_EQ(json::diff(Deterministic(resumed), Deterministic(expected)), json::array());
+  };
   std::map<std::string, std::string> before;
   std::vector<size_t> there;  // cells after each kill
   int in_start_up = 0, studies = 1, parts = 0;
   while (there.size() < static_cast<size_t>(kills)) {
-    Running run(Study(file), err);
     const unsigned kind = random() % 5;
+    fs::remove(file.string() + ".part");  // that another kill left: kind 1 waits for a new one
+    Running run(Study(file), err);
     if (kind == 0) {  // before its first cell
       wait(start_up);
     } else {  // in its cells: by number, so that the kills spread over the study at any speed
       run.WaitForStart(1 + random() % (cells * 4 / 5 / static_cast<size_t>(kills)));
       wait((all - start_up) / static_cast<double>(cells));
     }
-    if (kind == 1) {                        // and while the file is written
-      fs::remove(file.string() + ".part");  // that another kill left
+    if (kind == 1) {  // and while the file is written
       while (!run.Ended() && !fs::exists(file.string() + ".part")) {
         std::this_thread::sleep_for(std::chrono::microseconds(20));
       }
     }
-    if (!run.Kill()) {  // the study has ended before: once more from the start
-      ASSERT_LE(++studies, 10);
+    if (!run.Kill()) {  // the study has ended before: another one takes the kills that are left
+      EXPECT_EQ(run.Wait(), 0) << Text(err);
+      expect_equal();
       fs::remove(file);
       before.clear();
-      there.clear();
-      in_start_up = parts = 0;
+      ++studies;
       continue;
     }
     parts += kind == 1 && fs::exists(file.string() + ".part");
@@ -200,10 +206,7 @@ void LongRun::KillAndResume(int kills, unsigned seed) {
   }
   const Outcome last = Execute(Study(file));
   EXPECT_EQ(last.code, 0) << last.err;
-  const json resumed = json::parse(Text(file));
-  // json::diff says what differs, where all of it would fill the screen.
-  EXPECT_EQ(json::diff(Deterministic(resumed), Deterministic(expected)), json::array());
-  EXPECT_EQ(resumed["benchmarks"].size(), cells);
+  expect_equal();
   EXPECT_FALSE(fs::exists(file.string() + ".part"));
   EXPECT_FALSE(fs::exists(file.string() + ".lock"));
   size_t fields = 0;
@@ -213,7 +216,7 @@ void LongRun::KillAndResume(int kills, unsigned seed) {
             << " s until its first cell), " << in_start_up << " before a cell began, " << parts
             << " while the file was written; cells there after each:";
   for (const size_t count : there) std::cout << " " << count;
-  std::cout << "; " << fields << " fields compared; attempt " << studies << "\n";
+  std::cout << "; " << fields << " fields compared in " << studies << " studies\n";
 }
 
 TEST_F(LongRun, KilledAndResumedEqualsUninterrupted) { KillAndResume(3, 1); }
