@@ -1,6 +1,7 @@
 #include "benchmarks/json_reporter.h"
 
 #include <charconv>
+#include <cmath>
 #include <map>
 #include <sstream>
 #include <stdexcept>
@@ -31,8 +32,22 @@ Lists TakeLists(benchmark::UserCounters& counters) {
 }
 
 std::string Text(float value) {  // the shortest that reads back as it
+  if (!std::isfinite(value)) return "null";
   char text[32];
   return {text, std::to_chars(text, text + sizeof text, value).ptr};
+}
+
+// Google Benchmark writes numbers that are none as words that JSON does not know. A value ends its line, and
+// no text holds a line's end, so only values are found.
+void ReplaceNonFinite(std::string& object) {
+  for (const std::string word : {"NaN", "-NaN", "Infinity", "-Infinity"}) {
+    for (const std::string end : {",\n", "\n"}) {
+      const std::string found = ": " + word + end, null = ": null" + end;
+      for (size_t at = 0; (at = object.find(found, at)) != std::string::npos; at += null.size()) {
+        object.replace(at, found.size(), null);
+      }
+    }
+  }
 }
 
 }  // namespace
@@ -46,6 +61,7 @@ void JsonReporter::ReportRuns(const std::vector<Run>& runs) {
     JSONReporter::ReportRuns({run});
     SetOutputStream(&out);
     std::string object = text.str();
+    ReplaceNonFinite(object);
     const size_t end = object.find_last_not_of(" \n}") + 1;  // behind the last value
     if (end == 0) throw std::logic_error("Google Benchmark's JSON reporter wrote no object");
     out << object.substr(0, end);

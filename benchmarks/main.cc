@@ -1,22 +1,26 @@
 // kvqbench: registers every measurement over models x backends x specs x contexts x batch sizes, runs
 // those that the filter picks, and writes what Google Benchmark writes.
 #include <benchmark/benchmark.h>
+#include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
-#include <filesystem>
-#include <fstream>
 #include <iostream>
+#include <map>
 #include <regex>
+#include <set>
+#include <sstream>
 
 #include "benchmarks/json_reporter.h"
 #include "benchmarks/options.h"
+#include "benchmarks/progress.h"
+#include "benchmarks/results_file.h"
 #include "benchmarks/schema_v2.h"
+#include "fixtures/sha256.h"
 #include "kernels/error.h"
 
 namespace kvq {
 namespace {
-
-namespace fs = std::filesystem;
 
 // Console output without the counters of single layers and depths, nor lists, which the JSON has.
 class Console : public benchmark::ConsoleReporter {
@@ -26,67 +30,43 @@ class Console : public benchmark::ConsoleReporter {
     std::vector<Run> brief = runs;
     for (Run& run : brief) {
       std::erase_if(run.counters, [](const auto& counter) {
-        return counter.first.find_first_of("/[") != std::string::npos;
+        return counter.first.find_first_of("/[") != std::string::npos || counter.first == "elapsed_s";
       });
     }
     ConsoleReporter::ReportRuns(brief);
   }
 };
 
-// Hands every run to the display and to the JSON file, under the plain names of the cells: the
-// suffixes for fixed iterations and manual time say nothing here.
+// Hands every run to the display and to the results, under the plain names of the cells: the suffixes
+// for fixed iterations and manual time say nothing here.
 class Tee : public benchmark::BenchmarkReporter {
  public:
-  Tee(std::unique_ptr<BenchmarkReporter> display, std::ostream* file) : display_(std::move(display)) {
-    if (file != nullptr) {
-      file_ = std::make_unique<JsonReporter>();
-      file_->SetOutputStream(file);
-    }
-  }
-  bool ReportContext(const Context& context) override {
-    const bool go_on = display_->ReportContext(context);
-    return file_ == nullptr ? go_on : file_->ReportContext(context) && go_on;
-  }
+  Tee(std::unique_ptr<BenchmarkReporter> display, ResultsFile& results, Progress& progress)
+      : display_(std::move(display)), results_(results), progress_(progress) {}
+  bool ReportContext(const Context& context) override { return display_->ReportContext(context); }
   void ReportRuns(const std::vector<Run>& runs) override {
     std::vector<Run> named = runs;
     for (Run& run : named) {
       run.run_name.iterations.clear();
       run.run_name.time_type.clear();
+      // Of the file, not of the part of it that this run measures.
+      run.family_index = static_cast<int64_t>(results_.Place(run.run_name.str()));
     }
+    progress_.Clear();
     display_->ReportRuns(named);
-    if (file_ != nullptr) file_->ReportRuns(named);
+    std::ostringstream entries;
+    JsonReporter json;
+    json.SetOutputStream(&entries);
+    json.ReportRuns(named);
+    results_.Add(entries.str());
   }
-  void Finalize() override {
-    display_->Finalize();
-    if (file_ != nullptr) file_->Finalize();
-  }
+  void Finalize() override { display_->Finalize(); }
 
  private:
   std::unique_ptr<BenchmarkReporter> display_;
-  std::unique_ptr<JsonReporter> file_;
+  ResultsFile& results_;
+  Progress& progress_;
 };
-
-// One line a finished benchmark on stderr, with the time that is left if the rest takes as long.
-class Progress {
- public:
-  void Begin(size_t total) { total_ = total; }
-  void Start(const std::string& name) {
-    std::fprintf(stderr, "[%zu/%zu] %s\n", done_ + 1, total_, name.c_str());
-  }
-  void Done() {
-    ++done_;
-    const double elapsed =
-        std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
-    const double left = elapsed / static_cast<double>(done_) * static_cast<double>(total_ - done_);
-    std::fprintf(stderr, "[%zu/%zu] %.0f s elapsed, about %.0f s left\n", done_, total_, elapsed, left);
-  }
-
- private:
-  size_t total_ = 0, done_ = 0;
-  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
-};
-
-int failures = 0;
 
 bool IsOutOfMemory(const std::exception& error) {
   return dynamic_cast<const std::bad_alloc*>(&error) != nullptr ||
@@ -131,7 +111,6 @@ void RunCell(benchmark::State& state, const Measurement& measurement, const Cell
     if (IsOutOfMemory(error)) {
       state.SkipWithError(StrCat("skipped: out of memory: ", FirstLine(error.what())).c_str());
     } else {
-      ++failures;
       state.SkipWithError(StrCat("failed: ", FirstLine(error.what())).c_str());
     }
   }
@@ -144,14 +123,14 @@ std::vector<std::pair<const Measurement*, Cell>> Cells(const CommandLine& line) 
   for (const std::string& backend : o.backends) FindBackend(backend);
   std::vector<std::pair<const Measurement*, Cell>> cells;
   const bool negative = !line.output.filter.empty() && line.output.filter[0] == '-';
-  std::regex filter;
-  try {
-    filter = std::regex(line.output.filter.substr(negative ? 1 : 0));
-  } catch (const std::regex_error& error) {
-    throw InputError("--benchmark_filter: '", line.output.filter, "' is not a regular expression: ",
-                     error.what());
-  }
+  const std::regex filter = CompileRegex("--benchmark_filter", line.output.filter.substr(negative ? 1 : 0));
+  std::map<std::string, std::string> labels;
   for (const std::string& model : o.models) {
+    const std::string& other = labels.emplace(ModelLabel(model), model).first->second;
+    if (other != model) {
+      throw InputError("--models: '", other, "' and '", model, "' would both be named '", ModelLabel(model),
+                       "' in the results");
+    }
     const ModelFiles files = FindModel(model);
     const ModelConfig config = files.config();
     for (const std::string& spec : o.schemes) CheckSpec(ParseSpec(spec), CacheShapeOf(config, 1));
@@ -164,9 +143,10 @@ std::vector<std::pair<const Measurement*, Cell>> Cells(const CommandLine& line) 
     }
   }
   const std::vector<std::string> none = {"none"};
+  std::set<std::string> names;  // a list may say the same twice
   for (const Measurement& measurement : Measurements()) {
-    if (measurement.on_request &&
-        line.output.filter.find(measurement.name) == std::string::npos) {
+    if (measurement.on_request && line.output.filter.find(measurement.name) == std::string::npos &&
+        line.output.patch.find(measurement.name) == std::string::npos) {
       continue;
     }
     for (const std::string& model : o.models) {
@@ -175,7 +155,8 @@ std::vector<std::pair<const Measurement*, Cell>> Cells(const CommandLine& line) 
           for (const int64_t batch : o.batches) {
             for (const std::string& spec : measurement.unquantized ? none : o.schemes) {
               const Cell cell{model, backend, spec, context, batch};
-              if (std::regex_search(CellName(measurement, cell), filter) != negative) {
+              const std::string name = CellName(measurement, cell);
+              if (std::regex_search(name, filter) != negative && names.insert(name).second) {
                 cells.emplace_back(&measurement, cell);
               }
             }
@@ -191,10 +172,16 @@ std::vector<std::pair<const Measurement*, Cell>> Cells(const CommandLine& line) 
   return cells;
 }
 
-void AddContext(Session& session) {
+// What the results were made by, on and with. All of it must be the same where a file is taken up again
+// (benchmarks/results_file.cc has the exceptions), so everything that moves a number belongs here.
+void AddContext(Session& session, const std::vector<std::string>& benchmark_flags) {
   const Options& o = session.options();
   benchmark::AddCustomContext("kvqbench_build", KVQ_BUILD_TYPE);
   benchmark::AddCustomContext("kvqbench_commit", KVQ_COMMIT);
+  benchmark::AddCustomContext("kvqbench_sha256", Sha256File("/proc/self/exe"));
+  std::string flags;
+  for (const std::string& flag : benchmark_flags) flags += (flags.empty() ? "" : " ") + flag;
+  if (!flags.empty()) benchmark::AddCustomContext("benchmark_flags", flags);
   bool text = false;
   for (const std::string& model : o.models) {
     const ModelFiles files = FindModel(model);
@@ -212,6 +199,9 @@ void AddContext(Session& session) {
   benchmark::AddCustomContext("max_runs", std::to_string(o.max_runs));
   benchmark::AddCustomContext("max_seconds", std::to_string(o.max_seconds));
   benchmark::AddCustomContext("decode_tokens", std::to_string(o.decode_tokens));
+  benchmark::AddCustomContext("windows", std::to_string(o.windows));
+  benchmark::AddCustomContext("stride", std::to_string(o.stride));
+  benchmark::AddCustomContext("prefill_chunk", std::to_string(o.prefill_chunk));
   benchmark::AddCustomContext("seed", std::to_string(o.seed));
   benchmark::AddCustomContext("device", o.device);
   benchmark::AddCustomContext("dtype", c10::toString(session.dtype()));
@@ -225,32 +215,44 @@ void AddContext(Session& session) {
   }
 }
 
-// Writes beside, and renames when everything is there.
-class OutputFile {
- public:
-  explicit OutputFile(const std::string& path) : path_(path), part_(path + ".part") {
-    if (path.empty()) return;
-    stream_.open(part_);
-    if (!stream_) throw InputError("--benchmark_out: cannot write ", part_, "; is the folder there?");
-  }
-  ~OutputFile() {
-    if (!path_.empty() && !finished_) std::remove(part_.c_str());
-  }
-  std::ostream* stream() { return path_.empty() ? nullptr : &stream_; }
-  void Finish() {
-    if (path_.empty()) return;
-    stream_.close();
-    std::error_code error;
-    if (stream_) fs::rename(part_, path_, error);
-    if (!stream_ || error) throw InputError("--benchmark_out: cannot write ", path_, "; disk full?");
-    finished_ = true;
-  }
+// The head of a results file, as Google Benchmark writes it.
+std::string ContextText() {
+  std::ostringstream text;
+  JsonReporter json;
+  json.SetOutputStream(&text);
+  json.ReportContext(benchmark::BenchmarkReporter::Context());
+  return text.str();
+}
 
- private:
-  std::string path_, part_;
-  std::ofstream stream_;
-  bool finished_ = false;
-};
+// The --dtype that means what a context calls it.
+std::string DTypeFlag(const std::string& name) {
+  for (const char* flag : {"float32", "float16", "bfloat16"}) {
+    if (c10::toString(ParseDType(flag)) == name) return flag;
+  }
+  return "auto";
+}
+
+// The cells that are to be measured now: those that have no result yet, or that --patch names.
+std::set<std::string> Missing(const std::vector<std::string>& names, const OutputOptions& output,
+                              ResultsFile& results) {
+  std::set<std::string> missing;
+  if (output.patch.empty()) {
+    for (const std::string& name : names) {
+      const StoredCell* cell = results.Find(name);
+      if (cell == nullptr || cell->failed()) missing.insert(name);
+    }
+    return missing;
+  }
+  const std::vector<std::string> patched = results.PatchNames(output.patch);
+  for (const std::string& name : patched) {
+    if (std::find(names.begin(), names.end(), name) == names.end()) {
+      throw InputError("--patch: ", output.out, " has ", name, ", which the other flags do not name; ",
+                       "give those that ", output.out, " was made with");
+    }
+  }
+  results.BeginPatch(output.patch, patched, output.backup);
+  return {patched.begin(), patched.end()};
+}
 
 int Main(int argc, char** argv) {
   const CommandLine line = ParseCommandLine({argv + 1, argv + argc});
@@ -273,8 +275,11 @@ int Main(int argc, char** argv) {
     for (const auto& [measurement, cell] : cells) std::cout << CellName(*measurement, cell) << "\n";
     return 0;
   }
-  Session session(line.options);
-  OutputFile out(line.output.out);
+  ResultsFile results(line.output.out);
+  Options options = line.options;
+  // What `auto` was when the file was begun: settled again, on a busy machine, it could be the other.
+  if (options.dtype == "auto") options.dtype = DTypeFlag(results.Fact("dtype"));
+  Session session(options);
 
   std::vector<std::string> words = line.rest;
   words.insert(words.begin(), argv[0]);
@@ -296,16 +301,26 @@ int Main(int argc, char** argv) {
                        vocabulary, "; it belongs to another model");
     }
   }
-  AddContext(session);
-  Progress progress;
-  progress.Begin(cells.size());
+  AddContext(session, line.rest);
+  results.Join(ContextText(), !line.output.patch.empty());
+  std::vector<std::string> names;
+  for (const auto& [measurement, cell] : cells) names.push_back(CellName(*measurement, cell));
+  const std::set<std::string> missing = Missing(names, line.output, results);
+
+  Progress progress(cells.size(), isatty(STDERR_FILENO) != 0);
   const bool release = std::string(KVQ_BUILD_TYPE) == "Release";
-  for (const auto& [measurement, cell] : cells) {
-    const std::string name = CellName(*measurement, cell);
+  for (size_t i = 0; i < cells.size(); ++i) {
+    const auto& [measurement, cell] = cells[i];
+    const std::string& name = names[i];
+    const StoredCell* stored = results.Find(name);
+    if (stored != nullptr && stored->error.empty()) progress.Took(*measurement, cell, stored->seconds);
+    if (missing.count(name) == 0) continue;
+    progress.Expect(*measurement, cell);
     benchmark::RegisterBenchmark(
         name.c_str(),
-        [&session, &progress, name, measurement = measurement, cell = cell,
+        [&session, &results, &progress, name, measurement = measurement, cell = cell,
          release](benchmark::State& state) {
+          results.Save();  // all before
           progress.Start(name);
           if (measurement->timed && !release) {
             state.SkipWithError("skipped: times are measured in Release builds only, this is "
@@ -313,7 +328,9 @@ int Main(int argc, char** argv) {
           } else {
             RunCell(state, *measurement, cell, session);
           }
-          progress.Done();
+          const double seconds = progress.Done(name);
+          state.counters["elapsed_s"] = seconds;
+          if (!state.error_occurred()) progress.Took(*measurement, cell, seconds);
         })
         ->Iterations(1)  // with as many samples as it takes: see Samples
         ->UseManualTime()
@@ -325,9 +342,37 @@ int Main(int argc, char** argv) {
   } else {
     display = std::make_unique<Console>();
   }
-  Tee reporter(std::move(display), out.stream());
-  benchmark::RunSpecifiedBenchmarks(&reporter, ".");
-  out.Finish();
+  const auto summarize = [&] {
+    if (line.output.summary_file.empty()) return;
+    WriteWhole("--summary-file", line.output.summary_file,
+               Summary(results, names, missing, progress.elapsed()));
+  };
+  if (missing.size() < names.size() && line.output.patch.empty()) {
+    std::fprintf(stderr, "kvqbench: %s has %zu of %zu benchmarks%s\n", line.output.out.c_str(),
+                 names.size() - missing.size(), names.size(),
+                 missing.empty() ? "; nothing to do (--patch=REGEX measures again)" : ", the others follow");
+  }
+  if (!missing.empty()) {
+    Tee reporter(std::move(display), results, progress);
+    try {
+      benchmark::RunSpecifiedBenchmarks(&reporter, ".");
+    } catch (const InputError&) {
+      summarize();
+      throw;
+    }
+    progress.Clear();
+    results.Save();
+  }
+  summarize();
+  size_t failures = 0;
+  for (const std::string& name : missing) {
+    const StoredCell* cell = results.Find(name);
+    failures += cell != nullptr && cell->failed();
+  }
+  if (failures > 0) {
+    std::fprintf(stderr, "kvqbench: %zu of %zu benchmarks failed; their error_message says why\n", failures,
+                 names.size());
+  }
   return failures == 0 ? 0 : 1;
 }
 

@@ -99,6 +99,14 @@ std::vector<Flag> Flags(Options& o) {
 
 }  // namespace
 
+std::regex CompileRegex(const std::string& flag, const std::string& text) {
+  try {
+    return std::regex(text);
+  } catch (const std::regex_error& error) {
+    throw InputError(flag, ": '", text, "' is not a regular expression: ", error.what());
+  }
+}
+
 CommandLine ParseCommandLine(const std::vector<std::string>& arguments) {
   CommandLine line;
   const std::vector<Flag> flags = Flags(line.options);
@@ -120,6 +128,15 @@ CommandLine ParseCommandLine(const std::vector<std::string>& arguments) {
       line.output.out = value;
     } else if (name == "--benchmark_out_format") {
       if (value != "json") throw InputError("--benchmark_out_format: json, not '", value, "'");
+    } else if (name == "--patch") {
+      if (value.empty()) throw InputError("--patch: wants a regular expression, as --patch=^needle/");
+      CompileRegex(name, value);
+      line.output.patch = value;
+    } else if (argument == "--no-backup") {
+      line.output.backup = false;
+    } else if (name == "--summary-file") {
+      if (value.empty()) throw InputError("--summary-file: wants a file, as --summary-file=FILE");
+      line.output.summary_file = value;
     } else if (name == "--to-v2") {
       if (value.empty()) throw InputError("--to-v2: wants a folder, as --to-v2=DIR");
       line.output.to_v2 = value;
@@ -153,6 +170,12 @@ CommandLine ParseCommandLine(const std::vector<std::string>& arguments) {
   if (line.options.vram_diag && line.options.device == "cpu") {
     throw InputError("--vram-diag: lists a GPU's memory; wants --device=cuda");
   }
+  if (!line.output.patch.empty() && line.output.out.empty()) {
+    throw InputError("--patch: wants the results to patch, as --benchmark_out=FILE");
+  }
+  if (!line.output.backup && line.output.patch.empty()) {
+    throw InputError("--no-backup: is for --patch, which otherwise keeps FILE.bak");
+  }
   if (line.options.protocol != "decode" && line.options.protocol != "study") {
     throw InputError("--protocol: decode or study, not '", line.options.protocol, "'");
   }
@@ -174,6 +197,9 @@ std::string HelpText() {
   help << "  --vram-diag     memory lists the largest live blocks of GPU memory on stderr\n"
           "  --benchmark_filter=REGEX, --benchmark_format=console|json, --benchmark_out=FILE.json,\n"
           "  --benchmark_list_tests, and the others of Google Benchmark\n"
+          "  --patch=REGEX             measures only the matching benchmarks of FILE.json again, see below\n"
+          "  --no-backup               without the copy FILE.json.bak that --patch makes\n"
+          "  --summary-file=FILE       what was done, failed and skipped, and why, as plain text\n"
           "  --to-v2=DIR FILE.json...  measures nothing; converts results to the reference study's schema 2.0"
           "\n\nmeasurements\n";
   for (const Measurement& measurement : Measurements()) {
@@ -205,7 +231,15 @@ std::string HelpText() {
   for (const Backend& backend : Backends()) {
     help << "  " << std::left << std::setw(16) << backend.name << backend.what << "\n";
   }
-  help << "\nexit code: 0 measured, 1 a benchmark failed, 2 bad input\n";
+  help << "\nlong runs\n"
+          "  FILE.json is complete after every benchmark: whatever ends a run, the same command goes on. What FILE has\n"
+          "  is not measured again, only what failed. Other benchmarks may be added (models, schemes, backends,\n"
+          "  contexts, batch, filter); but whatever else the context of FILE says must be the same: build, commit,\n"
+          "  models and text by sha256, seed, protocol, runs, windows, device, libraries, threads, ... Otherwise\n"
+          "  the run is refused. Free are date, host, paths, load, clocks, caches, probed rates.\n"
+          "  --patch wants the flags FILE was made with; the build may be another. The other entries stay as they are,\n"
+          "  byte for byte. Interrupted, the same --patch goes on. Runs that took up or patched FILE stand in its \"history\".\n"
+          "\nexit code: 0 measured, 1 a benchmark failed, 2 bad input\n";
   return help.str();
 }
 

@@ -1,6 +1,7 @@
 // The command line of kvqbench.
 #pragma once
 
+#include <regex>
 #include <string>
 #include <vector>
 
@@ -13,6 +14,9 @@ struct OutputOptions {
   std::string filter = ".*";    // --benchmark_filter
   std::string format = "console";
   std::string out;              // --benchmark_out, always JSON
+  std::string patch;            // --patch: measures these again in `out`
+  bool backup = true;           // --no-backup
+  std::string summary_file;     // --summary-file
   bool list_tests = false;
   std::string to_v2;              // --to-v2: a folder; nothing is measured
   std::vector<std::string> files;  // what it converts
@@ -24,6 +28,9 @@ struct CommandLine {
   bool help = false;
   std::vector<std::string> rest;  // for benchmark::Initialize
 };
+
+// Throws InputError naming the flag.
+std::regex CompileRegex(const std::string& flag, const std::string& text);
 
 // Throws InputError naming the flag.
 CommandLine ParseCommandLine(const std::vector<std::string>& arguments);

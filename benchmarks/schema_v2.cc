@@ -7,6 +7,7 @@
 #include <map>
 #include <regex>
 
+#include "benchmarks/results_file.h"
 #include "fixtures/safetensors.h"
 #include "fixtures/spec.h"
 #include "kernels/error.h"
@@ -318,11 +319,7 @@ std::vector<std::string> WriteV2(const std::vector<std::string>& files, const st
   for (const json& document : documents) {
     const std::string id = document.at("experiment_id");
     const std::string path = fs::path(dir) / (id + ".json");
-    std::ofstream stream(path + ".part");
-    stream << document.dump(2) << "\n";
-    stream.close();
-    if (stream) fs::rename(path + ".part", path, error);
-    if (!stream || error) throw InputError("--to-v2: cannot write ", path, "; disk full?");
+    WriteWhole("--to-v2", path, document.dump(2) + "\n");
     written.push_back(path);
   }
   return written;

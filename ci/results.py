@@ -21,7 +21,7 @@ NAME = re.compile(r"^(?P<measurement>[^/]+)/(?P<model>[^/]+)/(?P<backend>[^/]+)/
 # What Google Benchmark says of a run beside its counters.
 NO_COUNTERS = {"name", "family_index", "per_family_instance_index", "run_name", "run_type", "repetitions",
                "repetition_index", "threads", "iterations", "real_time", "cpu_time", "time_unit", "aggregate_name",
-               "aggregate_unit", "label", "error_occurred", "error_message", "skipped", "skip_message"}
+               "aggregate_unit", "label", "error_occurred", "error_message", "skipped", "skip_message", "elapsed_s"}
 MIB = 2**20
 # The study's measurements[]: its name, ours, our unit over its unit. Factors are powers of two, so exact.
 V2_VALUES = [

@@ -1,0 +1,494 @@
+// Long runs: what `kill -9` leaves, what the same command makes of it, what --patch changes, and
+// that two runs do not share a file. All of it on the command as its users run it.
+#include <fcntl.h>
+#include <signal.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cstdlib>
+#include <iostream>
+#include <random>
+#include <thread>
+
+#include "accuracy/tiny_model.h"
+#include "benchmarks/progress.h"
+
+namespace kvq {
+namespace {
+
+namespace fs = std::filesystem;
+using nlohmann::json;
+using Clock = std::chrono::steady_clock;
+
+std::string Text(const fs::path& path) {
+  std::ifstream file(path, std::ios::binary);
+  return std::string((std::istreambuf_iterator<char>(file)), {});
+}
+
+// The texts of the file's benchmarks, byte for byte, by name: kvqbench begins and ends each on a
+// line.
+std::map<std::string, std::string> Entries(const std::string& text) {
+  std::map<std::string, std::string> entries;
+  const std::string begin = "\n    {\n      \"name\": \"", end = "\n    }";
+  for (size_t at = 0; (at = text.find(begin, at)) != std::string::npos;) {
+    const size_t name = at + begin.size(), stop = text.find(end, at);
+    entries[text.substr(name, text.find('"', name) - name)] = text.substr(at, stop - at);
+    at = stop;
+  }
+  return entries;
+}
+
+// What must not depend on how often a run was interrupted: all but the moments, times, rates and
+// shares of time, readings of the machine's load, clock and memory, and the list of the
+// interruptions.
+json Deterministic(const json& file) {
+  json kept = file;
+  kept.erase("history");
+  for (const char* fact :
+       {"date", "load_avg", "mhz_per_cpu", "cpu_scaling_enabled", "read_gb_per_s"}) {
+    kept["context"].erase(fact);
+  }
+  for (json& run : kept["benchmarks"]) {
+    for (auto field = run.begin(); field != run.end();) {
+      const std::string& name = field.key();
+      bool moves = name == "real_time" || name == "cpu_time" || name == "elapsed_s" || name == "samples";
+      for (const char* word : {"_ms", "ms_per_", "per_s", "peak_fraction", "ci95_fraction", "share_of_", "rss_"}) {
+        moves = moves || name.find(word) != std::string::npos;
+      }
+      field = moves ? run.erase(field) : std::next(field);
+    }
+  }
+  return kept;
+}
+
+// kvqbench in the background.
+class Running {
+ public:
+  Running(const std::string& arguments, const fs::path& err) : err_(err) {
+    const std::string command =
+        StrCat("exec ", KVQ_BENCH_EXE, " ", arguments, " >/dev/null 2>", err.string());
+    fs::remove(err);
+    pid_ = fork();
+    if (pid_ == 0) {
+      execl("/bin/sh", "sh", "-c", command.c_str(), nullptr);
+      _exit(127);
+    }
+  }
+  ~Running() { Kill(); }
+  pid_t pid() const { return pid_; }
+  int status() const { return status_; }  // of waitpid
+
+  // Cells it has begun to measure.
+  size_t Started() const {
+    const std::string text = Text(err_);
+    size_t count = 0;
+    for (size_t at = 0; (at = text.find("] ", at)) != std::string::npos; ++at) ++count;
+    return count;
+  }
+  bool Ended() {
+    if (pid_ > 0 && waitpid(pid_, &status_, WNOHANG) == pid_) pid_ = 0;
+    return pid_ == 0;
+  }
+  void WaitForStart(size_t cells) {
+    while (!Ended() && Started() < cells) std::this_thread::sleep_for(std::chrono::milliseconds(2));
+  }
+  // False if it had ended before.
+  bool Kill() {
+    if (Ended()) return false;
+    kill(pid_, SIGKILL);
+    waitpid(pid_, &status_, 0);
+    pid_ = 0;
+    return WIFSIGNALED(status_);
+  }
+  int Wait() {
+    if (pid_ > 0) waitpid(pid_, &status_, 0);
+    pid_ = 0;
+    return WIFEXITED(status_) ? WEXITSTATUS(status_) : -1;
+  }
+
+ private:
+  fs::path err_;
+  pid_t pid_ = 0;
+  int status_ = 0;
+};
+
+class LongRun : public TinyModel {
+ protected:
+  void SetUp() override {
+    TinyModel::SetUp();
+    WidenHeads(dir_ / "tiny");
+  }
+  // Long cells and short ones, of 2 contexts and 4 specs.
+  std::string Study(const fs::path& file) const {
+    return Tiny() +
+           " --schemes=none,int8-hqq@residual=16,int4-hqq@residual=16,int2-hqq-kivi@residual=16 "
+           "--contexts=48,64 --windows=2 --runs=1 --decode-tokens=2 --dtype=float32 "
+           "--benchmark_filter='kv_size|perplexity|error|distribution|sensitivity|decode|needle' "
+           "--benchmark_out=" +
+           file.string();
+  }
+  // Cheap cells that are the same to the bit.
+  std::string Small(const fs::path& file, const std::string& more = "") const {
+    return Tiny() +
+           " --schemes=none,int4-hqq@residual=16 --contexts=48,64 --windows=2 --dtype=float32 "
+           "--benchmark_filter='kv_size|perplexity' --benchmark_out=" +
+           file.string() + " " + more;
+  }
+  void KillAndResume(int kills, unsigned seed);
+};
+
+// Kills the study `kills` times, at random moments of its start and of its cells, and lets it end.
+void LongRun::KillAndResume(int kills, unsigned seed) {
+  const fs::path whole = dir_ / "whole.json", file = dir_ / "killed.json", err = dir_ / "err";
+  double start_up = 0, all = 0;  // seconds
+  {
+    const auto begin = Clock::now();
+    Running run(Study(whole), err);
+    run.WaitForStart(1);
+    start_up = std::chrono::duration<double>(Clock::now() - begin).count();
+    ASSERT_EQ(run.Wait(), 0) << Text(err);
+    all = std::chrono::duration<double>(Clock::now() - begin).count();
+  }
+  const json expected = json::parse(Text(whole));
+  const size_t cells = expected["benchmarks"].size();
+  ASSERT_GE(cells, 20u);
+
+  std::mt19937 random(seed);
+  const auto wait = [&](double most) {
+    std::this_thread::sleep_for(
+        std::chrono::duration<double>(std::uniform_real_distribution<double>(0, most)(random)));
+  };
+  const auto expect_equal = [&] {
+    const json resumed = json::parse(Text(file));
+    EXPECT_EQ(resumed["benchmarks"].size(), cells);
+    // json::diff says what differs, where all of it would fill the screen.
+    EXPECT_EQ(json::diff(Deterministic(resumed), Deterministic(expected)), json::array());
+  };
+  std::map<std::string, std::string> before;
+  std::vector<size_t> there;  // cells after each kill
+  int in_start_up = 0, studies = 1, parts = 0;
+  while (there.size() < static_cast<size_t>(kills)) {
+    const unsigned kind = random() % 5;
+    fs::remove(file.string() + ".part");  // that another kill left: kind 1 waits for a new one
+    Running run(Study(file), err);
+    if (kind == 0) {  // before its first cell
+      wait(start_up);
+    } else {  // in its cells: by number, so that the kills spread over the study at any speed
+      run.WaitForStart(1 + random() % (cells * 4 / 5 / static_cast<size_t>(kills)));
+      wait((all - start_up) / static_cast<double>(cells));
+    }
+    if (kind == 1) {  // and while the file is written
+      while (!run.Ended() && !fs::exists(file.string() + ".part")) {
+        std::this_thread::sleep_for(std::chrono::microseconds(20));
+      }
+    }
+    if (!run.Kill()) {  // the study has ended before: another one takes the kills that are left
+      EXPECT_EQ(run.Wait(), 0) << "wait status " << run.status() << ": " << Text(err);
+      expect_equal();
+      fs::remove(file);
+      before.clear();
+      ++studies;
+      continue;
+    }
+    parts += kind == 1 && fs::exists(file.string() + ".part");
+    const size_t started = run.Started();
+    in_start_up += started == 0;
+    const std::string text = Text(file);
+    const auto now = Entries(text);
+    if (!text.empty()) {
+      ASSERT_EQ(json::parse(text)["benchmarks"].size(), now.size());
+    }
+    for (const auto& [name, entry] : before) EXPECT_EQ(now.at(name), entry);
+    // All that it began but the last, which may have ended.
+    EXPECT_GE(now.size() + 1, before.size() + started);
+    EXPECT_LE(now.size(), before.size() + started);
+    before = now;
+    there.push_back(now.size());
+  }
+  const Outcome last = Execute(Study(file));
+  EXPECT_EQ(last.code, 0) << last.err;
+  expect_equal();
+  EXPECT_FALSE(fs::exists(file.string() + ".part"));
+  EXPECT_FALSE(fs::exists(file.string() + ".lock"));
+  size_t fields = 0;
+  const json compared = Deterministic(expected);
+  for (const json& run : compared["benchmarks"]) fields += run.size();
+  std::cout << kills << " kills of a study of " << cells << " cells (" << all << " s, " << start_up
+            << " s until its first cell), " << in_start_up << " before a cell began, " << parts
+            << " while the file was written; cells there after each:";
+  for (const size_t count : there) std::cout << " " << count;
+  std::cout << "; " << fields << " fields compared in " << studies << " studies\n";
+}
+
+TEST_F(LongRun, KilledAndResumedEqualsUninterrupted) { KillAndResume(3, 1); }
+
+using LongRunSlow = LongRun;
+TEST_F(LongRunSlow, TwentyKills) { KillAndResume(20, 2); }
+
+TEST_F(LongRun, SameCommandMeasuresOnlyWhatIsMissingOrFailed) {
+  const fs::path file = dir_ / "out.json", summary = dir_ / "summary.txt";
+  ASSERT_EQ(Execute(Small(file)).code, 0);
+  const std::string first = Text(file);
+  const auto entries = Entries(first);
+  ASSERT_EQ(entries.size(), 8u);
+
+  const Outcome again = Execute(Small(file, "--summary-file=" + summary.string()));
+  EXPECT_EQ(again.code, 0);
+  EXPECT_EQ(again.out, "");
+  EXPECT_NE(again.err.find("8 of 8 benchmarks; nothing to do"), std::string::npos) << again.err;
+  EXPECT_EQ(Text(file), first);
+  EXPECT_NE(Text(summary).find(
+                "8 benchmarks: 8 done, 0 failed, 0 skipped, 0 not run\n8 of them were there"),
+            std::string::npos)
+      << Text(summary);
+
+  // One cell failed, one is not there.
+  json planted = json::parse(first);
+  planted["benchmarks"][2]["error_occurred"] = true;
+  planted["benchmarks"][2]["error_message"] = "failed: planted";
+  planted["benchmarks"].erase(5);
+  std::ofstream(file) << planted.dump(1);
+  const Outcome mended = Execute(Small(file));
+  EXPECT_EQ(mended.code, 0) << mended.err;
+  EXPECT_NE(mended.err.find("has 6 of 8 benchmarks"), std::string::npos) << mended.err;
+  EXPECT_EQ(std::count(mended.err.begin(), mended.err.end(), '['), 2) << mended.err;
+  const json now = json::parse(Text(file)), was = json::parse(first);
+  ASSERT_EQ(now["benchmarks"].size(), 8u);
+  EXPECT_EQ(now["benchmarks"][2]["name"], was["benchmarks"][2]["name"]) << "in place";
+  EXPECT_EQ(now["benchmarks"][7]["name"], was["benchmarks"][5]["name"]) << "at the end";
+  EXPECT_EQ(now["history"].size(), 1u);
+  EXPECT_EQ(now["history"][0]["resumed_after"], 7);
+
+  // Further specs and contexts are added to the file.
+  const Outcome more = Execute(Small(file, "--contexts=32"));
+  EXPECT_EQ(more.code, 0) << more.err;
+  EXPECT_EQ(json::parse(Text(file))["benchmarks"].size(), 12u);
+}
+
+TEST_F(LongRun, ResultsOfAnotherKindAreNeverMixed) {
+  const fs::path file = dir_ / "out.json";
+  ASSERT_EQ(Execute(Small(file)).code, 0);
+  const std::string first = Text(file);
+  const auto refused = [&](const std::string& more, const std::vector<std::string>& words) {
+    ExpectRefused(Execute(Small(file, more)), words);
+    EXPECT_EQ(Text(file), first);
+  };
+  refused("--seed=7", {file.string(), "seed=42", "seed=7"});
+  refused("--windows=3", {"windows=2", "windows=3"});
+  refused("--runs=9", {"runs=3", "runs=9"});
+  refused("--protocol=study", {"protocol=decode", "protocol=study"});
+  refused("--dtype=bfloat16", {"dtype=Float", "dtype=BFloat16"});
+  refused("--benchmark_repetitions=2", {"no benchmark_flags", "--benchmark_repetitions=2"});
+  std::ofstream(dir_ / "text.txt", std::ios::app) << "Another text.";
+  refused("", {"corpus_sha256="});
+  TinyModel::SetUp();  // another model under the same name; the results are gone with the folder
+  std::ofstream(file) << first;
+  refused("--schemes=none", {"model"});
+  // Another build, which only a patch may come from.
+  json other = json::parse(first);
+  other["context"]["kvqbench_commit"] = "0123456789ab";
+  other["context"]["kvqbench_sha256"] = "0";
+  WidenHeads(dir_ / "tiny");
+  std::ofstream(file) << other.dump(2);
+  ExpectRefused(Execute(Small(file)), {"kvqbench_commit=0123456789ab"});
+  EXPECT_EQ(Execute(Small(file, "--patch=kv_size")).code, 0);
+}
+
+TEST_F(LongRun, WhatIsNotOursOrCutOffIsRefusedAndKept) {
+  const fs::path file = dir_ / "out.json";
+  ASSERT_EQ(Execute(Small(file)).code, 0);
+  const std::string whole = Text(file);
+  for (const std::string& text :
+       {whole.substr(0, whole.size() / 2), whole.substr(0, whole.size() - 3),
+        std::string("notes\n"), std::string("[]"),
+        std::string("{\"context\": {}, \"benchmarks\": []}")}) {
+    std::ofstream(file) << text;
+    ExpectRefused(Execute(Small(file)), {file.string(), "cut off"});
+    EXPECT_EQ(Text(file), text);
+    EXPECT_FALSE(fs::exists(file.string() + ".lock"));
+  }
+  ExpectRefused(Execute(Small(dir_)), {"is a folder"});
+  std::ofstream(file, std::ios::trunc).close();  // as mktemp leaves it
+  EXPECT_EQ(Execute(Small(file)).code, 0);
+  EXPECT_EQ(Entries(Text(file)).size(), 8u);
+}
+
+TEST_F(LongRun, PatchChangesTheNamedBenchmarksAndNothingElse) {
+  const fs::path file = dir_ / "out.json", backup = dir_ / "out.json.bak";
+  ExpectRefused(Execute(Small(file, "--patch=kv_size")),
+                {"--patch", file.string(), "is not there"});
+  ASSERT_EQ(Execute(Small(file)).code, 0);
+  // Numbers that are not ours, so that what was measured again shows.
+  json planted = json::parse(Text(file));
+  for (json& run : planted["benchmarks"]) run[run.contains("ppl") ? "ppl" : "kv_bytes"] = -1;
+  std::ofstream(file) << planted.dump(7);
+  const std::string first = Text(file);
+  const Outcome outcome = Execute(Small(file, "--patch=kv_size/.*/ctx:64"));
+  ASSERT_EQ(outcome.code, 0) << outcome.err;
+  EXPECT_EQ(Text(backup), first);
+  const std::string second = Text(file);
+  const json now = json::parse(second);
+  ASSERT_EQ(now["benchmarks"].size(), 8u);
+  EXPECT_EQ(now["context"], planted["context"]);
+  EXPECT_EQ(now["history"].size(), 1u);
+  EXPECT_EQ(now["history"][0]["patched"], "kv_size/.*/ctx:64");
+  EXPECT_EQ(now["history"][0]["benchmarks"], 2);
+  EXPECT_FALSE(now["history"][0].contains("left"));
+  for (size_t i = 0; i < 8; ++i) {
+    const json &was = planted["benchmarks"][i], &is = now["benchmarks"][i];
+    EXPECT_EQ(is["name"], was["name"]);
+    const std::string name = is["name"];
+    if (name.find("kv_size") == 0 && name.find("ctx:64") != std::string::npos) {
+      EXPECT_GT(is["kv_bytes"].get<double>(), 0);
+      continue;
+    }
+    // Byte for byte: the whole text of the entry, in its strange indentation.
+    const size_t begin = first.find(StrCat("\"name\": \"", name)), end = first.find("}", begin);
+    EXPECT_NE(second.find(first.substr(begin, end - begin)), std::string::npos) << name;
+  }
+  fs::remove(backup);
+  EXPECT_EQ(Execute(Small(file, "--patch=perplexity --no-backup")).code, 0);
+  EXPECT_FALSE(fs::exists(backup));
+  EXPECT_EQ(json::parse(Text(file))["history"].size(), 2u);
+
+  const std::string third = Text(file);
+  ExpectRefused(Execute(Small(file, "--patch=needle")), {"--patch", "needle", "matches none"});
+  ExpectRefused(Execute(Small(file, "--patch='('")), {"--patch", "regular expression"});
+  ExpectRefused(Execute(Small(file, "--patch=. --contexts=64")),
+                {"--patch", "ctx:48", "do not name"});
+  ExpectRefused(Execute(Small(file, "--patch=. --seed=3")), {"seed=42", "seed=3"});
+  ExpectRefused(Execute(Tiny() + " --patch=."), {"--patch", "--benchmark_out"});
+  ExpectRefused(Execute(Small(file, "--no-backup")), {"--no-backup", "--patch"});
+  EXPECT_EQ(Text(file), third);
+}
+
+TEST_F(LongRun, InterruptedPatchGoesOn) {
+  const fs::path file = dir_ / "out.json", backup = dir_ / "out.json.bak";
+  ASSERT_EQ(Execute(Small(file)).code, 0);
+  const std::string first = Text(file);
+  {
+    Running run(Small(file, "--patch=."), dir_ / "err");
+    run.WaitForStart(4);
+    ASSERT_TRUE(run.Kill());
+  }
+  EXPECT_EQ(Text(backup), first);
+  const json half = json::parse(Text(file));
+  const size_t left = half["history"][0]["left"].size();
+  EXPECT_GE(left, 4u);
+  EXPECT_LE(left, 5u);
+  ExpectRefused(Execute(Small(file)), {"interrupted --patch=."});
+  ExpectRefused(Execute(Small(file, "--patch=kv_size")), {"interrupted --patch=."});
+  const Outcome rest = Execute(Small(file, "--patch=."));
+  EXPECT_EQ(rest.code, 0) << rest.err;
+  EXPECT_EQ(static_cast<size_t>(std::count(rest.err.begin(), rest.err.end(), '[')), left)
+      << rest.err;
+  EXPECT_EQ(Text(backup), first) << "what was there before the patch began";
+  const json done = json::parse(Text(file));
+  EXPECT_FALSE(done["history"][0].contains("left"));
+  EXPECT_EQ(Deterministic(done), Deterministic(json::parse(first)));
+}
+
+TEST_F(LongRun, TwoRunsDoNotShareAFile) {
+  const fs::path file = dir_ / "out.json";
+  Running first(Study(file), dir_ / "err");
+  first.WaitForStart(2);
+  ASSERT_FALSE(first.Ended()) << Text(dir_ / "err");
+  kill(first.pid(), SIGSTOP);  // so that it does not end before the others were here
+  ExpectRefused(Execute(Study(file)),
+                {file.string(), "another kvqbench", StrCat("pid ", first.pid(), " on ")});
+  fs::create_symlink(file, dir_ / "link.json");
+  ExpectRefused(Execute(Study(dir_ / "link.json")), {StrCat("pid ", first.pid())});
+  kill(first.pid(), SIGCONT);
+  EXPECT_EQ(first.Wait(), 0) << Text(dir_ / "err");
+  EXPECT_FALSE(fs::exists(file.string() + ".lock"));
+  EXPECT_EQ(Execute(Study(dir_ / "link.json")).code, 0) << "there is nothing left to do";
+  EXPECT_TRUE(fs::is_symlink(dir_ / "link.json"));
+}
+
+// A limit on the size of files is what a full disk is, for one process.
+TEST_F(LongRun, FullDiskKeepsWhatWasThere) {
+  const fs::path file = dir_ / "out.json";
+  ASSERT_EQ(Execute(Small(file)).code, 0);
+  const std::string first = Text(file);
+  const Outcome outcome = Execute(Small(file, "--contexts=32"), "trap '' XFSZ; ulimit -f 8;");
+  EXPECT_EQ(outcome.code, 2) << outcome.err;
+  EXPECT_NE(outcome.err.find("cannot write " + file.string() + ": File too large"),
+            std::string::npos)
+      << outcome.err;
+  EXPECT_EQ(Text(file), first);
+  EXPECT_FALSE(fs::exists(file.string() + ".part"));
+  EXPECT_EQ(Execute(Small(file, "--contexts=32")).code, 0);
+}
+
+// GPT-2 has an embedding for each position up to its last: decoding past it fails in the middle of
+// a run.
+TEST_F(LongRun, FailedCellIsRecordedAndTriedAgain) {
+  if (std::string(KVQ_BUILD_TYPE) != "Release")
+    GTEST_SKIP() << "decode is timed, so it does not run";
+  const fs::path model = dir_ / "gpt2", file = dir_ / "out.json", summary = dir_ / "summary.txt";
+  const fs::path golden = GoldenPath("models");
+  fs::copy(golden / "gpt2", model);
+  // Of the tokenizer the 61 tokens that this model has: its own and the characters from ! to Z.
+  json tokenizer = json::parse(Text(golden / "../tokenizer/tokenizer.json")), vocabulary;
+  for (const auto& [token, id] : tokenizer["model"]["vocab"].items()) {
+    if (id < 61) vocabulary[token] = id;
+  }
+  tokenizer["model"]["vocab"] = vocabulary;
+  tokenizer["model"]["merges"] = json::array();
+  std::ofstream(model / "tokenizer.json") << tokenizer;
+  fs::copy(golden / "../tokenizer/tokenizer_config.json", model);
+  std::ofstream(dir_ / "upper.txt") << std::string(400, 'A');
+  const std::string flags =
+      StrCat("--models=", model.string(), " --corpus-file=", (dir_ / "upper.txt").string(),
+             " --schemes=none --contexts=64 --dtype=float32 --decode-tokens=100 --runs=1"
+             " --benchmark_filter='decode|error|kv_size' --benchmark_out=",
+             file.string(), " --summary-file=", summary.string());
+  const std::string name = "decode/gpt2/sdpa/none/ctx:64/batch:1";
+  for (const size_t there : {0, 2}) {
+    const Outcome outcome = Execute(flags);
+    EXPECT_EQ(outcome.code, 1) << outcome.err;
+    EXPECT_NE(outcome.err.find("1 of 3 benchmarks failed"), std::string::npos) << outcome.err;
+    EXPECT_EQ(static_cast<size_t>(std::count(outcome.err.begin(), outcome.err.end(), '[')),
+              3 - there);
+    const auto runs = ByName(Text(file));
+    ASSERT_EQ(runs.size(), 3u);
+    EXPECT_EQ(runs.at(name)["error_occurred"], true);
+    const std::string message = runs.at(name)["error_message"];
+    EXPECT_EQ(message.find("failed: "), 0u) << message;
+    const std::string skipped = "error/gpt2/sdpa/none/ctx:64/batch:1";
+    EXPECT_EQ(runs.at(skipped)["error_message"], "skipped: nothing is encoded");
+    const std::string text = Text(summary);
+    for (const std::string& part :
+         {std::string("3 benchmarks: 1 done, 1 failed, 1 skipped, 0 not run\n"),
+          StrCat(there, " of them were there"),
+          StrCat("failed\n  ", name, ": ", message.substr(8), "\n"),
+          StrCat("skipped\n  ", skipped, ": nothing is encoded\n")}) {
+      EXPECT_NE(text.find(part), std::string::npos) << part << " in\n" << text;
+    }
+  }
+}
+
+TEST(Progress, TimeLeftIsThatOfSimilarCells) {
+  const Measurement decode{.name = "decode", .what = "", .run = nullptr};
+  const Measurement prefill{.name = "prefill", .what = "", .run = nullptr};
+  Progress progress(5, false);
+  EXPECT_FALSE(progress.left().has_value());
+  const Cell short_cell{"m", "sdpa", "none", 1024, 1}, long_cell{"m", "sdpa", "none", 4096, 1};
+  progress.Took(decode, short_cell, 10);
+  progress.Took(decode, short_cell, 14);
+  progress.Took(decode, long_cell, 60);
+  progress.Expect(decode, {"m", "sdpa", "int4-hqq", 1024, 1});
+  EXPECT_DOUBLE_EQ(*progress.left(), 12);
+  progress.Expect(decode, {"m", "sdpa", "int4-hqq", 8192, 1});  // none like it: any decode
+  EXPECT_DOUBLE_EQ(*progress.left(), 12 + 28);
+  progress.Expect(prefill, {"m", "sdpa", "int4-hqq", 1024, 1});  // none like it: anything
+  EXPECT_DOUBLE_EQ(*progress.left(), 12 + 28 + 28);
+  progress.Done("decode/m/sdpa/int4-hqq/ctx:8192/batch:1");
+  EXPECT_DOUBLE_EQ(*progress.left(), 12 + 28);
+  EXPECT_EQ(DurationText(34.4), "34 s");
+  EXPECT_EQ(DurationText(720), "12 min");
+  EXPECT_EQ(DurationText(19260), "5 h 21 min");
+}
+
+}  // namespace
+}  // namespace kvq
