@@ -527,7 +527,7 @@ class Kvqbench(unittest.TestCase):
         self.assertTrue(flags["--ab"])
         self.assertEqual([build.split("/")[-3:] for build in builds], [["build", "release", "kvqbench"]] * 2)
         cells = self.listed(*theirs)
-        for measurement in ("kv_size", "error", "perplexity", "quantize", "decode"):
+        for measurement in ("kv_size", "error", "perplexity", "quantize", "prefill"):
             self.assertTrue(any(cell.startswith(measurement + "/") for cell in cells), measurement)
 
 
