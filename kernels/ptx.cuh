@@ -84,6 +84,30 @@ __device__ __forceinline__ void MmaBFloat16(float (&d)[4], uint32_t a0, uint32_t
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+// d += a b in whole numbers: a [16, 32] row by row, b [32, 8] column by column, four signed bytes a word along the 32.
+// As above with 4 t ... 4 t + 3 for 2 t, 2 t + 1, and 16 more for 8 more; d as there.
+__device__ __forceinline__ void MmaInt8(int32_t (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                        uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Four 8 x 8 matrices of 16-bit numbers from shared memory: lane 8 i + r says where row r of matrix i is (16 bytes,
+// aligned); word i of lane 4 g + t is columns 2 t, 2 t + 1 of row g of matrix i, transposed: rows 2 t, 2 t + 1 of
+// column g.
+__device__ __forceinline__ void LoadMatrices(Shared row, uint32_t (&words)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(row));
+}
+__device__ __forceinline__ void LoadMatricesTransposed(Shared row, uint32_t (&words)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(row));
+}
+
 // The 8 x 8 matrix of 16-bit numbers whose row g has columns 2 t, 2 t + 1 in lane 4 g + t, transposed.
 __device__ __forceinline__ uint32_t Transpose(uint32_t pair) {
   uint32_t transposed;
