@@ -28,7 +28,7 @@ TEST_F(Kvqbench, RefusesBadInputInOneLine) {
   ExpectRefused(Execute(tiny + " --schemes=int5-hqq"), {"int5-hqq", "int4-hqq"});
   ExpectRefused(Execute(tiny + " --schemes=int8-quanto"), {"int8-quanto", "2 and 4 bits"});
   ExpectRefused(Execute(tiny + " --schemes=int4-hqq"), {"head_dim", "64"});  // the tiny model's is 8
-  ExpectRefused(Execute(tiny + " --backends=warp"), {"warp", "eager, sdpa"});
+  ExpectRefused(Execute(tiny + " --backends=warp"), {"warp", "eager, sdpa, fused, sage"});
   ExpectRefused(Execute(tiny + " --schemes=none --contexts=4096"), {"--contexts", "4096", "128"});
   ExpectRefused(Execute(tiny + " --contexts=ten"), {"--contexts", "ten"});
   ExpectRefused(Execute(tiny + " --contexts=64,,"), {"--contexts", "empty item"});

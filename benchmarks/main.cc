@@ -88,15 +88,20 @@ void RunCell(benchmark::State& state, const Measurement& measurement, const Cell
     if (measurement.quality && session.random_weights(cell.model)) {
       throw Skip("random weights say nothing about quality; give --models a directory with real ones");
     }
-    if (FindBackend(cell.backend).graph && (!session.device().is_cuda() || session.dtype() == at::kFloat)) {
+    const Backend& backend = FindBackend(cell.backend);
+    if (backend.graph && (!session.device().is_cuda() || session.dtype() == at::kFloat)) {
       throw Skip(StrCat("backend ", cell.backend, " needs --device=cuda and 16 bits"));
     }
     const c10::InferenceMode no_gradients;
     session.note.clear();
-    session.ran = StrCat(FindBackend(cell.backend).graph ? "sdpa" : cell.backend,
-                         spec.stores_dense() ? "" : " on decoded tokens");
+    const char* on = spec.stores_dense() ? "" : " on decoded tokens";
+    session.ran = StrCat(backend.graph ? "sdpa" : cell.backend, on);
+    if (backend.ran != nullptr) backend.ran();  // of a cell that failed
     if (session.watch() != nullptr) session.watch()->Take();  // what a cell that failed has left
     Counters counters = measurement.run(session, cell, state);
+    if (backend.ran != nullptr) {
+      if (const std::string ways = backend.ran(); !ways.empty()) session.ran = StrCat(ways, on);
+    }
     if (session.watch() != nullptr) AddGpuState(session, session.watch()->Take(), counters);
     for (const auto& [name, value] : counters) state.counters[name] = value;
     // The kernels that really ran: nothing falls back silently.
