@@ -126,6 +126,21 @@ TEST_F(Kvqbench, MeasuresEverythingOnATinyModel) {
               runs.at("perplexity/tiny/sdpa/none/ctx:64/batch:2")["ppl"].get<double>(), 1e-3);
 }
 
+TEST_F(Kvqbench, TheLabelSaysWhatRanUnderSage) {
+  const auto label = [&](const std::string& contexts) {
+    const fs::path file = dir_ / "out.json";
+    const Outcome outcome = Execute(Tiny() + " --schemes=none --backends=sage --contexts=" + contexts +
+                                    " --dtype=float32 --runs=1 --max-runs=1 --benchmark_filter='^prefill' "
+                                    "--benchmark_out=" + file.string());
+    EXPECT_EQ(outcome.code, 0) << outcome.err;
+    std::ifstream in(file);
+    return nlohmann::json::parse(in)["benchmarks"][0].value("label", "");
+  };
+  if (std::string(KVQ_BUILD_TYPE) != "Release") GTEST_SKIP() << "times are measured in Release builds only";
+  EXPECT_EQ(label("64"), "cpu Float, sdpa (fewer than 128 tokens)");
+  EXPECT_EQ(label("128"), "cpu Float, sdpa (head_dim not 64 or 128)");
+}
+
 class KvqbenchGpu : public Kvqbench {};
 
 TEST_F(KvqbenchGpu, MeasuresTimesMemoryAndPower) {

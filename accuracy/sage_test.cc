@@ -1,5 +1,5 @@
-// SageAttention's recipe (kernels/sage.h): the CPU against an implementation written from the paper and against attention
-// in float64, CUDA against the CPU.
+// SageAttention's recipe (kernels/sage.h): the CPU against an implementation written from the paper and against
+// attention in float64, CUDA against the CPU.
 #include "kernels/sage.h"
 
 #include <cmath>
@@ -167,7 +167,7 @@ TEST(Sage, ErrorIsWhatTheStepsOfTheCodesMakeIt) {
       const Tensor rounding = (2 * u * u / 3) * at::matmul(weights.square(), v.square());
       const Tensor expected = (w.square() * variance.unsqueeze(4) * apart.square()).sum(3) * (M_LN2 * M_LN2) + rounding;
       const double ratio = (error.square().sum() / expected.sum()).item<double>();
-      // Seen: kSeen. The first order leaves out little, and a few thousand queries leave little to chance.
+      // Seen: 0.94 to 1.08. Truncation, or a logit off by 3 %, makes it more than 5.
       EXPECT_GT(ratio, 0.8);
       EXPECT_LT(ratio, 1.25);
     }
@@ -194,7 +194,8 @@ TEST(Sage, AnOffsetOfKeysCostsNothingBecauseItIsTakenOff) {
   };
   const Tensor unsmoothed = at::matmul(Weights(Logits(rounded(queries, kSageQueries), rounded(keys, kSageKeys))),
                                        PerQueryHead(values, queries));
-  EXPECT_GT(error(unsmoothed, keys), 3 * with);  // d_k is 20 / 127 instead of 4.5 / 127
+  // d_k is some 20 / 127 instead of 4 / 127, of which the queries' steps have none: seen 3.4 times.
+  EXPECT_GT(error(unsmoothed, keys), 2.5 * with);
 }
 
 TEST(Sage, WhatIsNotFiniteShowsAndZerosAreFine) {
@@ -246,9 +247,9 @@ TEST(Sage, TheBackendSaysWhichWayItWent) {
   attend({1, 4, 2, 130, 130, 128}, 130);
   attend({1, 4, 2, 1, 131, 128}, 0);
   attend({1, 4, 2, 1, 132, 128}, 0);
-  EXPECT_EQ(sage.ran(), "sage_int8_qk reference, sdpa for fewer than 128 tokens");
+  EXPECT_EQ(sage.ran(), "sage_int8_qk reference, sdpa (fewer than 128 tokens)");
   attend({1, 4, 2, 130, 130, 128}, 129);
-  EXPECT_EQ(sage.ran(), "sdpa for a sliding window");
+  EXPECT_EQ(sage.ran(), "sdpa (a sliding window)");
 }
 
 // ---- CUDA gives the CPU's codes

@@ -586,9 +586,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 template <int kDim, bool kBFloat16>
 void Launch(const SageArgs& a, cudaStream_t stream) {
-  static const cudaError_t allowed = cudaFuncSetAttribute(
-      AttendKernel<kDim, kBFloat16>, cudaFuncAttributeMaxDynamicSharedMemorySize, Tiles<kDim>::kBytes);
-  Check(allowed, "shared memory of sage");
+  Check(cudaFuncSetAttribute(AttendKernel<kDim, kBFloat16>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             Tiles<kDim>::kBytes),
+        "shared memory of sage");  // of this GPU: there may be several
   const SageWorkspace w = LayOutSage(a);
   const auto blocks = [](const DenseView& x, int64_t tokens) {
     return static_cast<unsigned>(x.batch * x.heads * BlocksOf(x.tokens, tokens));

@@ -1,12 +1,12 @@
 // Attention whose logits are products of 8-bit codes: SageAttention (Zhang et al., arXiv:2410.02367), its form with a
 // scale for a block of tokens.
 //
-// Q, times scale * log2 e, and K, minus its mean over all tokens, become int8 codes with one scale for kSageQueries and
-// kSageKeys tokens of a head: largest magnitude / 127, codes rounded to the nearest, half to even. The mean adds the same
-// number to all logits of a query, which softmax does not see; what it removes is the offset that some channels of keys
-// have, which would take up the codes' range. Softmax in float32, tile by tile of kSageKeys tokens as FlashAttention-2
-// does; its weights and V are multiplied in the type of V (float16 as in the paper, bfloat16 where the model is) and
-// summed in float32.
+// Q, times scale * log2 e, and K, minus its mean over all tokens, become int8 codes with one scale for kSageQueries
+// and kSageKeys tokens of a head: largest magnitude / 127, codes rounded to the nearest, half to even. The mean adds
+// the same number to all logits of a query, which softmax does not see; what it removes is the offset that some
+// channels of keys have, which would take up the codes' range. Softmax in float32, tile by tile of kSageKeys tokens as
+// FlashAttention-2 does; its weights and V are multiplied in the type of V (float16 as in the paper, bfloat16 where the
+// model is) and summed in float32.
 #pragma once
 
 #include <cstdint>
