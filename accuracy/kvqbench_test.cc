@@ -128,7 +128,7 @@ TEST_F(Kvqbench, MeasuresEverythingOnATinyModel) {
 
 TEST_F(Kvqbench, TheLabelSaysWhatRanUnderSage) {
   const auto label = [&](const std::string& contexts) {
-    const fs::path file = dir_ / "out.json";
+    const fs::path file = dir_ / ("out" + contexts + ".json");
     const Outcome outcome = Execute(Tiny() + " --schemes=none --backends=sage --contexts=" + contexts +
                                     " --dtype=float32 --runs=1 --max-runs=1 --benchmark_filter='^prefill' "
                                     "--benchmark_out=" + file.string());

@@ -65,7 +65,7 @@ def sides(results):
         for measurement in sorted(measurements):
             name = f"{measurement}/{cell.model}/{cell.backend}/{cell.spec}/ctx:{cell.context}/batch:{cell.batch}"
             values = {key: value for key, value in cell.values.items() if key.startswith(measurement + ".")}
-            label = cell.texts.get(measurement + ".label", "").split("; answers: ")[0]
+            label = cell.texts.get(measurement + ".label", "").split("; ")[0]  # what ran, without the notes
             found["" if one_run else cell.run, "" if one_device else cell.device, name] = Side(
                 values, label, cell.skipped.get(measurement, ""), conditions)
     return found

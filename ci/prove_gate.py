@@ -113,6 +113,8 @@ def prove_codes(builds, flags, folder):
     chance, caught = random.Random(20), 0
     def measured(build, name, environment):
         out = os.path.join(folder, name + ".json")
+        if os.path.exists(out):  # or it would be resumed
+            os.remove(out)
         subprocess.run([build, *flags, "--contexts=512", "--schemes=int4-hqq", "--benchmark_filter=^(error|kv_size)/",
                         "--benchmark_out=" + out], env={**os.environ, **environment}, check=True, capture_output=True)
         return out
@@ -146,6 +148,8 @@ def record(builds, flags, folder, rounds):
         seconds, runs = [], []
         for which in order:
             seconds.append(round(time.time() - start, 1))
+            if os.path.exists(out):  # or it would be resumed
+                os.remove(out)
             subprocess.run([paths[which], *flags, *FLAGS, "--benchmark_filter=" + TIMED, "--benchmark_out=" + out],
                            check=True, capture_output=True)
             data = reading.read_json(out)
