@@ -9,7 +9,7 @@ namespace {
 
 TEST(Device, TheStopwatchKeepsTheTimeOfACpu) {
   const timespec wait = {0, 20'000'000};
-  const double seconds = Time(at::kCPU, [&] { nanosleep(&wait, nullptr); });
+  const double seconds = Time(at::Device(at::kCPU), [&] { nanosleep(&wait, nullptr); });
   EXPECT_GE(seconds, 0.02);
   EXPECT_LT(seconds, 2) << "a loaded machine wakes late, but not that late";
 }

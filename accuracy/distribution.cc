@@ -176,11 +176,11 @@ Counters MeasureDistribution(Session& session, const Cell& cell, benchmark::Stat
   const at::Tensor ids = session.context_ids(cell);
   std::vector<Layer> layers;
   for (auto _ : state) {
-    state.SetIterationTime(Time(session.device(), [&] {
+    state.SetIterationTime(Time(session.devices(), [&] {
       layers = std::vector<Layer>(model.cache_shape(1).layers.size());
       for (const auto pass : {&Distribution::Add, &Distribution::Count}) {
         KvCache cache(ParseSpec("none"), model.cache_shape(cell.batch), cell.context, model.dtype(),
-                      session.device());
+                      model.cache_devices());
         Feed(model, ids, cache, FindBackend(cell.backend), session.prefill_chunk(cell.batch), 0,
              [&](const LayerView& view) {
                Layer& layer = layers[view.cached_layer];

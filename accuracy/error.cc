@@ -28,7 +28,7 @@ Counters Error(Session& session, const Cell& cell, benchmark::State& state) {
   ErrorSum keys, values;
   Counters per_layer;
   for (auto _ : state) {
-    state.SetIterationTime(Time(session.device(), [&] {
+    state.SetIterationTime(Time(session.devices(), [&] {
       keys = values = {};
       per_layer.clear();
       const auto& captured = session.captured_cache(cell);

@@ -218,7 +218,7 @@ TEST(Model, RefusesWhatItCannotRun) {
   EXPECT_NE(with("\"silu\"", "\"gelu\"").find("hidden_act"), std::string::npos);
   EXPECT_THROW(FindBackend("flashier"), InputError);
   EXPECT_THROW(ParseDType("int8"), InputError);
-  EXPECT_THROW(ParseDevice("tpu"), InputError);
+  EXPECT_THROW(ParseDevices("tpu"), InputError);
 }
 
 TEST(ModelGpu, LogitsEqualTheCpus) {

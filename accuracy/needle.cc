@@ -37,7 +37,7 @@ std::vector<int32_t> Answer(Session& session, const Cell& cell, const Spec& spec
   const Tokenizer& tokenizer = session.tokenizer(cell.model);
   const Backend& backend = FindBackend(cell.backend);
   KvCache cache(spec, model.cache_shape(1),
-                static_cast<int64_t>(prompt.ids.size()) + kNewTokens, model.dtype(), model.device());
+                static_cast<int64_t>(prompt.ids.size()) + kNewTokens, model.dtype(), model.cache_devices());
   at::Tensor hidden = Feed(model, IdTensor(prompt.ids, 1, model.device()), cache, backend, chunk,
                            spec.sink_tokens + chunk);
   std::vector<int32_t> answer;
@@ -69,7 +69,7 @@ Counters Needle(Session& session, const Cell& cell, benchmark::State& state) {
   Counters per_depth;
   std::vector<std::string> texts;
   for (auto _ : state) {
-    state.SetIterationTime(Time(session.device(), [&] {
+    state.SetIterationTime(Time(session.devices(), [&] {
       for (const double depth : kDepths) {
         const std::string suffix = StrCat("/depth:", static_cast<int>(100 * depth + 0.5));
         const auto trial = [&](const std::string& number, bool keep) {

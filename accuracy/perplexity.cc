@@ -34,7 +34,7 @@ const at::Tensor& Reference(const Work& work, const at::Tensor& ids, int64_t fir
   at::Tensor& hidden = known[first_window];
   if (!hidden.defined()) {
     KvCache cache(ParseSpec("none"), work.model.cache_shape(ids.size(0)), ids.size(1),
-                  work.model.dtype(), work.model.device());
+                  work.model.dtype(), work.model.cache_devices());
     hidden = work.model.Forward(ids, cache, work.backend);
   }
   return hidden;
@@ -125,7 +125,7 @@ Counters DecodeProtocol(const Work& work, const Spec& spec, const Cell& cell,
   const bool is_floor = spec.stores_dense() && spec.policy == Policy::kAppend;
   Counters counters;
   if (!is_floor) {
-    const double seconds = Time(work.model.device(), [&] {
+    const double seconds = Time(work.model.devices(), [&] {
       counters = Summary(ScoreAll(work, spec, windows, cell.batch));
     });
     counters.emplace_back("scored_tokens_per_s", Find(counters, "scored_tokens") / seconds);
@@ -143,7 +143,7 @@ std::vector<double> StudyNll(const Work& work, const Spec& spec, const Window& w
   const at::Tensor ids = WindowIds(work, {window});
   const int64_t length = ids.size(1), overlap = window.score_from - window.begin;
   KvCache cache(quantized ? spec : ParseSpec("none"), work.model.cache_shape(1), length,
-                work.model.dtype(), work.model.device());
+                work.model.dtype(), work.model.cache_devices());
   // Phase one is never scored, nor is phase two's first token: nothing before it is in its call.
   const int64_t phase2 = quantized ? overlap : 0;
   if (phase2 > 0) work.model.Forward(ids.narrow(1, 0, phase2), cache, work.backend);
@@ -156,7 +156,7 @@ std::vector<double> StudyNll(const Work& work, const Spec& spec, const Window& w
     const at::Tensor log =
         at::log_softmax(work.model.Logits(hidden.narrow(1, begin - 1 - phase2, n)), -1);
     const at::Tensor of_targets =
-        log.gather(-1, ids.narrow(1, begin, n).unsqueeze(-1)).view({n}).to(at::kDouble).cpu();
+        log.gather(-1, ids.narrow(1, begin, n).unsqueeze(-1).to(log.device())).view({n}).to(at::kDouble).cpu();
     for (int64_t i = 0; i < n; ++i) nll.push_back(-of_targets[i].item<double>());
   }
   return nll;
@@ -218,7 +218,7 @@ Counters Perplexity(Session& session, const Cell& cell, benchmark::State& state)
   const Spec spec = ParseSpec(cell.spec);
   Counters counters;
   for (auto _ : state) {
-    state.SetIterationTime(Time(session.device(), [&] {
+    state.SetIterationTime(Time(session.devices(), [&] {
       if (options.protocol == "study") {
         // One tokenization with the default specials: a BOS stands in the first window alone.
         work.text.insert(work.text.begin(), work.bos.begin(), work.bos.end());

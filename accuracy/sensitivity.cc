@@ -53,7 +53,7 @@ at::Tensor Reference(const Work& work, const Spec& spec, const at::Tensor& ids, 
   const std::vector<int64_t> model_layer = work.model.config().CachedLayers();
   const auto cache_of = [&](const std::string& text) {
     return std::make_unique<KvCache>(ParseSpec(text), work.model.cache_shape(ids.size(0)),
-                                     ids.size(1), work.model.dtype(), work.model.device());
+                                     ids.size(1), work.model.dtype(), work.model.cache_devices());
   };
   const std::unique_ptr<KvCache> plain = cache_of("none");
   std::array<std::unique_ptr<KvCache>, kParts.size()> encoded;
@@ -157,7 +157,7 @@ Counters Sensitivity(Session& session, const Cell& cell, benchmark::State& state
   const std::vector<Window> windows = WindowsOf(work, cell, session.options());
   Effects effects;
   for (auto _ : state) {
-    state.SetIterationTime(Time(session.device(), [&] {
+    state.SetIterationTime(Time(session.devices(), [&] {
       effects = Effects(work.model.cache_shape(1).layers.size());
       for (const std::vector<Window>& group : SideBySide(windows, cell.batch)) {
         AddWindows(work, spec, group, effects);

@@ -54,7 +54,7 @@ void CompareLogits(const Work& work, const Spec& spec, const std::vector<Window>
   // Position p predicts token p + 1: the first that counts is just before the first scored token.
   const int64_t first = windows[0].score_from - windows[0].begin + bos - 1;
   KvCache cache(spec, work.model.cache_shape(ids.size(0)), length, work.model.dtype(),
-                work.model.device());
+                work.model.cache_devices());
   FeedAsDecoding(work.model, work.backend, spec, ids, cache,
                  [&](int64_t begin, const at::Tensor& hidden) {
                    const int64_t from = std::max(begin, first);
@@ -62,7 +62,7 @@ void CompareLogits(const Work& work, const Spec& spec, const std::vector<Window>
                    if (from >= to) return;
                    use(work.model.Logits(reference.narrow(1, from, to - from)),
                        work.model.Logits(hidden.narrow(1, from - begin, to - from)),
-                       ids.narrow(1, from + 1, to - from));
+                       ids.narrow(1, from + 1, to - from).to(hidden.device()));
                  });
 }
 

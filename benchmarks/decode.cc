@@ -1,6 +1,7 @@
 // decode: new tokens per second at a context, greedy, one at a time; the prefill is outside the timer.
 // Limit: the bytes one step must read, weights and stored KV cache, over the read bandwidth measured in
-// the same run (peak_fraction).
+// the same run (peak_fraction). In a pipeline over several GPUs the stages of a step work one after the other, so the
+// limit is the sum of their times: one GPU's bandwidth, not that of all.
 //
 // Backend fused runs the steps as one CUDA graph, whose first logits are compared with the other path's
 // before anything is timed. What the graph refuses runs as under sdpa, and the label says why.
@@ -23,10 +24,19 @@ at::Tensor Next(const Model& model, const at::Tensor& hidden) {
 // What one step must read, and the share of the read bandwidth that is.
 void AddLimit(Counters& counters, const Model& model, const Spec& spec, int64_t batch,
               int64_t tokens, double seconds_per_step) {
-  const int64_t cache = KvBytes(spec, model.cache_shape(batch), tokens, model.dtype());
-  const double bytes = static_cast<double>(model.WeightBytes() + cache);
+  const CacheShape shape = model.cache_shape(batch);
+  const std::vector<at::Device> cache_devices = model.cache_devices();
+  double bytes = 0, limit = 0;
+  for (const at::Device device : model.devices()) {
+    int64_t here = model.WeightBytes(device);
+    for (size_t layer = 0; layer < cache_devices.size(); ++layer) {
+      if (cache_devices[layer] == device) here += KvLayerBytes(spec, shape, layer, tokens, model.dtype());
+    }
+    bytes += static_cast<double>(here);
+    limit += static_cast<double>(here) / ReadBandwidth(device);
+  }
   counters.emplace_back("bytes_per_token", bytes);
-  counters.emplace_back("peak_fraction", bytes / seconds_per_step / ReadBandwidth(model.device()));
+  counters.emplace_back("peak_fraction", limit / seconds_per_step);
 }
 
 Counters StudyDecode(Session& session, const Cell& cell, benchmark::State& state) {
@@ -36,7 +46,7 @@ Counters StudyDecode(Session& session, const Cell& cell, benchmark::State& state
   const int64_t new_tokens = session.options().decode_tokens;
   const Spec spec = ParseSpec(cell.spec);
   KvCache cache(spec, model.cache_shape(cell.batch), ids.size(1) + new_tokens, model.dtype(),
-                model.device());
+                model.cache_devices());
   const auto prefill = [&] {
     cache.Clear();
     StudyPrefill(model, ids, cache, backend);

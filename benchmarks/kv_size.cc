@@ -7,17 +7,19 @@ namespace kvq {
 namespace {
 
 Counters KvSize(Session& session, const Cell& cell, benchmark::State& state) {
-  const CacheShape shape = CacheShapeOf(FindModel(cell.model).config(), cell.batch);
+  const ModelConfig config = FindModel(cell.model).config();
+  const CacheShape shape = CacheShapeOf(config, cell.batch);
+  const std::vector<at::Device> devices = CacheDevicesOf(config, session.devices());
   const Spec spec = ParseSpec(cell.spec);
   int64_t allocated = 0;
   for (auto _ : state) {
-    const double seconds = Time(session.device(), [&] {
-      KvCache cache(spec, shape, cell.context, session.dtype(), session.device());
+    const double seconds = Time(session.devices(), [&] {
+      KvCache cache(spec, shape, cell.context, session.dtype(), devices);
       if (spec.policy == Policy::kHf) {  // its tensors are made when tokens come
         for (size_t layer = 0; layer < shape.layers.size(); ++layer) {
           const KvShape& of = shape.layers[layer];
           const at::Tensor x = at::zeros({shape.batch, of.kv_heads, cell.context, of.head_dim},
-                                         at::TensorOptions(session.dtype()).device(session.device()));
+                                         at::TensorOptions(session.dtype()).device(devices[layer]));
           cache.Update(static_cast<int64_t>(layer), x, x);
         }
       }

@@ -97,16 +97,18 @@ void RunCell(benchmark::State& state, const Measurement& measurement, const Cell
     const char* on = spec.stores_dense() ? "" : " on decoded tokens";
     session.ran = StrCat(backend.graph ? "sdpa" : cell.backend, on);
     if (backend.ran != nullptr) backend.ran();  // of a cell that failed
-    if (session.watch() != nullptr) session.watch()->Take();  // what a cell that failed has left
+    session.TakeWatch();                        // what a cell that failed has left
     Counters counters = measurement.run(session, cell, state);
     if (backend.ran != nullptr) {
       if (const std::string ways = backend.ran(); !ways.empty()) session.ran = StrCat(ways, on);
     }
-    if (session.watch() != nullptr) AddGpuState(session, session.watch()->Take(), counters);
+    AddGpuState(session, session.TakeWatch(), counters);
     for (const auto& [name, value] : counters) state.counters[name] = value;
+    const std::string stages = StageText(FindModel(cell.model).config(), session.devices());
     // The kernels that really ran: nothing falls back silently.
     state.SetLabel(StrCat(session.device().is_cuda() ? "cuda" : "cpu", " ",
                           c10::toString(session.dtype()), ", ", session.ran,
+                          stages.empty() ? "" : "; ", stages,
                           session.note.empty() ? "" : "; ", session.note));
   } catch (const InputError&) {
     throw;
@@ -208,14 +210,14 @@ void AddContext(Session& session, const std::vector<std::string>& benchmark_flag
   benchmark::AddCustomContext("stride", std::to_string(o.stride));
   benchmark::AddCustomContext("prefill_chunk", std::to_string(o.prefill_chunk));
   benchmark::AddCustomContext("seed", std::to_string(o.seed));
-  benchmark::AddCustomContext("device", o.device);
+  benchmark::AddCustomContext("device", DeviceText(session.devices()));
   benchmark::AddCustomContext("dtype", c10::toString(session.dtype()));
-  if (session.nvml() != nullptr) {  // before the probes warm it up
-    for (const auto& [name, value] : session.nvml()->Facts()) benchmark::AddCustomContext(name, value);
-  } else if (session.device().is_cuda()) {
-    benchmark::AddCustomContext("nvml", session.why_no_nvml());
+  for (size_t i = 0; i < session.nvml().size(); ++i) {  // before the probes warm them up
+    const std::string which = i == 0 ? "" : StrCat(" gpu:", int{session.devices()[i].index()});
+    for (const auto& [name, value] : session.nvml()[i]->Facts()) benchmark::AddCustomContext(name + which, value);
   }
-  for (const auto& [name, value] : DeviceFacts(session.device(), session.dtype())) {
+  if (!session.why_no_nvml().empty()) benchmark::AddCustomContext("nvml", session.why_no_nvml());
+  for (const auto& [name, value] : DeviceFacts(session.devices(), session.dtype())) {
     benchmark::AddCustomContext(name, value);
   }
 }
@@ -268,6 +270,10 @@ int Main(int argc, char** argv) {
   if (Schemes().empty() || Measurements().empty() || Architectures().empty() ||
       PublishedShapes().empty()) {
     throw std::runtime_error("a table is empty: its rows were lost at link time");
+  }
+  if (line.output.list_devices) {
+    std::cout << DeviceList();
+    return 0;
   }
   if (!line.output.to_v2.empty()) {
     for (const std::string& path : WriteV2(line.output.files, line.output.to_v2)) std::cout << path << "\n";

@@ -1,5 +1,7 @@
 #include "benchmarks/measurement.h"
 
+#include <c10/core/impl/VirtualGuardImpl.h>
+
 #include <algorithm>
 #include <random>
 
@@ -33,19 +35,45 @@ RegisterMeasurement::RegisterMeasurement(Measurement measurement) {
 }
 
 Session::Session(Options options)
-    : options_(std::move(options)), device_(ParseDevice(options_.device)) {
+    : options_(std::move(options)), devices_(ParseDevices(options_.device)) {
   if (options_.dtype != "auto") dtype_ = ParseDType(options_.dtype);
-  if (!device_.is_cuda()) return;
+  if (!device().is_cuda()) return;
   try {
-    nvml_ = std::make_unique<Nvml>(PciBusId(device_.index()));
-    watch_ = std::make_unique<GpuWatch>(*nvml_);
+    for (const at::Device gpu : devices_) nvml_.push_back(std::make_unique<Nvml>(PciBusId(gpu.index())));
+    for (const auto& nvml : nvml_) watches_.push_back(std::make_unique<GpuWatch>(*nvml));
   } catch (const std::runtime_error& error) {
+    nvml_.clear();
     why_no_nvml_ = error.what();
   }
+  // For good: "cuda" without a number and our own kernels mean the current one.
+  c10::impl::VirtualGuardImpl(at::kCUDA).setDevice(device());
+}
+
+void Session::BeginWatch() {
+  for (const auto& watch : watches_) watch->Begin();
+}
+
+void Session::EndWatch() {
+  for (const auto& watch : watches_) watch->End();
+}
+
+GpuSummary Session::TakeWatch() {
+  GpuSummary all;
+  for (const auto& watch : watches_) {
+    GpuSummary one = watch->Take();
+    if (watch == watches_.front()) {
+      all = one;
+      continue;
+    }
+    all.AddState(one);  // and their intervals are the same
+    all.joules = all.joules && one.joules ? std::optional(*all.joules + *one.joules) : std::nullopt;
+    all.energy_counter = all.energy_counter && one.energy_counter;
+  }
+  return all;
 }
 
 at::ScalarType Session::dtype() {
-  if (!dtype_) dtype_ = device_.is_cuda() ? at::kHalf : FasterCpuType();
+  if (!dtype_) dtype_ = device().is_cuda() ? at::kHalf : FasterCpuType();
   return *dtype_;
 }
 
@@ -53,7 +81,7 @@ at::ScalarType Session::dtype() {
 // model keep their temporaries below half a GiB, and few calls decode the history.
 int64_t Session::prefill_chunk(int64_t batch) const {
   if (options_.prefill_chunk > 0) return options_.prefill_chunk;
-  return device_.is_cuda() ? std::max<int64_t>(8192 / batch, 128) : 1024;
+  return device().is_cuda() ? std::max<int64_t>(8192 / batch, 128) : 1024;
 }
 
 const Model& Session::model(const std::string& name) {
@@ -63,8 +91,8 @@ const Model& Session::model(const std::string& name) {
     const ModelFiles files = FindModel(name);
     model_ = {name, files.random_weights()
                         ? std::make_unique<Model>(files.config(), Weights::Random(static_cast<uint64_t>(options_.seed),
-                                                                                 dtype(), device_))
-                        : LoadModel(files.dir, dtype(), device_)};
+                                                                                 dtype(), device()), devices_)
+                        : LoadModel(files.dir, dtype(), devices_)};
   }
   return *model_.second;
 }
@@ -92,7 +120,7 @@ at::Tensor Session::context_ids(const Cell& cell) {
     const uint64_t vocabulary = static_cast<uint64_t>(model(cell.model).config().vocab_size);
     std::vector<int32_t> ids(static_cast<size_t>(cell.context));
     for (int32_t& id : ids) id = static_cast<int32_t>(random() % vocabulary);
-    return IdTensor(ids, cell.batch, device_);
+    return IdTensor(ids, cell.batch, device());
   }
   const std::vector<int32_t>& corpus = corpus_ids(cell.model);
   std::vector<int32_t> ids;
@@ -103,7 +131,7 @@ at::Tensor Session::context_ids(const Cell& cell) {
                       " tokens, the context wants ", cell.context));
   }
   ids.insert(ids.end(), corpus.begin(), corpus.begin() + missing);
-  return IdTensor(ids, cell.batch, device_);
+  return IdTensor(ids, cell.batch, device());
 }
 
 const std::vector<std::pair<at::Tensor, at::Tensor>>& Session::captured_cache(const Cell& cell) {
@@ -111,7 +139,7 @@ const std::vector<std::pair<at::Tensor, at::Tensor>>& Session::captured_cache(co
   if (captured_.first == key) return captured_.second;
   captured_ = {};
   const Model& of = model(cell.model);
-  KvCache cache(ParseSpec("none"), of.cache_shape(cell.batch), cell.context, of.dtype(), device_);
+  KvCache cache(ParseSpec("none"), of.cache_shape(cell.batch), cell.context, of.dtype(), of.cache_devices());
   std::vector<std::vector<at::Tensor>> keys(cache.shape().layers.size()), values(keys.size());
   Feed(of, context_ids(cell), cache, FindBackend(cell.backend), prefill_chunk(cell.batch), 0,
        [&](const LayerView& view) {
@@ -167,11 +195,14 @@ void AddGpuState(Session& session, const GpuSummary& seen, Counters& counters) {
     counters.emplace_back("throttled", words.empty() ? 0 : 1);
     if (!words.empty()) session.AddNote("throttled: " + words);
   }
-  if (session.nvml() == nullptr) return;
-  if (const auto others = session.nvml()->ForeignProcesses(); others && !others->empty()) {
-    counters.emplace_back("foreign_processes", static_cast<double>(others->size()));
-    session.AddNote("foreign processes: " + ProcessText(*others));
+  std::vector<GpuProcess> foreign;
+  for (const auto& nvml : session.nvml()) {
+    const auto others = nvml->ForeignProcesses();
+    if (others) foreign.insert(foreign.end(), others->begin(), others->end());
   }
+  if (foreign.empty()) return;
+  counters.emplace_back("foreign_processes", static_cast<double>(foreign.size()));
+  session.AddNote("foreign processes: " + ProcessText(foreign));
 }
 
 void AddSpread(Counters& counters, const std::string& name, std::vector<double> values) {

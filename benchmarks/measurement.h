@@ -58,7 +58,9 @@ class Session {
   explicit Session(Options options);
 
   const Options& options() const { return options_; }
-  at::Device device() const { return device_; }
+  at::Device device() const { return devices_.front(); }
+  // Of --device: a model's layers are spread over them (Model).
+  const std::vector<at::Device>& devices() const { return devices_; }
   // Tokens a prefill feeds at once, of each of `batch` sequences.
   int64_t prefill_chunk(int64_t batch) const;
   // The attention that really ran, for the label of the result: the cell's backend, unless a measurement knows more.
@@ -81,21 +83,23 @@ class Session {
 
   void DropCapturedCache() { captured_ = {}; }
 
-  // What the driver says of the GPU, and who watches it; null on a CPU, and where NVML does not work:
-  // why_no_nvml says why.
-  Nvml* nvml() { return nvml_.get(); }
-  GpuWatch* watch() { return watch_.get(); }
+  // What the driver says of each GPU; none on a CPU, and where NVML does not work: why_no_nvml says why.
+  const std::vector<std::unique_ptr<Nvml>>& nvml() { return nvml_; }
   const std::string& why_no_nvml() const { return why_no_nvml_; }
-  // Seconds that `work` takes on the device, which is watched.
+  // All GPUs are watched together (GpuWatch): clocks and temperature of the worst, energy of all.
+  bool watched() const { return !watches_.empty(); }
+  void BeginWatch();
+  void EndWatch();
+  GpuSummary TakeWatch();
+  // Seconds that `work` takes on the devices, which are watched.
   template <typename Work>
   double Time(Work&& work) {
-    if (watch_ == nullptr) return kvq::Time(device_, std::forward<Work>(work));
-    watch_->Begin();
+    BeginWatch();
     struct End {
-      GpuWatch& watch;
-      ~End() { watch.End(); }
-    } end{*watch_};
-    return kvq::Time(device_, std::forward<Work>(work));
+      Session& session;
+      ~End() { session.EndWatch(); }
+    } end{*this};
+    return kvq::Time(devices_, std::forward<Work>(work));
   }
 
   // What the cell that runs has to say beside its numbers; ends up in its label.
@@ -104,15 +108,15 @@ class Session {
 
  private:
   Options options_;
-  at::Device device_;
+  std::vector<at::Device> devices_;
   std::optional<at::ScalarType> dtype_;
   std::pair<std::string, std::unique_ptr<Model>> model_;
   std::pair<std::string, std::unique_ptr<Tokenizer>> tokenizer_;
   std::optional<Corpus> corpus_;
   std::pair<std::string, std::vector<int32_t>> ids_;
   std::pair<std::string, std::vector<std::pair<at::Tensor, at::Tensor>>> captured_;
-  std::unique_ptr<Nvml> nvml_;
-  std::unique_ptr<GpuWatch> watch_;
+  std::vector<std::unique_ptr<Nvml>> nvml_;
+  std::vector<std::unique_ptr<GpuWatch>> watches_;
   std::string why_no_nvml_;
 };
 

@@ -9,12 +9,15 @@
 // peak without what lived before the cell; the cache is in it once, kv_bytes_allocated. nvml_used_bytes is what the
 // driver counts at the end, less what was in use before this process came: CUDA's own context and memory
 // that kernels allocate are in it, too. --vram-diag lists the largest live blocks where memory is cleaned up.
+// Where a model lies on several GPUs all these are sums, the JSON has `<name>_by_gpu`, and one GPU over its limit is
+// an overflow.
 //
 // Protocol `study` replays what the reference study's peak holds: its input prefilled in one call with the
 // logits of all positions, the cache kept, a second one like it (the study's deep copy), and a third
 // prefill as in its decode timer, with its logits; then the steps. study_peak_bytes is the same by
 // formula (benchmarks/study.h), without the temporary tensors of the layers.
 #include <cstdio>
+#include <numeric>
 
 #include "benchmarks/decoding.h"
 #include "benchmarks/study.h"
@@ -36,12 +39,15 @@ void Steps(const Model& model, at::Tensor token, KvCache& cache, const Backend& 
 void Diagnose(Session& session, const char* when, const KvCache* cache) {
   if (!session.options().vram_diag || !session.device().is_cuda()) return;
   const auto mib = [](int64_t bytes) { return static_cast<double>(bytes) / (1 << 20); };
-  const GpuMemory memory = ReadGpuMemory(session.device());
-  std::string text = StrCat("GPU memory, ", when, ": ", mib(memory.allocated), " MiB allocated");
+  std::string text = StrCat("GPU memory, ", when);
   if (cache != nullptr) {
-    text += StrCat(", of it the cache ", mib(cache->AllocatedBytes()), ", its scratch ", mib(cache->ScratchBytes()));
+    text += StrCat(": the cache ", mib(cache->AllocatedBytes()), " MiB, its scratch ", mib(cache->ScratchBytes()));
   }
-  std::fprintf(stderr, "%s\n%s", text.c_str(), LargestBlocks(session.device(), 12).c_str());
+  std::fprintf(stderr, "%s\n", text.c_str());
+  for (const at::Device gpu : session.devices()) {
+    std::fprintf(stderr, "%s: %.2f MiB allocated\n%s", gpu.str().c_str(), mib(ReadGpuMemory(gpu).allocated),
+                 LargestBlocks(gpu, 12).c_str());
+  }
 }
 
 Counters Honest(Session& session, const Cell& cell) {
@@ -60,7 +66,7 @@ Counters Study(Session& session, const Cell& cell, const Model& model, const at:
   std::vector<std::unique_ptr<KvCache>> caches;  // the original, its copy, the one that decodes
   for (int i = 0; i < 3; ++i) {
     caches.push_back(
-        std::make_unique<KvCache>(spec, shape, n + kSteps, model.dtype(), model.device()));
+        std::make_unique<KvCache>(spec, shape, n + kSteps, model.dtype(), model.cache_devices()));
     StudyPrefill(model, ids, *caches.back(), backend);
   }
   Steps(model, ids.narrow(1, n - 1, 1), *caches.back(), backend);
@@ -83,24 +89,39 @@ Counters MemoryOfProcess(Session&, const std::function<Counters()>& work) {
 }
 
 Counters MemoryOfGpu(Session& session, const std::function<Counters()>& work) {
-  const at::Device device = session.device();
+  const std::vector<at::Device>& gpus = session.devices();
   Diagnose(session, "before the cell", nullptr);
-  ResetGpuPeaks(device);
-  const int64_t before = ReadGpuMemory(device).allocated;
-  Counters counters = work();
-  Synchronize(device);
-  const GpuMemory after = ReadGpuMemory(device);
-  counters.emplace_back("vram_peak_bytes", static_cast<double>(after.peak_allocated));
-  counters.emplace_back("vram_reserved_bytes", static_cast<double>(after.peak_reserved));
-  counters.emplace_back("vram_total_bytes", static_cast<double>(after.device_total));
-  counters.emplace_back("vram_overflow", after.peak_reserved > after.device_total ? 1 : 0);
-  counters.emplace_back("beyond_weights_bytes", static_cast<double>(after.peak_allocated - before));
-  if (session.nvml() != nullptr) {
-    if (const auto added = session.nvml()->MemoryAddedBytes()) {
-      counters.emplace_back("nvml_used_bytes", static_cast<double>(*added));
-    }
+  std::vector<int64_t> before;
+  for (const at::Device gpu : gpus) {
+    ResetGpuPeaks(gpu);
+    before.push_back(ReadGpuMemory(gpu).allocated);
   }
-  ReleaseFreedMemory(device);
+  Counters counters = work();
+  Synchronize(gpus);
+  std::vector<double> peak, reserved, total, beyond, added;
+  bool overflow = false;
+  for (size_t i = 0; i < gpus.size(); ++i) {
+    const GpuMemory after = ReadGpuMemory(gpus[i]);
+    peak.push_back(static_cast<double>(after.peak_allocated));
+    reserved.push_back(static_cast<double>(after.peak_reserved));
+    total.push_back(static_cast<double>(after.device_total));
+    beyond.push_back(static_cast<double>(after.peak_allocated - before[i]));
+    overflow = overflow || after.peak_reserved > after.device_total;
+    if (session.nvml().empty()) continue;
+    if (const auto bytes = session.nvml()[i]->MemoryAddedBytes()) added.push_back(static_cast<double>(*bytes));
+  }
+  const auto add = [&](const std::string& name, const std::vector<double>& by_gpu) {
+    if (by_gpu.size() != gpus.size()) return;  // one of them does not say
+    counters.emplace_back(name, std::accumulate(by_gpu.begin(), by_gpu.end(), 0.0));
+    if (gpus.size() > 1) AddList(counters, name + "_by_gpu", by_gpu);
+  };
+  add("vram_peak_bytes", peak);
+  add("vram_reserved_bytes", reserved);
+  add("vram_total_bytes", total);
+  counters.emplace_back("vram_overflow", overflow ? 1 : 0);
+  add("beyond_weights_bytes", beyond);
+  add("nvml_used_bytes", added);
+  ReleaseFreedMemory(gpus);
   Diagnose(session, "after the cell", nullptr);
   return counters;
 }
@@ -112,9 +133,9 @@ Counters Memory(Session& session, const Cell& cell, benchmark::State& state) {
   Counters counters;
   for (auto _ : state) {
     session.DropCapturedCache();
-    ReleaseFreedMemory(session.device());
+    ReleaseFreedMemory(session.devices());
     const auto measure = session.device().is_cuda() ? MemoryOfGpu : MemoryOfProcess;
-    state.SetIterationTime(Time(session.device(), [&] {
+    state.SetIterationTime(Time(session.devices(), [&] {
       counters = measure(session, [&] {
         return study ? Study(session, cell, model, ids) : Honest(session, cell);
       });

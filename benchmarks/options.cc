@@ -85,7 +85,7 @@ std::vector<Flag> Flags(Options& o) {
              o.stride, 0),
       text("protocol", "decode, or study: as the reference study measured, see below",
            o.protocol),
-      text("device", "cpu or cuda", o.device),
+      text("device", "cpu; cuda: the GPU that ctest allots, or the first; cuda:1: that one; cuda:0,1: layers over both", o.device),
       text("dtype", "float32, float16, bfloat16; auto: the faster one here (CUDA: float16)", o.dtype),
       number("seed", "of everything random", o.seed, 0),
       number("runs", "timed repetitions of prefill, decode, power, quantize, dequantize, at least", o.runs, 1),
@@ -142,6 +142,8 @@ CommandLine ParseCommandLine(const std::vector<std::string>& arguments) {
       line.output.to_v2 = value;
     } else if (name == "--vram-diag") {
       line.options.vram_diag = value != "false" && value != "0";
+    } else if (name == "--list-devices") {
+      line.output.list_devices = value != "false" && value != "0";
     } else if (name == "--benchmark_list_tests") {
       line.output.list_tests = value != "false" && value != "0";
     } else if (!line.output.to_v2.empty() && argument.rfind("-", 0) != 0) {
@@ -194,7 +196,8 @@ std::string HelpText() {
     if (!flag.value.empty()) help << " (" << flag.value << ")";
     help << "\n";
   }
-  help << "  --vram-diag     memory lists the largest live blocks of GPU memory on stderr\n"
+  help << "  --list-devices  lists what --device can name, and ends\n"
+          "  --vram-diag     memory lists the largest live blocks of GPU memory on stderr\n"
           "  --benchmark_filter=REGEX, --benchmark_format=console|json, --benchmark_out=FILE.json,\n"
           "  --benchmark_list_tests, and the others of Google Benchmark\n"
           "  --patch=REGEX             measures only the matching benchmarks of FILE.json again, see below\n"

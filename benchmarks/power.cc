@@ -1,6 +1,6 @@
 // power: what decoding draws, and what a new token costs in energy, the prefill outside. The steps are those
 // of `decode`. On a GPU from its own energy counter, or where it has none from the power that NVML reports, every
-// 50 ms; on a CPU from RAPL, of whole packages. Idle is measured first, once for each model, with the model loaded, and given:
+// 50 ms, of all GPUs together; on a CPU from RAPL, of whole packages. Idle is measured first, once for each model, with the model loaded, and given:
 // watts_net and mj_per_token_net are without it. Where nothing counts energy there is no number.
 //
 // Energy counters advance in steps of some ten milliseconds, so a sample is as many runs of --decode-tokens as
@@ -18,8 +18,8 @@ namespace {
 // Energy and seconds of the intervals since the last Take.
 class Meter {
  public:
-  explicit Meter(Session& session) : watch_(session.watch()) {
-    if (watch_ != nullptr) return;
+  explicit Meter(Session& session) : session_(session) {
+    if (session.watched()) return;
     if (session.device().is_cuda()) throw Skip(session.why_no_nvml());
     try {
       rapl_.emplace();
@@ -29,28 +29,28 @@ class Meter {
   }
 
   void Begin() {
-    if (watch_ != nullptr) return watch_->Begin();
+    if (session_.watched()) return session_.BeginWatch();
     joules_before_ = rapl_->Joules();
     began_ = Clock::now();
   }
   void End() {
-    if (watch_ != nullptr) return watch_->End();
+    if (session_.watched()) return session_.EndWatch();
     seen_.joules = seen_.joules.value_or(0) + rapl_->Joules() - joules_before_;
     seen_.seconds += std::chrono::duration<double>(Clock::now() - began_).count();
   }
   GpuSummary Take() {
-    GpuSummary seen = watch_ != nullptr ? watch_->Take() : std::exchange(seen_, {});
+    GpuSummary seen = session_.watched() ? session_.TakeWatch() : std::exchange(seen_, {});
     if (!seen.joules) throw Skip("this GPU reports neither energy nor power");
     return seen;
   }
   const char* Source(const GpuSummary& seen) const {
-    if (watch_ == nullptr) return "energy by RAPL";
+    if (!session_.watched()) return "energy by RAPL";
     return seen.energy_counter ? "energy by NVML's counter" : "power by NVML every 50 ms";
   }
 
  private:
   using Clock = std::chrono::steady_clock;
-  GpuWatch* watch_;
+  Session& session_;
   std::optional<Rapl> rapl_;
   GpuSummary seen_;
   double joules_before_ = 0;
@@ -62,7 +62,7 @@ GpuSummary Idle(Session& session, const Cell& cell, Meter& meter) {
   static std::map<std::string, GpuSummary> known;
   const auto found = known.find(cell.model);
   if (found != known.end()) return found->second;
-  Synchronize(session.device());
+  Synchronize(session.devices());
   // The power that NVML reports is a mean over a second: the warm-up's has to pass.
   std::this_thread::sleep_for(std::chrono::seconds(1));
   meter.Begin();
@@ -85,9 +85,9 @@ Counters Power(Session& session, const Cell& cell, benchmark::State& state) {
     double seconds = 0, tokens = 0;
     do {
       const at::Tensor first = decoding.Start();
-      Synchronize(session.device());
+      Synchronize(session.devices());
       meter.Begin();
-      seconds += Time(session.device(), [&] { decoding.Run(first); });
+      seconds += Time(session.devices(), [&] { decoding.Run(first); });
       meter.End();
       tokens += decoding.tokens();
     } while (seconds < 1);

@@ -1,7 +1,8 @@
 // prefill: time to store a whole prompt and know its next token. Counted: every token through the
 // model in calls of --prefill-chunk tokens, encoding and decoding of the cache included, logits of the
 // last token only. Limit: the operations of the weights and of attention over the GEMM rate measured in
-// the same run (peak_fraction).
+// the same run (peak_fraction); that of all GPUs where the layers are spread: a stage begins with the next call
+// while the following stages are busy with this one, so a prompt of many calls can fill them, one call cannot.
 #include "benchmarks/measurement.h"
 
 namespace kvq {
@@ -12,7 +13,7 @@ Counters Prefill(Session& session, const Cell& cell, benchmark::State& state) {
   const Backend& backend = FindBackend(cell.backend);
   const at::Tensor ids = session.context_ids(cell);
   KvCache cache(ParseSpec(cell.spec), model.cache_shape(cell.batch), cell.context, model.dtype(),
-                model.device());
+                model.cache_devices());
   const int64_t chunk = session.prefill_chunk(cell.batch);
   const auto prefill = [&](int64_t tokens) {
     cache.Clear();
@@ -31,9 +32,10 @@ Counters Prefill(Session& session, const Cell& cell, benchmark::State& state) {
   AddSpread(counters, "tokens_per_s", rates);
   const double flops = model.TokenFlops(false) * tokens + model.AttentionFlops(cell.batch, cell.context);
   const double median_s = counters.front().second / 1e3;
+  double rate = 0;
+  for (const at::Device device : model.devices()) rate += GemmRate(device, model.dtype());
   counters.emplace_back("gflop", flops / 1e9);
-  counters.emplace_back("peak_fraction",
-                        flops / median_s / GemmRate(model.device(), model.dtype()));
+  counters.emplace_back("peak_fraction", flops / median_s / rate);
   return counters;
 }
 

@@ -46,7 +46,7 @@ Shares MeasureShares(Session& session, const Cell& cell, const Spec& spec) {
   const Backend& backend = FindBackend(cell.backend);
   const int64_t steps = 8;
   KvCache cache(spec, model.cache_shape(cell.batch), cell.context + steps, model.dtype(),
-                model.device());
+                model.cache_devices());
   cache.CountTime(true);
   at::Tensor hidden;
   const auto next = [&] {
@@ -54,13 +54,13 @@ Shares MeasureShares(Session& session, const Cell& cell, const Spec& spec) {
   };
   at::Tensor token;
   const at::Tensor ids = session.context_ids(cell);
-  const double prefill_s = Time(model.device(), [&] {
+  const double prefill_s = Time(model.devices(), [&] {
     hidden = Feed(model, ids, cache, backend, session.prefill_chunk(cell.batch));
     token = next();
   });
   const CacheWork prefill = cache.work();
   cache.ResetWork();
-  const double decode_s = Time(model.device(), [&] {
+  const double decode_s = Time(model.devices(), [&] {
     for (int64_t i = 0; i < steps; ++i) {
       hidden = model.Forward(token, cache, backend);
       token = next();
@@ -80,7 +80,7 @@ double MovedBytes(const std::vector<Job>& jobs) {
   return static_cast<double>(bytes);
 }
 
-Counters Rates(const std::vector<double>& seconds, double bytes, at::Device device) {
+Counters Rates(const std::vector<double>& seconds, double bytes, const std::vector<at::Device>& devices) {
   std::vector<double> milliseconds, rates;
   for (const double s : seconds) {
     milliseconds.push_back(s * 1e3);
@@ -89,8 +89,9 @@ Counters Rates(const std::vector<double>& seconds, double bytes, at::Device devi
   Counters counters;
   AddSpread(counters, "gb_per_s", rates);
   AddSpread(counters, "all_layers_ms", milliseconds);
-  counters.emplace_back("peak_fraction",
-                        counters.front().second * 1e9 / ReadBandwidth(device));
+  double bandwidth = 0;  // GPUs that hold a layer each work at the same time
+  for (const at::Device device : devices) bandwidth += ReadBandwidth(device);
+  counters.emplace_back("peak_fraction", counters.front().second * 1e9 / bandwidth);
   return counters;
 }
 
@@ -102,7 +103,7 @@ Counters Quantize(Session& session, const Cell& cell, benchmark::State& state) {
   };
   encode();
   const std::vector<double> seconds = Samples(session, state, [&] { return session.Time(encode); });
-  Counters counters = Rates(seconds, MovedBytes(jobs), session.device());
+  Counters counters = Rates(seconds, MovedBytes(jobs), session.devices());
   const Shares shares = MeasureShares(session, cell, spec);
   counters.emplace_back("share_of_prefill", shares.encode_prefill);
   counters.emplace_back("share_of_decode", shares.encode_step);
@@ -124,7 +125,7 @@ Counters Dequantize(Session& session, const Cell& cell, benchmark::State& state)
   };
   decode();
   const std::vector<double> seconds = Samples(session, state, [&] { return session.Time(decode); });
-  Counters counters = Rates(seconds, MovedBytes(jobs), session.device());
+  Counters counters = Rates(seconds, MovedBytes(jobs), session.devices());
   const Shares shares = MeasureShares(session, cell, spec);
   counters.emplace_back("share_of_prefill", shares.decode_prefill);
   counters.emplace_back("share_of_decode", shares.decode_step);

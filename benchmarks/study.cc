@@ -19,7 +19,7 @@ at::Tensor StudyPrefill(const Model& model, const at::Tensor& ids, KvCache& cach
   const at::Tensor hidden = model.Forward(ids, cache, backend);
   const int64_t n = ids.size(1);
   at::Tensor logits = at::empty({ids.size(0), n, model.config().vocab_size},
-                                at::TensorOptions(model.dtype()).device(model.device()));
+                                hidden.options().dtype(model.dtype()));
   // Logits come in float32; of few positions at a time, so that no second copy of them all is made.
   for (int64_t begin = 0; begin < n; begin += 256) {
     const int64_t some = std::min<int64_t>(256, n - begin);

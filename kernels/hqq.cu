@@ -32,6 +32,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <set>
 #include <vector>
 
 #include "kernels/code_row.h"
@@ -588,16 +589,16 @@ __global__ void __launch_bounds__(256) DecodeKernel(BlockShape shape, KvView in,
 
 // Device memory that is given back in stream order and, up to 256 MiB, kept for the next call.
 void* AllocateScratch(int64_t bytes, cudaStream_t stream) {
-  static const bool kept = [] {
-    int device = 0;
+  static std::set<int> kept;  // GPUs whose pool has been told
+  int device = 0;
+  Check(cudaGetDevice(&device), "current device");
+  if (!kept.contains(device)) {
     cudaMemPool_t pool;
     uint64_t keep = uint64_t{256} << 20;
-    Check(cudaGetDevice(&device), "current device");
     Check(cudaDeviceGetDefaultMemPool(&pool, device), "memory pool");
     Check(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &keep), "memory pool");
-    return true;
-  }();
-  (void)kept;
+    kept.insert(device);
+  }
   void* scratch = nullptr;
   Check(cudaMallocAsync(&scratch, bytes, stream), "scratch memory");
   return scratch;
