@@ -47,7 +47,7 @@ at::Tensor SomeIds(const Model& model) {
 }
 
 // Logits of a prefill in calls of 13 tokens and of four greedy steps behind it.
-at::Tensor Run(const Model& model, const std::string& spec, const std::string& backend = "sdpa") {
+at::Tensor LogitsOf(const Model& model, const std::string& spec, const std::string& backend = "sdpa") {
   KvCache cache(ParseSpec(spec), model.cache_shape(2), 64, model.dtype(), model.cache_devices());
   at::Tensor hidden = Feed(model, SomeIds(model), cache, FindBackend(backend), 13);
   std::vector<at::Tensor> logits;
@@ -108,12 +108,12 @@ TEST(Pipeline, OneDeviceInStagesGivesTheSameBits) {
   const c10::InferenceMode guard;
   for (const std::string& name : TinyNames()) {
     const std::unique_ptr<Model> whole = Tiny(name, {kCpu}), staged = Tiny(name, {kCpu, kCpu, kCpu});
-    EXPECT_TRUE(at::equal(Run(*whole, "none"), Run(*staged, "none"))) << name;
+    EXPECT_TRUE(at::equal(LogitsOf(*whole, "none"), LogitsOf(*staged, "none"))) << name;
     EXPECT_EQ(whole->WeightBytes(), staged->WeightBytes()) << name;
     EXPECT_EQ(staged->WeightBytes(kCpu), staged->WeightBytes()) << name;
   }
   const auto quantized = [](const std::vector<at::Device>& devices) {
-    return Run(*Tiny("qwen3-gqa4", devices), "int8-hqq@group=16@residual=8");
+    return LogitsOf(*Tiny("gemma3-dim256", devices), "int8-hqq@group=32@residual=32@sinks=4");
   };
   EXPECT_TRUE(at::equal(quantized({kCpu}), quantized({kCpu, kCpu})));
 }
@@ -124,6 +124,7 @@ TEST(Pipeline, EveryLayerFindsItsInputsOnItsOwnDevice) {
   const c10::InferenceMode guard;
   std::set<size_t> first_of_meta;
   for (const std::string& name : TinyNames()) {
+    if (name.starts_with("gpt2")) continue;  // libtorch's LayerNorm knows no meta tensors
     for (const auto& devices : std::vector<std::vector<at::Device>>{
              {kCpu, kMeta}, {kCpu, kCpu, kMeta}, {kCpu, kMeta, kMeta}}) {
       const std::unique_ptr<Model> model = Tiny(name, devices);
@@ -182,27 +183,27 @@ TEST(PipelineGpu, OneGpuInStagesGivesTheSameBits) {
   const at::Device gpu(at::kCUDA, 0);
   for (const char* name : {"llama-gqa3", "qwen3-gqa4", "gemma4-shared"}) {
     const auto run = [&](const std::vector<at::Device>& devices) {
-      return Run(*Tiny(name, devices, at::kHalf), "none");
+      return LogitsOf(*Tiny(name, devices, at::kHalf), "none");
     };
     EXPECT_TRUE(at::equal(run({gpu}), run({gpu, gpu}))) << name;
   }
 }
 
-// The hidden state crosses once each way; the GPUs are taken to be of one kind, so that both choose the same kernels.
+// The GPUs are taken to be of one kind, so that both choose the same kernels.
 TEST(PipelineGpu, TwoGpusGiveTheBitsOfOne) {
   KVQ_NEEDS_TWO_GPUS();
   const c10::InferenceMode guard;
   const at::Device first(at::kCUDA, 0), second(at::kCUDA, 1);
-  for (const char* name : {"llama-gqa3", "qwen3-gqa4", "gpt2", "gemma4-shared"}) {
-    for (const char* spec : {"none", "int8-hqq@group=16@residual=8"}) {
-      const auto run = [&](const std::vector<at::Device>& devices) {
-        return Run(*Tiny(name, devices, at::kHalf), spec).cpu();
-      };
-      const at::Tensor one = run({first});
-      EXPECT_TRUE(at::equal(one, run({second}))) << name << " " << spec;
-      EXPECT_TRUE(at::equal(one, run({first, second}))) << name << " " << spec;
-      EXPECT_TRUE(at::equal(one, run({second, first}))) << name << " " << spec;
-    }
+  for (const auto& [name, spec] : {std::pair("llama-gqa3", "none"), std::pair("gpt2", "none"),
+                                   std::pair("gemma4-shared", "none"),
+                                   std::pair("gemma3-dim256", "int8-hqq@group=32@residual=32@sinks=4")}) {
+    const auto run = [&, name = name, spec = spec](const std::vector<at::Device>& devices) {
+      return LogitsOf(*Tiny(name, devices, at::kHalf), spec).cpu();
+    };
+    const at::Tensor one = run({first});
+    EXPECT_TRUE(at::equal(one, run({second}))) << name;
+    EXPECT_TRUE(at::equal(one, run({first, second}))) << name;
+    EXPECT_TRUE(at::equal(one, run({second, first}))) << name;
   }
 }
 
@@ -225,15 +226,15 @@ TEST(PipelineGpu, TheStopwatchSeesWorkOfTheSecondGpu) {
 // Sets environment variables for as long as it lives.
 class Environment {
  public:
-  explicit Environment(std::map<std::string, std::string> variables) : variables_(std::move(variables)) {
-    for (const auto& [name, value] : variables_) setenv(name.c_str(), value.c_str(), 1);
+  Environment(std::initializer_list<std::pair<const char*, const char*>> variables) : variables_(variables) {
+    for (const auto& [name, value] : variables_) setenv(name, value, 1);
   }
   ~Environment() {
-    for (const auto& [name, value] : variables_) unsetenv(name.c_str());
+    for (const auto& [name, value] : variables_) unsetenv(name);
   }
 
  private:
-  std::map<std::string, std::string> variables_;
+  const std::vector<std::pair<const char*, const char*>> variables_;
 };
 
 std::string RefusalOf(const std::string& device) {
@@ -246,7 +247,7 @@ std::string RefusalOf(const std::string& device) {
 }
 
 TEST(Devices, TheFlagNamesGpusByNumber) {
-  const Environment none({{"CTEST_RESOURCE_GROUP_COUNT", "0"}});
+  const Environment none{{"CTEST_RESOURCE_GROUP_COUNT", "0"}};
   EXPECT_EQ(ParseGpus("cpu"), (std::vector<int>{}));
   EXPECT_EQ(ParseGpus("cuda"), (std::vector<int>{0}));
   EXPECT_EQ(ParseGpus("cuda:3"), (std::vector<int>{3}));
@@ -263,18 +264,18 @@ TEST(Devices, TheFlagNamesGpusByNumber) {
 
 TEST(Devices, CtestAllotsTheGpusOfPlainCuda) {
   {
-    const Environment one({{"CTEST_RESOURCE_GROUP_COUNT", "1"}, {"CTEST_RESOURCE_GROUP_0_GPUS", "id:5,slots:1"}});
+    const Environment one{{"CTEST_RESOURCE_GROUP_COUNT", "1"}, {"CTEST_RESOURCE_GROUP_0_GPUS", "id:5,slots:1"}};
     EXPECT_EQ(ParseGpus("cuda"), (std::vector<int>{5}));
     EXPECT_EQ(ParseGpus("cuda:1"), (std::vector<int>{1})) << "who names a GPU gets it";
     EXPECT_EQ(ParseGpus("cpu"), (std::vector<int>{}));
   }
   {
-    const Environment two({{"CTEST_RESOURCE_GROUP_COUNT", "2"},
-                           {"CTEST_RESOURCE_GROUP_0_GPUS", "id:5,slots:1;id:2,slots:1"},
-                           {"CTEST_RESOURCE_GROUP_1_GPUS", "id:0,slots:1"}});
+    const Environment two{{"CTEST_RESOURCE_GROUP_COUNT", "2"},
+                          {"CTEST_RESOURCE_GROUP_0_GPUS", "id:5,slots:1;id:2,slots:1"},
+                          {"CTEST_RESOURCE_GROUP_1_GPUS", "id:0,slots:1"}};
     EXPECT_EQ(ParseGpus("cuda"), (std::vector<int>{5, 2, 0}));
   }
-  const Environment names({{"CTEST_RESOURCE_GROUP_COUNT", "1"}, {"CTEST_RESOURCE_GROUP_0_GPUS", "id:left,slots:1"}});
+  const Environment names{{"CTEST_RESOURCE_GROUP_COUNT", "1"}, {"CTEST_RESOURCE_GROUP_0_GPUS", "id:left,slots:1"}};
   EXPECT_NE(RefusalOf("cuda").find("'id:left,slots:1' is not the number of a GPU"), std::string::npos);
 }
 
@@ -339,7 +340,7 @@ TEST_F(Grid, NoGpuHasTwoCellsAtATimeAndBothWork) {
   for (const Cell& a : cells) {
     gpus.insert(a.gpu);
     for (const Cell& b : cells) {
-      if (&a != &b && a.gpu == b.gpu) EXPECT_TRUE(a.end <= b.begin || b.end <= a.begin) << a.gpu;
+      EXPECT_TRUE(&a == &b || a.gpu != b.gpu || a.end <= b.begin || b.end <= a.begin) << a.gpu;
     }
   }
   EXPECT_EQ(gpus, (std::set<std::string>{"id:97,slots:1 ", "id:98,slots:1 "}));
