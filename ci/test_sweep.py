@@ -243,6 +243,7 @@ JobAcctGatherType=jobacct_gather/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 MpiDefault=none
+MaxArraySize=5
 ReturnToService=2
 SlurmdTimeout=4
 InactiveLimit=0
@@ -254,6 +255,13 @@ PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
         self.environment = {**ENVIRONMENT, "SLURM_CONF": conf}
 
     def start(self):
+        try:
+            self.start_all()
+        except AssertionError as error:
+            logs = [read(path)[-500:] for path in sorted(glob.glob(f"{self.folder}/*.out"))]
+            raise AssertionError("\n".join([str(error), *logs])) from None
+
+    def start_all(self):
         self.spawn("munged", "munged", "--foreground", "--force", f"--key-file={self.folder}/key",
                    f"--socket={self.munge}/socket", f"--pid-file={self.munge}/pid", f"--log-file={self.munge}/log",
                    f"--seed-file={self.munge}/seed")
@@ -272,7 +280,7 @@ PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
         return dict(line.split() for line in listed.stdout.splitlines())
 
     def tasks(self):
-        listed = run("squeue", "--noheader", "--array", "--format=%K %T %N %r", environment=self.environment)
+        listed = run("squeue", "--noheader", "--array", "--format=%F_%K %T %N %r", environment=self.environment)
         return listed.stdout.splitlines()
 
     def stop(self):
@@ -327,6 +335,14 @@ class Slurm(Case):
         os.kill(pid, signal.SIGKILL)
         return os.path.dirname(lock), there
 
+    def jobs(self):
+        return json.loads(read(os.path.join(self.dir, "sweep.json")))["jobs"]
+
+    def task(self, line):
+        """The queue's line of a shard, empty if it is not in the queue."""
+        names = [f"{job}_{line - first} " for job, first in self.jobs()]
+        return next((task for task in self.cluster.tasks() if task.startswith(tuple(names))), "")
+
     def test_a_node_killed_in_the_middle_loses_nothing(self):
         # 6 shards of 4 benchmarks.
         flags = self.flags(contexts="64,96,128", windows=8, benchmark_filter="kv_size|perplexity|error|needle")
@@ -334,23 +350,24 @@ class Slurm(Case):
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertIn("6 missing, submitted", done.stderr)
         self.assertIn(" 0 missing", self.sweep(self.dir).stderr)  # nothing twice
+        # The cluster's arrays have 4 tasks at most, so there are two.
+        self.assertEqual([first for job, first in self.jobs()], [0, 4])
         # One that waits is cancelled, by its owner or a limit: the sweep run again brings back this one.
-        job = json.loads(read(os.path.join(self.dir, "sweep.json")))["jobs"][0][0]
-        run("scancel", f"{job}_6", environment=self.environment)
-        wait_for("task 6 cancelled", lambda: not any(task.startswith("6 ") for task in self.cluster.tasks()))
+        run("scancel", self.task(6).split()[0], environment=self.environment)
+        wait_for("shard 6 cancelled", lambda: not self.task(6))
         self.assertIn(" 1 missing, submitted", self.sweep(self.dir).stderr)
-        self.assertEqual(len(json.loads(read(os.path.join(self.dir, "sweep.json")))["jobs"]), 2)
+        self.assertEqual([first for job, first in self.jobs()], [0, 4, 4])
         shard, there = self.kill_node("n2")
         before = json.loads(read(os.path.join(shard, "benchmarks.json")))["benchmarks"]
         self.assertEqual(len(before), there)
         line = 1 + [f"cell-{name}" for name in self.hashes()].index(os.path.basename(shard))
-        waits = wait_for("the shard requeued", lambda: [
-            task for task in self.cluster.tasks() if task.startswith(f"{line} PENDING")], 60)
+        waits = wait_for("the shard requeued", lambda: " PENDING " in self.task(line) and self.task(line), 60)
         at_kill = self.sweep("status", self.dir).stdout
         self.assertIn(f"pending    {there}/4  line {line}:", at_kill)
         self.assertIn(" 0 missing", self.sweep(self.dir).stderr)
         # Slurm begins a requeued task after two minutes.
-        now = run("scontrol", "update", f"JobId={job}_{line}", "StartTime=now", environment=self.environment)
+        now = run("scontrol", "update", f"JobId={waits.split()[0]}", "StartTime=now",
+                  environment=self.environment)
         self.assertEqual(now.returncode, 0, now.stderr)
         self.cluster.spawn("n2", "slurmd", "-D", "-N", "n2")
         wait_for("the end of the tasks", lambda: not self.cluster.tasks(), 120)
@@ -370,7 +387,7 @@ class Slurm(Case):
         nodes = [re.findall(r"^job \S+ on (\w+),", read(os.path.join(self.dir, f"cell-{name}", "log.txt")), re.M)
                  for name in self.hashes()]
         self.assertEqual((nodes[line - 1][0], len(nodes[line - 1])), ("n2", 2))
-        print(f"node n2 killed with {there} of 4 benchmarks of shard {line} there (then: {waits[0]}); "
+        print(f"node n2 killed with {there} of 4 benchmarks of shard {line} there (then: {waits}); "
               f"nodes of each shard: {nodes}; {fields} fields of 24 benchmarks equal an uninterrupted run's")
         print(at_kill)
 
