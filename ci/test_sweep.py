@@ -244,6 +244,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 MpiDefault=none
 MaxArraySize=5
+SchedulerParameters=sched_interval=1,bf_interval=1
 ReturnToService=2
 SlurmdTimeout=4
 InactiveLimit=0
