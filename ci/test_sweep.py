@@ -362,7 +362,8 @@ class Slurm(Case):
         before = json.loads(read(os.path.join(shard, "benchmarks.json")))["benchmarks"]
         self.assertEqual(len(before), there)
         line = 1 + [f"cell-{name}" for name in self.hashes()].index(os.path.basename(shard))
-        waits = wait_for("the shard requeued", lambda: " PENDING " in self.task(line) and self.task(line), 60)
+        # The controller takes 25 s to 90 s to see that a node is gone.
+        waits = wait_for("the shard requeued", lambda: " PENDING " in self.task(line) and self.task(line), 180)
         at_kill = self.sweep("status", self.dir).stdout
         self.assertIn(f"pending    {there}/4  line {line}:", at_kill)
         self.assertIn(" 0 missing", self.sweep(self.dir).stderr)
