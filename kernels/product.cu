@@ -16,6 +16,7 @@
 // Which column is which k of an instruction does not matter as long as x and weight agree: lane (g,
 // t) takes columns 8 t to 8 t + 7 of 32, one access of 16 bytes, for two instructions.
 #include <algorithm>
+#include <stdexcept>
 
 #include "kernels/step.cuh"
 #include "kernels/step.h"
