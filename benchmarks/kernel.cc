@@ -14,11 +14,11 @@
 #include "benchmarks/measurement.h"
 #include "fixtures/codec_tensors.h"
 #include "kernels/attention.h"
+#include "kernels/cuda_check.h"
 #include "kernels/error.h"
 #ifdef KVQ_CUDA
 #include <c10/core/StreamGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
-#include <cuda_runtime_api.h>
 #endif
 
 namespace kvq {
@@ -27,10 +27,6 @@ namespace {
 using at::Tensor;
 
 #ifdef KVQ_CUDA
-
-void Check(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(StrCat("CUDA: ", cudaGetErrorString(error)));
-}
 
 // Microseconds of one of `calls` calls in a replayed graph: one for each iteration of the state, or `repeats` of them.
 // call(i, stream) enqueues call number i.
@@ -43,26 +39,26 @@ class GraphTimer {
   template <typename Call>
   std::vector<double> Measure(int calls, int repeats, const Call& call) const {
     const c10::StreamGuard guard(aten_stream_);
-    Check(cudaDeviceSynchronize());
+    Check(cudaDeviceSynchronize(), "timing of a kernel");
     for (int i = 0; i < calls; ++i) call(i, stream_);  // warm-up; libraries allocate what they need
-    Check(cudaStreamSynchronize(stream_));
+    Check(cudaStreamSynchronize(stream_), "timing of a kernel");
     cudaGraph_t graph = nullptr;
     cudaGraphExec_t executable = nullptr;
     cudaEvent_t begin = nullptr, end = nullptr;
-    Check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal));
+    Check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "timing of a kernel");
     for (int i = 0; i < calls; ++i) call(i, stream_);
-    Check(cudaStreamEndCapture(stream_, &graph));
-    Check(cudaGraphInstantiate(&executable, graph, 0));
-    Check(cudaEventCreate(&begin));
-    Check(cudaEventCreate(&end));
+    Check(cudaStreamEndCapture(stream_, &graph), "timing of a kernel");
+    Check(cudaGraphInstantiate(&executable, graph, 0), "timing of a kernel");
+    Check(cudaEventCreate(&begin), "timing of a kernel");
+    Check(cudaEventCreate(&end), "timing of a kernel");
     std::vector<double> microseconds;
     for (int i = -1; i < repeats; ++i) {
-      Check(cudaEventRecord(begin, stream_));
-      Check(cudaGraphLaunch(executable, stream_));
-      Check(cudaEventRecord(end, stream_));
-      Check(cudaEventSynchronize(end));
+      Check(cudaEventRecord(begin, stream_), "timing of a kernel");
+      Check(cudaGraphLaunch(executable, stream_), "timing of a kernel");
+      Check(cudaEventRecord(end, stream_), "timing of a kernel");
+      Check(cudaEventSynchronize(end), "timing of a kernel");
       float milliseconds = 0;
-      Check(cudaEventElapsedTime(&milliseconds, begin, end));
+      Check(cudaEventElapsedTime(&milliseconds, begin, end), "timing of a kernel");
       if (i >= 0) microseconds.push_back(milliseconds * 1e3 / calls);
     }
     cudaEventDestroy(begin), cudaEventDestroy(end);

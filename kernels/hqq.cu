@@ -32,7 +32,6 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <set>
 #include <vector>
 
 #include "kernels/code_row.h"
@@ -111,7 +110,6 @@ struct BlockShape {
   KVQ_HD int64_t Flat(int64_t g, int64_t i) const {
     return across ? i * groups() + g : g * group + i;
   }
-  KVQ_HD int64_t GroupOf(int64_t flat) const { return across ? flat % groups() : flat / group; }
 };
 
 // Where slot g (over head, token, head_dim / group) of a block of metadata lies.
@@ -585,23 +583,6 @@ __global__ void __launch_bounds__(256) DecodeKernel(BlockShape shape, KvView in,
     }
     StoreEight<kType>(out, Offset(out, b, h, t, eight * 8), wide, values);
   }
-}
-
-// Device memory that is given back in stream order and, up to 256 MiB, kept for the next call.
-void* AllocateScratch(int64_t bytes, cudaStream_t stream) {
-  static std::set<int> kept;  // GPUs whose pool has been told
-  int device = 0;
-  Check(cudaGetDevice(&device), "current device");
-  if (!kept.contains(device)) {
-    cudaMemPool_t pool;
-    uint64_t keep = uint64_t{256} << 20;
-    Check(cudaDeviceGetDefaultMemPool(&pool, device), "memory pool");
-    Check(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &keep), "memory pool");
-    kept.insert(device);
-  }
-  void* scratch = nullptr;
-  Check(cudaMallocAsync(&scratch, bytes, stream), "scratch memory");
-  return scratch;
 }
 
 template <int kBits, int n, bool kAcross>

@@ -4,7 +4,7 @@
 
 #include <stdexcept>
 
-#include "kernels/error.h"
+#include "kernels/cuda_check.h"
 
 namespace kvq {
 
@@ -41,11 +41,6 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x % 32 == 0) atomicXor(&block, warp);
   __syncthreads();
   if (threadIdx.x == 0) atomicXor(folded, block);
-}
-
-void Check(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
-  throw std::runtime_error(StrCat("CUDA, ", what, ": ", cudaGetErrorString(error)));
 }
 
 }  // namespace
