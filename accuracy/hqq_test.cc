@@ -93,17 +93,22 @@ std::vector<double> Reference(const std::vector<double>& x, int bits, int iterat
   return out;
 }
 
-// One group, so that the whole-block stop is this group's: iterate until the error no longer falls.
-std::vector<double> ReferenceGroup(const std::vector<double>& x, int bits) {
+// One group, so that the whole-block stop is this group's: iterate until the error no longer falls. Where as many
+// elements lie above their codes as below, the error is the same before and after in exact arithmetic, and the
+// rounding of float32 decides: then stopping and going on are both right.
+std::vector<std::vector<double>> ReferenceGroup(const std::vector<double>& x, int bits) {
+  constexpr double kRounding = 32 * 0x1p-24;  // of a sum of at most 128 terms, as a tree: 7 roundings, twice
+  std::vector<std::vector<double>> right;
   double best = INFINITY;
   for (int iterations = 1; iterations <= 20; ++iterations) {
     double error = 0;
     std::vector<double> out = Reference(x, bits, iterations, error);
-    // float32 errors that differ in the last digits decide the stop; below that nothing changes.
-    if (iterations == 20 || !(error < best * (1 - 1e-7))) return out;
+    const bool falls = error < best * (1 - kRounding), rises = error > best * (1 + kRounding);
+    if (!falls || iterations == 20) right.push_back(std::move(out));
+    if (rises) break;
     best = error;
   }
-  return {};
+  return right;
 }
 
 TEST(Hqq, MatchesItsDefinitionInDoublePrecision) {
@@ -114,15 +119,18 @@ TEST(Hqq, MatchesItsDefinitionInDoublePrecision) {
         // Twice, as 32 channels are too few for a row of 2-bit codes.
         const at::Tensor x = Input(values, {1, 1, group, 1}).repeat({1, 1, 1, 2});
         const at::Tensor out = RoundTrip(KeysOf(bits, false), {.group_size = group}, x, 1);
-        const std::vector<double> expected =
-            ReferenceGroup(std::vector<double>(values.begin(), values.end()), bits);
         const float range = (x.max() - x.min()).item<float>();
-        for (int64_t i = 0; i < group; ++i) {
-          // fp16 scale (2^-11 of |q| / s <= range) and zero (2^-11 |z| / s <= range for data around 0), and
-          // one code where a border is hit; with the stop a digit earlier or later, a little more.
-          EXPECT_NEAR(out.flatten()[i].item<float>(), expected[i], range * 2.5e-3)
-              << "bits " << bits << " group " << group << " seed " << seed << " element " << i;
+        double nearest = INFINITY;  // the largest difference from the reference that is nearest
+        for (const auto& expected : ReferenceGroup(std::vector<double>(values.begin(), values.end()), bits)) {
+          double largest = 0;
+          for (int64_t i = 0; i < group; ++i) {
+            largest = std::max(largest, std::abs(out.flatten()[i].item<float>() - expected[i]));
+          }
+          nearest = std::min(nearest, largest);
         }
+        // fp16 scale (2^-11 of |q| / s <= range) and zero (2^-11 |z| / s <= range for data around 0), and
+        // one code where a border is hit.
+        EXPECT_LE(nearest, range * 2.5e-3) << "bits " << bits << " group " << group << " seed " << seed;
       }
     }
   }

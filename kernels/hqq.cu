@@ -9,7 +9,9 @@
 //                   z = mean(q - (x - e) s)
 //   code q = clamp(round(x s + z), 0, m);   stored are q, fp16(1 / s), fp16(z)
 //   decoded: (q - fp16(z)) fp16(1 / s)
-// with shrink(d) = sign(d) max(|d| - |d|^(p-1) / beta, 0), p = 0.7, beta = 10, rounding half to even.
+// with shrink(d) = sign(d) max(|d| - |d|^(p-1) / beta, 0), p = 0.7, beta = 10, rounding half to even. Computed is the
+// same in other words, which cost half as much: with d = x s + z - q, an error in codes, and clip(d) what shrink
+// takes from it, q - (x - e) s = q + (d - clip(d)) - x s, whose last term has the same mean in all iterations.
 // The iterations end when the mean |x - r| over everything encoded together (a block: all heads and
 // block_tokens tokens of a sequence) no longer falls.
 //
@@ -47,8 +49,8 @@ constexpr float kLargestHalf = 65504;
 
 // ---- arithmetic of one element, shared by CPU and GPU
 
-// Where |d| <= 0.17, |d|^-0.3 / 10 > |d|: shrink(d) = 0.
-constexpr float kShrinksToZero = 0.17f;
+// Where |d| <= 0.17, |d|^-0.3 / 10 > |d|: shrink takes all of it.
+constexpr float kAllTaken = 0.17f;
 
 // 2^(-0.3 e) / 10 for every exponent a float can have, biased by 127; 0 for that of infinity.
 struct PowerTable {
@@ -61,26 +63,23 @@ constexpr PowerTable kPowers = [] {
   return table;
 }();
 
-// shrink(d). a^-0.3 = 2^(-0.3 e) m^-0.3 for a = 2^e m: the table times a polynomial for 1 <= m < 2, relative error
-// below 5e-6.
-KVQ_HD inline float Shrink(float d, const PowerTable& powers) {
-  const uint32_t bits = FloatBits(d);
-  const float m = BitsFloat((bits & 0x007FFFFF) | 0x3F800000), a = BitsFloat(bits & 0x7FFFFFFF);
-  float p = -0.014653758f;
-  p = fmaf(p, m, 0.13453212f);
-  p = fmaf(p, m, -0.51638743f);
-  p = fmaf(p, m, 1.0785673f);
-  p = fmaf(p, m, -1.3724519f);
-  p = fmaf(p, m, 1.6903888f);
-  const float shrunk = fmaf(-powers.of[bits >> 23 & 0xFF], p, a);
-  return BitsFloat(FloatBits(Larger(shrunk, 0)) | (bits & 0x80000000));
+// What shrink takes from an error: limited to +- |d|^-0.3 / 10. For a = |d| = 2^e m, a^-0.3 = 2^(-0.3 e) m^-0.3: the
+// table times a polynomial for 1 <= m < 2, relative error below 5e-6. Here d is in codes, d inverse in units of x,
+// and the limit back in codes by the polynomial's coefficients, which are multiplied by s.
+struct ClipPolynomial {
+  float of[6];
+};
+KVQ_HD inline ClipPolynomial ClipPolynomialFor(float s) {
+  return {{-0.014653758f * s, 0.13453212f * s, -0.51638743f * s, 1.0785673f * s, -1.3724519f * s, 1.6903888f * s}};
 }
-
-// a / s by inverse = 1 / s (both rounded): near, plus what it lacks. The same bits as the division wherever that
-// neither overflows nor underflows (Markstein, 1990; none differed in 2^30 of the hardest cases).
-KVQ_HD inline float Quotient(float a, float s, float inverse) {
-  const float near = a * inverse;
-  return fmaf(fmaf(-near, s, a), inverse, near);
+KVQ_HD inline float Clip(float d, float inverse, const ClipPolynomial& polynomial, const PowerTable& powers) {
+  const uint32_t sign = FloatBits(d) & 0x80000000, magnitude = FloatBits(d) & 0x7FFFFFFF;
+  const uint32_t a = FloatBits(BitsFloat(magnitude) * inverse);
+  const float m = BitsFloat((a & 0x007FFFFF) | 0x3F800000);
+  float limit = polynomial.of[0];
+  for (int k = 1; k < 6; ++k) limit = fmaf(limit, m, polynomial.of[k]);
+  limit *= powers.of[a >> 23 & 0xFF];
+  return BitsFloat(FloatBits(Smaller(limit, BitsFloat(magnitude))) | sign);
 }
 
 // Scale and zero point that the solver starts from; both NaN where something in the group is not finite.
@@ -130,14 +129,24 @@ KVQ_VECTOR void InitGroup(const float* x, float m, float* s, float* z) {
   InitialScale(RangeOf<n>(x), m, *s, *z);
 }
 
-// One iteration: moves z, returns the sum of |x - r| before that.
+// Mean of x s + z.
 template <int n>
-KVQ_VECTOR float StepGroup(const float* x, float m, float s, float* z) {
-  float q[n], error[n], distance[n], largest[n];
+KVQ_VECTOR float MeanOf(const float* x, float s, float z) {
+  float u[n];
+  for (int i = 0; i < n; ++i) u[i] = x[i] * s + z;
+  return TreeSum<n>(u) / n;
+}
+
+// One iteration: moves z, which began as `first` with a mean of x s + first of `mean`; returns the sum of |x - r|
+// before that.
+template <int n>
+KVQ_VECTOR float StepGroup(const float* x, float m, float s, float first, float mean, float* z) {
+  float target[n], error[n], distance[n], largest[n];
   const float zero = *z, inverse = 1.0f / s;
   for (int i = 0; i < n; ++i) {
-    q[i] = RoundCode(x[i] * s + zero, m);
-    error[i] = x[i] - Quotient(q[i] - zero, s, inverse);
+    const float u = x[i] * s + zero;
+    target[i] = RoundCode(u, m);
+    error[i] = u - target[i];
     largest[i] = distance[i] = std::fabs(error[i]);
   }
   for (int stride = n / 2; stride > 0; stride /= 2) {
@@ -145,13 +154,12 @@ KVQ_VECTOR float StepGroup(const float* x, float m, float s, float* z) {
       largest[i] = largest[i] > largest[i + stride] ? largest[i] : largest[i + stride];
     }
   }
-  if (largest[0] > kShrinksToZero) {
-    for (int i = 0; i < n; ++i) q[i] = fmaf(Shrink(error[i], kPowers) - x[i], s, q[i]);
-  } else {
-    for (int i = 0; i < n; ++i) q[i] = fmaf(-x[i], s, q[i]);
+  if (largest[0] * inverse > kAllTaken) {
+    const ClipPolynomial polynomial = ClipPolynomialFor(s);
+    for (int i = 0; i < n; ++i) target[i] += error[i] - Clip(error[i], inverse, polynomial, kPowers);
   }
-  *z = TreeSum<n>(q) / n;
-  return TreeSum<n>(distance);
+  *z = first + (TreeSum<n>(target) / n - mean);
+  return TreeSum<n>(distance) * inverse;
 }
 
 template <int n>
@@ -186,6 +194,7 @@ void EncodeBlock(const BlockShape& shape, const DenseView& x, int64_t b, int64_t
   const int64_t groups = shape.groups();
   const int64_t rows = shape.heads * shape.tokens, row_size = shape.head_dim;
   std::vector<float> values(groups * n), scales(groups), zeros(groups), errors(groups);
+  std::vector<float> first_zeros(groups), means(groups);
   // Elements group by group, so that everything after this runs over consecutive memory.
   ForEach(parallel, rows, [&](int64_t row) {
     float* plain = &values[row * row_size];
@@ -201,11 +210,15 @@ void EncodeBlock(const BlockShape& shape, const DenseView& x, int64_t b, int64_t
       values[flat % groups * n + flat / groups] = plain[d];
     }
   });
-  ForEach(parallel, groups, [&](int64_t g) { InitGroup<n>(&values[g * n], m, &scales[g], &zeros[g]); });
+  ForEach(parallel, groups, [&](int64_t g) {
+    InitGroup<n>(&values[g * n], m, &scales[g], &zeros[g]);
+    first_zeros[g] = zeros[g];
+    means[g] = MeanOf<n>(&values[g * n], scales[g], zeros[g]);
+  });
   float best = INFINITY;
   for (int iteration = 0; iteration < kIterations; ++iteration) {
     ForEach(parallel, groups, [&](int64_t g) {
-      errors[g] = StepGroup<n>(&values[g * n], m, scales[g], &zeros[g]);
+      errors[g] = StepGroup<n>(&values[g * n], m, scales[g], first_zeros[g], means[g], &zeros[g]);
     });
     const float error =
         static_cast<float>(ErrorSum(errors) / static_cast<double>(groups * n));
@@ -318,15 +331,26 @@ std::vector<Plane> Planes(int64_t /*heads*/, int64_t head_dim, const CodecParams
 
 // Of the groups of some blocks, block by block.
 struct Solved {
-  int64_t first_block, blocks, groups;  // groups of one block
-  float* scales;                        // [blocks, groups]
-  float* zeros;                         // [kIterations, blocks, groups], after the iteration
-  float* errors;                        // likewise, the sum of |x - r| in it
-  int* stops;                           // [blocks], the last iteration
-  __host__ __device__ int64_t all() const { return blocks * groups; }
+  uint32_t first_block, blocks, groups;  // groups of one block
+  float* scales;                         // [blocks, groups]
+  float* zeros;                          // [kIterations, blocks, groups], after the iteration, up to `settled`
+  float* errors;                         // likewise, the sum of |x - r| in it
+  int* stops;                            // [blocks], the last iteration
+  uint8_t* settled;                      // [blocks, groups], the iteration that all later ones repeat
+  __host__ __device__ uint32_t all() const { return blocks * groups; }
 };
-constexpr int64_t kSolvedBytes = (2 * kIterations + 1) * 4;  // a group
+constexpr int64_t kSolvedBytes = (2 * kIterations + 1) * 4 + 1;  // a group
 constexpr int kSolveThreads = 128, kSolveEach = 8;
+
+// How a block's numbers split into rows, heads and sequences, without divisions.
+struct Places {
+  Divisor groups, head_dim, tokens, heads, blocks;  // of a block; blocks of a sequence
+  Places(const BlockShape& shape, const DenseView& x)
+      : groups(shape.groups()), head_dim(shape.head_dim), tokens(shape.tokens), heads(shape.heads),
+        blocks(x.tokens / shape.tokens) {}
+};
+
+__device__ const PowerTable kDevicePowers = kPowers;
 
 // TreeSum of a group whose elements lane, lane + kLanes, ... are in one lane of kLanes; all of them get it.
 template <int kLanes, int kEach, int kStride = kEach / 2>
@@ -344,19 +368,17 @@ __device__ __forceinline__ float LanesTreeSum(float (&x)[kEach]) {
 
 // Elements of group `g` of a block, as LanesTreeSum wants them.
 template <int n, bool kAcross, int kLanes, int kEach>
-__device__ __forceinline__ void LoadGroup(const BlockShape& shape, const DenseView& x, int64_t block, uint32_t g,
-                                          int lane, float (&values)[kEach]) {
-  const uint32_t blocks = static_cast<uint32_t>(x.tokens / shape.tokens);  // of a sequence
-  const int64_t b = static_cast<uint32_t>(block) / blocks, first = static_cast<uint32_t>(block) % blocks * shape.tokens;
+__device__ __forceinline__ void LoadGroup(const BlockShape& shape, const Places& places, const DenseView& x,
+                                          uint32_t block, uint32_t g, int lane, float (&values)[kEach]) {
+  const auto [b, block_of_sequence] = places.blocks.Of(block);
   const auto place = [&](uint32_t flat) {
-    const uint32_t row = flat / static_cast<uint32_t>(shape.head_dim);
-    return Offset(x, b, row / static_cast<uint32_t>(shape.tokens),
-                  first + row % static_cast<uint32_t>(shape.tokens),
-                  flat % static_cast<uint32_t>(shape.head_dim));
+    const auto [row, channel] = places.head_dim.Of(flat);
+    const auto [head, token] = places.tokens.Of(row);
+    return Offset(x, b, head, int64_t{block_of_sequence} * shape.tokens + token, channel);
   };
   const int64_t start = kAcross ? 0 : place(g * n) + lane;
   const auto offset = [&](int i) {
-    return kAcross ? place((lane + i * kLanes) * static_cast<uint32_t>(shape.groups()) + g) : start + i * kLanes;
+    return kAcross ? place((lane + i * kLanes) * places.groups.divisor + g) : start + i * kLanes;
   };
   if (x.dtype == DType::kFloat32) {
 #pragma unroll
@@ -366,52 +388,50 @@ __device__ __forceinline__ void LoadGroup(const BlockShape& shape, const DenseVi
   uint16_t raw[kEach];
 #pragma unroll
   for (int i = 0; i < kEach; ++i) raw[i] = static_cast<const uint16_t*>(x.data)[offset(i)];
+  float unused;
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
-    values[i] = x.dtype == DType::kFloat16 ? HalfToFloat(raw[i]) : BFloat16ToFloat(raw[i]);
+    if (x.dtype == DType::kFloat16) UnpackTwo<DType::kFloat16>(raw[i], values[i], unused);
+    else values[i] = BFloat16ToFloat(raw[i]);
   }
 }
 
-// One iteration of StepGroup: the new z, and the sum of |x - r| into `error`. Without kShrink it takes
-// shrink(d) for 0 and tells by `beyond` if that was wrong anywhere.
-template <int kLanes, bool kShrink, int kEach>
-__device__ __forceinline__ float Step(const float (&x)[kEach], const float (&scaled)[kEach], float m, float s,
-                                      float inverse, float z, const PowerTable& powers, float& error,
+// One iteration of StepGroup: the target's sum and the sum of |x - r|. Without kClips it takes clip(d) for d and tells
+// by `beyond` if that was wrong anywhere.
+template <int kLanes, bool kClips, int kEach>
+__device__ __forceinline__ float Step(const float (&scaled)[kEach], float m, float z, float inverse,
+                                      const ClipPolynomial& polynomial, const PowerTable& powers, float& error,
                                       bool& beyond) {
   float distance[kEach], target[kEach], largest = 0;
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
-    const float q = RoundCode(scaled[i] + z, m), centred = q - z;
-    const float d = x[i] - Quotient(centred, s, inverse);
+    const float u = scaled[i] + z, q = RoundCode(u, m), d = u - q;
     distance[i] = fabsf(d);
-    if constexpr (kShrink) {
-      target[i] = fmaf(Shrink(d, powers) - x[i], s, q);
-    } else {
-      target[i] = fmaf(-x[i], s, q);
-      largest = fmaxf(largest, distance[i]);
-    }
+    target[i] = kClips ? q + (d - Clip(d, inverse, polynomial, powers)) : q;
+    if constexpr (!kClips) largest = fmaxf(largest, distance[i]);
   }
-  beyond = largest > kShrinksToZero;
-  error = LanesTreeSum<kLanes>(distance);
-  return LanesTreeSum<kLanes>(target) / static_cast<float>(kEach * kLanes);
+  beyond = largest * inverse > kAllTaken;
+  error = LanesTreeSum<kLanes>(distance) * inverse;
+  return LanesTreeSum<kLanes>(target);
 }
 
 // Eight elements a lane: few enough that the groups of one warp stand still at about the same time.
 template <int n, bool kAcross>
-__global__ void __launch_bounds__(kSolveThreads) SolveKernel(BlockShape shape, DenseView x, float m, PowerTable constants,
-                                                   Solved solved) {
+__global__ void __launch_bounds__(kSolveThreads) SolveKernel(BlockShape shape, const Places places, DenseView x, float m,
+                                                             Solved solved) {
   constexpr int kEach = kSolveEach, kLanes = n / kEach;
   __shared__ PowerTable powers;
-  for (int i = threadIdx.x; i < 256; i += kSolveThreads) powers.of[i] = constants.of[i];
+  for (int i = threadIdx.x; i < 256; i += kSolveThreads) powers.of[i] = kDevicePowers.of[i];
   __syncthreads();
-  const uint32_t all = static_cast<uint32_t>(solved.all());
+  const uint32_t all = solved.all();
   const uint32_t index = (blockIdx.x * kSolveThreads + threadIdx.x) / kLanes;
   const uint32_t id = index < all ? index : all - 1;  // lanes past the end go along and store nothing
   const int lane = threadIdx.x % kLanes;
   const bool stores = lane == 0 && index < all;
   float values[kEach], scaled[kEach];
-  const uint32_t groups = static_cast<uint32_t>(solved.groups);
-  LoadGroup<n, kAcross, kLanes>(shape, x, solved.first_block + id / groups, id % groups, lane, values);
+  const auto [block, g] = places.groups.Of(id);
+  WaitForPredecessors();
+  LoadGroup<n, kAcross, kLanes>(shape, places, x, solved.first_block + block, g, lane, values);
   float low = values[0], high = values[0];
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
@@ -425,48 +445,55 @@ __global__ void __launch_bounds__(kSolveThreads) SolveKernel(BlockShape shape, D
     low = other_low < low ? other_low : low;
     high = other_high > high ? other_high : high;
   }
-  float s, z;
-  InitialScale({low, high, LanesTreeSum<kLanes>(scaled)}, m, s, z);
+  float s, first;
+  InitialScale({low, high, LanesTreeSum<kLanes>(scaled)}, m, s, first);
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) scaled[i] = values[i] * s;
-  if (stores) solved.scales[id] = s;
-  const float inverse = 1.0f / s;
-
-  bool shrink = false;
-#pragma unroll 1
-  for (int iteration = 0; iteration < kIterations; ++iteration) {
-    float error, moved;
-    bool beyond = false;
-    if (!shrink) {
-      moved = Step<kLanes, false>(values, scaled, m, s, inverse, z, powers, error, beyond);
-      shrink = __any_sync(~0u, beyond);
-    }
-    if (shrink) moved = Step<kLanes, true>(values, scaled, m, s, inverse, z, powers, error, beyond);
-    const bool still = moved == z || (z != z && moved != moved);
-    z = moved;
-    // Where every group of the warp stands still, the rest is more of the same.
-    const int last = __all_sync(~0u, still) ? kIterations - 1 : iteration;
-    for (; iteration <= last; ++iteration) {
-      if (!stores) continue;
-      solved.zeros[iteration * int64_t{all} + id] = z;
-      solved.errors[iteration * int64_t{all} + id] = error;
-    }
-    iteration = last;
+  for (int i = 0; i < kEach; ++i) {
+    scaled[i] = values[i] * s;
+    values[i] = scaled[i] + first;
   }
+  const float mean = LanesTreeSum<kLanes>(values) / n, inverse = 1.0f / s;
+  const ClipPolynomial polynomial = ClipPolynomialFor(s);
+  if (stores) solved.scales[id] = s;
+  float* zeros = solved.zeros + id;
+  float* errors = solved.errors + id;
+
+  float z = first;
+  int settled = kIterations;
+  bool clips = false;
+#pragma unroll 1
+  for (int iteration = 0; iteration < kIterations; ++iteration, zeros += all, errors += all) {
+    float error, target;
+    bool beyond = false;
+    if (!clips) {
+      target = Step<kLanes, false>(scaled, m, z, inverse, polynomial, powers, error, beyond);
+      clips = __any_sync(~0u, beyond);
+    }
+    if (clips) target = Step<kLanes, true>(scaled, m, z, inverse, polynomial, powers, error, beyond);
+    const float moved = first + (target / n - mean);
+    if (stores && iteration <= settled) *zeros = moved, *errors = error;
+    if (settled > iteration && (moved == z || (z != z && moved != moved))) settled = iteration;
+    z = moved;
+    if (__all_sync(~0u, settled <= iteration)) break;  // the rest is more of the same
+  }
+  if (stores) solved.settled[id] = static_cast<uint8_t>(settled < kIterations ? settled : kIterations - 1);
+  LaunchDependents();
 }
 
 // One thread block a block, one warp an iteration: ErrorSum, and where it no longer falls.
 __global__ void __launch_bounds__(32 * kIterations) StopKernel(Solved solved, int64_t group) {
   __shared__ float means[kIterations];
-  const int lane = threadIdx.x % 32, iteration = threadIdx.x / 32;
-  const float* errors = solved.errors + iteration * solved.all() + blockIdx.x * solved.groups;
+  const uint32_t lane = threadIdx.x % 32, iteration = threadIdx.x / 32, begin = blockIdx.x * solved.groups;
   double sums[8] = {};  // of ErrorSum's lanes lane, lane + 32, ...
-#pragma unroll 4
-  for (int64_t first = 0; first < solved.groups; first += 256) {
+  WaitForPredecessors();
+#pragma unroll 2
+  for (uint32_t first = 0; first < solved.groups; first += 256) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const int64_t g = first + lane + 32 * i;
-      if (g < solved.groups) sums[i] += errors[g];
+      const uint32_t g = first + lane + 32 * i;
+      if (g >= solved.groups) continue;
+      const uint32_t row = min(iteration, uint32_t{solved.settled[begin + g]});
+      sums[i] += solved.errors[int64_t{row} * solved.all() + begin + g];
     }
   }
 #pragma unroll
@@ -475,7 +502,9 @@ __global__ void __launch_bounds__(32 * kIterations) StopKernel(Solved solved, in
     for (int i = 0; i < stride; ++i) sums[i] += sums[i + stride];
   }
   for (int stride = 16; stride > 0; stride /= 2) sums[0] += __shfl_down_sync(~0u, sums[0], stride);
-  if (lane == 0) means[iteration] = static_cast<float>(sums[0] / static_cast<double>(solved.groups * group));
+  if (lane == 0) {
+    means[iteration] = static_cast<float>(sums[0] / static_cast<double>(int64_t{solved.groups} * group));
+  }
   __syncthreads();
   if (threadIdx.x != 0) return;
   float best = INFINITY;
@@ -484,35 +513,45 @@ __global__ void __launch_bounds__(32 * kIterations) StopKernel(Solved solved, in
   solved.stops[blockIdx.x] = stop;
 }
 
-// One thread a word of codes, see code_row.h; and one a group for scale and zero point. There are fewer than 2^32 of
-// both: 64-bit divisions would be most of the work.
+// One thread a word of codes, see code_row.h; and one a group for scale and zero point. `pairs`: two neighbouring
+// channels lie in one aligned word of x.
 template <int kBits, int n, bool kAcross>
-__global__ void __launch_bounds__(256) PackKernel(BlockShape shape, DenseView x, KvView out, int64_t first_token,
+__global__ void __launch_bounds__(256) PackKernel(BlockShape shape, const Places places, const Divisor chunk_words,
+                                                  DenseView x, bool pairs, KvView out, int64_t first_token,
                                                   Solved solved) {
   constexpr int kRun = kRunChannels<kBits>;
-  const uint32_t index = blockIdx.x * 256 + threadIdx.x, groups = static_cast<uint32_t>(solved.groups);
-  const uint32_t blocks = static_cast<uint32_t>(x.tokens / shape.tokens);  // of a sequence
-  const uint32_t first_block = static_cast<uint32_t>(solved.first_block), tokens = static_cast<uint32_t>(shape.tokens);
-  const int64_t all = solved.all();
+  const uint32_t index = blockIdx.x * 256 + threadIdx.x, all = solved.all();
+  WaitForPredecessors();
+  const auto zero_of = [&](uint32_t block, uint32_t id) {
+    const uint32_t row = min(uint32_t{solved.settled[id]}, static_cast<uint32_t>(solved.stops[block]));
+    return solved.zeros[int64_t{row} * all + id];
+  };
   if (index < all) {
-    const uint32_t block = index / groups, sequence_block = first_block + block;
-    const int64_t b = sequence_block / blocks, token = first_token + sequence_block % blocks * tokens;
-    *Slot(out, shape, 1, b, token, index % groups) = StoredScale(solved.scales[index]);
-    *Slot(out, shape, 2, b, token, index % groups) = FloatToHalf(solved.zeros[solved.stops[block] * all + index]);
+    const auto [block, slot] = places.groups.Of(index);
+    const auto [b, block_of_sequence] = places.blocks.Of(solved.first_block + block);
+    const int64_t token = first_token + int64_t{block_of_sequence} * shape.tokens;
+    *Slot(out, shape, 1, b, token, slot) = StoredScale(solved.scales[index]);
+    *Slot(out, shape, 2, b, token, slot) = FloatToHalf(zero_of(block, index));
   }
-  const uint32_t head_dim = static_cast<uint32_t>(shape.head_dim), words = head_dim / kRun;  // of a chunk
-  const uint32_t row = index / (4 * words), word = index % (4 * words), chunk = word / words, run = word % words;
-  const uint32_t rows = static_cast<uint32_t>(shape.heads) * tokens, block = row / rows, row_in_block = row % rows;
+  const auto [row_and_chunk, run] = chunk_words.Of(index);
+  const uint32_t chunk = row_and_chunk % 4;
+  const auto [head_and_block, token] = places.tokens.Of(row_and_chunk / 4);
+  const auto [block, h] = places.heads.Of(head_and_block);
   if (block >= solved.blocks) return;
-  const uint32_t sequence_block = first_block + block, h = row_in_block / tokens;
-  const int64_t b = sequence_block / blocks, t = sequence_block % blocks * tokens + row_in_block % tokens;
-  const float* scales = solved.scales + block * solved.groups;
-  const float* zeros = solved.zeros + solved.stops[block] * all + block * solved.groups;
+  const auto [b, block_of_sequence] = places.blocks.Of(solved.first_block + block);
+  const int64_t t = int64_t{block_of_sequence} * shape.tokens + token;
   const int64_t offset = Offset(x, b, h, t, run * kRun + 2 * chunk);
-  const uint32_t flat = row_in_block * head_dim + run * kRun + 2 * chunk;
+  const uint32_t flat = (h * places.tokens.divisor + token) * places.head_dim.divisor + run * kRun + 2 * chunk;
   float values[16 / kBits][2];
 #pragma unroll
   for (int field = 0; field < 16 / kBits; ++field) {
+    if (pairs && x.dtype != DType::kFloat32) {
+      const uint32_t pair =
+          *reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(x.data) + offset + field * 8);
+      if (x.dtype == DType::kFloat16) UnpackTwo<DType::kFloat16>(pair, values[field][0], values[field][1]);
+      else UnpackTwo<DType::kBFloat16>(pair, values[field][0], values[field][1]);
+      continue;
+    }
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
       values[field][side] = LoadElement(x.data, x.dtype, offset + field * 8 + side);
@@ -525,14 +564,15 @@ __global__ void __launch_bounds__(256) PackKernel(BlockShape shape, DenseView x,
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
       if (kAcross || (field * 8 % n == 0 && side == 0)) {
-        const uint32_t g = kAcross ? (flat + field * 8 + side) % groups : (flat + field * 8) / n;
-        s = scales[g], z = zeros[g];
+        const uint32_t g = block * places.groups.divisor +
+                           (kAcross ? places.groups.Of(flat + field * 8 + side).rest : (flat + field * 8) / n);
+        s = solved.scales[g], z = zero_of(block, g);
       }
       packed |= static_cast<uint32_t>(RoundCode(values[field][side] * s + z, kMaxCode<kBits>))
                 << (field * kBits + 16 * side);
     }
   }
-  reinterpret_cast<uint32_t*>(CodeRow<kBits>(out, b, h, first_token + t))[word] = packed;
+  reinterpret_cast<uint32_t*>(CodeRow<kBits>(out, b, h, first_token + t))[chunk * chunk_words.divisor + run] = packed;
 }
 
 // A thread decodes eight neighbouring channels, a field of a word of each chunk, of kDecodeTokens tokens that are
@@ -587,15 +627,16 @@ __global__ void __launch_bounds__(256) DecodeKernel(BlockShape shape, KvView in,
 
 template <int kBits, int n, bool kAcross>
 void EncodeBlocks(const BlockShape& shape, const DenseView& x, int64_t first_token, const KvView& out,
-                  Solved solved, cudaStream_t stream) {
+                  const Solved& solved, cudaStream_t stream) {
   const int64_t words = solved.blocks * shape.heads * shape.tokens * shape.head_dim * kBits / 32;
-  const int64_t lanes = solved.all() * (n / kSolveEach);
-  const auto grid = static_cast<unsigned>((lanes + kSolveThreads - 1) / kSolveThreads);
-  SolveKernel<n, kAcross><<<grid, kSolveThreads, 0, stream>>>(shape, x, kMaxCode<kBits>, kPowers, solved);
-  StopKernel<<<static_cast<unsigned>(solved.blocks), 32 * kIterations, 0, stream>>>(solved, n);
-  PackKernel<kBits, n, kAcross><<<GridFor(std::max(words, solved.all())), 256, 0, stream>>>(shape, x, out,
-                                                                                            first_token, solved);
-  Check(cudaGetLastError(), "hqq encode");
+  const Places places(shape, x);
+  LaunchEarly("hqq encode", SolveKernel<n, kAcross>,
+              GridFor(int64_t{solved.all()} * (n / kSolveEach), kSolveThreads), kSolveThreads, 0, stream, shape, places, x,
+              kMaxCode<kBits>, solved);
+  LaunchEarly("hqq encode", StopKernel, solved.blocks, 32 * kIterations, 0, stream, solved, int64_t{n});
+  LaunchEarly("hqq encode", PackKernel<kBits, n, kAcross>, GridFor(std::max<int64_t>(words, solved.all())), 256, 0,
+              stream, shape, places, Divisor(shape.head_dim / kRunChannels<kBits>), x, IsWide(x), out, first_token,
+              solved);
 }
 
 template <int kBits, bool kAcross>
@@ -606,16 +647,19 @@ void EncodeCuda(const CodecParams& params, const DenseView& x, int64_t first_tok
   const BlockShape shape = ShapeOf(out, params, kAcross);
   const int64_t all_blocks = x.batch * (x.tokens / shape.tokens), groups = shape.groups();
   if (all_blocks == 0) return;
-  if (groups >= int64_t{1} << 28) throw InputError("hqq: a block of ", groups, " groups is too large for a GPU");
+  if (groups >= int64_t{1} << 24) throw InputError("hqq: a block of ", groups, " groups is too large for a GPU");
   // A bounded number of blocks at a time.
   const int64_t block_bytes = groups * kSolvedBytes + 4;
   const int64_t most = std::clamp<int64_t>(kScratchBytes / block_bytes, 1, all_blocks);
   auto* scratch = static_cast<float*>(AllocateScratch(most * block_bytes, stream));
   for (int64_t first = 0; first < all_blocks; first += most) {
-    Solved solved{first, std::min(most, all_blocks - first), groups, scratch, nullptr, nullptr, nullptr};
-    solved.zeros = solved.scales + solved.all();
-    solved.errors = solved.zeros + kIterations * solved.all();
-    solved.stops = reinterpret_cast<int*>(solved.errors + kIterations * solved.all());
+    const int64_t blocks = std::min(most, all_blocks - first), all = blocks * groups;
+    Solved solved{static_cast<uint32_t>(first), static_cast<uint32_t>(blocks), static_cast<uint32_t>(groups), scratch,
+                  nullptr, nullptr, nullptr, nullptr};
+    solved.zeros = solved.scales + all;
+    solved.errors = solved.zeros + kIterations * all;
+    solved.stops = reinterpret_cast<int*>(solved.errors + kIterations * all);
+    solved.settled = reinterpret_cast<uint8_t*>(solved.stops + blocks);
     WithGroup(shape.group, [&](auto group) {
       EncodeBlocks<kBits, group(), kAcross>(shape, x, first_token, out, solved, stream);
     });
