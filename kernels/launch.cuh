@@ -67,6 +67,9 @@ inline void* AllocateScratch(int64_t bytes, cudaStream_t stream) {
     uint64_t keep = uint64_t{256} << 20;
     Check(cudaDeviceGetDefaultMemPool(&pool, device), "memory pool");
     Check(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &keep), "memory pool");
+    // Or a stream would wait for another one's memory while there is more.
+    int wait = 0;
+    Check(cudaMemPoolSetAttribute(pool, cudaMemPoolReuseAllowInternalDependencies, &wait), "memory pool");
     kept.insert(device);
   }
   void* scratch = nullptr;
