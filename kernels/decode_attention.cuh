@@ -35,7 +35,7 @@ namespace kvq::decode_attention {
 
 // Where the kernel keeps what blocks tell each other, per KV head of a sequence ("pair"): a counter of blocks
 // that have finished; then per slot and query head m and the sum l of 2^(logit - m); then sums of 2^(logit - m) v.
-// Slot 0 is of sinks and residual, slot i + 1 of block i.
+// A slot is what a block leaves.
 struct Workspace {
   int* counters;
   float2* sums;   // [pair, slot, head]
@@ -52,37 +52,47 @@ __host__ __device__ inline Workspace LayOut(void* base, int64_t pairs, int64_t s
           counters + sums + pairs * slots * heads * head_dim * 4};
 }
 
-// Sinks and residual: straight from device memory, sixteen tokens a warp.
-template <class C, bool kBFloat16>
-__device__ __forceinline__ void AttendDenseViews(const DecodeAttentionArgs& args, int pair,
-                                                 const SequenceLength& length, const Queries<C>& q,
-                                                 Partial<C>& partial) {
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
-  const int b = pair / static_cast<int>(args.keys.heads), h = pair % static_cast<int>(args.keys.heads);
-  const int sink_units = (length.sinks + 15) / 16, units = sink_units + (length.residual + 15) / 16;
-#pragma unroll 1
-  for (int unit = warp; unit < units; unit += C::kWarps) {
-    const bool sinks = unit < sink_units;
-    const DenseView& keys = sinks ? args.sink_keys : args.residual_keys;
-    const DenseView& values = sinks ? args.sink_values : args.residual_values;
-    const int first = (sinks ? unit : unit - sink_units) * 16;
-    const int valid = (sinks ? length.sinks : length.residual) - first;
-    const auto row = [&](const DenseView& view, int token) {
-      return reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(view.data) +
-                                            Offset(view, b, h, first + token, 0));
-    };
-    const uint4* key_rows[2] = {row(keys, g) + t, row(keys, g + 8) + t};
-    const uint4* value_rows[2] = {row(values, 2 * t) + g, row(values, 2 * t + 8) + g};
-    const int64_t next = values.token_stride / 8;  // granules
-    const uint4 nothing = {0, 0, 0, 0};
-    AttendDense<C, kBFloat16>(
-        valid, g, q, partial,
-        [&](int i, int j) { return g + 8 * i < valid ? __ldcg(key_rows[i] + 4 * j) : nothing; },
-        [&](int i, int j) {
-          return 2 * t + i < valid ? __ldcg(value_rows[i / 8] + i % 8 * next + 8 * j) : nothing;
-        });
+// Sixteen tokens of sinks or residual, straight from device memory: what lane 4 g + t of a warp needs of them.
+template <class C>
+struct DenseTokens {
+  uint4 keys[2][C::kDim / 32], values[4][C::kDim / 64];  // as AttendDense wants them
+  int valid;
+
+  __device__ __forceinline__ static int Units(const SequenceLength& length) {
+    return (length.sinks + 15) / 16 + (length.residual + 15) / 16;
   }
-}
+  __device__ __forceinline__ void Load(const DecodeAttentionArgs& args, int pair, const SequenceLength& length, int unit,
+                                       int g, int t) {
+    const int b = pair / static_cast<int>(args.keys.heads), h = pair % static_cast<int>(args.keys.heads);
+    const int sink_units = (length.sinks + 15) / 16;
+    const bool sinks = unit < sink_units;
+    const DenseView& key_view = sinks ? args.sink_keys : args.residual_keys;
+    const DenseView& value_view = sinks ? args.sink_values : args.residual_values;
+    const int first = (sinks ? unit : unit - sink_units) * 16;
+    valid = (sinks ? length.sinks : length.residual) - first;
+    const auto granule = [&](const DenseView& view, int token, int i) -> uint4 {
+      if (token >= valid) return {0, 0, 0, 0};
+      return __ldcg(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(view.data) +
+                                                   Offset(view, b, h, first + token, 0)) + i);
+    };
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int j = 0; j < C::kDim / 32; ++j) keys[i][j] = granule(key_view, g + 8 * i, 4 * j + t);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int j = 0; j < C::kDim / 64; ++j) values[i][j] = granule(value_view, 2 * t + i % 2 + i / 2 * 8, 8 * j + g);
+    }
+  }
+  template <bool kBFloat16>
+  __device__ __forceinline__ void Attend(int g, const Queries<C>& q, Partial<C>& partial) const {
+    AttendDense<C, kBFloat16>(
+        valid, g, q, partial, [&](int i, int j) { return keys[i][j]; },
+        [&](int i, int j) { return values[i % 2 + i / 8 * 2][j]; });
+  }
+};
 
 // ---- the ring of tiles of one warp, whose lanes copy every 32nd granule
 
@@ -191,10 +201,12 @@ struct Ring {
 
 // ---- the end: warps of a block, then blocks
 
-// Adds up the block's warps, with one reference for each head, into a slot of the workspace.
-template <class C, bool kCodes>
-__device__ void Merge(const Partial<C>& partial, int ratio, std::byte* shared, float2* slot_sums,
-                      float* slot_outputs) {
+// Adds up the block's warps, with one reference for each head, into a slot of the workspace. `dense` is what a warp
+// has of dense tokens beside those of codes, where `has_dense`.
+template <class C>
+__device__ void Merge(const Partial<C>& partial, bool has_dense, const Partial<C>& dense, int ratio, std::byte* shared,
+                      float2* slot_sums, float* slot_outputs) {
+  constexpr bool kCodes = !C::kDense;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
   float* outputs = reinterpret_cast<float*>(shared);  // [warp, head, kHeadStride]
   float2* sums = reinterpret_cast<float2*>(outputs + C::kWarps * C::kHeads * C::kHeadStride);  // [warp, head]
@@ -209,8 +221,14 @@ __device__ void Merge(const Partial<C>& partial, int ratio, std::byte* shared, f
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int head = 8 * ht + 2 * t + i;
-      const float l = over_rows(partial.l[ht][i]);
-      if (g == 0) sums[warp * C::kHeads + head] = {partial.m[ht][i], l};
+      float* of_head = outputs + (warp * C::kHeads + head) * C::kHeadStride;
+      float m = partial.m[ht][i], l = over_rows(partial.l[ht][i]), factor = 1, dense_factor = 0;
+      if (has_dense) {
+        m = fmaxf(m, dense.m[ht][i]);
+        factor = ptx::Exp2(partial.m[ht][i] - m), dense_factor = ptx::Exp2(dense.m[ht][i] - m);
+        l = fmaf(l, factor, over_rows(dense.l[ht][i]) * dense_factor);
+      }
+      if (g == 0) sums[warp * C::kHeads + head] = {m, l};
       float zero[C::kGroups];
 #pragma unroll
       for (int group = 0; kCodes && group < C::kGroups; ++group) zero[group] = over_rows(partial.zero[ht][i][group]);
@@ -225,7 +243,17 @@ __device__ void Merge(const Partial<C>& partial, int ratio, std::byte* shared, f
             x = fmaf(x, 16777216.0f / shift, -zero[step * 16 / C::kGroup]);
             channel = 16 * step + 8 * half + g;
           }
-          if (head < ratio) outputs[(warp * C::kHeads + head) * C::kHeadStride + channel] = x;
+          if (head < ratio) of_head[channel] = x * factor;
+        }
+      }
+      if (!kCodes || !has_dense) continue;
+      __syncwarp();  // dense tokens have other channels in a lane
+#pragma unroll
+      for (int step = 0; step < C::kSteps; ++step) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int channel = step / 4 * 64 + 8 * g + step % 4 * 2 + half;
+          if (head < ratio) of_head[channel] = fmaf(dense.o[ht][step][2 * half + i], dense_factor, of_head[channel]);
         }
       }
     }
@@ -261,7 +289,7 @@ template <class C>
 __device__ void Combine(const DecodeAttentionArgs& args, int pair, int slots, int ratio, std::byte* shared,
                         const float2* sums, const float* outputs) {
   constexpr int kBatch = 18;
-  constexpr int kMostSlots = (kMostSplits + 1 + 31) / 32 * 32;
+  constexpr int kMostSlots = (kMostSplits + 31) / 32 * 32;
   float* weights = reinterpret_cast<float*>(shared);  // [head, slot]
   float4* shares = reinterpret_cast<float4*>(shared + (ratio * slots * 4 + 15) / 16 * 16);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -332,13 +360,6 @@ __device__ void Combine(const DecodeAttentionArgs& args, int pair, int slots, in
   }
 }
 
-// What sinks and residual cost their block, in tiles of encoded tokens: their bytes, and a start of its own.
-template <class C>
-__device__ __forceinline__ int DenseCost(const SequenceLength& length) {
-  const int dense = length.sinks + length.residual;
-  return dense == 0 ? 0 : (dense * 4 * C::kDim + 32768) / C::kTileBytes;
-}
-
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1)
     Kernel(const __grid_constant__ DecodeAttentionArgs args, int splits) {
@@ -347,10 +368,9 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
   const int pair = blockIdx.x / splits, split = blockIdx.x % splits;
   const int heads = static_cast<int>(args.keys.heads), ratio = static_cast<int>(args.query_heads) / heads;
-  const int slots = splits + 1;
-  const Workspace workspace = LayOut(args.workspace, args.keys.batch * heads, slots, ratio, C::kDim);
-  float2* sums = workspace.sums + static_cast<int64_t>(pair) * slots * ratio;
-  float* outputs = workspace.outputs + static_cast<int64_t>(pair) * slots * ratio * C::kDim;
+  const Workspace workspace = LayOut(args.workspace, args.keys.batch * heads, splits, ratio, C::kDim);
+  float2* sums = workspace.sums + (static_cast<int64_t>(pair) * splits + split) * ratio;
+  float* outputs = workspace.outputs + (static_cast<int64_t>(pair) * splits + split) * ratio * C::kDim;
   LaunchDependents();
   WaitForPredecessors();
   // The queries are on their way before the ring is: behind its megabytes they would come last.
@@ -363,38 +383,34 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const SequenceLength* lengths = args.lengths + pair / heads;
   const SequenceLength length = {__ldcg(&lengths->sinks), __ldcg(&lengths->encoded), __ldcg(&lengths->residual)};
 
-  // This block's tiles: an equal share of all costs, the dense tokens first.
-  const int tiles = (length.encoded + C::kTile - 1) / C::kTile, dense = DenseCost<C>(length);
-  const auto cut = [&](int i) {
-    return max(static_cast<int>(static_cast<int64_t>(tiles + dense) * i / splits) - dense, 0);
-  };
+  // This block's tiles, an equal share; and its warps' sixteens of dense tokens, which are dealt to all blocks in turn.
+  const int tiles = (length.encoded + C::kTile - 1) / C::kTile, units = DenseTokens<C>::Units(length);
+  const auto cut = [&](int i) { return static_cast<int>(static_cast<int64_t>(tiles) * i / splits); };
   const int begin = cut(split), end = cut(split + 1);
-  // A slot without tokens has the weight 0, and so outputs that are numbers.
-  const auto no_tokens = [&](int slot) {
-    if (threadIdx.x < ratio) sums[slot * ratio + threadIdx.x] = {kNoReference, 0};
-    for (int i = threadIdx.x; i < ratio * C::kDim; i += C::kThreads) outputs[slot * ratio * C::kDim + i] = 0;
-  };
-
-  if (split == 0) {
-    if (dense > 0) {
-      Queries<C> for_dense;
-      LoadQueriesForDense<C>(args, pair, g, t, for_dense);
-      Partial<C> partial;
-      if (args.dtype == DType::kBFloat16) {
-        AttendDenseViews<C, true>(args, pair, length, for_dense, partial);
-      } else {
-        AttendDenseViews<C, false>(args, pair, length, for_dense, partial);
-      }
-      Merge<C, false>(partial, ratio, shared, sums, outputs);
-    } else {
-      no_tokens(0);
+  if (begin < end || split < units) {
+    // All that comes from memory is on its way before any of it is worked on, the single loads first.
+    int unit = split + warp * splits;
+    const bool has_dense = unit < units;
+    DenseTokens<C> tokens;
+    Queries<C> dense_q;
+    if (has_dense) {
+      tokens.Load(args, pair, length, unit, g, t);
+      LoadQueriesForDense<C>(args, pair, g, t, dense_q);
     }
-  }
-  if (begin < end) {
     Ring<C> ring(args, pair, length.encoded, begin + warp, end,
                  ptx::SharedAddress(shared) + warp * C::kStages * C::kTileBytes);
     ring.Start();
-    Partial<C> partial;
+    Partial<C> partial, dense;
+    while (unit < units) {
+      Partial<C>& of = C::kDense ? partial : dense;
+      if (args.dtype == DType::kBFloat16) {
+        tokens.template Attend<true>(g, dense_q, of);
+      } else {
+        tokens.template Attend<false>(g, dense_q, of);
+      }
+      unit += C::kWarps * splits;
+      if (unit < units) tokens.Load(args, pair, length, unit, g, t);
+    }
     if constexpr (C::kDense) {
       const auto attend = [&](auto bfloat16, ptx::Shared tile, int valid) {
         const ptx::Shared keys = tile + g * C::kRow + (t ^ C::SwizzleOf(g)) * 16;
@@ -419,10 +435,10 @@ __global__ void __launch_bounds__(C::kThreads, 1)
         AttendCodes<C>(tile, valid, g, t, q, partial);
       });
     }
-    Merge<C, !C::kDense>(partial, ratio, shared, sums + (split + 1) * ratio,
-                         outputs + static_cast<int64_t>(split + 1) * ratio * C::kDim);
-  } else {
-    no_tokens(split + 1);
+    Merge<C>(partial, !C::kDense && has_dense, dense, ratio, shared, sums, outputs);
+  } else {  // no tokens: the weight 0, and so outputs that are numbers
+    if (threadIdx.x < ratio) sums[threadIdx.x] = {kNoReference, 0};
+    for (int i = threadIdx.x; i < ratio * C::kDim; i += C::kThreads) outputs[i] = 0;
   }
 
   // The block that finishes last for this pair finds all slots written.
@@ -432,7 +448,9 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     if (last) workspace.counters[pair] = 0;
   }
   __syncthreads();
-  if (last) Combine<C>(args, pair, slots, ratio, shared, sums, outputs);
+  if (last) {
+    Combine<C>(args, pair, splits, ratio, shared, sums - split * ratio, outputs - static_cast<int64_t>(split) * ratio * C::kDim);
+  }
 }
 
 // ---- host
@@ -529,7 +547,7 @@ DecodeAttention Make(const char* name) {
     WithConfig<kBits>(args, [&](auto config) {
       using C = decltype(config);
       const int64_t pairs = args.keys.batch * args.keys.heads;
-      if (pairs > 0) bytes = LayOut(nullptr, pairs, Splits<C>(args) + 1, args.query_heads / args.keys.heads, C::kDim).bytes;
+      if (pairs > 0) bytes = LayOut(nullptr, pairs, Splits<C>(args), args.query_heads / args.keys.heads, C::kDim).bytes;
     });
     return bytes;
   };

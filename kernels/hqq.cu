@@ -335,11 +335,13 @@ struct Solved {
   float* scales;                         // [blocks, groups]
   float* zeros;                          // [kIterations, blocks, groups], after the iteration, up to `settled`
   float* errors;                         // likewise, the sum of |x - r| in it
+  float* means;                          // [blocks, kIterations], of |x - r|
+  int* arrived;                          // [blocks], of means
   int* stops;                            // [blocks], the last iteration
   uint8_t* settled;                      // [blocks, groups], the iteration that all later ones repeat
   __host__ __device__ uint32_t all() const { return blocks * groups; }
 };
-constexpr int64_t kSolvedBytes = (2 * kIterations + 1) * 4 + 1;  // a group
+constexpr int64_t kGroupBytes = (2 * kIterations + 1) * 4 + 1, kBlockBytes = (kIterations + 2) * 4;
 constexpr int kSolveThreads = 128, kSolveEach = 8;
 
 // How a block's numbers split into rows, heads and sequences, without divisions.
@@ -455,6 +457,7 @@ __global__ void __launch_bounds__(kSolveThreads) SolveKernel(BlockShape shape, c
   const float mean = LanesTreeSum<kLanes>(values) / n, inverse = 1.0f / s;
   const ClipPolynomial polynomial = ClipPolynomialFor(s);
   if (stores) solved.scales[id] = s;
+  if (stores && g == 0) solved.arrived[block] = 0;
   float* zeros = solved.zeros + id;
   float* errors = solved.errors + id;
 
@@ -480,37 +483,40 @@ __global__ void __launch_bounds__(kSolveThreads) SolveKernel(BlockShape shape, c
   LaunchDependents();
 }
 
-// One thread block a block, one warp an iteration: ErrorSum, and where it no longer falls.
-__global__ void __launch_bounds__(32 * kIterations) StopKernel(Solved solved, int64_t group) {
-  __shared__ float means[kIterations];
-  const uint32_t lane = threadIdx.x % 32, iteration = threadIdx.x / 32, begin = blockIdx.x * solved.groups;
-  double sums[8] = {};  // of ErrorSum's lanes lane, lane + 32, ...
+// One thread block an iteration of a block: ErrorSum. The last one of a block finds where the mean no longer falls.
+__global__ void __launch_bounds__(256) StopKernel(Solved solved, int64_t group) {
+  __shared__ double lanes[128];
+  const uint32_t thread = threadIdx.x, block = blockIdx.x / kIterations, iteration = blockIdx.x % kIterations;
+  const uint32_t begin = block * solved.groups;
+  double sum = 0;
   WaitForPredecessors();
-#pragma unroll 2
-  for (uint32_t first = 0; first < solved.groups; first += 256) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const uint32_t g = first + lane + 32 * i;
-      if (g >= solved.groups) continue;
-      const uint32_t row = min(iteration, uint32_t{solved.settled[begin + g]});
-      sums[i] += solved.errors[int64_t{row} * solved.all() + begin + g];
-    }
+#pragma unroll 8
+  for (uint32_t g = thread; g < solved.groups; g += 256) {
+    const uint32_t row = min(iteration, uint32_t{solved.settled[begin + g]});
+    sum += solved.errors[int64_t{row} * solved.all() + begin + g];
   }
-#pragma unroll
-  for (int stride = 4; stride > 0; stride /= 2) {
-#pragma unroll
-    for (int i = 0; i < stride; ++i) sums[i] += sums[i + stride];
+  for (uint32_t stride = 128; stride >= 32; stride /= 2) {
+    if (thread >= stride && thread < 2 * stride) lanes[thread - stride] = sum;
+    __syncthreads();
+    if (thread < stride) sum += lanes[thread];
+    __syncthreads();
   }
-  for (int stride = 16; stride > 0; stride /= 2) sums[0] += __shfl_down_sync(~0u, sums[0], stride);
-  if (lane == 0) {
-    means[iteration] = static_cast<float>(sums[0] / static_cast<double>(int64_t{solved.groups} * group));
+  if (thread >= 32) return;
+  for (int stride = 16; stride > 0; stride /= 2) sum += __shfl_down_sync(~0u, sum, stride);
+  if (thread != 0) return;
+  float* means = solved.means + block * kIterations;
+  means[iteration] = static_cast<float>(sum / static_cast<double>(int64_t{solved.groups} * group));
+  if (ptx::AddInOrder(&solved.arrived[block], 1) != kIterations - 1) return;
+  float all[kIterations], best = INFINITY;
+#pragma unroll
+  for (int i = 0; i < kIterations; ++i) all[i] = __ldcg(means + i);
+  int stop = kIterations - 1;
+#pragma unroll
+  for (int i = 0; i < kIterations; ++i) {
+    if (stop == kIterations - 1 && !(all[i] < best)) stop = i;
+    best = all[i];
   }
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  float best = INFINITY;
-  int stop = 0;
-  for (; stop < kIterations - 1 && means[stop] < best; ++stop) best = means[stop];
-  solved.stops[blockIdx.x] = stop;
+  solved.stops[block] = stop;
 }
 
 // One thread a word of codes, see code_row.h; and one a group for scale and zero point. `pairs`: two neighbouring
@@ -633,7 +639,7 @@ void EncodeBlocks(const BlockShape& shape, const DenseView& x, int64_t first_tok
   LaunchEarly("hqq encode", SolveKernel<n, kAcross>,
               GridFor(int64_t{solved.all()} * (n / kSolveEach), kSolveThreads), kSolveThreads, 0, stream, shape, places, x,
               kMaxCode<kBits>, solved);
-  LaunchEarly("hqq encode", StopKernel, solved.blocks, 32 * kIterations, 0, stream, solved, int64_t{n});
+  LaunchEarly("hqq encode", StopKernel, solved.blocks * kIterations, 256, 0, stream, solved, int64_t{n});
   LaunchEarly("hqq encode", PackKernel<kBits, n, kAcross>, GridFor(std::max<int64_t>(words, solved.all())), 256, 0,
               stream, shape, places, Divisor(shape.head_dim / kRunChannels<kBits>), x, IsWide(x), out, first_token,
               solved);
@@ -649,16 +655,18 @@ void EncodeCuda(const CodecParams& params, const DenseView& x, int64_t first_tok
   if (all_blocks == 0) return;
   if (groups >= int64_t{1} << 24) throw InputError("hqq: a block of ", groups, " groups is too large for a GPU");
   // A bounded number of blocks at a time.
-  const int64_t block_bytes = groups * kSolvedBytes + 4;
+  const int64_t block_bytes = groups * kGroupBytes + kBlockBytes;
   const int64_t most = std::clamp<int64_t>(kScratchBytes / block_bytes, 1, all_blocks);
   auto* scratch = static_cast<float*>(AllocateScratch(most * block_bytes, stream));
   for (int64_t first = 0; first < all_blocks; first += most) {
     const int64_t blocks = std::min(most, all_blocks - first), all = blocks * groups;
     Solved solved{static_cast<uint32_t>(first), static_cast<uint32_t>(blocks), static_cast<uint32_t>(groups), scratch,
-                  nullptr, nullptr, nullptr, nullptr};
+                  nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
     solved.zeros = solved.scales + all;
     solved.errors = solved.zeros + kIterations * all;
-    solved.stops = reinterpret_cast<int*>(solved.errors + kIterations * all);
+    solved.means = solved.errors + kIterations * all;
+    solved.arrived = reinterpret_cast<int*>(solved.means + kIterations * blocks);
+    solved.stops = solved.arrived + blocks;
     solved.settled = reinterpret_cast<uint8_t*>(solved.stops + blocks);
     WithGroup(shape.group, [&](auto group) {
       EncodeBlocks<kBits, group(), kAcross>(shape, x, first_token, out, solved, stream);
