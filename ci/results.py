@@ -430,15 +430,17 @@ def derive(results):
                 if cell["kv_size.bits_per_element"] is None and dense and dense["kv_size.kv_bytes"] \
                         and cell["kv_size.kv_bytes"]:  # the unquantized cache has 16 bits an element
                     put(cell, "kv_size.bits_per_element", 16 * cell["kv_size.kv_bytes"] / dense["kv_size.kv_bytes"])
-            fit_latency(cells)
+            timed = {context: cell for context, cell in cells.items() if decode_ms_per_token(cell)}
+            fit_latency(timed)
             if spec != "none":
-                break_even(plain, cells)
+                break_even(plain, timed)
 
 
 def fit_latency(cells):
-    """Sets decode.fit_base_ms and decode.fit_us_per_1k_tokens on cells of a spec: a and b of ms a token = a + b context,
-    by least squares over three contexts or more."""
-    points = [(context, ms) for context, ms in ((c, decode_ms_per_token(cell)) for c, cell in cells.items()) if ms]
+    """Sets decode.fit_base_ms and decode.fit_us_per_1k_tokens on cells of a spec, all of which decode: a and b of ms a
+    token = a + b context, by least squares over three contexts or more; decode.fit_error is the share by which the line
+    misses the worst of them."""
+    points = [(context, decode_ms_per_token(cell)) for context, cell in cells.items()]
     if len(points) < 3:
         return
     mean_x = sum(x for x, _ in points) / len(points)
@@ -447,6 +449,7 @@ def fit_latency(cells):
     for cell in cells.values():
         put(cell, "decode.fit_base_ms", mean_y - slope * mean_x)
         put(cell, "decode.fit_us_per_1k_tokens", slope * 1e6)
+        put(cell, "decode.fit_error", max(abs(mean_y + slope * (x - mean_x) - y) / y for x, y in points))
 
 
 def break_even(plain, cells):
