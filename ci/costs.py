@@ -3,7 +3,7 @@
 import math
 
 import tables
-from drawing import (FAINT, INK, PAPER, WIDTH, Drawing, FuncFormatter, Line2D, LogLocator, NullLocator, grid, legend, lines,
+from drawing import (FAINT, INK, WIDTH, Drawing, FuncFormatter, Line2D, LogLocator, NullLocator, grid, legend, lines,
                      panels_of, spec_handles, specs_of, styles, subplots)
 from results import MIB, decode_ms_per_token
 from tables import context_label, model_name, spec_order
@@ -59,29 +59,30 @@ def memory_loglog(results, cells):
     return Drawing(figure, "Bytes of the KV cache against context, both logarithmic; a slope of 1 is proportional.", rows)
 
 
+def far_off(per_spec):
+    """{spec: (least, most)} of lines that are nowhere within half as much again of `none`, if they are the lesser part."""
+    ends = {spec: (min(p[1] for p in points), max(p[1] for p in points)) for spec, points in per_spec.items()}
+    low, high = ends.get("none", (0, math.inf))
+    far = {spec: ends[spec] for spec in sorted(ends, key=spec_order)
+           if ends[spec][0] > 1.5 * high or ends[spec][1] < low / 1.5}
+    return far if 2 * len(far) <= len(ends) - len(far) else {}
+
+
 def focus(axis, per_spec, more=()):
-    """Turns an axis to the lines near that of `none`; returns the specs shown. What is nowhere within half as much again of
-    it is named with its range instead, if it is the lesser part; `more` are values that are to be seen, too."""
-    values = {spec: [point[1] for point in points] for spec, points in per_spec.items()}
-    plain = values.get("none", [])
-    far = {spec: of for spec, of in values.items() if plain and (min(of) > 1.5 * max(plain) or max(of) < min(plain) / 1.5)}
-    if 2 * len(far) > len(values) - len(far):
-        far = {}
-    shown = [value for spec, of in values.items() if spec not in far for value in of] + list(more)
+    """Turns an axis to what is not far off, which is named with its range instead; `more` are values to be seen, too."""
+    far = far_off(per_spec)
+    shown = [point[1] for spec, points in per_spec.items() if spec not in far for point in points] + list(more)
     low, high = min(shown), max(shown)
-    if more and not far and low <= high / 2:
-        axis.set_ylim(0, 1.08 * high)
-    elif far or low > high / 2:
-        margin = 0.08 * (high - low) if low > high / 2 else 0.08 * high
-        room = 0.11 * len(far) * (high - low)  # for their names
-        above = any(min(of) > high for of in far.values())
-        axis.set_yscale("linear")
-        axis.set_ylim(max(0, low - margin - room * (not above)), high + margin + room * above)
-        for i, (spec, of) in enumerate(sorted(far.items(), key=lambda item: spec_order(item[0]))):
-            y = 0.98 - 0.075 * i if above else 0.02 + 0.075 * (len(far) - 1 - i)
-            axis.text(0.03, y, f"{spec}: {min(of):.3g} to {max(of):.3g}", transform=axis.transAxes, fontsize=6.5,
-                      va="top" if above else "bottom", bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 0.6})
-    return [spec for spec in values if spec not in far]
+    if low <= high / 2 and not far and not more:
+        return
+    above = any(ends[0] > high for ends in far.values())
+    base, room = (low if low > high / 2 else 0), 0.11 * len(far) * (high - low)  # for the names
+    margin = 0.08 * (high - base)
+    axis.set_yscale("linear")
+    axis.set_ylim(max(0, base - margin - room * (not above)), high + margin + room * above)
+    for i, (spec, (least, most)) in enumerate(far.items()):
+        axis.text(0.03, 0.98 - 0.075 * i if above else 0.02 + 0.075 * (len(far) - 1 - i), f"{spec}: {least:.3g} to {most:.3g}",
+                  transform=axis.transAxes, fontsize=6.5, va="top" if above else "bottom")
 
 
 def decode_speed(results, cells):
@@ -93,7 +94,7 @@ def decode_speed(results, cells):
                 key=lambda model: len({(c.context, c.batch, c.spec) for c in timed if c.model == model}))
     def floors(axis, per_spec):
         found = {spec: [(x, y / cell["decode.peak_fraction"]) for x, y, cell in points] for spec, points in per_spec.items()}
-        near = focus(axis, per_spec)
+        near = [spec for spec in per_spec if spec not in far_off(per_spec)]
         focus(axis, per_spec, [y for spec in near for _, y in found[spec]])
         seen.update(near)
         for spec in near:
@@ -119,7 +120,7 @@ def latency_vs_context(results, cells):
         for spec, points in per_spec.items():
             context = points[0][2]["decode.break_even_context"]
             if context and points[0][0] < context <= points[-1][0]:
-                axis.axvline(context, color=colours[spec], lw=0.8, ls=(0, (4, 2)), alpha=0.7)
+                axis.axvline(context, ymax=0.8, color=colours[spec], lw=0.8, ls=(0, (4, 2)), alpha=0.7)
     colours = {spec: look["color"] for spec, look in styles(specs_of(
         [c for c in cells if decode_ms_per_token(c)])).items()}
     drawn = lines(results, cells, decode_ms_per_token, "ms per token", reference=marks)

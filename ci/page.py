@@ -14,10 +14,10 @@ def e(text):
     return html.escape(str(text), quote=True)
 
 
-def table(head, rows, classes=(), caption=""):
+def table(head, rows, classes=()):
     """A plain table; `rows` of HTML. `classes` of the columns: text or free."""
     cls = lambda i: f' class="{classes[i]}"' if i < len(classes) and classes[i] else ""  # noqa: E731
-    return ("<table>" + (f'<caption class="soft">{e(caption)}</caption>' if caption else "") + "<thead><tr>" + "".join(f'<th scope="col"{cls(i)}>{e(text)}</th>' for i, text in enumerate(head)) +
+    return ("<table><thead><tr>" + "".join(f'<th scope="col"{cls(i)}>{e(text)}</th>' for i, text in enumerate(head)) +
             "</tr></thead><tbody>" + "".join("<tr>" + "".join(f"<td{cls(i)}>{cell}</td>" for i, cell in enumerate(row)) +
                                              "</tr>" for row in rows) + "</tbody></table>")
 
@@ -145,7 +145,7 @@ def warnings(results, missing=()):
         ("Within the noise", "The KL divergence is not above what rounding alone does.", noise),
         ("Below its own confidence", "The interval of the change of perplexity has 0 in it: no change is shown.", zero),
         ("Not fused", "Backend fused has no kernel for these; they were decoded as said.", unfused),
-        ("One repetition", "Times have no spread: they were measured once.", single),
+        ("One repetition", "These were measured once and have no spread.", single),
         ("Skipped", "These cells cannot run here.",
          [f"{name(c)}: {m}: {r}" for c, m, r in skipped if (c, m, r) not in failed]),
         ("Superseded", "Newer files have measured all of these again; they are in tables/results.csv alone.", superseded),
@@ -204,21 +204,20 @@ def results_section(results, cells):
             f'<details><summary>What the columns are</summary><ul>{words}</ul></details>')
 
 
-def sections_of_rows(results):
-    """Sections of the tables that have rows of their own: the latency model, single kernels."""
-    def classes(heads):
-        return ["text" if head in ("model", "attention", "scheme", "kernel", "shape of", "what ran") else "" for head in heads]
-    heads, rows = tables.latency_table(results, results.current())
-    latency = wide(table(heads, [[e(text) for text in row] for row in rows], classes(heads),
-                         "Milliseconds of a decoding step as a line a + b context through all measured contexts (three or "
-                         "more), how far it is off at worst, and from which context on a scheme is as fast as none: as "
-                         "measured, and where the lines meet."), "Table of the latency model", " tall") if rows else ""
-    heads, rows = tables.kernel_table(results, results.current())
-    single = wide(table(heads, [[e(text) for text in row] for row in rows], classes(heads),
-                        "Of one layer, single calls in a CUDA graph, each on buffers of its own. Speed-up: over the faster "
-                        "of flash and cuDNN on 16 bits; divided by the ratio of bytes, 1 is all that fewer bytes can give."),
-                  "Table of single kernels", " tall") if rows else ""
-    return [("latency", "How decoding grows with the context", latency), ("kernel-table", "Single kernels", single)]
+def section_of_rows(heads_and_rows, words, label):
+    """A table that has rows of its own; nothing without rows."""
+    heads, rows = heads_and_rows
+    classes = ["text" if head in ("run", "model", "attention", "scheme", "kernel", "shape of", "what ran", "contexts") else ""
+               for head in heads]
+    return f"<p>{e(words)}</p>" + wide(table(heads, [[e(text) for text in row] for row in rows], classes), label,
+                                       " tall") if rows else ""
+
+
+LATENCY_WORDS = ("Milliseconds of a decoding step as a line a + b context through all measured contexts, three or more; how far "
+                 "it is off at worst; and from which context on a scheme is as fast as none: as measured, and where the "
+                 "lines meet.")
+KERNEL_WORDS = ("Of one layer; single calls in a CUDA graph, each on buffers of its own. Speed-up: over the faster of flash and "
+                "cuDNN on 16 bits; divided by the ratio of bytes, 1 is all that fewer bytes can give.")
 
 
 # ---- figures, statements, raw data, how to make it again
@@ -316,7 +315,11 @@ def write(results, drawn, missing, claims, written, folders, out):
     sections = [("measured", "What was measured on what", measured_section(results)),
                 ("warnings", "Warnings", warnings_section(found)),
                 ("results-heading", "Results", results_section(results, cells) if cells else "<p>No numbers.</p>"),
-                *sections_of_rows(results), ("figures", "Figures", figure_section(drawn)),
+                ("latency", "How decoding grows with the context", section_of_rows(
+                    tables.latency_table(results, results.current()), LATENCY_WORDS, "Table of the latency model")),
+                ("kernel-table", "Single kernels", section_of_rows(
+                    tables.kernel_table(results, results.current()), KERNEL_WORDS, "Table of single kernels")),
+                ("figures", "Figures", figure_section(drawn)),
                 ("statements", "Published statements", claims_section(claims) if claims else ""),
                 ("raw", "Raw data of every cell", raw_section(cells + kernels)),
                 ("reproduce", "How to make it again", reproduce_section(results, folders)),
