@@ -236,8 +236,8 @@ def add_v2(results, file, data):
                 put(cell, ours + "_max", max(row[runs]))
         if row.get("kv_cache_type"):
             cell.texts["kv_size.cache_type"] = row["kv_cache_type"]
-        # Its decode time has a whole prefill in it (study.md, section 5).
-        if row.get("decode_ms") and row.get("prefill_ms") and row["decode_ms"] > row["prefill_ms"]:
+        # The study's decode time has a whole prefill in it (study.md, section 5); that of kvqbench's files has not.
+        if "spec" not in data["kv_quant"] and row.get("decode_ms") and row.get("prefill_ms") and row["decode_ms"] > row["prefill_ms"]:
             put(cell, "decode.tokens_per_s_net",
                 1e3 * row.get("decode_tokens", 0) / (row["decode_ms"] - row["prefill_ms"]))
         put(cell, "memory.vram_total_bytes", (data.get("hardware", {}).get("vram_total_mb") or math.nan) * MIB)
@@ -275,7 +275,7 @@ def add_v2(results, file, data):
 
 def add_summary(results, file, data):
     """Only what no file of results has: a summary repeats the last context of each."""
-    known = {os.path.basename(other.path) for other in results.files if other.kind == "v2"}
+    known = {os.path.basename(other.path) for other in results.files if other.kind in ("v2", "benchmarks")}
     file.facts = {"merged_from": data.get("merged_from", [])}
     for row in data["combinations"]:
         if row["json_file"] in known:
