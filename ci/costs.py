@@ -27,7 +27,7 @@ def vram_vs_context(results, cells):
             axis.axhline(value, color=INK, lw=0.8, ls=(0, (1, 1)))
             axis.text(0.03, value, word, transform=axis.get_yaxis_transform(), fontsize=6.5, va=side)
         values = [low, high] + [value for value, _, _ in marks]
-        if min(values) > max(values) / 2:  # what is added to the weights, not they, is to be seen
+        if weights and min(values) > max(values) / 2:  # what is added to the weights, not they, is to be seen
             spread = max(values) - min(values)
             axis.set_ylim(min(values) - 0.06 * spread, max(values) + 0.2 * spread)
         elif total and high > 0.4 * total:

@@ -91,6 +91,9 @@ def warnings(results, missing=()):
     """[(kind, what it means, [cases])], kinds without a case left out."""
     name = lambda cell: (f"{cell.run}: " if several(results.current(), lambda c: c.run) else "") + (  # noqa: E731
         f"{model_name(cell.model)}, {cell.backend}, {cell.spec}, {context_label(cell.context)}, batch {cell.batch}")
+    def why(cell, key, word):
+        notes = cell.texts.get(key.split(".")[0] + ".label", "").split("; ")[1:]
+        return "".join(f" ({note})" for note in notes if note.startswith(word + ": "))
     current = results.current()
     skipped = [(cell, measurement, reason) for cell in current for measurement, reason in cell.skipped.items()
                if "nothing is encoded" not in reason]
@@ -111,9 +114,9 @@ def warnings(results, missing=()):
                     spread.append(
                         f"{name(cell)}: {key.split('.')[0]} {low:.1f} to {high:.1f}, median {value:.1f} tokens/s")
             if key.rsplit(".", 1)[-1].startswith("throttled") and value and "/" not in key:
-                throttled.append(f"{name(cell)}: {key}")
+                throttled.append(f"{name(cell)}: {key}{why(cell, key, 'throttled')}")
             if key.endswith(".foreign_processes") and value:
-                shared.append(f"{name(cell)}: {key.split('.')[0]}")
+                shared.append(f"{name(cell)}: {key.split('.')[0]}{why(cell, key, 'foreign processes')}")
             if key.endswith(".samples") and value == 1:
                 single.append(f"{name(cell)}: {key.split('.')[0]}")
         if cell["prefill.prefill_ms"] is not None and cell["prefill.prefill_ms_min"] is None:

@@ -306,6 +306,11 @@ PHASE_COLUMNS = ["model", "kv_quant", "context_len", "prefill_ms", "prefill_tok_
                  "needle_score"]
 
 
+def overflow(cell):
+    """Whether more GPU memory was wanted than there is, or None; a counter of kvqbench is a number."""
+    return None if cell["memory.vram_overflow"] is None else bool(cell["memory.vram_overflow"])
+
+
 def phase_rows(cells):
     """The study's columns, rounded as it rounds. Missing is empty."""
     rows = []
@@ -323,7 +328,7 @@ def phase_rows(cells):
             "kv_cache_mb": rounded("kv_size.kv_bytes", 1, 1 / MIB),
             "vram_peak_mb": rounded("memory.vram_peak_bytes", 0, 1 / MIB),
             "vram_reserved_mb": rounded("memory.vram_reserved_bytes", 0, 1 / MIB),
-            "vram_overflow": cell["memory.vram_overflow"], "ppl_ref": rounded("perplexity.ppl_reference", 4),
+            "vram_overflow": overflow(cell), "ppl_ref": rounded("perplexity.ppl_reference", 4),
             "ppl_quant": rounded("perplexity.ppl", 4) if quantized else None,
             "delta_ppl": rounded("perplexity.delta_ppl", 4) if quantized else None,
             "needle_score": cell["needle.needle_rate"] if needle is None else needle})
@@ -550,7 +555,7 @@ def summary(cells, model):
             "asymmetric": bool(quant.get("asymmetric", spec.endswith("-kivi"))), "ctx": cell.context,
             "prefill_ms": cell["prefill.prefill_ms"], "decode_tok_s": cell["decode.tokens_per_s"],
             "kv_mb": mib("kv_size.kv_bytes"), "vram_peak_mb": mib("memory.vram_peak_bytes"),
-            "vram_reserved_mb": mib("memory.vram_reserved_bytes"), "vram_overflow": cell["memory.vram_overflow"],
+            "vram_reserved_mb": mib("memory.vram_reserved_bytes"), "vram_overflow": overflow(cell),
             "ppl": cell["perplexity.ppl_reference"], "ppl_quant": cell["perplexity.ppl"] if spec != "none" else None,
             "ppl_delta": cell["perplexity.delta_ppl"] if spec != "none" else None,
             "combo_elapsed_s": file.facts.get("combo_elapsed_s"), "json_file": os.path.basename(file.path)})

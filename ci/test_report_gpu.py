@@ -101,6 +101,15 @@ class Products:
         phase = rows_of(read(self.out, "tables", glob.glob(os.path.join(self.out, "tables", "phase_*.csv"))[0]))
         self.assertEqual(len({(r["model"], r["batch"], r["kv_quant"], r["context_len"]) for r in phase}), len(phase))
 
+    def test_summaries(self):
+        for path in glob.glob(os.path.join(self.out, "tables", "summary_*.json")):
+            made = json.loads(read(path))
+            reading.validate("summary", made)
+            for row in made["combinations"]:
+                run = self.of("memory")[made["model"], row["kv_quant"].replace("(kivi)", "-kivi").replace("fp16", "none"),
+                                        row["ctx"], 1]
+                self.assertEqual((row["vram_peak_mb"], row["vram_overflow"]), (run["vram_peak_bytes"] / MIB, False))
+
     def test_table_of_kernels(self):
         rows = rows_of(read(self.out, "tables", "kernels.csv"))
         expected = {(kernel, *key): run for kernel in tables.KERNELS for key, run in self.of("kernel_" + kernel).items()}
