@@ -109,7 +109,8 @@ def decode_speed(results, cells):
               for spec, points in per_spec.items() for x, y, cell in points}
     for row in rows:
         row["floor"] = limits[row["panel"], row.get("spec", row.get("backend")), row["context"]]
-    legend(figure, spec_handles({spec: look for spec, look in style.items() if spec in seen}) + [Line2D([], [], color=FAINT, lw=0.9, ls=(0, (1, 1)), label="limit by bytes")])
+    legend(figure, spec_handles({spec: look for spec, look in style.items() if spec in seen}) +
+           [Line2D([], [], color=FAINT, lw=0.9, ls=(0, (1, 1)), label="limit by bytes")])
     return Drawing(figure, f"New tokens a second of {model_name(model)} against context; dotted: what the bytes of weights and "
                    "cache allow at the bandwidth measured in the same run.", rows)
 

@@ -237,7 +237,8 @@ def add_v2(results, file, data):
         if row.get("kv_cache_type"):
             cell.texts["kv_size.cache_type"] = row["kv_cache_type"]
         # The study's decode time has a whole prefill in it (study.md, section 5); that of kvqbench's files has not.
-        if "spec" not in data["kv_quant"] and row.get("decode_ms") and row.get("prefill_ms") and row["decode_ms"] > row["prefill_ms"]:
+        if "spec" not in data["kv_quant"] and row.get("decode_ms") and row.get("prefill_ms") \
+                and row["decode_ms"] > row["prefill_ms"]:
             put(cell, "decode.tokens_per_s_net",
                 1e3 * row.get("decode_tokens", 0) / (row["decode_ms"] - row["prefill_ms"]))
         put(cell, "memory.vram_total_bytes", (data.get("hardware", {}).get("vram_total_mb") or math.nan) * MIB)

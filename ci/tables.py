@@ -224,7 +224,7 @@ def latency_rows(results, cells):
                      "contexts": " ".join(str(cell.context) for cell in of), "base_ms": a, "us_per_1k_tokens": b,
                      "fit_error": of[0]["decode.fit_error"], "break_even": of[0].texts.get("decode.break_even"),
                      "break_even_of_lines": None if meet is None else max(0, round(meet))})
-    return rows
+    return rows if any(row["base_ms"] is not None or row["break_even"] for row in rows) else []
 
 
 def as_texts(rows, fields):
@@ -241,7 +241,7 @@ def as_texts(rows, fields):
 def kernel_table(results, cells):
     """For page and terminal."""
     rows = kernel_rows(results, cells)
-    fields = [("kernel", "kernel", "", 1), ("shape of", "model", "", 1), ("heads/KV heads x dim", "shape", "", 1),
+    fields = [("kernel", "kernel", "", 1), ("shape of", "model", "", 1), ("heads / KV heads x dim", "shape", "", 1),
               ("context", "context", "", 1), ("batch", "batch", "", 1), ("scheme", "spec", "", 1), ("us", "us", "{:.2f}", 1),
               ("least", "us_min", "{:.2f}", 1), ("most", "us_max", "{:.2f}", 1), ("GB/s", "gb_per_s", "{:.0f}", 1),
               ("% peak", "peak_fraction", "{:.1f}", 100), ("flash us", "flash_us", "{:.2f}", 1),
@@ -322,8 +322,8 @@ def phase_rows(cells):
         quantized = cell.spec != "none"
         needle = cell["needle.needle_rate_overall"]
         rows.append({
-            "model": model_name(cell.model), "attn_backend": cell.backend, "batch": cell.batch, "kv_quant": csv_label(cell.spec),
-            "context_len": cell.context, "prefill_ms": rounded("prefill.prefill_ms", 1),
+            "model": model_name(cell.model), "attn_backend": cell.backend, "batch": cell.batch,
+            "kv_quant": csv_label(cell.spec), "context_len": cell.context, "prefill_ms": rounded("prefill.prefill_ms", 1),
             "prefill_tok_s": rounded("prefill.tokens_per_s", 0), "decode_tok_s": rounded("decode.tokens_per_s", 1),
             "kv_cache_mb": rounded("kv_size.kv_bytes", 1, 1 / MIB),
             "vram_peak_mb": rounded("memory.vram_peak_bytes", 0, 1 / MIB),
@@ -364,6 +364,12 @@ TEXT = {
     "where": {"en": ": {model}, {backend}, context {context}, batch {batch}; {device}",
               "de": ": {model}, {backend}, Kontext {context}, Batch {batch}; {device}"},
     "scheme": {"en": "Scheme", "de": "Verfahren"},
+    "latency_model": {"en": r"Milliseconds of a decoding step as a line $a + b\,\cdot$ context, and the break-even with "
+                            r"\texttt{none}.",
+                      "de": r"Millisekunden eines Dekodierschritts als Gerade $a + b\,\cdot$ Kontext, und ab wann er "
+                            r"\texttt{none} einholt."},
+    "kernels": {"en": "Single kernels of one layer, beside the read bandwidth of the same run.",
+                "de": "Einzelne Kernel einer Schicht, gemessen an der Lesebandbreite desselben Laufs."},
 }
 
 
@@ -533,6 +539,35 @@ def results_table(cells, language):
     return "\n\n".join(parts)
 
 
+GERMAN = {"kernel": "Kernel", "shape of": "Form von", "heads / KV heads x dim": "Köpfe / KV-Köpfe x dim", "context": "Kontext",
+          "batch": "Batch", "scheme": "Verfahren", "% peak": "% max.",
+          "speed-up": "Gewinn", "speed-up / bytes ratio": "Gewinn / Byte-Verhältnis", "model": "Modell",
+          "attention": "Attention", "ms at 0": "ms bei 0", "us per 1k tokens": "us je 1k Token",
+          "off by at most %": "höchstens daneben um %", "break-even ctx": "Gewinn ab Ctx",
+          "where the lines meet": "Schnittpunkt"}
+
+
+NOT_IN_LATEX = {"contexts", "least", "most", "what ran"}  # a page is too narrow for
+
+
+def plain_longtable(heads_and_rows, name, language):
+    """Texts as a longtable, its caption by name. Empty without rows."""
+    heads, rows = heads_and_rows
+    if not rows:
+        return ""
+    kept = [i for i, head in enumerate(heads) if head not in NOT_IN_LATEX]
+    heads, rows = [heads[i] for i in kept], [[row[i] for i in kept] for row in rows]
+    def stacked(text):  # a word a line
+        return r"\shortstack[r]{" + tex(text).replace(" ", r" \\ ") + "}"
+    head = " & ".join(stacked(head if language == "en" else GERMAN.get(head, head)) for head in heads) + r" \\"
+    columns = "".join("r" if re.match(r"^(<=? |>=? )?[\d.-]+$", row) else "l" for row in rows[0])
+    lines = [r"\begingroup\scriptsize\setlength{\tabcolsep}{2.5pt}", rf"\begin{{longtable}}{{{columns}}}",
+             rf"\caption{{{TEXT[name][language]}}} \label{{tab:{name}}} \\", r"\toprule", head, r"\midrule", r"\endfirsthead",
+             r"\toprule", head, r"\midrule", r"\endhead", r"\bottomrule", r"\endfoot"]
+    lines += [" & ".join(tex(text).replace("<=", r"$\le$").replace("> ", "$>$ ") for text in row) + r" \\" for row in rows]
+    return "\n".join(lines + [r"\end{longtable}", r"\endgroup"])
+
+
 # ---- the study's summaries
 
 def summary(cells, model):
@@ -619,7 +654,11 @@ def write_all(results, out):
         for own, other, base, table in (
                 ("en", "de", "delta_ppl_cross_model", lambda language: delta_ppl_table(cells, language)),
                 ("de", "en", "profiling_table_all", lambda language: profiling_table(results, cells, language)),
-                ("en", "de", "results_table", lambda language: results_table(cells, language))):
+                ("en", "de", "results_table", lambda language: results_table(cells, language)),
+                ("en", "de", "latency_model", lambda language: plain_longtable(
+                    latency_table(results, cells), "latency_model", language)),
+                ("en", "de", "kernels", lambda language: plain_longtable(
+                    kernel_table(results, results.of(run)), "kernels", language))):
             write_text(f"{base}{suffix}.tex", table(own))  # in the language of the study's own
             write_text(f"{base}{suffix}_{other}.tex", table(other))
         for model in sorted({cell.model for cell in cells}):

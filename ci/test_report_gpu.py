@@ -151,6 +151,19 @@ class Products:
                 self.assertTrue(all(c <= limit for c in slower), row)
             self.assertIn(f" {row['break_even']} ", read(self.out, "table.md"))
 
+    def test_latex(self):
+        for name, rows in (("kernels", rows_of(read(self.out, "tables", "kernels.csv"))),
+                           ("latency_model", [row for row in rows_of(read(self.out, "tables", "latency_model.csv"))
+                                              if row["base_ms"] or row["break_even"]])):
+            for ending in ("", "_de"):
+                text = read(self.out, "tables", name + ending + ".tex")
+                lines = [line for line in text.splitlines() if " & " in line and "shortstack" not in line]
+                self.assertEqual(len(lines), len(rows))
+                columns = re.search(r"\\begin\{longtable\}\{([lr]+)\}", text)[1]
+                self.assertEqual({line.count(" & ") + 1 for line in lines}, {len(columns)})
+                self.assertEqual(text.count("{"), text.count("}"))
+                self.assertNotRegex(re.sub(r"\\label{\S+}", "", text), r"(?<!\\)[%_#<]")
+
     def test_figures(self):
         for name in ("decode_speed", "latency_vs_context", "vram_vs_context", "memory_loglog", "roofline", "kernels",
                      "pareto_decode"):
