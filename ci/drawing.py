@@ -138,7 +138,7 @@ def context_axis(axis, contexts):
     axis.set_xlabel("context, tokens")
 
 
-def lines(results, cells, value, label, reference=None):
+def lines(results, cells, value, label, reference=None, height=2.05):
     """Panels of `value(cell)` against context, a line a spec (a backend, where those alone differ). None where no line
     has two contexts."""
     panels, rows = [], []
@@ -154,7 +154,7 @@ def lines(results, cells, value, label, reference=None):
     if not panels:
         return None
     style = styles(sorted({spec for _, per_spec in panels for spec in per_spec}, key=spec_order))
-    figure, axes = grid(len(panels), 2.05)
+    figure, axes = grid(len(panels), height)
     for axis, (title, per_spec) in zip(axes, panels):
         for spec in style:
             if spec in per_spec:
@@ -178,6 +178,7 @@ def lines(results, cells, value, label, reference=None):
 def mesh(axis, values, norm, cmap):
     """Cells in colour, the first row on top; vectors, where imshow would make pixels."""
     rows, columns = values.shape
+    axis.grid(False)
     drawn = axis.pcolormesh(np.arange(columns + 1) - 0.5, np.arange(rows + 1) - 0.5, np.ma.masked_invalid(values),
                             norm=norm, cmap=cmap, edgecolors="face", linewidth=0.2)
     axis.set_xlim(-0.5, columns - 0.5)

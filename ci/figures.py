@@ -1,7 +1,7 @@
 """Figures of results, each as PDF, SVG and PNG with its numbers as CSV.
 
 A figure is a function of the results and of the cells of one run; it returns a Drawing, or the reason why these
-results do not have it. drawing.py has what they share.
+results do not have it. drawing.py has what they share, costs.py those of bytes and times.
 """
 
 import math
@@ -13,10 +13,10 @@ from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
 
 import claims
 import tables
-from drawing import (COLOURS, DAMAGE, FAINT, INK, RATE, WIDTH, Drawing, Drawn, FuncFormatter, Line2D, LogLocator,
-                     MaxNLocator, NullLocator, for_page, grid, heatmap, legend, lines, mesh, panels_of, plt, save,
-                     spec_handles, specs_of, styles, subplots)
-from results import MIB, decode_ms_per_token
+from costs import (decode_speed, kernels, latency_vs_context, memory_loglog, pareto_decode, pareto_kld, roofline,
+                   vram_vs_context)
+from drawing import (COLOURS, DAMAGE, FAINT, INK, RATE, WIDTH, Drawing, Drawn, Line2D, MaxNLocator, for_page, grid,
+                     heatmap, legend, mesh, panels_of, plt, save, styles, subplots)
 from tables import context_label, model_name, spec_order
 
 
@@ -326,198 +326,6 @@ def layer_error(results, cells):
     return Drawing(drawn[0], "Error of encoded keys and values, layer by layer, for each scheme.", drawn[1])
 
 
-# ---- what it costs
-
-def vram_vs_context(results, cells):
-    def peak(cell):
-        value = cell["memory.vram_peak_bytes"] or cell["memory.rss_peak_bytes"]
-        return value / 2**30 if value else None
-    def limit(axis, per_spec):
-        total = next((p[2]["memory.vram_total_bytes"] for points in per_spec.values() for p in points
-                      if p[2]["memory.vram_total_bytes"]), None)
-        if total:
-            axis.axhline(total / 2**30, color=INK, lw=0.8, ls=(0, (1, 1)))
-            axis.text(0.02, total / 2**30, "device", transform=axis.get_yaxis_transform(), fontsize=6.5, va="top")
-            axis.set_ylim(top=max(axis.get_ylim()[1], 1.08 * total / 2**30))
-    resident = not any(cell["memory.vram_peak_bytes"] for cell in cells)
-    drawn = lines(results, cells, peak, "peak, GiB", reference=limit)
-    if drawn is None:
-        return "peak memory was not measured at two contexts or more"
-    figure, axes, _, style, rows = drawn
-    legend(figure, spec_handles(style))
-    return Drawing(figure, f"Peak {'resident' if resident else 'GPU'} memory against context, a line a scheme.", rows)
-
-
-def memory_loglog(results, cells):
-    drawn = lines(results, cells, lambda c: c["kv_size.kv_bytes"] / MIB if c["kv_size.kv_bytes"] else None,
-                  "KV cache, MiB")
-    if drawn is None:
-        return "bytes of the KV cache are not known at two contexts or more"
-    figure, axes, panels, style, rows = drawn
-    for axis, (_, per_spec) in zip(axes, panels):
-        axis.set_yscale("log", base=2)
-        values = [point[1] for points in per_spec.values() for point in points]
-        axis.set_ylim(min(values) / 1.4, max(values) * 1.6)
-        slopes = [math.log2(p[-1][1] / p[0][1]) / math.log2(p[-1][0] / p[0][0]) for p in per_spec.values()]
-        axis.text(0.04, 0.92, f"slope {min(slopes):.3f}" + (f" to {max(slopes):.3f}" if max(slopes) - min(slopes) > 5e-4
-                                                           else ""), transform=axis.transAxes, fontsize=7)
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    legend(figure, spec_handles(style))
-    return Drawing(figure, "Bytes of the KV cache against context, both logarithmic; a slope of 1 is proportional.", rows)
-
-
-def latency_vs_context(results, cells):
-    def marks(axis, per_spec):
-        for spec, points in per_spec.items():
-            context = points[0][2]["decode.break_even_context"]
-            if context and points[0][0] < context <= points[-1][0]:
-                axis.axvline(context, color=colours[spec], lw=0.8, ls=(0, (4, 2)), alpha=0.7)
-    colours = {spec: look["color"] for spec, look in styles(specs_of(
-        [c for c in cells if decode_ms_per_token(c)])).items()}
-    drawn = lines(results, cells, decode_ms_per_token, "ms per token", reference=marks)
-    if drawn is None:
-        return "decoding was not timed at two contexts or more"
-    figure, axes, panels, style, rows = drawn
-    for axis, (title, per_spec) in zip(axes, panels):
-        texts = {spec: points[0][2].texts.get("decode.break_even") for spec, points in per_spec.items()}
-        for row in rows:
-            if row["panel"] == title and "spec" in row:
-                row["break_even"] = texts[row["spec"]]
-    legend(figure, spec_handles(style))
-    return Drawing(figure, "Time of a decoding step against context; vertical lines mark where a scheme breaks even with "
-                   "the unquantized cache.", rows)
-
-
-def pareto_panels(results, cells, y_key, y_label, better, log, interval=False):
-    """Bits per element against y at the longest context; the schemes that no other beats in both are joined."""
-    panels = []
-    for title, of in panels_of(results, [c for c in cells if c["kv_size.bits_per_element"] and c[y_key] is not None]):
-        longest = max(cell.context for cell in of)
-        of = sorted((c for c in of if c.context == longest), key=lambda c: c["kv_size.bits_per_element"])
-        if len(of) > 1:
-            panels.append((f"{title}, {context_label(longest)}", of))
-    if not panels:
-        return None
-    look = styles(sorted({c.spec for _, of in panels for c in of}, key=spec_order))
-    figure, axes = grid(len(panels), 2.2 if len(panels) > 1 else 3.0)
-    rows = []
-    for axis, (title, of) in zip(axes, panels):
-        front, best = [], None
-        for cell in of:  # from fewest bits on
-            value = abs(cell[y_key]) if log else cell[y_key]
-            if best is None or (value > best if better == "more" else value < best):
-                best = value
-                front.append(cell)
-        # `none` and rounding alone may be ever so small: they stand at the bottom then.
-        bottom = min((abs(c[y_key]) for c in of if c.spec != "none" and c[y_key]), default=1e-6) / 10
-        def shown(cell, key):
-            return max(abs(cell[key]), bottom) if log else cell[key]
-        axis.plot([c["kv_size.bits_per_element"] for c in front], [shown(c, y_key) for c in front], color=FAINT, lw=0.9,
-                  zorder=1)
-        for cell in of:
-            x, y = cell["kv_size.bits_per_element"], shown(cell, y_key)
-            low, high = cell[y_key + "_lo"] or cell[y_key + "_min"], cell[y_key + "_hi"] or cell[y_key + "_max"]
-            if interval and low is not None and high is not None and (not log or low > 0):
-                axis.plot([x, x], [max(low, bottom) if log else low, high], color=look[cell.spec]["color"], lw=1)
-            axis.plot(x, y, linestyle="", color=look[cell.spec]["color"],
-                      marker=look[cell.spec]["marker"], markersize=5.5)
-            rows.append({"panel": title, "spec": cell.spec, "bits_per_element": x, "value": cell[y_key], "lo": low,
-                         "hi": high, "on_front": cell in front})
-        floor = next((c["perplexity.kld_floor_nats"] for c in of if c["perplexity.kld_floor_nats"]), None)
-        if y_key == "perplexity.kld_nats" and floor and floor >= bottom:
-            axis.axhline(floor, color=INK, lw=0.8, ls=(0, (1, 1)))
-            axis.text(0.98, floor, "rounding alone", transform=axis.get_yaxis_transform(), fontsize=6.5, va="bottom",
-                      ha="right")
-        if log:
-            axis.set_yscale("log")
-        else:
-            axis.set_ylim(bottom=0)
-        axis.set_xlim(0, max(c["kv_size.bits_per_element"] for c in of) * 1.08)
-        axis.set_title(title)
-        axis.set_xlabel("bits per element")
-        if axis in axes[::3]:
-            axis.set_ylabel(y_label)
-    legend(figure, [Line2D([], [], label=s, color=l["color"], marker=l["marker"], linestyle="")
-           for s, l in look.items()])
-    return figure, rows
-
-
-def pareto_kld(results, cells):
-    drawn = pareto_panels(results, cells, "perplexity.kld_nats", "KLD, nats", "less", True, interval=True)
-    if drawn:
-        return Drawing(drawn[0], "KL divergence against bits per element; the schemes that none beats in both are joined.",
-                       drawn[1])
-    drawn = pareto_panels(results, cells, "perplexity.delta_ppl", "|change of ppl|", "less", True)
-    if drawn:
-        return Drawing(drawn[0], "Change of perplexity against bits per element (no KL divergence was measured); the "
-                       "schemes that none beats in both are joined.", drawn[1])
-    return "no KL divergence beside the bits per element"
-
-
-def pareto_decode(results, cells):
-    net = any(cell["decode.tokens_per_s_net"] for cell in cells)
-    drawn = pareto_panels(results, cells, "decode.tokens_per_s_net" if net else "decode.tokens_per_s",
-                          "net decode, tok/s" if net else "decode, tok/s", "more", False, interval=True)
-    if drawn is None:
-        return "no decoding was timed beside the bits per element"
-    return Drawing(drawn[0], "Speed of decoding against bits per element; the schemes that none beats in both are joined.",
-                   drawn[1])
-
-
-def roofline(results, cells):
-    """Bytes a second against the bandwidth that the same run measured, and operations against its GEMM rate."""
-    kinds = [("decode", "decode (weights and cache read), GB/s"), ("quantize", "quantize, GB/s"),
-             ("dequantize", "dequantize, GB/s"), ("prefill", "prefill, GFLOP/s")]
-    def achieved(cell, kind):
-        if kind == "decode" and cell["decode.bytes_per_token"] and cell["decode.tokens_per_s"]:
-            return cell["decode.bytes_per_token"] * cell["decode.tokens_per_s"] / cell.batch / 1e9
-        if kind == "prefill" and cell["prefill.gflop"] and cell["prefill.prefill_ms"]:
-            return cell["prefill.gflop"] / cell["prefill.prefill_ms"] * 1e3
-        return cell[kind + ".gb_per_s"]
-    rows, groups = [], {}
-    panels = panels_of(results, cells)
-    for title, of in panels:
-        longest = max(cell.context for cell in of)
-        for cell in sorted((c for c in of if c.context == longest), key=lambda c: spec_order(c.spec)):
-            for kind, label in kinds:
-                share, value = cell[kind + ".peak_fraction"], achieved(cell, kind)
-                if share and value:
-                    groups.setdefault(kind, []).append((f"{title}, " * (len(panels) > 1) + cell.spec, cell.spec,
-                                                        value, value / share, share))
-                    rows.append({"panel": title, "measurement": kind, "spec": cell.spec, "context": cell.context,
-                                 "achieved": value, "limit": value / share, "share": share})
-    if not groups:
-        return "no limit was measured beside the times (peak_fraction)"
-    most = max(len(group) for group in groups.values())
-    used = [(kind, label) for kind, label in kinds if kind in groups]
-    columns = 2 if len(used) > 1 and len(panels) == 1 else 1
-    figure, axes = subplots(math.ceil(len(used) / columns), columns, squeeze=False, figsize=(
-        WIDTH, (0.75 + 0.2 * most) * math.ceil(len(used) / columns)))
-    look = styles(specs_of(cells))
-    for spare in axes.flat[len(used):]:
-        spare.axis("off")
-    for axis, (kind, label) in zip(axes.flat, used):
-        for y, (title, spec, value, limit, share) in enumerate(groups[kind]):
-            axis.plot([value, limit], [y, y], color=FAINT, lw=0.8, zorder=1)
-            axis.plot(value, y, color=look[spec]["color"], marker=look[spec]["marker"])
-            axis.plot(limit, y, color=INK, marker="|", markersize=9)
-            axis.text(math.sqrt(value * limit), y - 0.12, f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.2g} %",
-                      ha="center", va="bottom", fontsize=6.5)
-        axis.set_yticks(range(len(groups[kind])))
-        axis.set_yticklabels([item[0] for item in groups[kind]])
-        axis.set_ylim(len(groups[kind]) - 0.5, -0.7)
-        axis.set_xscale("log")
-        low, high = min(item[2] for item in groups[kind]), max(max(item[2:4]) for item in groups[kind])
-        axis.set_xlim(low / 1.3, high * 1.3)
-        few = high / low < 30
-        axis.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if few else (1,)))
-        axis.xaxis.set_minor_locator(NullLocator())
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.set_title(label)
-        axis.grid(axis="y", visible=False)
-    return Drawing(figure, "What was reached (markers) of the machine's limits (bars), measured in the same run.", rows)
-
-
 # ---- everything
 
 # name, title, function, whether it is drawn for every run (else once).
@@ -525,12 +333,14 @@ FIGURES = [
     ("delta_ppl_heatmap", "Change of perplexity", delta_ppl_heatmap, True),
     ("stability_heatmap", "Change of perplexity in percent", stability_heatmap, True),
     ("pareto_kld", "Quality against size", pareto_kld, True),
+    ("decode_speed", "Speed of decoding against context", decode_speed, True),
     ("pareto_decode", "Speed against size", pareto_decode, True),
     ("needle_heatmap", "Needle in a haystack", needle_heatmap, True),
     ("latency_vs_context", "Time of a step against context", latency_vs_context, True),
     ("vram_vs_context", "Peak memory against context", vram_vs_context, True),
     ("memory_loglog", "Size of the KV cache against context", memory_loglog, True),
     ("roofline", "Against the machine's limits", roofline, True),
+    ("kernels", "Kernels against the bandwidth", kernels, True),
     ("layer_error", "Error by layer", layer_error, True),
     ("layer_sensitivity", "Sensitivity by layer", layer_sensitivity, True),
     ("kurtosis_vs_ppl_delta", "Kurtosis against change of perplexity", kurtosis_vs_ppl_delta, True),

@@ -55,6 +55,19 @@ def times_of(data, statistic="median"):
     return times
 
 
+def ranges_of(data):
+    """{name: (least, most) in ms} of the repetitions of a benchmarks.json's times; nothing of those measured once."""
+    ranges = {}
+    for run in data["benchmarks"]:
+        median = None if run.get("aggregate_name") else time_of(run)
+        name = time_counter(run) if median else None
+        if name and run[name + "_min"] < run[name + "_max"]:
+            unit = UNIT_MS[TIME.search(name)[2]]
+            low, high = ranges.get(run["name"], (math.inf, 0))
+            ranges[run["name"]] = min(low, unit * run[name + "_min"]), max(high, unit * run[name + "_max"])
+    return ranges
+
+
 def split_flags(flags):
     """kvqbench's flags without the filter, and the filter; those that this file sets itself are refused."""
     kept, chosen = [], ".*"

@@ -91,6 +91,9 @@ def warnings(results, missing=()):
     """[(kind, what it means, [cases])], kinds without a case left out."""
     name = lambda cell: (f"{cell.run}: " if several(results.current(), lambda c: c.run) else "") + (  # noqa: E731
         f"{model_name(cell.model)}, {cell.backend}, {cell.spec}, {context_label(cell.context)}, batch {cell.batch}")
+    def why(cell, key, word):
+        notes = cell.texts.get(key.split(".")[0] + ".label", "").split("; ")[1:]
+        return "".join(f" ({note})" for note in notes if note.startswith(word + ": "))
     current = results.current()
     skipped = [(cell, measurement, reason) for cell in current for measurement, reason in cell.skipped.items()
                if "nothing is encoded" not in reason]
@@ -102,7 +105,7 @@ def warnings(results, missing=()):
             busy.append(f"{file.path}: load {load[0]:.1f} on {cores} cores")
         if file.facts.get("cpu_scaling_enabled"):
             scaled.append(file.path)
-    spread, single, noise, zero, throttled, shared, overflow = [], [], [], [], [], [], []
+    spread, single, noise, zero, throttled, shared, overflow, unfused = [], [], [], [], [], [], [], []
     for cell in current:
         for key, value in cell.values.items():
             if key.endswith("tokens_per_s") and value:
@@ -111,11 +114,16 @@ def warnings(results, missing=()):
                     spread.append(
                         f"{name(cell)}: {key.split('.')[0]} {low:.1f} to {high:.1f}, median {value:.1f} tokens/s")
             if key.rsplit(".", 1)[-1].startswith("throttled") and value and "/" not in key:
-                throttled.append(f"{name(cell)}: {key}")
+                throttled.append(f"{name(cell)}: {key}{why(cell, key, 'throttled')}")
             if key.endswith(".foreign_processes") and value:
-                shared.append(f"{name(cell)}: {key.split('.')[0]}")
+                shared.append(f"{name(cell)}: {key.split('.')[0]}{why(cell, key, 'foreign processes')}")
+            if key.endswith(".samples") and value == 1:
+                single.append(f"{name(cell)}: {key.split('.')[0]}")
         if cell["prefill.prefill_ms"] is not None and cell["prefill.prefill_ms_min"] is None:
             single.append(name(cell))
+        ran = tables.kernel_that_ran(cell, "decode") or ""
+        if cell.backend == "fused" and ran.startswith("sdpa"):
+            unfused.append(f"{name(cell)}: {ran}")
         floor, kld = cell["perplexity.kld_floor_nats"], cell["perplexity.kld_nats"]
         low = cell["perplexity.kld_nats_lo"]
         if cell.spec != "none" and floor and kld is not None and (kld if low is None else low) <= floor:
@@ -139,7 +147,8 @@ def warnings(results, missing=()):
         ("More memory than the device has", "Part of it lay elsewhere; times are not the device's own.", overflow),
         ("Within the noise", "The KL divergence is not above what rounding alone does.", noise),
         ("Below its own confidence", "The interval of the change of perplexity has 0 in it: no change is shown.", zero),
-        ("One repetition", "Times have no spread: they were measured once.", single),
+        ("Not fused", "Backend fused has no kernel for these; they were decoded as said.", unfused),
+        ("One repetition", "These were measured once and have no spread.", single),
         ("Skipped", "These cells cannot run here.",
          [f"{name(c)}: {m}: {r}" for c, m, r in skipped if (c, m, r) not in failed]),
         ("Superseded", "Newer files have measured all of these again; they are in tables/results.csv alone.", superseded),
@@ -172,8 +181,8 @@ def results_section(results, cells):
             f'<option value="{e(value)}">{e(values[value])}</option>' for value in order) + "</select></label>")
     head = "".join(f'<th scope="col" aria-sort="none"{" class=text" if a not in ("context", "batch") else ""}>'
                    f'<button type="button">{e(t)}</button></th>' for t, a, _ in sides)
-    head += "".join(f'<th scope="col" aria-sort="none"><button type="button" title="{e(c.what)}">{e(c.heading)}</button></th>'
-                    for c in columns)
+    head += "".join(f'<th scope="col" aria-sort="none"{" class=text" * (c.key == tables.KERNEL_COLUMN)}>'
+                    f'<button type="button" title="{e(c.what)}">{e(c.heading)}</button></th>' for c in columns)
     rows = []
     for i, cell in enumerate(cells):
         data = "".join(f' data-{a}="{e(getattr(cell, a))}"' for _, a, _ in sides)
@@ -185,9 +194,9 @@ def results_section(results, cells):
             kind = "" if attribute in ("context", "batch") else ' class="text"'
             row.append(f'<td{kind} data-value="{e(getattr(cell, attribute))}">{text}</td>')
         for column in columns:
-            value = cell[column.key]
-            shown = column.text(cell)
-            row.append(f'<td data-value="{"" if value is None else repr(float(value))}">{e(shown)}</td>')
+            value, shown, words = cell[column.key], column.text(cell), column.key == tables.KERNEL_COLUMN
+            key = column.words(cell) or "" if words else "" if value is None else repr(float(value))
+            row.append(f'<td{" class=text" * words} data-value="{e(key)}">{e(shown)}</td>')
         rows.append(f"<tr{data}>{''.join(row)}</tr>")
     words = "".join(f"<li><strong>{e(c.heading)}</strong>: {e(c.what)}</li>" for c in columns)
     return (f'<div class="filters">{"".join(filters)}<label>search names<input id="search" type="search"></label>'
@@ -196,6 +205,22 @@ def results_section(results, cells):
                  f'a dash was not measured.</caption><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>',
                  "Table of results", " tall") +
             f'<details><summary>What the columns are</summary><ul>{words}</ul></details>')
+
+
+def section_of_rows(heads_and_rows, words, label):
+    """A table that has rows of its own; nothing without rows."""
+    heads, rows = heads_and_rows
+    classes = ["text" if head in ("run", "model", "attention", "scheme", "kernel", "shape of", "what ran", "contexts") else ""
+               for head in heads]
+    return f"<p>{e(words)}</p>" + wide(table(heads, [[e(text) for text in row] for row in rows], classes), label,
+                                       " tall") if rows else ""
+
+
+LATENCY_WORDS = ("Milliseconds of a decoding step as a line a + b context through all measured contexts, three or more; how far "
+                 "it is off at worst; and from which context on a scheme is as fast as none: as measured, and where the "
+                 "lines meet.")
+KERNEL_WORDS = ("Of one layer; single calls in a CUDA graph, each on buffers of its own. Speed-up: over the faster of flash and "
+                "cuDNN on 16 bits; divided by the ratio of bytes, 1 is all that fewer bytes can give.")
 
 
 # ---- figures, statements, raw data, how to make it again
@@ -237,6 +262,10 @@ def raw_section(cells):
     return f'<div class="cells">{"".join(parts)}</div>'
 
 
+GPU_STUDY = {"kernels": "kernels", "kernels_ratios": "kernels", "kernels_batch": "kernels", "models": "models",
+             "kivi": "models", "batch8": "batch", "batch32": "batch", "power": "power", "kivi_power": "power"}
+
+
 def reproduce_section(results, folders):
     commands = []
     for run in results.runs():
@@ -245,6 +274,13 @@ def reproduce_section(results, folders):
         if not cells or not files:
             continue
         facts = files[-1].facts
+        commit = facts.get("kvqbench_commit", "")
+        checkout = f"git checkout {commit.removesuffix('-dirty')}\n" if commit else ""
+        names = {os.path.splitext(os.path.basename(file.path))[0] for file in files}
+        if names <= set(GPU_STUDY):
+            parts = [part for part in dict.fromkeys(GPU_STUDY.values()) if part in {GPU_STUDY[name] for name in names}]
+            commands.append(f"{checkout}ci/gpu-study --out results/{tables.file_name(run)} --only " + ",".join(parts))
+            continue
         def option(name, values):
             return f" --{name}=" + ",".join(map(str, values))
         line = f"ci/study --out results/{tables.file_name(run)}"
@@ -257,8 +293,7 @@ def reproduce_section(results, folders):
         line += option("windows", [max(windows)]) if windows else ""
         for key in ("corpus", "protocol", "device", "seed"):
             line += option(key, [facts[key]]) if facts.get(key) else ""
-        commit = facts.get("kvqbench_commit", "")
-        commands.append((f"git checkout {commit.removesuffix('-dirty')}\n" if commit else "") + line)
+        commands.append(checkout + line)
     commands.append("ci/report " + " ".join(folders) + " --out OUT")
     text = "<p>The figures, tables and this page come from the results alone, by the last command.</p>"
     if any(file.kind != "benchmarks" for file in results.files):
@@ -276,20 +311,26 @@ def write(results, drawn, missing, claims, written, folders, out):
     cells = sorted((cell for cell in results.current() if has_numbers(cell)),
                    key=lambda c: (results.runs().index(c.run), model_name(c.model), c.backend, c.batch, c.context,
                                   spec_order(c.spec)))
+    kernels = sorted((cell for cell in results.current() if not has_numbers(cell) and tables.kernels_of(cell)),
+                     key=lambda c: (c.run, c.model, c.batch, c.context, spec_order(c.spec)))
     found = warnings(results, missing)
     models = sorted({model_name(cell.model) for cell in cells})
     sections = [("measured", "What was measured on what", measured_section(results)),
                 ("warnings", "Warnings", warnings_section(found)),
                 ("results-heading", "Results", results_section(results, cells) if cells else "<p>No numbers.</p>"),
+                ("latency", "How decoding grows with the context", section_of_rows(
+                    tables.latency_table(results, results.current()), LATENCY_WORDS, "Table of the latency model")),
+                ("kernel-table", "Single kernels", section_of_rows(
+                    tables.kernel_table(results, results.current()), KERNEL_WORDS, "Table of single kernels")),
                 ("figures", "Figures", figure_section(drawn)),
                 ("statements", "Published statements", claims_section(claims) if claims else ""),
-                ("raw", "Raw data of every cell", raw_section(cells)),
+                ("raw", "Raw data of every cell", raw_section(cells + kernels)),
                 ("reproduce", "How to make it again", reproduce_section(results, folders)),
                 ("files", "Tables to take along", files_section(written))]
     sections = [section for section in sections if section[2]]
     parts = {
         "TITLE": e("What quantizing the KV cache costs and buys: " + listed(models[:6])),
-        "SUBTITLE": e(f"{len(cells)} cells of {len(results.runs())} run{'s' * (len(results.runs()) > 1)}; "
+        "SUBTITLE": e(f"{len(cells) + len(kernels)} cells of {len(results.runs())} run{'s' * (len(results.runs()) > 1)}; "
                       f"{len(found)} kinds of warnings; one file, no network needed."),
         "NAV": "".join(f'<li><a href="#{name}">{e(title)}</a></li>' for name, title, _ in sections),
         "BODY": "".join(f'<section aria-labelledby="{name}"><h2 id="{name}">{e(title)}</h2>{content}</section>'

@@ -236,8 +236,9 @@ def add_v2(results, file, data):
                 put(cell, ours + "_max", max(row[runs]))
         if row.get("kv_cache_type"):
             cell.texts["kv_size.cache_type"] = row["kv_cache_type"]
-        # Its decode time has a whole prefill in it (study.md, section 5).
-        if row.get("decode_ms") and row.get("prefill_ms") and row["decode_ms"] > row["prefill_ms"]:
+        # The study's decode time has a whole prefill in it (study.md, section 5); that of kvqbench's files has not.
+        if "spec" not in data["kv_quant"] and row.get("decode_ms") and row.get("prefill_ms") \
+                and row["decode_ms"] > row["prefill_ms"]:
             put(cell, "decode.tokens_per_s_net",
                 1e3 * row.get("decode_tokens", 0) / (row["decode_ms"] - row["prefill_ms"]))
         put(cell, "memory.vram_total_bytes", (data.get("hardware", {}).get("vram_total_mb") or math.nan) * MIB)
@@ -275,7 +276,7 @@ def add_v2(results, file, data):
 
 def add_summary(results, file, data):
     """Only what no file of results has: a summary repeats the last context of each."""
-    known = {os.path.basename(other.path) for other in results.files if other.kind == "v2"}
+    known = {os.path.basename(other.path) for other in results.files if other.kind in ("v2", "benchmarks")}
     file.facts = {"merged_from": data.get("merged_from", [])}
     for row in data["combinations"]:
         if row["json_file"] in known:
@@ -430,15 +431,17 @@ def derive(results):
                 if cell["kv_size.bits_per_element"] is None and dense and dense["kv_size.kv_bytes"] \
                         and cell["kv_size.kv_bytes"]:  # the unquantized cache has 16 bits an element
                     put(cell, "kv_size.bits_per_element", 16 * cell["kv_size.kv_bytes"] / dense["kv_size.kv_bytes"])
-            fit_latency(cells)
+            timed = {context: cell for context, cell in cells.items() if decode_ms_per_token(cell)}
+            fit_latency(timed)
             if spec != "none":
-                break_even(plain, cells)
+                break_even(plain, timed)
 
 
 def fit_latency(cells):
-    """Sets decode.fit_base_ms and decode.fit_us_per_1k_tokens on cells of a spec: a and b of ms a token = a + b context,
-    by least squares over three contexts or more."""
-    points = [(context, ms) for context, ms in ((c, decode_ms_per_token(cell)) for c, cell in cells.items()) if ms]
+    """Sets decode.fit_base_ms and decode.fit_us_per_1k_tokens on cells of a spec, all of which decode: a and b of ms a
+    token = a + b context, by least squares over three contexts or more; decode.fit_error is the share by which the line
+    misses the worst of them."""
+    points = [(context, decode_ms_per_token(cell)) for context, cell in cells.items()]
     if len(points) < 3:
         return
     mean_x = sum(x for x, _ in points) / len(points)
@@ -447,6 +450,7 @@ def fit_latency(cells):
     for cell in cells.values():
         put(cell, "decode.fit_base_ms", mean_y - slope * mean_x)
         put(cell, "decode.fit_us_per_1k_tokens", slope * 1e6)
+        put(cell, "decode.fit_error", max(abs(mean_y + slope * (x - mean_x) - y) / y for x, y in points))
 
 
 def break_even(plain, cells):

@@ -8,7 +8,7 @@ import os
 import re
 from dataclasses import dataclass
 
-from results import MIB
+from results import MIB, decode_ms_per_token
 
 # ---- names
 
@@ -81,11 +81,19 @@ class Column:
     interval: bool = False  # key_lo and key_hi beside it
     what: str = ""      # the page's explanation
 
+    def words(self, cell):
+        """What stands there in words, or None."""
+        if self.key == "decode.break_even_context":
+            return cell.texts.get("decode.break_even")
+        return kernel_that_ran(cell, "decode") if self.key == KERNEL_COLUMN else None
+
+    def has(self, cell):
+        return cell[self.key] is not None or self.words(cell) is not None
+
     def text(self, cell, tex=False):
-        value = cell[self.key]
-        if self.key == "decode.break_even_context" and "decode.break_even" in cell.texts:
-            text = cell.texts["decode.break_even"]
-            return "$" + text.replace("<=", r"\le").replace(">", ">") + "$" if tex else text
+        value, words = cell[self.key], self.words(cell)
+        if words is not None:
+            return "$" + words.replace("<=", r"\le") + "$" if tex else words
         if value is None:
             return "--" if tex else "-"
         texts = [self.number(value)]
@@ -108,6 +116,14 @@ class Column:
             zero = False
         return self.pattern.format(0.0) if zero else text  # no minus before a zero
 
+
+def kernel_that_ran(cell, measurement):
+    """What the label says ran, where that is more than the backend's name, or None."""
+    ran = re.sub(r"^\w+ \w+, ", "", cell.texts.get(measurement + ".label", "").split("; ")[0])
+    return None if ran in ("", cell.backend, cell.backend + " on decoded tokens") else ran
+
+
+KERNEL_COLUMN = "decode.label"  # words, for which LaTeX has no room
 COLUMNS = [
     Column("kv_size.kv_bytes", "KV MiB", "KV MiB", "{:.2f}", 1 / MIB, what="KV cache with all its metadata"),
     Column("kv_size.bits_per_element", "bits/el.", "Bit/El.", "{:.3f}", what="bits per element of the KV cache"),
@@ -122,10 +138,6 @@ COLUMNS = [
            what="share of the machine's bandwidth, measured in the same run"),
     Column("decode.break_even_context", "break-even ctx", "Gewinn ab Ctx", "{:.0f}",
            what="context from which on decoding is at least as fast as with the unquantized cache"),
-    Column("decode.fit_base_ms", "fit: ms at 0", "Fit: ms bei 0", "{:.3f}",
-           what="a of the line a + b context through the time of a step at all measured contexts"),
-    Column("decode.fit_us_per_1k_tokens", "fit: us per 1k tokens", "Fit: µs je 1k Token", "{:.2f}",
-           what="its b: what 1000 tokens of context add to a step"),
     Column("memory.vram_peak_bytes", "peak VRAM MiB", "VRAM max. MiB", "{:.0f}", 1 / MIB, what="peak GPU memory"),
     Column("memory.rss_peak_bytes", "peak MiB", "RSS max. MiB", "{:.0f}", 1 / MIB, what="peak resident memory"),
     Column("power.watts", "W", "W", "{:.0f}", what="mean power while decoding"),
@@ -143,14 +155,14 @@ COLUMNS = [
            what="share of depths at which the number is found"),
     Column("needle.needle_random_rate", "random needle [95 %]", "Zufalls-Needle [95 %]", "{:.2f}", interval=True,
            what="the same with random numbers"),
+    Column(KERNEL_COLUMN, "what decoded", "Decodiert durch", "{}",
+           what="the kernels that ran, where they are not those of the backend's name"),
 ]
 
 
 def columns_of(cells):
-    """Those columns for which any of the cells has a number."""
-    return [column for column in COLUMNS if any(cell[column.key] is not None or
-                                                column.key == "decode.break_even_context" and
-                                                "decode.break_even" in cell.texts for cell in cells)]
+    """Those columns for which any of the cells has something."""
+    return [column for column in COLUMNS if any(column.has(cell) for cell in cells)]
 
 
 def has_numbers(cell):
@@ -159,15 +171,103 @@ def has_numbers(cell):
 
 def groups_of(cells):
     """Cells that stand in one table, (run, device, model, backend, context, batch): in the order of their specs."""
-    groups = {}
-    for cell in cells:
+    groups, first = {}, {}
+    for i, cell in enumerate(cells):
         if has_numbers(cell):
             key = (cell.run, cell.device, cell.model, cell.backend, cell.context, cell.batch)
             groups.setdefault(key, []).append(cell)
-    return {key: sorted(group, key=lambda cell: spec_order(cell.spec)) for key, group in groups.items()}
+            first.setdefault(key[:4], i)
+    return {key: sorted(groups[key], key=lambda cell: spec_order(cell.spec))
+            for key in sorted(groups, key=lambda key: (first[key[:4]], key[5], key[4]))}
+
+
+# ---- single kernels, and the model of decode's latency
+
+KERNELS = ["attention", "encode", "flush", "decode"]
+KERNEL_COLUMNS = ["us", "us_min", "us_max", "gb_per_s", "peak_fraction", "flash_us", "cudnn_us", "speedup",
+                  "speedup_per_byte_ratio"]
+
+
+def kernels_of(cell):
+    return [kernel for kernel in KERNELS if cell[f"kernel_{kernel}.us"] is not None]
+
+
+def kernel_rows(results, cells):
+    """One a kernel and cell of measurements kernel_...; `shape` is that of one layer's heads."""
+    rows = []
+    for cell in cells:
+        shape = results.shapes.get(cell.model, {})
+        heads = f"{shape['num_q_heads']}/{shape['num_kv_heads']} x {shape['head_dim']}" if shape else None
+        for kernel in kernels_of(cell):
+            rows.append({"run": cell.run, "device": cell.device, "kernel": kernel, "model": cell.model, "shape": heads,
+                         "context": cell.context, "batch": cell.batch, "spec": cell.spec,
+                         **{name: cell[f"kernel_{kernel}.{name}"] for name in KERNEL_COLUMNS},
+                         "ran": kernel_that_ran(cell, "kernel_" + kernel)})
+    return sorted(rows, key=lambda row: (KERNELS.index(row["kernel"]), row["model"], row["batch"], row["context"],
+                                         spec_order(row["spec"])))
+
+
+def latency_rows(results, cells):
+    """One a model, backend, batch size and spec that has decoded: the line of fit_latency, and from which context on the
+    spec is as fast as `none`: as measured, and where the two lines meet."""
+    lines = {}
+    for cell in sorted((c for c in cells if decode_ms_per_token(c)), key=lambda c: c.context):
+        lines.setdefault((cell.run, cell.device, model_name(cell.model), cell.backend, cell.batch, cell.spec), []).append(cell)
+    rows = []
+    for key, of in sorted(lines.items(), key=lambda item: (*item[0][:5], spec_order(item[0][5]))):
+        a, b = of[0]["decode.fit_base_ms"], of[0]["decode.fit_us_per_1k_tokens"]
+        plain = lines.get((*key[:5], "none"), of)[0]
+        meet = None
+        if a is not None and plain["decode.fit_base_ms"] is not None and b < plain["decode.fit_us_per_1k_tokens"]:
+            meet = 1e6 * (a - plain["decode.fit_base_ms"]) / (plain["decode.fit_us_per_1k_tokens"] - b)
+        rows.append({**dict(zip(("run", "device", "model", "backend", "batch", "spec"), key)),
+                     "contexts": " ".join(str(cell.context) for cell in of), "base_ms": a, "us_per_1k_tokens": b,
+                     "fit_error": of[0]["decode.fit_error"], "break_even": of[0].texts.get("decode.break_even"),
+                     "break_even_of_lines": None if meet is None else max(0, round(meet))})
+    return rows if any(row["base_ms"] is not None or row["break_even"] for row in rows) else []
+
+
+def as_texts(rows, fields):
+    """(heads, rows of texts) of fields (head, key, pattern, scale) that any row has; the run, where there are several."""
+    if len({row["run"] for row in rows}) > 1:
+        fields = [("run", "run", "", 1)] + fields
+    fields = [field for field in fields if any(row[field[1]] is not None for row in rows)]
+    def text(value, pattern, scale):
+        return "-" if value is None else pattern.format(value * scale) if pattern else str(value)
+    return ([head for head, *_ in fields],
+            [[text(row[key], pattern, scale) for _, key, pattern, scale in fields] for row in rows])
+
+
+def kernel_table(results, cells):
+    """For page and terminal."""
+    rows = kernel_rows(results, cells)
+    fields = [("kernel", "kernel", "", 1), ("shape of", "model", "", 1), ("heads / KV heads x dim", "shape", "", 1),
+              ("context", "context", "", 1), ("batch", "batch", "", 1), ("scheme", "spec", "", 1), ("us", "us", "{:.2f}", 1),
+              ("least", "us_min", "{:.2f}", 1), ("most", "us_max", "{:.2f}", 1), ("GB/s", "gb_per_s", "{:.0f}", 1),
+              ("% peak", "peak_fraction", "{:.1f}", 100), ("flash us", "flash_us", "{:.2f}", 1),
+              ("cuDNN us", "cudnn_us", "{:.2f}", 1), ("speed-up", "speedup", "{:.2f}", 1),
+              ("speed-up / bytes ratio", "speedup_per_byte_ratio", "{:.2f}", 1), ("what ran", "ran", "", 1)]
+    return as_texts(rows, fields)
+
+
+def latency_table(results, cells):
+    """For page and terminal; nothing where no spec has a line or a break-even."""
+    rows = [row for row in latency_rows(results, cells) if row["base_ms"] is not None or row["break_even"]]
+    fields = [("model", "model", "", 1), ("attention", "backend", "", 1), ("batch", "batch", "", 1), ("scheme", "spec", "", 1),
+              ("ms at 0", "base_ms", "{:.3f}", 1), ("us per 1k tokens", "us_per_1k_tokens", "{:.2f}", 1),
+              ("off by at most %", "fit_error", "{:.2f}", 100), ("break-even ctx", "break_even", "", 1),
+              ("where the lines meet", "break_even_of_lines", "", 1), ("contexts", "contexts", "", 1)]
+    return as_texts(rows, fields)
 
 
 # ---- Markdown, for the terminal
+
+def aligned(heads, rows):
+    """Lines of a table."""
+    widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
+    return ["| " + " | ".join(text.ljust(width) for text, width in zip(row, widths)) + " |"
+            for row in [heads, ["-" * width for width in widths], *rows]]
+
 
 def markdown(results, cells=None):
     """One table for each model, backend, context and batch size; one row a spec. What was not measured is `-`."""
@@ -179,16 +279,15 @@ def markdown(results, cells=None):
             f"{model}, {backend}, context {context}, batch {batch}; {facts['dtype'] + ' on ' if 'dtype' in facts else ''}"
             f"{device}", f"text: {facts['corpus']}" if "corpus" in facts else ""]))
         columns = columns_of(group)
-        rows = [["spec"] + [column.heading for column in columns]]
-        rows += [[cell.spec] + [column.text(cell) for column in columns] for cell in group]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        rows.insert(1, ["-" * width for width in widths])
-        lines += ["", where, ""]
-        lines += ["| " + " | ".join(text.ljust(width) for text, width in zip(row, widths)) + " |" for row in rows]
+        lines += ["", where, ""] + aligned(["spec"] + [column.heading for column in columns], [
+            [cell.spec] + [column.text(cell) for column in columns] for cell in group])
         floors = {(cell["perplexity.kld_floor_nats"], cell["perplexity.top1_floor"]) for cell in group
                   if cell["perplexity.kld_floor_nats"] is not None}
         lines += [f"\nnoise floor (the unquantized model in the same calls): KLD {kld:.5f} nats, top-1 {100 * top1:.2f} %"
                   for kld, top1 in sorted(floors)]
+    for title, (heads, rows) in (("time of a decoding step: a line through all contexts", latency_table(results, cells)),
+                                 ("single kernels", kernel_table(results, cells))):
+        lines += ["", title, ""] + aligned(heads, rows) if rows else []
     for name, reason in skipped(cells):
         lines += ["", f"{name}: {reason}"]
     return "\n".join(lines) + "\n"
@@ -207,6 +306,11 @@ PHASE_COLUMNS = ["model", "kv_quant", "context_len", "prefill_ms", "prefill_tok_
                  "needle_score"]
 
 
+def overflow(cell):
+    """Whether more GPU memory was wanted than there is, or None; a counter of kvqbench is a number."""
+    return None if cell["memory.vram_overflow"] is None else bool(cell["memory.vram_overflow"])
+
+
 def phase_rows(cells):
     """The study's columns, rounded as it rounds. Missing is empty."""
     rows = []
@@ -218,25 +322,27 @@ def phase_rows(cells):
         quantized = cell.spec != "none"
         needle = cell["needle.needle_rate_overall"]
         rows.append({
-            "model": model_name(cell.model), "attn_backend": cell.backend, "kv_quant": csv_label(cell.spec),
-            "context_len": cell.context, "prefill_ms": rounded("prefill.prefill_ms", 1),
+            "model": model_name(cell.model), "attn_backend": cell.backend, "batch": cell.batch,
+            "kv_quant": csv_label(cell.spec), "context_len": cell.context, "prefill_ms": rounded("prefill.prefill_ms", 1),
             "prefill_tok_s": rounded("prefill.tokens_per_s", 0), "decode_tok_s": rounded("decode.tokens_per_s", 1),
             "kv_cache_mb": rounded("kv_size.kv_bytes", 1, 1 / MIB),
             "vram_peak_mb": rounded("memory.vram_peak_bytes", 0, 1 / MIB),
             "vram_reserved_mb": rounded("memory.vram_reserved_bytes", 0, 1 / MIB),
-            "vram_overflow": cell["memory.vram_overflow"], "ppl_ref": rounded("perplexity.ppl_reference", 4),
+            "vram_overflow": overflow(cell), "ppl_ref": rounded("perplexity.ppl_reference", 4),
             "ppl_quant": rounded("perplexity.ppl", 4) if quantized else None,
             "delta_ppl": rounded("perplexity.delta_ppl", 4) if quantized else None,
             "needle_score": cell["needle.needle_rate"] if needle is None else needle})
-    return sorted(rows, key=lambda row: (row["model"], row["attn_backend"], row["kv_quant"], row["context_len"]))
+    return sorted(rows, key=lambda row: (row["model"], row["attn_backend"], row["batch"], row["kv_quant"],
+                                         row["context_len"]))
 
 
 def phase_csv(cells):
-    """(columns, rows); the backend is a column only where there are several."""
+    """(columns, rows); backend and batch size are columns only where there are several."""
     rows = phase_rows(cells)
     columns = list(PHASE_COLUMNS)
-    if len({row["attn_backend"] for row in rows}) > 1:
-        columns.insert(1, "attn_backend")
+    for name in ("batch", "attn_backend"):
+        if len({row[name] for row in rows}) > 1:
+            columns.insert(1, name)
     return columns, rows
 
 
@@ -258,6 +364,12 @@ TEXT = {
     "where": {"en": ": {model}, {backend}, context {context}, batch {batch}; {device}",
               "de": ": {model}, {backend}, Kontext {context}, Batch {batch}; {device}"},
     "scheme": {"en": "Scheme", "de": "Verfahren"},
+    "latency_model": {"en": r"Milliseconds of a decoding step as a line $a + b\,\cdot$ context, and the break-even with "
+                            r"\texttt{none}.",
+                      "de": r"Millisekunden eines Dekodierschritts als Gerade $a + b\,\cdot$ Kontext, und ab wann er "
+                            r"\texttt{none} einholt."},
+    "kernels": {"en": "Single kernels of one layer, beside the read bandwidth of the same run.",
+                "de": "Einzelne Kernel einer Schicht, gemessen an der Lesebandbreite desselben Laufs."},
 }
 
 
@@ -411,7 +523,8 @@ def results_table(cells, language):
         where = TEXT["where"][language].format(model=tex(model_name(model)), backend=tex(backend), context=context,
                                                batch=batch, device=tex(device))
         for is_quality in (False, True):
-            columns = [column for column in columns_of(group) if column.key.startswith(quality) == is_quality]
+            columns = [column for column in columns_of(group) if column.key.startswith(quality) == is_quality and
+                       column.key != KERNEL_COLUMN]
             if not columns:
                 continue
             caption = TEXT["quality" if is_quality else "cost"][language].format(where=where)
@@ -424,6 +537,35 @@ def results_table(cells, language):
                                  [column.text(cell, tex=True) for column in columns]) + r" \\" for cell in group]
             parts.append("\n".join(lines + [r"\bottomrule", r"\end{tabular}}", r"\end{table}"]))
     return "\n\n".join(parts)
+
+
+GERMAN = {"kernel": "Kernel", "shape of": "Form von", "heads / KV heads x dim": "Köpfe / KV-Köpfe x dim", "context": "Kontext",
+          "batch": "Batch", "scheme": "Verfahren", "% peak": "% max.",
+          "speed-up": "Gewinn", "speed-up / bytes ratio": "Gewinn / Byte-Verhältnis", "model": "Modell",
+          "attention": "Attention", "ms at 0": "ms bei 0", "us per 1k tokens": "us je 1k Token",
+          "off by at most %": "höchstens daneben um %", "break-even ctx": "Gewinn ab Ctx",
+          "where the lines meet": "Schnittpunkt"}
+
+
+NOT_IN_LATEX = {"contexts", "least", "most", "what ran"}  # a page is too narrow for
+
+
+def plain_longtable(heads_and_rows, name, language):
+    """Texts as a longtable, its caption by name. Empty without rows."""
+    heads, rows = heads_and_rows
+    if not rows:
+        return ""
+    kept = [i for i, head in enumerate(heads) if head not in NOT_IN_LATEX]
+    heads, rows = [heads[i] for i in kept], [[row[i] for i in kept] for row in rows]
+    def stacked(text):  # a word a line
+        return r"\shortstack[r]{" + tex(text).replace(" ", r" \\ ") + "}"
+    head = " & ".join(stacked(head if language == "en" else GERMAN.get(head, head)) for head in heads) + r" \\"
+    columns = "".join("r" if re.match(r"^(<=? |>=? )?[\d.-]+$", row) else "l" for row in rows[0])
+    lines = [r"\begingroup\scriptsize\setlength{\tabcolsep}{2.5pt}", rf"\begin{{longtable}}{{{columns}}}",
+             rf"\caption{{{TEXT[name][language]}}} \label{{tab:{name}}} \\", r"\toprule", head, r"\midrule", r"\endfirsthead",
+             r"\toprule", head, r"\midrule", r"\endhead", r"\bottomrule", r"\endfoot"]
+    lines += [" & ".join(tex(text).replace("<=", r"$\le$").replace("> ", "$>$ ") for text in row) + r" \\" for row in rows]
+    return "\n".join(lines + [r"\end{longtable}", r"\endgroup"])
 
 
 # ---- the study's summaries
@@ -448,7 +590,7 @@ def summary(cells, model):
             "asymmetric": bool(quant.get("asymmetric", spec.endswith("-kivi"))), "ctx": cell.context,
             "prefill_ms": cell["prefill.prefill_ms"], "decode_tok_s": cell["decode.tokens_per_s"],
             "kv_mb": mib("kv_size.kv_bytes"), "vram_peak_mb": mib("memory.vram_peak_bytes"),
-            "vram_reserved_mb": mib("memory.vram_reserved_bytes"), "vram_overflow": cell["memory.vram_overflow"],
+            "vram_reserved_mb": mib("memory.vram_reserved_bytes"), "vram_overflow": overflow(cell),
             "ppl": cell["perplexity.ppl_reference"], "ppl_quant": cell["perplexity.ppl"] if spec != "none" else None,
             "ppl_delta": cell["perplexity.delta_ppl"] if spec != "none" else None,
             "combo_elapsed_s": file.facts.get("combo_elapsed_s"), "json_file": os.path.basename(file.path)})
@@ -495,6 +637,11 @@ def write_all(results, out):
 
     write_csv(os.path.join(out, "results.csv"), *flat_rows(results))
     written.append("results.csv")
+    for name, rows in (("kernels.csv", kernel_rows(results, results.current())),
+                       ("latency_model.csv", latency_rows(results, results.current()))):
+        if rows:
+            write_csv(os.path.join(out, name), list(rows[0]), rows)
+            written.append(name)
     suffixes = run_suffixes(results)
     for run, suffix in suffixes.items():
         cells = [cell for cell in results.of(run) if has_numbers(cell)]
@@ -507,7 +654,11 @@ def write_all(results, out):
         for own, other, base, table in (
                 ("en", "de", "delta_ppl_cross_model", lambda language: delta_ppl_table(cells, language)),
                 ("de", "en", "profiling_table_all", lambda language: profiling_table(results, cells, language)),
-                ("en", "de", "results_table", lambda language: results_table(cells, language))):
+                ("en", "de", "results_table", lambda language: results_table(cells, language)),
+                ("en", "de", "latency_model", lambda language: plain_longtable(
+                    latency_table(results, cells), "latency_model", language)),
+                ("en", "de", "kernels", lambda language: plain_longtable(
+                    kernel_table(results, results.of(run)), "kernels", language))):
             write_text(f"{base}{suffix}.tex", table(own))  # in the language of the study's own
             write_text(f"{base}{suffix}_{other}.tex", table(other))
         for model in sorted({cell.model for cell in cells}):

@@ -326,7 +326,7 @@ class Facts(Folder):
             runs["prefill"].update(prefill_ms=9000.0, prefill_ms_min=9000.0, prefill_ms_max=9000.0)
         code, out = self.changed(edit)
         self.assertEqual(code, 0)
-        self.assertRegex(out, r"prefill/\S+int4-hqq/\S+ +median +1404 +9000 +\+541 %")
+        self.assertRegex(out, r"prefill/\S+int4-hqq/\S+ +median +1404 +\S+ to \S+ +9000 +- +\+541 % +once")
 
     def test_repetitions_have_a_verdict_that_cannot_fail(self):
         def repeated(times):
@@ -341,6 +341,55 @@ class Facts(Folder):
         self.assertEqual(code, 0)
         self.assertRegex(out, r"SLOWER +prefill/\S+ +\+10.0 % .*use --ab")
         self.assertRegex(run(old, old)[1], r"SAME +prefill/")
+
+    def gpu(self, name, edit=None):
+        """Made-up results of a GPU, in two files."""
+        def row(cell, label, **counters):
+            return {"name": cell + "/ctx:8/batch:1", "iterations": 1, "real_time": 1.0, "time_unit": "ms",
+                    "label": "cuda Half, " + label, **counters}
+        graph = "own products, 163 kernels in one graph; throttled: power cap"
+        runs = {"none": row("decode/m/fused/none", "fused_decode_16bit, " + graph, bytes_per_token=100.0, ms_per_token=4.0,
+                            ms_per_token_min=3.9, ms_per_token_max=4.1),
+                "int4": row("decode/m/fused/int4-hqq", "fused_decode_int4, " + graph, bytes_per_token=50.0, ms_per_token=3.0,
+                            ms_per_token_min=3.0, ms_per_token_max=3.0),
+                "kernel": row("kernel_attention/m/fused/int4-hqq", "fused_decode_int4", bytes=50.0, us=20.0, us_min=19.5,
+                              us_max=20.5, flash_us=48.0)}
+        if edit:
+            edit(runs)
+        context = {"date": "2026-01-01T00:00:00+00:00", "gpu": "made-up GPU"}
+        for file, names in (("models", ("none", "int4")), ("kernels", ("kernel",))):
+            self.write(f"{name}/{file}.json", {"context": context, "benchmarks": [runs[name] for name in names]})
+        return self.path(name)
+
+    def test_times_of_a_second_run(self):
+        def slower(runs):
+            runs["none"].update(ms_per_token=4.15, ms_per_token_min=4.05, ms_per_token_max=4.2)
+            runs["kernel"].update(us=20.9, us_min=20.705, us_max=21.0)
+        files = self.path("x.json")
+        code, out, _ = run(self.gpu("old"), self.gpu("new", slower), f"--json={files}")
+        self.assertEqual(code, 0)
+        self.assertRegex(out, r"decode/m/fused/none\S+ +median +4 +3.9 to 4.1 +4.15 +4.05 to 4.2 +\+3.75 % +agree")
+        self.assertRegex(out, r"decode/m/fused/int4\S+ +median +3 +- +3 +- +\+0 % +once")
+        self.assertRegex(out, r"kernel_attention\S+ +median +0.02 +0.0195 to 0.0205 +0.0209 +0.0207 to 0.021 +\+4.5 % +apart")
+        self.assertRegex(out, r"  decode +2 +1 +0 +1 +1.88 % +3.75 % +0.00 %\n")
+        self.assertRegex(out, r"  all +3 +1 +1 +1 +3.75 % +4.50 % +1.00 %\n")
+        with open(files, encoding="utf-8") as file:
+            found = json.load(file)
+        self.assertEqual([row["agree"] for row in found["agreement"]], [1, 0, 1])
+        self.assertEqual([time["ranges"] for time in found["information"]], ["once", "agree", "apart"])
+
+    def test_facts_of_a_gpu(self):
+        old = self.gpu("old")
+        code, out, _ = run(old, self.gpu("new", lambda runs: runs["int4"].update(
+            label="cuda Half, fused_decode_int4, own products, 163 kernels in one graph")))
+        self.assertEqual((code, out.splitlines()[-1]), (0, "OK: 6 same"))  # a note is no kernel
+        for name, edit in (("kernel", {"label": "cuda Half, sdpa on decoded tokens (scheme int4-hqq)"}),
+                           ("bytes_per_token", {"bytes_per_token": 51.0})):
+            code, out, _ = run(old, self.gpu("new", lambda runs: runs["int4"].update(edit)))
+            self.assertEqual(code, 1)
+            self.assertRegex(out, rf"CHANGED +decode/m/fused/int4-hqq/ctx:8/batch:1 {name} ")
+        code, out, _ = run(old, self.gpu("new", lambda runs: runs["kernel"].update(bytes=51.0, label="cuda Half, other")))
+        self.assertEqual((code, out.count("CHANGED")), (1, 2))
 
     def test_the_reference_study(self):
         shared = os.environ.get("KVQ_SHARED") or os.path.join(ROOT, "..", "shared")

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import dataclass
 from xml.sax.saxutils import escape, quoteattr
 
 import facts as comparing
@@ -34,10 +35,33 @@ class Timed:
         return self.binding and self.verdict == "SLOWER"
 
 
+@dataclass
+class Single:
+    """A time that both have once: of kvqbench's repetitions in one process, whose ranges say how sure it is."""
+    cell: str
+    counter: str      # median or min
+    old_ms: float
+    new_ms: float
+    old_range: tuple  # least and most, or None where it was measured once
+    new_range: tuple
+
+    @property
+    def gap(self):
+        """By what share of the lower one the ranges are apart: 0 where they overlap, None where one is not known."""
+        if not self.old_range or not self.new_range:
+            return None
+        lower, upper = sorted((self.old_range, self.new_range))
+        return max(0.0, upper[0] / lower[1] - 1)
+
+    @property
+    def verdict(self):
+        return "once" if self.gap is None else "apart" if self.gap else "agree"
+
+
 class Outcome:
     def __init__(self, old, new, findings, timed, information, conditions, complete, notes=()):
         self.old, self.new, self.findings, self.timed = old, new, findings, timed
-        self.information = information  # (cell, counter, old ms, new ms): times that nobody repeated
+        self.information = information  # of class Single: times that nobody repeated
         self.conditions, self.notes = conditions, list(notes)
         self.bad_verdicts = comparing.BAD + (comparing.INCOMPLETE if complete else ())
 
@@ -87,13 +111,41 @@ def time_rows(outcome):
 
 
 def information_rows(outcome):
-    return [(cell, counter, f"{old:.4g}", f"{new:.4g}", change(old, new))
-            for cell, counter, old, new in outcome.information]
+    def ends(pair):
+        return f"{pair[0]:.4g} to {pair[1]:.4g}" if pair else "-"
+    return [(s.cell, s.counter, f"{s.old_ms:.4g}", ends(s.old_range), f"{s.new_ms:.4g}", ends(s.new_range),
+             change(s.old_ms, s.new_ms), s.verdict) for s in outcome.information]
+
+
+def agreement(outcome):
+    """How many single times agree, by measurement and of all: dicts."""
+    found = {}
+    for single in outcome.information:
+        found.setdefault(single.cell.split("/")[0], []).append(single)
+    if len(found) > 1:
+        found["all"] = outcome.information
+    rows = []
+    for name, of in found.items():
+        verdicts = [s.verdict for s in of]
+        differences = [abs(s.new_ms / s.old_ms - 1) for s in of]
+        rows.append({"measurement": name, "cells": len(of), **{v: verdicts.count(v) for v in ("agree", "apart", "once")},
+                     "median_difference": timing.median(differences), "largest_difference": max(differences),
+                     "largest_gap": max((s.gap for s in of if s.gap is not None), default=None)})
+    return rows
+
+
+def agreement_rows(outcome):
+    return [(row["measurement"], str(row["cells"]), str(row["agree"]), str(row["apart"]), str(row["once"]),
+             *("-" if row[name] is None else f"{100 * row[name]:.2f} %"
+               for name in ("median_difference", "largest_difference", "largest_gap"))) for row in agreement(outcome)]
 
 
 TABLES = [("facts", fact_rows, ("verdict", "what", "old", "new", "change", "rule")),
           ("times", time_rows, ("verdict", "cell", "time of NEW", "95 % interval", "p", "blocks", "remark")),
-          ("times, as information", information_rows, ("cell", "counter", "old ms", "new ms", "change"))]
+          ("times, as information", information_rows, ("cell", "counter", "old ms", "old range", "new ms", "new range",
+                                                       "change", "ranges")),
+          ("do times agree (their ranges overlap)", agreement_rows, (
+              "measurement", "cells", "agree", "apart", "once", "median difference", "largest", "largest gap"))]
 
 
 def text(outcome):
@@ -128,7 +180,8 @@ def as_json(outcome):
         "facts": [vars(f) for f in outcome.findings],
         "times": [{"cell": t.cell, "verdict": t.verdict, "binding": t.binding, "why": t.why, "first": vars(t.first),
                    "second": vars(t.second) if t.second else None} for t in outcome.timed],
-        "information": [dict(zip(("cell", "counter", "old_ms", "new_ms"), row)) for row in outcome.information]}
+        "information": [vars(s) | {"ranges": s.verdict} for s in outcome.information],
+        "agreement": agreement(outcome)}
 
 
 def junit(outcome):
