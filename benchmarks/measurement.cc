@@ -97,6 +97,12 @@ const Model& Session::model(const std::string& name) {
   return *model_.second;
 }
 
+void Session::WarmUpForModel() {
+  if (model_.second == nullptr || warm_for_ == model_.first) return;
+  warm_for_ = model_.first;
+  WarmUp(devices_, 2);
+}
+
 const Tokenizer& Session::tokenizer(const std::string& name) {
   if (tokenizer_.second == nullptr || tokenizer_.first != name) {
     tokenizer_ = {name, std::make_unique<Tokenizer>(Tokenizer::Load(FindModel(name).dir))};
@@ -156,6 +162,7 @@ const std::vector<std::pair<at::Tensor, at::Tensor>>& Session::captured_cache(co
 std::vector<double> Samples(Session& session, benchmark::State& state,
                             const std::function<double()>& sample) {
   const Options& o = session.options();
+  session.WarmUpForModel();
   std::vector<double> seconds;
   Counters median;
   std::optional<double> half_width;

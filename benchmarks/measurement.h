@@ -68,6 +68,7 @@ class Session {
   at::ScalarType dtype();  // `auto` is settled by measuring both at the first use
 
   const Model& model(const std::string& name);
+  void WarmUpForModel();  // once for the model that was used last, see Samples
   // The model has a published shape and no real weights: its times mean something, its answers do not.
   bool random_weights(const std::string& model) const { return FindModel(model).random_weights(); }
   const Tokenizer& tokenizer(const std::string& name);
@@ -111,6 +112,7 @@ class Session {
   std::vector<at::Device> devices_;
   std::optional<at::ScalarType> dtype_;
   std::pair<std::string, std::unique_ptr<Model>> model_;
+  std::string warm_for_;  // the model
   std::pair<std::string, std::unique_ptr<Tokenizer>> tokenizer_;
   std::optional<Corpus> corpus_;
   std::pair<std::string, std::vector<int32_t>> ids_;
@@ -156,7 +158,8 @@ void AddSpread(Counters& counters, const std::string& name, std::vector<double> 
 
 // Takes samples, each the seconds of one repetition, until their median is sure: at least --runs of them, then until
 // half of its 95 % interval is below 1 % of it, --max-runs are taken or --max-seconds have passed. All within one
-// iteration of the state, whose time is the median. Counters: samples, ci95_fraction (half the interval over the
+// iteration of the state, whose time is the median. Before the first sample of a model its GPUs work for two seconds, or
+// what is measured first would look faster than it is. Counters: samples, ci95_fraction (half the interval over the
 // median; not there for fewer than six).
 std::vector<double> Samples(Session& session, benchmark::State& state,
                             const std::function<double()>& sample);

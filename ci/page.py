@@ -262,8 +262,13 @@ def raw_section(cells):
     return f'<div class="cells">{"".join(parts)}</div>'
 
 
-GPU_STUDY = {"kernels": "kernels", "kernels_ratios": "kernels", "kernels_batch": "kernels", "models": "models",
-             "kivi": "models", "batch8": "batch", "batch32": "batch", "power": "power", "kivi_power": "power"}
+GPU_STUDY = ("kernels", "models", "power", "batch", "kivi")  # its parts
+
+
+def gpu_study_part(name):
+    """The part of ci/gpu-study that writes a file of this name: kernels_ratios is of kernels, batch8 of batch."""
+    part = name.split("_")[0].rstrip("0123456789")
+    return part if part in GPU_STUDY else None
 
 
 def reproduce_section(results, folders):
@@ -276,9 +281,9 @@ def reproduce_section(results, folders):
         facts = files[-1].facts
         commit = facts.get("kvqbench_commit", "")
         checkout = f"git checkout {commit.removesuffix('-dirty')}\n" if commit else ""
-        names = {os.path.splitext(os.path.basename(file.path))[0] for file in files}
-        if names <= set(GPU_STUDY):
-            parts = [part for part in dict.fromkeys(GPU_STUDY.values()) if part in {GPU_STUDY[name] for name in names}]
+        made_by = {gpu_study_part(os.path.splitext(os.path.basename(file.path))[0]) for file in files}
+        if None not in made_by:
+            parts = [part for part in GPU_STUDY if part in made_by]
             commands.append(f"{checkout}ci/gpu-study --out results/{tables.file_name(run)} --only " + ",".join(parts))
             continue
         def option(name, values):

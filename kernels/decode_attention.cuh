@@ -361,7 +361,7 @@ __device__ void Combine(const DecodeAttentionArgs& args, int pair, int slots, in
 }
 
 template <class C>
-__global__ void __launch_bounds__(C::kThreads, 1)
+__global__ void __maxnreg__(C::kRegisters)
     Kernel(const __grid_constant__ DecodeAttentionArgs args, int splits) {
   extern __shared__ __align__(128) std::byte shared[];
   __shared__ bool last;
