@@ -92,6 +92,11 @@ def decode_speed(results, cells):
     timed = [cell for cell in cells if rate(cell)]
     model = max(sorted({cell.model for cell in timed}), default=None,
                 key=lambda model: len({(c.context, c.batch, c.spec) for c in timed if c.model == model}))
+    timed = [cell for cell in timed if cell.model == model]
+    # Beside steps that are one graph the others would be a figure about launching kernels.
+    graphs = [cell for cell in timed if "in one graph" in cell.texts.get("decode.label", "")]
+    left_out = sorted({c.spec for c in timed} - {c.spec for c in graphs}, key=spec_order) if graphs else []
+    timed = graphs or timed
     def floors(axis, per_spec):
         found = {spec: [(x, y / cell["decode.peak_fraction"]) for x, y, cell in points] for spec, points in per_spec.items()}
         near = [spec for spec in per_spec if spec not in far_off(per_spec)]
@@ -99,9 +104,9 @@ def decode_speed(results, cells):
         seen.update(near)
         for spec in near:
             axis.plot(*zip(*found[spec]), color=colours[spec], lw=0.9, ls=(0, (1, 1)), alpha=0.9)
-    colours = {spec: look["color"] for spec, look in styles(specs_of([c for c in timed if c.model == model])).items()}
+    colours = {spec: look["color"] for spec, look in styles(specs_of(timed)).items()}
     seen = set()
-    drawn = lines(results, [c for c in timed if c.model == model], rate, "tokens a second", reference=floors, height=2.7)
+    drawn = lines(results, timed, rate, "tokens a second", reference=floors, height=2.7)
     if drawn is None:
         return "decoding was not timed at two contexts or more beside its limit (peak_fraction)"
     figure, axes, panels, style, rows = drawn
@@ -112,7 +117,8 @@ def decode_speed(results, cells):
     legend(figure, spec_handles({spec: look for spec, look in style.items() if spec in seen}) +
            [Line2D([], [], color=FAINT, lw=0.9, ls=(0, (1, 1)), label="limit by bytes")])
     return Drawing(figure, f"New tokens a second of {model_name(model)} against context; dotted: what the bytes of weights and "
-                   "cache allow at the bandwidth measured in the same run.", rows)
+                   "cache allow at the bandwidth measured in the same run." +
+                   (f" Not fused and left out: {', '.join(left_out)}." if left_out else ""), rows)
 
 
 def latency_vs_context(results, cells):

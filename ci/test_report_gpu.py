@@ -265,8 +265,6 @@ class Products:
         self.assertRegex(read(self.out, "index.html"), r"git checkout [0-9a-f]+\nci/gpu-study --out results/\S+ --only kernels,")
 
 
-# Only until the folder is there: this line goes then.
-@unittest.skipUnless(os.path.isdir(H200), f"{H200} is not there")
 class Baseline(Products, test_report.Once, unittest.TestCase):
     source = H200
 
