@@ -52,13 +52,14 @@ FLAGS = ["--schemes=int2-hqq@residual=16,int4-hqq@residual=16", "--contexts=32",
 TIMED = "^(quantize/.*|dequantize/.*int4-.*)"  # encoding is slowed, decoding is not
 # Text of kernels/hqq.cu, and what stands there instead. SHARE: of the solver's steps done twice, so that encoding takes
 # 10 % longer; it does more than these.
-STEP = "      errors[g] = StepGroup<n>(&values[g * n], m, scales[g], &zeros[g]);\n"
+STEP = "      errors[g] = StepGroup<n>(&values[g * n], m, scales[g], first_zeros[g], means[g], &zeros[g]);\n"
 SHARE = 0.11
 SLOWER = STEP + """      static thread_local double owed = 0;
       if ((owed += SHARE) >= 1) {
         owed -= 1;
         float zero = zeros[g];
-        [[maybe_unused]] volatile float sink = StepGroup<n>(&values[g * n], m, scales[g], &zero);
+        [[maybe_unused]] volatile float sink =
+            StepGroup<n>(&values[g * n], m, scales[g], first_zeros[g], means[g], &zero);
       }
 """.replace("SHARE", str(SHARE))
 CODES = "  std::vector<uint8_t> codes(groups * n);  // by place in the block\n"
