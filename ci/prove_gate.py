@@ -76,26 +76,37 @@ def fail(text):
     raise SystemExit(2)
 
 
-def link(folder, name, changes):
-    """kvqbench with a changed kernels/hqq.cu; the other objects are those of build/release."""
-    build = os.path.join(ROOT, "build", "release")
+def commands_of(build):
+    """How a .cc file of kernels/ is compiled and kvqbench linked, as the build says."""
     listed = subprocess.run(["ninja", "-C", build, "-t", "commands", "kvqbench"], capture_output=True, text=True)
     commands = [line for line in listed.stdout.splitlines() if not line.startswith("ninja:")]
-    compiling = next((line for line in commands if line.endswith("kernels/none.cc")), "")
+    compiling = next((line for line in commands if line.endswith("kernels/scheme.cc")), "")
     if listed.returncode or not compiling or "kernels/hqq.cu.o" not in commands[-1]:
         fail(f"{build}: does not say how kvqbench is built; run ci/build first")
+    return compiling, commands[-1]
+
+
+def planted(changes):
+    """kernels/hqq.cu, changed."""
     with open(os.path.join(ROOT, "kernels", "hqq.cu"), encoding="utf-8") as file:
         source = file.read()
     for text, instead in changes:
         if source.count(text) != 1:
             fail(f"kernels/hqq.cu: what is to be changed is there {source.count(text)} times, not once: {text.strip()}")
         source = source.replace(text, instead)
+    return source
+
+
+def link(folder, name, changes):
+    """kvqbench with a changed kernels/hqq.cu; the other objects are those of build/release."""
+    build = os.path.join(ROOT, "build", "release")
+    compiling, linking = commands_of(build)
     path, made = os.path.join(folder, name + ".cc"), os.path.join(folder, name)
     with open(path, "w", encoding="utf-8") as file:
-        file.write(source)
+        file.write(planted(changes))
     compiling = re.sub(r" -M[TF] \S+", "", compiling.replace(" -MD", ""))  # no dependencies into the build
     compiling = re.sub(r" -o \S+ -c \S+$", f" -o {path}.o -c {path}", compiling)
-    linking = re.sub(r"\S*kernels/hqq\.cu\.o", path + ".o", commands[-1]).replace(" -o kvqbench ", f" -o {made} ")
+    linking = re.sub(r"\S*kernels/hqq\.cu\.o", path + ".o", linking).replace(" -o kvqbench ", f" -o {made} ")
     for command in (compiling, linking):
         done = subprocess.run(command, shell=True, cwd=build, capture_output=True, text=True)
         if done.returncode:

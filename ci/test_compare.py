@@ -29,6 +29,7 @@ sys.path.insert(0, HERE)
 import yaml  # noqa: E402
 
 import interleave  # noqa: E402
+import prove_gate  # noqa: E402
 import timing  # noqa: E402
 
 KVQBENCH = os.environ.get("KVQ_BENCH_EXE") or os.path.join(ROOT, "build", "release", "kvqbench")
@@ -578,6 +579,14 @@ class Kvqbench(unittest.TestCase):
         cells = self.listed(*theirs)
         for measurement in ("kv_size", "error", "perplexity", "quantize", "prefill"):
             self.assertTrue(any(cell.startswith(measurement + "/") for cell in cells), measurement)
+
+    def test_what_the_proof_plants_finds_its_place(self):
+        for name, changes in prove_gate.PLANTS.items():
+            self.assertEqual(len(prove_gate.planted(changes).splitlines()) > len(prove_gate.planted([]).splitlines()),
+                             bool(changes), name)
+        build = os.path.dirname(KVQBENCH)
+        if os.path.exists(os.path.join(build, "build.ninja")):
+            self.assertIn("hqq.cu.o", prove_gate.commands_of(build)[1])
 
 
 if __name__ == "__main__":
