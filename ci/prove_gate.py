@@ -50,19 +50,20 @@ import verdicts  # noqa: E402
 # Where other work shares the cores, a run of the cell must be shorter than what the scheduler gives a process at a time.
 FLAGS = ["--schemes=int2-hqq@residual=16,int4-hqq@residual=16", "--contexts=32", "--dtype=float32", "--runs=601"]
 TIMED = "^(quantize/.*|dequantize/.*int4-.*)"  # encoding is slowed, decoding is not
-# Text of kernels/hqq.cu, and what stands there instead. SHARE: of the solver's steps done twice, so that encoding takes
-# 10 % longer; it does more than these.
-STEP = "      errors[g] = StepGroup<n>(&values[g * n], m, scales[g], first_zeros[g], means[g], &zeros[g]);\n"
+# Text of kernels/hqq.cu, and what stands there instead. SHARE: of the solver's iterations done twice, so that encoding
+# takes 10 % longer; it does more than these.
+STEP = "    const float error =\n        static_cast<float>(ErrorSum(errors) / static_cast<double>(groups * n));\n"
 SHARE = 0.11
-SLOWER = STEP + """      static thread_local double owed = 0;
-      if ((owed += SHARE) >= 1) {
-        owed -= 1;
+SLOWER = """    static thread_local double owed = 0;
+    if ((owed += SHARE) >= 1) {
+      owed -= 1;
+      ForEach(parallel, groups, [&](int64_t g) {
         float zero = zeros[g];
         [[maybe_unused]] volatile float sink =
             StepGroup<n>(&values[g * n], m, scales[g], first_zeros[g], means[g], &zero);
-      }
-""".replace("SHARE", str(SHARE))
-CODES = "  std::vector<uint8_t> codes(groups * n);  // by place in the block\n"
+      });
+    }
+""".replace("SHARE", str(SHARE)) + STEP
 PACK = "  ForEach(parallel, rows, [&](int64_t row) {\n    uint8_t* packed = CodeRow<kBits>(out"
 ONE_CODE = """  static int blocks = 0;
   if (blocks++ == std::atoi(std::getenv("KVQ_PLANT_BLOCK"))) codes[std::atoi(std::getenv("KVQ_PLANT_CODE"))] ^= 1;
