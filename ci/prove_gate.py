@@ -20,9 +20,9 @@ times     Separate A/A comparisons would take hours. So one pool is recorded: ro
 --separate  beside that, so many times ci/compare --ab itself with the slower build, and as often with equal ones, by
           separate processes, a minute or two each (0)
 
-Seen in November 2026 on two virtual cores that others kept busy (load 2.5 to 9.8): codes 20 of 20; planted +10.3 % by
-medians and +10.6 % by least times; A/A 0 alarms of 200 by medians, 1 of 200 by least times; 10 % caught 200 of 200 both
-ways. Decoding, 3 us a run, was left as it is: called SLOWER once in these 800 comparisons, and mostly UNSURE.
+Seen on 25 November 2026 on two virtual cores, load 0.6 to 2: codes 20 of 20; planted +8.9 and +10.3 % by medians, +9.4
+and +9.7 % by least times; A/A 0 alarms of 200 both ways; caught 200 of 200 both ways. Decoding, 3 us a run, was left as
+it is: never called SLOWER in these 800 comparisons, and mostly SAME.
 
 Exit code: 0 all promises kept, 1 one is not, 2 it could not be tried.
 """
