@@ -46,7 +46,8 @@ struct Config {
   static constexpr int kRegisters = kThreads == 256 && kHeadTiles == 1 && kDim <= 128 ? 184 : 255;
   static constexpr int kHeadStride = kDim + 4;  // floats, in the merge: lanes of one store in different banks
   static constexpr int kMergeBytes = kWarps * kHeads * (kHeadStride + 2) * 4;
-  static constexpr int kSharedBytes = std::max(kWarps * kStages * kTileBytes, kMergeBytes);
+  static constexpr int kSlotBytes = kHeads * (kDim + 2) * 4;  // of a block's sums, where a cluster combines them
+  static constexpr int kSharedBytes = std::max(kWarps * kStages * kTileBytes, kMergeBytes + kSlotBytes);
   static_assert(kTileBytes % 128 == 0 && kSharedBytes <= kSharedLimit);
 
   // Rows lie one behind the other, but for the order of 16-byte granules within 128 bytes: granule i of a row is at

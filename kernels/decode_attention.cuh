@@ -360,9 +360,44 @@ __device__ void Combine(const DecodeAttentionArgs& args, int pair, int slots, in
   }
 }
 
+// The same where the blocks of a pair are a cluster: each takes a part of the channels of all of them, from their
+// shared memory. No trip through device memory, and nobody waits for a last one to do it all.
+template <class C>
+__device__ __forceinline__ void CombineInCluster(const DecodeAttentionArgs& args, int pair, int slots, int ratio,
+                                                 const float2* sums, const float* outputs) {
+  const int columns = ratio * (C::kDim / 4), share = (columns + slots - 1) / slots;
+  const int first = static_cast<int>(ptx::RankInCluster()) * share, slot = static_cast<int>(threadIdx.x) % slots;
+  const ptx::Shared sums_at = ptx::SharedAddress(sums), outputs_at = ptx::SharedAddress(outputs);
+  for (int start = 0; start < share; start += C::kThreads / slots) {  // `slots` lanes a column
+    const int column = first + start + static_cast<int>(threadIdx.x) / slots;
+    const bool works = column < columns && column < first + share;
+    const int head = works ? column / (C::kDim / 4) : 0;
+    float of[2], x[4];
+    ptx::LoadOther(sums_at + head * 8, slot, of);
+    ptx::LoadOther(outputs_at + (works ? column : 0) * 16, slot, x);
+    float m = of[0];
+    for (int lanes = slots / 2; lanes > 0; lanes /= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, lanes));
+    const float weight = ptx::Exp2(of[0] - m);
+    float l = of[1] * weight;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[i] *= weight;
+    for (int lanes = slots / 2; lanes > 0; lanes /= 2) {
+      l += __shfl_xor_sync(~0u, l, lanes);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[i] += __shfl_xor_sync(~0u, x[i], lanes);
+    }
+    if (!works || slot != 0) continue;
+    const float scale = l == 0 ? 0 : 1 / l;
+    const bool half = args.dtype == DType::kFloat16;
+    const uint2 packed = {half ? ptx::PackHalf(x[0] * scale, x[1] * scale) : ptx::PackBFloat16(x[0] * scale, x[1] * scale),
+                          half ? ptx::PackHalf(x[2] * scale, x[3] * scale) : ptx::PackBFloat16(x[2] * scale, x[3] * scale)};
+    static_cast<uint2*>(args.out)[static_cast<int64_t>(pair) * columns + column] = packed;
+  }
+}
+
 template <class C>
 __global__ void __maxnreg__(C::kRegisters)
-    Kernel(const __grid_constant__ DecodeAttentionArgs args, int splits) {
+    Kernel(const __grid_constant__ DecodeAttentionArgs args, int splits, bool clusters) {
   extern __shared__ __align__(128) std::byte shared[];
   __shared__ bool last;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
@@ -371,6 +406,10 @@ __global__ void __maxnreg__(C::kRegisters)
   const Workspace workspace = LayOut(args.workspace, args.keys.batch * heads, splits, ratio, C::kDim);
   float2* sums = workspace.sums + (static_cast<int64_t>(pair) * splits + split) * ratio;
   float* outputs = workspace.outputs + (static_cast<int64_t>(pair) * splits + split) * ratio * C::kDim;
+  if (clusters) {
+    outputs = reinterpret_cast<float*>(shared + C::kMergeBytes);
+    sums = reinterpret_cast<float2*>(outputs + C::kHeads * C::kDim);
+  }
   LaunchDependents();
   WaitForPredecessors();
   // The queries are on their way before the ring is: behind its megabytes they would come last.
@@ -441,6 +480,12 @@ __global__ void __maxnreg__(C::kRegisters)
     for (int i = threadIdx.x; i < ratio * C::kDim; i += C::kThreads) outputs[i] = 0;
   }
 
+  if (clusters) {
+    ptx::ClusterSync();
+    CombineInCluster<C>(args, pair, splits, ratio, sums, outputs);
+    ptx::ClusterSync();  // nobody's shared memory goes while others read it
+    return;
+  }
   // The block that finishes last for this pair finds all slots written.
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -474,16 +519,40 @@ int Splits(const DecodeAttentionArgs& args) {
   return best;
 }
 
+// Whether `blocks` blocks in clusters of so many run at the same time: a cluster lies within one of the GPU's groups of
+// multiprocessors, which are of different sizes.
+template <class C>
+bool ClustersFit(int size, int64_t blocks) {
+  if (CurrentDevice().major < 9 || size < 2 || size > 16 || (size & (size - 1)) != 0) return false;
+  static int most[17] = {};  // clusters of a size, plus 1
+  if (most[size] == 0) {
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(size), 1, 1};
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(size)), config.blockDim = dim3(C::kThreads);
+    config.dynamicSmemBytes = C::kSharedBytes, config.attrs = &attribute, config.numAttrs = 1;
+    int count = 0;
+    if (cudaOccupancyMaxActiveClusters(&count, Kernel<C>, &config) != cudaSuccess) count = 0, cudaGetLastError();
+    most[size] = count + 1;
+  }
+  return static_cast<int64_t>(most[size] - 1) * size >= blocks;
+}
+
 template <class C>
 void Launch(const DecodeAttentionArgs& args, void* stream) {
-  static const cudaError_t allowed = cudaFuncSetAttribute(
-      Kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes);
+  static const cudaError_t allowed = [] {
+    const cudaError_t error = cudaFuncSetAttribute(Kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes);
+    return error != cudaSuccess || CurrentDevice().major < 9
+               ? error : cudaFuncSetAttribute(Kernel<C>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  }();
   Check(allowed, "shared memory of decode attention");
   const int splits = Splits<C>(args);
   const int64_t blocks = args.keys.batch * args.keys.heads * splits;
   if (blocks == 0) return;
-  LaunchEarly("decode attention", Kernel<C>, dim3(static_cast<unsigned>(blocks)), C::kThreads, C::kSharedBytes, stream,
-              args, splits);
+  const bool clusters = ClustersFit<C>(splits, blocks);
+  LaunchEarlyInClusters("decode attention", Kernel<C>, dim3(static_cast<unsigned>(blocks)), C::kThreads, C::kSharedBytes, stream,
+              clusters ? splits : 1, args, splits, clusters);
 }
 
 // Calls work(Config<...>()) for the shape, or throws.

@@ -80,20 +80,27 @@ inline void* AllocateScratch(int64_t bytes, cudaStream_t stream) {
 // Launches a kernel that may begin before its predecessor on the stream has ended: it calls
 // WaitForPredecessors() before it reads what they write, or writes what they read.
 template <typename... Parameters, typename... Arguments>
-void LaunchEarly(const char* what, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes,
-                 void* stream, const Arguments&... arguments) {
+void LaunchEarlyInClusters(const char* what, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes,
+                           void* stream, int cluster, const Arguments&... arguments) {
   if (grid.x == 0 || grid.y == 0) return;
-  cudaLaunchAttribute overlap;
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &overlap;
-  config.numAttrs = CurrentDevice().major >= 9 ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = CurrentDevice().major < 9 ? 0 : cluster > 1 ? 2 : 1;
   Check(cudaLaunchKernelEx(&config, kernel, arguments...), what);
+}
+template <typename... Parameters, typename... Arguments>
+void LaunchEarly(const char* what, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes,
+                 void* stream, const Arguments&... arguments) {
+  LaunchEarlyInClusters(what, kernel, grid, threads, shared_bytes, stream, 1, arguments...);
 }
 
 // Lets the successor begin once all blocks have come here; it still waits for this kernel's end before it reads.

@@ -123,6 +123,39 @@ __device__ __forceinline__ int AddInOrder(int* to, int x) {
   return before;
 }
 
+// ---- clusters of blocks, which read each other's shared memory (sm_90 and later)
+
+__device__ __forceinline__ uint32_t RankInCluster() {
+  uint32_t rank = 0;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  return rank;
+}
+// Waits for all threads of the cluster; what they wrote before is seen after.
+__device__ __forceinline__ void ClusterSync() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+// n words at the same place of another block's shared memory.
+template <int n>
+__device__ __forceinline__ void LoadOther(Shared at, uint32_t rank, float (&words)[n]) {
+#if __CUDA_ARCH__ >= 900
+  static_assert(n == 2 || n == 4);
+  uint32_t there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(rank));
+  if constexpr (n == 4) {
+    asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];"
+                 : "=f"(words[0]), "=f"(words[1]), "=f"(words[2]), "=f"(words[3])
+                 : "r"(there));
+  } else {
+    asm volatile("ld.shared::cluster.v2.f32 {%0,%1}, [%2];" : "=f"(words[0]), "=f"(words[1]) : "r"(there));
+  }
+#endif
+}
+
 // ---- arithmetic
 
 // 2^x and log2 x by the special function unit: relative error 2^-22; 2^-inf = 0.
