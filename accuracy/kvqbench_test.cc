@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstdlib>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <numeric>
@@ -169,7 +170,11 @@ TEST_F(KvqbenchGpu, MeasuresTimesMemoryAndPower) {
   EXPECT_EQ(value("memory", "vram_overflow"), 0);
   EXPECT_FALSE(run("memory").contains("rss_peak_bytes"));
   EXPECT_GE(value("decode", "samples"), 2);
-  if (context.contains("nvml")) GTEST_SKIP() << "the rest needs NVML: " << context["nvml"];
+  if (context.contains("nvml")) {
+    const char* required = std::getenv("KVQ_REQUIRE_CUDA");
+    ASSERT_FALSE(required != nullptr && std::string(required) == "1") << "KVQ_REQUIRE_CUDA=1, but: " << context["nvml"];
+    GTEST_SKIP() << "the rest needs NVML: " << context["nvml"];
+  }
   EXPECT_TRUE(context.contains("gpu_driver"));
   for (const char* measurement : {"prefill", "decode"}) {
     EXPECT_GT(value(measurement, "sm_clock_mhz"), 100) << measurement;

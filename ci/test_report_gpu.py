@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import unittest
 import zipfile
 
@@ -25,6 +26,7 @@ import tables  # noqa: E402
 import test_report  # noqa: E402
 from test_report import KVQBENCH, read, report, rows_of  # noqa: E402
 
+ROOT = os.path.dirname(HERE)
 H200 = os.path.join(HERE, "baselines", "h200")
 MIB = reading.MIB
 
@@ -275,6 +277,47 @@ class Baseline(Products, test_report.Once, unittest.TestCase):
                 for spec in ("none", "int8-hqq", "int4-hqq", "int2-hqq", "int4-hqq-kivi", "int2-hqq-kivi"):
                     for context in (4096, 8192, 16384, 32768):
                         self.assertIn((model, spec, context, 1), found, measurement)
+
+    def test_the_readme_says_what_was_measured(self):
+        rows = re.findall(r"^\| (\d+)k \| (\S+) \| (.+) \|$", read(ROOT, "README.md"), re.M)
+        self.assertEqual(len(rows), 8)
+        for context, spec, numbers in rows:
+            def value(measurement, counter):
+                return self.of(measurement)["mistral-7b", spec, 1024 * int(context), 1][counter]
+            self.assertEqual(numbers.split(" | "), [
+                f"{value('kv_size', 'kv_bytes') / MIB:.0f}", f"{value('prefill', 'prefill_ms'):.0f}",
+                f"{value('decode', 'tokens_per_s'):.0f}", f"{100 * value('decode', 'peak_fraction'):.0f} %",
+                f"{value('memory', 'beyond_weights_bytes') / MIB:.0f}", f"{value('power', 'watts'):.0f}",
+                f"{value('power', 'mj_per_token'):.0f}"])
+
+
+class GpuStudy(unittest.TestCase):
+    """Which GPU ci/gpu-study gives what, told by a program that writes down how it was called."""
+
+    def run_study(self, *arguments):
+        return subprocess.run([os.path.join(HERE, "gpu-study"), *arguments], capture_output=True, text=True)
+
+    def test_each_model_is_on_one_gpu(self):
+        with tempfile.TemporaryDirectory() as folder:
+            program, out = os.path.join(folder, "kvqbench"), os.path.join(folder, "out")
+            with open(program, "w", encoding="utf-8") as file:
+                file.write('#!/bin/sh\nfor flag; do case $flag in --benchmark_out=*) echo "$@" >"${flag#*=}" ;; esac; done\n')
+            os.chmod(program, 0o755)
+            done = self.run_study("--out", out, "--kvqbench", program, "--gpus", "2,5", "--models", "a,b,c")
+            self.assertEqual((done.returncode, done.stderr), (0, ""))
+            gpus = {os.path.basename(path)[:-5]: re.search(r"--device=cuda:(\d)", read(path))[1]
+                    for path in glob.glob(os.path.join(out, "*.json"))}
+        self.assertEqual(gpus, {**{f"{part}_{model}": gpu for part in ("models", "power", "kivi")
+                                   for model, gpu in (("a", "2"), ("b", "5"), ("c", "2"))},
+                                **dict.fromkeys(("kernels", "kernels_ratios", "kernels_batch", "batch8", "batch32"), "5")})
+
+    def test_bad_flags(self):
+        for arguments, word in ((("--gpus", "one"), "--gpus"), (("--only", "speed"), "--only"), (("--kvqbench", "/no"), "/no"),
+                                (("--what",), "--what")):
+            with tempfile.TemporaryDirectory() as folder:
+                done = self.run_study("--out", folder, *arguments)
+            self.assertEqual((done.returncode, len(done.stderr.splitlines())), (2, 1), done.stderr)
+            self.assertIn(word, done.stderr)
 
 
 class MadeUp(Products, test_report.Once, unittest.TestCase):

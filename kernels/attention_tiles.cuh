@@ -41,7 +41,7 @@ struct Config {
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kTile = !kDense && kWarps * kStages * 32 * kTokenBytes <= kInFlight ? 32 : 16;  // tokens
   static constexpr int kTileBytes = kTile * kTokenBytes;
-  // What leaves room for a block of the product that follows, which then fetches its weights meanwhile: 2 us a layer.
+  // What leaves room for a block of the product that follows, which then fetches its weights meanwhile.
   // Larger shapes could not do without.
   static constexpr int kRegisters = kThreads == 256 && kHeadTiles == 1 && kDim <= 128 ? 184 : 255;
   static constexpr int kHeadStride = kDim + 4;  // floats, in the merge: lanes of one store in different banks
