@@ -3,8 +3,9 @@
 // 50 ms, of all GPUs together; on a CPU from RAPL, of whole packages. Idle is measured first, once for each model, with the model loaded, and given:
 // watts_net and mj_per_token_net are without it. Where nothing counts energy there is no number.
 //
-// Energy counters advance in steps of some ten milliseconds, so a sample is as many runs of --decode-tokens as
-// last a second.
+// A GPU's energy counter advances in steps, of 0.1 s on an H200: a reading begins at a step and ends at the first one
+// after the work, less what the idle machine draws until then. A sample is as many runs of --decode-tokens as last a
+// second.
 #include <map>
 #include <memory>
 #include <thread>
@@ -15,7 +16,8 @@
 namespace kvq {
 namespace {
 
-// Energy and seconds of the intervals since the last Take.
+// Energy and seconds of the intervals since the last Take, the energy of the machine that waits for its counter's step
+// not counted once it is known.
 class Meter {
  public:
   explicit Meter(Session& session) : session_(session) {
@@ -29,20 +31,31 @@ class Meter {
   }
 
   void Begin() {
-    if (session_.watched()) return session_.BeginWatch();
-    joules_before_ = rapl_->Joules();
+    AwaitStep();
+    joules_before_ = Joules();
     began_ = Clock::now();
+    if (session_.watched()) session_.BeginWatch();
   }
   void End() {
-    if (session_.watched()) return session_.EndWatch();
-    seen_.joules = seen_.joules.value_or(0) + rapl_->Joules() - joules_before_;
-    seen_.seconds += std::chrono::duration<double>(Clock::now() - began_).count();
+    if (session_.watched()) session_.EndWatch();
+    const double worked = SecondsSince(began_);
+    const double waited = AwaitStep();
+    if (const std::optional<double> now = Joules(); now && joules_before_) {
+      seen_.joules = seen_.joules.value_or(0) + *now - *joules_before_ - idle_watts_.value_or(0) * waited;
+    }
+    seen_.seconds += idle_watts_ ? worked : worked + waited;
   }
   GpuSummary Take() {
-    GpuSummary seen = session_.watched() ? session_.TakeWatch() : std::exchange(seen_, {});
+    GpuSummary seen = std::exchange(seen_, {});
+    if (session_.watched()) {
+      GpuSummary watched = session_.TakeWatch();
+      if (watched.energy_counter) watched.joules = seen.joules, watched.seconds = seen.seconds;
+      seen = watched;
+    }
     if (!seen.joules) throw Skip("this GPU reports neither energy nor power");
     return seen;
   }
+  void SetIdleWatts(double watts) { idle_watts_ = watts; }
   const char* Source(const GpuSummary& seen) const {
     if (!session_.watched()) return "energy by RAPL";
     return seen.energy_counter ? "energy by NVML's counter" : "power by NVML every 50 ms";
@@ -50,10 +63,35 @@ class Meter {
 
  private:
   using Clock = std::chrono::steady_clock;
+  static double SecondsSince(Clock::time_point begin) {
+    return std::chrono::duration<double>(Clock::now() - begin).count();
+  }
+
+  // What the counters say, of all GPUs or packages; none where one of them has no counter.
+  std::optional<double> Joules() {
+    if (rapl_) return rapl_->Joules();
+    double joules = 0;
+    for (const auto& nvml : session_.nvml()) {
+      const std::optional<double> one = nvml->Joules();
+      if (!one) return std::nullopt;
+      joules += *one;
+    }
+    return joules;
+  }
+  // Waits for the next step of the GPUs' counters, for half a second at most; the seconds that took.
+  double AwaitStep() {
+    const Clock::time_point begin = Clock::now();
+    const std::optional<double> before = session_.watched() ? Joules() : std::nullopt;
+    while (before && Joules() == before && SecondsSince(begin) < 0.5) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    return SecondsSince(begin);
+  }
+
   Session& session_;
   std::optional<Rapl> rapl_;
   GpuSummary seen_;
-  double joules_before_ = 0;
+  std::optional<double> joules_before_, idle_watts_;
   Clock::time_point began_;
 };
 
@@ -78,6 +116,7 @@ Counters Power(Session& session, const Cell& cell, benchmark::State& state) {
 
   const GpuSummary idle = Idle(session, cell, meter);
   const double idle_watts = *idle.joules / idle.seconds;
+  meter.SetIdleWatts(idle_watts);
 
   GpuSummary clocks;
   std::vector<double> watts, per_token, rates;
