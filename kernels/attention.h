@@ -37,6 +37,10 @@ struct DecodeAttentionArgs {
 
   const SequenceLength* lengths = nullptr;  // [batch] in device memory, none above its capacity
 
+  // The encoded tokens were complete, for `none` all but the newest, and the lengths at least once before, when the kernel
+  // began that precedes this one on the stream: their fetching may begin before that has ended.
+  bool early = false;
+
   // workspace_bytes() of device memory, 256-byte aligned, all zero before the first launch; launches leave it fit
   // for the next. Not to be shared by launches that may overlap.
   void* workspace = nullptr;

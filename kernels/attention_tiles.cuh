@@ -172,52 +172,62 @@ __device__ void LoadQueries(const DecodeAttentionArgs& args, int pair, int g, in
   }
 }
 
-// After LoadQueries, for codes: normalized, and less by the fields' shifts.
+// After LoadQueries, for codes: times the power of two that puts a head's largest into [2^14, 2^15), and less by the
+// fields' shifts.
 template <class C>
 __device__ void PrepareQueries(const DecodeAttentionArgs& args, int t, Queries<C>& q) {
+  const bool half = args.dtype == DType::kFloat16;
 #pragma unroll
   for (int ht = 0; ht < C::kHeadTiles; ++ht) {
-    const auto at = [&](uint32_t word, int i) {
-      return args.dtype == DType::kFloat16 ? ptx::HalfAt(word, i) : ptx::BFloat16At(word, i);
-    };
-    float largest = 0;
+    uint32_t top = 0;
 #pragma unroll
-    for (int step = 0; step < C::kSteps; ++step) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t word = q.b[ht][step][half];
-        largest = fmaxf(largest, fmaxf(fabsf(at(word, 0)), fabsf(at(word, 1))));
-      }
+    for (int i = 0; i < 2 * C::kSteps; ++i) {
+      const uint32_t magnitudes = q.b[ht][i / 2][i % 2] & 0x7FFF7FFF;
+      top = half ? ptx::MaxHalf(top, magnitudes) : ptx::MaxBFloat16(top, magnitudes);
     }
+    float largest = half ? fmaxf(ptx::HalfAt(top, 0), ptx::HalfAt(top, 1))
+                         : fmaxf(ptx::BFloat16At(top, 0), ptx::BFloat16At(top, 1));
     largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
     largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
-    const uint32_t exponent = min(max(__float_as_uint(largest) >> 23, 16u), 254u);  // + 127
-    const float up = __uint_as_float((127 + 14 + 127 - exponent) << 23);
-    const float down = __uint_as_float((exponent - 14) << 23);
-    float sum[C::kGroups];
+    const uint32_t exponent = min(max(__float_as_uint(largest) >> 23, 16u), half ? 127u + 15 : 127u + 127);
+    int up = 14 + 127 - static_cast<int>(exponent);
+    if (half) {  // packed, by powers of two up to 2^15, so twice where the numbers are small
+      up = min(up, 30);  // enough: a float16 below 2^-16 has few bits
+      const int once = min(up, 15), again = up - once;
+      const auto power = [](int e) { return static_cast<uint32_t>(e + 15) << 10 | static_cast<uint32_t>(e + 15) << 26; };
+      if (__any_sync(~0u, again != 0)) {
 #pragma unroll
-    for (int step = 0; step < C::kSteps; ++step) {
-      const int group = step * 16 / C::kGroup;
-      if (step * 16 % C::kGroup == 0) sum[group] = 0;
+        for (int i = 0; i < 2 * C::kSteps; ++i) q.b[ht][i / 2][i % 2] = ptx::MultiplyHalf(q.b[ht][i / 2][i % 2], power(again));
+      }
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float shift = 1 << C::FieldShift(2 * (step % C::kWordSteps) + half);
-        const uint32_t word = q.b[ht][step][half];
-        const uint32_t scaled = ptx::PackHalf(at(word, 0) * up / shift, at(word, 1) * up / shift);
-        q.b[ht][step][half] = scaled;
-        sum[group] += (ptx::HalfAt(scaled, 0) + ptx::HalfAt(scaled, 1)) * shift;
+      for (int i = 0; i < 2 * C::kSteps; ++i) {
+        uint32_t& word = q.b[ht][i / 2][i % 2];
+        word = ptx::MultiplyHalf(word, power(once - C::FieldShift(i % (2 * C::kWordSteps))));
+      }
+    } else {
+      const float factor = __uint_as_float(static_cast<uint32_t>(up + 127) << 23);
+#pragma unroll
+      for (int i = 0; i < 2 * C::kSteps; ++i) {
+        const float of_field = factor / static_cast<float>(1 << C::FieldShift(i % (2 * C::kWordSteps)));
+        uint32_t& word = q.b[ht][i / 2][i % 2];
+        word = ptx::PackHalf(ptx::BFloat16At(word, 0) * of_field, ptx::BFloat16At(word, 1) * of_field);
       }
     }
-    // From lanes of head g to lanes of heads 2 t and 2 t + 1.
+    // The sums over a group's channels: products with codes that are all 1.
 #pragma unroll
     for (int group = 0; group < C::kGroups; ++group) {
-      sum[group] += __shfl_xor_sync(~0u, sum[group], 1);
-      sum[group] += __shfl_xor_sync(~0u, sum[group], 2);
+      float sum[4] = {0, 0, 0, 0};
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        q.sum[ht][i][group] = __shfl_sync(~0u, sum[group], 8 * t + 4 * i) * (1 / 16777216.0f);
+      for (int step = group * C::kGroup / 16; step < (group + 1) * C::kGroup / 16; ++step) {
+        const uint32_t ones[2] = {0x00010001u << C::FieldShift(2 * (step % C::kWordSteps)),
+                                  0x00010001u << C::FieldShift(2 * (step % C::kWordSteps) + 1)};
+        ptx::MmaHalf(sum, ones[0], ones[0], ones[1], ones[1], q.b[ht][step][0], q.b[ht][step][1]);
       }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) q.sum[ht][i][group] = sum[i];
     }
+    // From lanes of head g to lanes of heads 2 t and 2 t + 1.
+    const float down = __uint_as_float(static_cast<uint32_t>(127 - up) << 23);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       q.factor[ht][i] = __shfl_sync(~0u, args.scale * kLog2E * down * 16777216.0f, 8 * t + 4 * i);
@@ -343,15 +353,34 @@ __device__ __forceinline__ void AttendCodes(ptx::Shared tile, int valid, int g, 
 
   // p s, of heads 2 t and 2 t + 1 in one word: of token 16 n + g, and 8 more.
   uint32_t weights[C::kHeadTiles][C::kGroups][kBlocks][2];
-  for (;;) {
+  for (bool rebase = partial.m[0][0] == kNoReference;;) {  // all heads get their first reference together
+    if (rebase) {
+#pragma unroll
+      for (int ht = 0; ht < C::kHeadTiles; ++ht) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float highest = -INFINITY;
+#pragma unroll
+          for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              const Meta<C> scale = reader.MetaOf(2, 16 * n + 8 * half);
+              float largest = 0x1p-24f;
+#pragma unroll
+              for (int group = 0; group < C::kGroups; ++group) largest = fmaxf(largest, scale[group]);
+              highest = fmaxf(highest, fmaf(x[ht][n][2 * half + i], q.factor[ht][i], ptx::Log2(largest)));
+            }
+          }
+          partial.Rebase(ht, i, highest);
+        }
+      }
+    }
     uint32_t top = 0;
-    bool rebase = false;
     float l[C::kHeadTiles][2], z[C::kHeadTiles][2][C::kGroups];
 #pragma unroll
     for (int ht = 0; ht < C::kHeadTiles; ++ht) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        rebase |= partial.m[ht][i] == kNoReference;
         l[ht][i] = partial.l[ht][i];
 #pragma unroll
         for (int group = 0; group < C::kGroups; ++group) z[ht][i][group] = partial.zero[ht][i][group];
@@ -384,38 +413,18 @@ __device__ __forceinline__ void AttendCodes(ptx::Shared tile, int valid, int g, 
         }
       }
     }
-    rebase |= fmaxf(ptx::HalfAt(top, 0), ptx::HalfAt(top, 1)) > kOverflow;
-    if (!__any_sync(~0u, rebase)) {
-#pragma unroll
-      for (int ht = 0; ht < C::kHeadTiles; ++ht) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          partial.l[ht][i] = l[ht][i];
-#pragma unroll
-          for (int group = 0; group < C::kGroups; ++group) partial.zero[ht][i][group] = z[ht][i][group];
-        }
-      }
-      break;
-    }
+    rebase = __any_sync(~0u, fmaxf(ptx::HalfAt(top, 0), ptx::HalfAt(top, 1)) > kOverflow);
+    if (rebase) continue;
 #pragma unroll
     for (int ht = 0; ht < C::kHeadTiles; ++ht) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        float highest = -INFINITY;
+        partial.l[ht][i] = l[ht][i];
 #pragma unroll
-        for (int n = 0; n < kBlocks; ++n) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const Meta<C> scale = reader.MetaOf(2, 16 * n + 8 * half);
-            float largest = 0x1p-24f;
-#pragma unroll
-            for (int group = 0; group < C::kGroups; ++group) largest = fmaxf(largest, scale[group]);
-            highest = fmaxf(highest, fmaf(x[ht][n][2 * half + i], q.factor[ht][i], ptx::Log2(largest)));
-          }
-        }
-        partial.Rebase(ht, i, highest);
+        for (int group = 0; group < C::kGroups; ++group) partial.zero[ht][i][group] = z[ht][i][group];
       }
     }
+    break;
   }
 
   // Values: channels 16 step + g and + 8 of tokens 2 t, 2 t + 1 and 8 more, from the halves `side` of words.
@@ -457,7 +466,7 @@ __device__ __forceinline__ void AttendCodes(ptx::Shared tile, int valid, int g, 
 }
 
 // ---- sixteen dense tokens. key(i, j) gives granule 4 j + t of token g + 8 i; value(i, j) granule 8 j + g of
-// token 2 t + i, i = 0, 1, 8, 9; 0 where no token is
+// token 2 t + i, i = 0, 1, 8, 9; any numbers where no token is
 
 template <class C, bool kBFloat16, typename Key, typename Value>
 __device__ __forceinline__ void AttendDense(int valid, int g, const Queries<C>& q, Partial<C>& partial,

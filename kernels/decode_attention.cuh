@@ -70,20 +70,23 @@ struct DenseTokens {
     const DenseView& value_view = sinks ? args.sink_values : args.residual_values;
     const int first = (sinks ? unit : unit - sink_units) * 16;
     valid = (sinks ? length.sinks : length.residual) - first;
-    const auto granule = [&](const DenseView& view, int token, int i) -> uint4 {
-      if (token >= valid) return {0, 0, 0, 0};
-      return __ldcg(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(view.data) +
-                                                   Offset(view, b, h, first + token, 0)) + i);
+    // Past the last token, that one again: its weight will be 0.
+    const int last = min(valid, 16) - 1;
+    const auto row = [&](const DenseView& view, int token) {
+      return reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(view.data) +
+                                            Offset(view, b, h, first + min(token, last), 0));
     };
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
+      const uint4* granules = row(key_view, g + 8 * i) + t;
 #pragma unroll
-      for (int j = 0; j < C::kDim / 32; ++j) keys[i][j] = granule(key_view, g + 8 * i, 4 * j + t);
+      for (int j = 0; j < C::kDim / 32; ++j) keys[i][j] = __ldcg(granules + 4 * j);
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
+      const uint4* granules = row(value_view, 2 * t + i % 2 + i / 2 * 8) + g;
 #pragma unroll
-      for (int j = 0; j < C::kDim / 64; ++j) values[i][j] = granule(value_view, 2 * t + i % 2 + i / 2 * 8, 8 * j + g);
+      for (int j = 0; j < C::kDim / 64; ++j) values[i][j] = __ldcg(granules + 8 * j);
     }
   }
   template <bool kBFloat16>
@@ -109,13 +112,18 @@ struct Ring {
   const std::byte* keys;     // the lane's first granule of the tile that is fetched next
   const std::byte* values;
   const std::byte* meta[kMetaCopies > 0 ? kMetaCopies : 1];
+  int first;   // of the warp's tiles
   int next;    // that tile
-  int end;     // behind the last tile
+  int end;     // behind the block's last tile
   int tokens;  // encoded ones of this sequence
 
-  __device__ __forceinline__ Ring(const DecodeAttentionArgs& args, int pair, int tokens, int first, int end,
+  // Of the tiles of all `tokens`, the equal share of a block, and of that every kWarps-th for this warp.
+  __device__ __forceinline__ Ring(const DecodeAttentionArgs& args, int pair, int tokens, int split, int splits,
                                   ptx::Shared tiles)
-      : tiles(tiles), next(first), end(end), tokens(tokens) {
+      : tiles(tiles), tokens(tokens) {
+    const int all = (tokens + C::kTile - 1) / C::kTile;
+    const auto cut = [&](int i) { return static_cast<int>(static_cast<int64_t>(all) * i / splits); };
+    first = next = cut(split) + static_cast<int>(threadIdx.x) / 32, end = cut(split + 1);
     const int lane = threadIdx.x % 32, row = lane / C::kGranules;
     lane_place = row * C::kRow + (lane % C::kGranules ^ C::SwizzleOf(row)) * 16;
     const auto at = [&](const KvView& view, int plane, int token_bytes) {
@@ -181,9 +189,14 @@ struct Ring {
     for (int stage = 0; stage < C::kStages - 1; ++stage) Fetch(stage);
   }
 
+  // Whether what Start copies is all older than the newest token.
+  __device__ __forceinline__ bool StartsOld() const {
+    return (next + (C::kStages - 2) * C::kWarps + 1) * C::kTile < tokens;
+  }
+
   // After Start: calls attend(tile, tokens in it) for tiles first, first + kWarps, ... below end.
   template <typename Attend>
-  __device__ __forceinline__ void Stream(int first, const Attend& attend) {
+  __device__ __forceinline__ void Stream(const Attend& attend) {
     ptx::Shared tile = tiles;
     int free = C::kStages - 1;
 #pragma unroll 1
@@ -371,35 +384,47 @@ __global__ void __maxnreg__(C::kRegisters)
   const Workspace workspace = LayOut(args.workspace, args.keys.batch * heads, splits, ratio, C::kDim);
   float2* sums = workspace.sums + (static_cast<int64_t>(pair) * splits + split) * ratio;
   float* outputs = workspace.outputs + (static_cast<int64_t>(pair) * splits + split) * ratio * C::kDim;
+  const SequenceLength* lengths = args.lengths + pair / heads;
+  const auto ring_of = [&](int tokens) {
+    return Ring<C>(args, pair, tokens, split, splits, ptx::SharedAddress(shared) + warp * C::kStages * C::kTileBytes);
+  };
+  const auto length_now = [&] {
+    return SequenceLength{__ldcg(&lengths->sinks), __ldcg(&lengths->encoded), __ldcg(&lengths->residual)};
+  };
   LaunchDependents();
-  WaitForPredecessors();
-  // The queries are on their way before the ring is: behind its megabytes they would come last.
+  if (!args.early) WaitForPredecessors();
+  SequenceLength length = length_now();
+  Ring<C> ring = ring_of(length.encoded);
+  bool started = !C::kDense || ring.StartsOld();
+  if (started) ring.Start();
+  if (args.early) WaitForPredecessors();
   Queries<C> q;
   if constexpr (C::kDense) {
     LoadQueriesForDense<C>(args, pair, g, t, q);
   } else {
     LoadQueries<C>(args, pair, g, t, q);
   }
-  const SequenceLength* lengths = args.lengths + pair / heads;
-  const SequenceLength length = {__ldcg(&lengths->sinks), __ldcg(&lengths->encoded), __ldcg(&lengths->residual)};
+  // The warps' sixteens of dense tokens are dealt to all blocks in turn, the last warps first: they may have a tile less.
+  int unit = split + (C::kWarps - 1 - warp) * splits;
+  DenseTokens<C> tokens;
+  Queries<C> dense_q;
+  const auto load_dense = [&] {
+    if (unit < DenseTokens<C>::Units(length)) tokens.Load(args, pair, length, unit, g, t);
+  };
+  load_dense();
+  if (const SequenceLength now = length_now();
+      now.sinks != length.sinks || now.encoded != length.encoded || now.residual != length.residual) {
+    length = now;  // a step began after we looked
+    ptx::CopyWait<0>();
+    ring = ring_of(length.encoded), started = false;
+    load_dense();
+  }
+  const int units = DenseTokens<C>::Units(length);
+  const bool has_dense = unit < units;
+  if (has_dense) LoadQueriesForDense<C>(args, pair, g, t, dense_q);
+  if (!started) ring.Start();  // all that comes from memory is on its way before any of it is worked on
 
-  // This block's tiles, an equal share; and its warps' sixteens of dense tokens, which are dealt to all blocks in turn.
-  const int tiles = (length.encoded + C::kTile - 1) / C::kTile, units = DenseTokens<C>::Units(length);
-  const auto cut = [&](int i) { return static_cast<int>(static_cast<int64_t>(tiles) * i / splits); };
-  const int begin = cut(split), end = cut(split + 1);
-  if (begin < end || split < units) {
-    // All that comes from memory is on its way before any of it is worked on, the single loads first.
-    int unit = split + warp * splits;
-    const bool has_dense = unit < units;
-    DenseTokens<C> tokens;
-    Queries<C> dense_q;
-    if (has_dense) {
-      tokens.Load(args, pair, length, unit, g, t);
-      LoadQueriesForDense<C>(args, pair, g, t, dense_q);
-    }
-    Ring<C> ring(args, pair, length.encoded, begin + warp, end,
-                 ptx::SharedAddress(shared) + warp * C::kStages * C::kTileBytes);
-    ring.Start();
+  if (ring.first - warp < ring.end || split < units) {
     Partial<C> partial, dense;
     while (unit < units) {
       Partial<C>& of = C::kDense ? partial : dense;
@@ -425,13 +450,13 @@ __global__ void __maxnreg__(C::kRegisters)
             [&](int i, int j) { return load((values ^ C::SwizzleOf(i % 2) * 16) + i * C::kRow + 128 * j); });
       };
       if (args.dtype == DType::kBFloat16) {
-        ring.Stream(begin + warp, [&](ptx::Shared tile, int valid) { attend(std::true_type(), tile, valid); });
+        ring.Stream([&](ptx::Shared tile, int valid) { attend(std::true_type(), tile, valid); });
       } else {
-        ring.Stream(begin + warp, [&](ptx::Shared tile, int valid) { attend(std::false_type(), tile, valid); });
+        ring.Stream([&](ptx::Shared tile, int valid) { attend(std::false_type(), tile, valid); });
       }
     } else {
       PrepareQueries<C>(args, t, q);
-      ring.Stream(begin + warp, [&](ptx::Shared tile, int valid) {
+      ring.Stream([&](ptx::Shared tile, int valid) {
         AttendCodes<C>(tile, valid, g, t, q, partial);
       });
     }

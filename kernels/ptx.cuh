@@ -167,5 +167,15 @@ __device__ __forceinline__ uint32_t MaxHalf(uint32_t a, uint32_t b) {
   asm("max.f16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
   return word;
 }
+__device__ __forceinline__ uint32_t MaxBFloat16(uint32_t a, uint32_t b) {
+  uint32_t word;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
+  return word;
+}
+__device__ __forceinline__ uint32_t MultiplyHalf(uint32_t a, uint32_t b) {
+  uint32_t word;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
+  return word;
+}
 
 }  // namespace kvq::ptx
