@@ -201,11 +201,41 @@ __device__ __forceinline__ void UnpackTwo(uint32_t packed, float& low, float& hi
 #endif
 }
 
-// HalfToFloat by one instruction.
-__device__ __forceinline__ float LoadHalf(const uint16_t* at) {
-  float x, zero;
-  UnpackTwo<DType::kFloat16>(*at, x, zero);
-  return x;
+// Sums, smaller and larger ones of two numbers at a time, each rounded to their type; NaN where one is.
+template <DType kType>
+__device__ __forceinline__ uint32_t AddTwo(uint32_t a, uint32_t b) {
+  uint32_t sum;
+  if constexpr (kType == DType::kFloat16) {
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+  } else {
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(0x3F803F80), "r"(b));  // a 1 + b
+  }
+  return sum;
+}
+template <DType kType>
+__device__ __forceinline__ uint32_t SmallerOfTwo(uint32_t a, uint32_t b) {
+  uint32_t smaller;
+  if constexpr (kType == DType::kFloat16) {
+    asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(smaller) : "r"(a), "r"(b));
+  } else {
+    asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(smaller) : "r"(a), "r"(b));
+  }
+  return smaller;
+}
+template <DType kType>
+__device__ __forceinline__ uint32_t LargerOfTwo(uint32_t a, uint32_t b) {
+  uint32_t larger;
+  if constexpr (kType == DType::kFloat16) {
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  } else {
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  }
+  return larger;
+}
+
+// The token that `first_token` is counted from, as it stands once the kernels before have ended.
+__device__ __forceinline__ int64_t TokenBase(const KvView& view) {
+  return view.token_base == nullptr ? 0 : __ldcg(view.token_base);
 }
 
 // Whether every eighth channel of every token of x is aligned to 16 bytes.
@@ -226,6 +256,17 @@ __device__ __forceinline__ void LoadEight(const DenseView& x, int64_t offset, bo
   UnpackTwo<kType>(words.y, values[2], values[3]);
   UnpackTwo<kType>(words.z, values[4], values[5]);
   UnpackTwo<kType>(words.w, values[6], values[7]);
+}
+// As they are stored, 16 bits each.
+__device__ __forceinline__ void LoadEightWords(const DenseView& x, int64_t offset, bool wide, uint32_t (&words)[4]) {
+  const uint16_t* at = static_cast<const uint16_t*>(x.data) + offset;
+  if (wide) {
+    const uint4 all = *reinterpret_cast<const uint4*>(at);
+    words[0] = all.x, words[1] = all.y, words[2] = all.z, words[3] = all.w;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) words[i] = at[2 * i] | uint32_t{at[2 * i + 1]} << 16;
 }
 template <DType kType>
 __device__ __forceinline__ void StoreEight(const DenseView& x, int64_t offset, bool wide, const float (&values)[8]) {

@@ -18,13 +18,25 @@ KVQ_HD inline uint16_t FloatToBFloat16(float x) {
 
 // The exponent is rebased by a multiplication, which also makes subnormals right.
 KVQ_HD inline float HalfToFloat(uint16_t h) {
+#ifdef __CUDA_ARCH__
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(h));
+  return x;
+#else
   const uint32_t sign = uint32_t{h & 0x8000u} << 16, rest = h & 0x7FFFu;
   const float magnitude = BitsFloat(rest << 13) * BitsFloat(0x77800000);  // * 2^112
   // What was infinity or NaN keeps the full exponent.
   return BitsFloat(FloatBits(magnitude) | sign | (rest >= 0x7C00 ? 0x7F800000u : 0u));
+#endif
 }
 
+// One NaN for all, as CPU and GPU make different ones.
 KVQ_HD inline uint16_t FloatToHalf(float x) {
+#ifdef __CUDA_ARCH__
+  uint16_t half;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(x));
+  return x == x ? half : uint16_t{0x7E00};
+#else
   const uint32_t bits = FloatBits(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7FFFFFFF;
   uint32_t half;
   if (magnitude >= 0x47800000) {  // 65536 and more, infinity, NaN
@@ -34,8 +46,8 @@ KVQ_HD inline uint16_t FloatToHalf(float x) {
   } else {
     half = (magnitude - 0x38000000 + 0xFFF + ((magnitude >> 13) & 1)) >> 13;
   }
-  // One NaN for all, as CPU and GPU make different ones.
   return static_cast<uint16_t>(magnitude > 0x7F800000 ? half : half | sign);
+#endif
 }
 
 // Element `index` of an array of a run-time type.

@@ -251,9 +251,9 @@ void EncodeBlocks(const BlockShape& shape, const DenseView& x, int64_t first_tok
                   const Solved& solved, cudaStream_t stream) {
   const int64_t words = solved.blocks * shape.heads * shape.tokens * shape.head_dim * kBits / 32;
   const Places places(shape, x);
-  LaunchEarly("hqq encode", SolveKernel<n, kAcross>,
-              GridFor(int64_t{solved.all()} * (n / kSolveEach), kSolveThreads), kSolveThreads, 0, stream, shape, places, x,
-              kMaxCode<kBits>, solved);
+  constexpr int kEach = kBits == 2 ? 16 : 8;
+  LaunchEarly("hqq encode", SolveKernel<n, kAcross, kEach>, GridFor(int64_t{solved.all()} * (n / kEach), kSolveThreads),
+              kSolveThreads, 0, stream, shape, places, x, kMaxCode<kBits>, solved);
   LaunchEarly("hqq encode", StopKernel, solved.blocks * kIterations, 256, 0, stream, solved, int64_t{n});
   LaunchEarly("hqq encode", PackKernel<kBits, n, kAcross>, GridFor(std::max<int64_t>(words, solved.all())), 256, 0,
               stream, shape, places, Divisor(shape.head_dim / kRunChannels<kBits>), x, IsWide(x), out, first_token,

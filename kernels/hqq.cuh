@@ -42,13 +42,13 @@ KVQ_HD inline ClipPolynomial ClipPolynomialFor(float s) {
   return {{-0.014653758f * s, 0.13453212f * s, -0.51638743f * s, 1.0785673f * s, -1.3724519f * s, 1.6903888f * s}};
 }
 KVQ_HD inline float Clip(float d, float inverse, const ClipPolynomial& polynomial, const PowerTable& powers) {
-  const uint32_t sign = FloatBits(d) & 0x80000000, magnitude = FloatBits(d) & 0x7FFFFFFF;
-  const uint32_t a = FloatBits(BitsFloat(magnitude) * inverse);
-  const float m = BitsFloat((a & 0x007FFFFF) | 0x3F800000);
+  const float magnitude = std::fabs(d);
+  const uint32_t a = FloatBits(magnitude * inverse), exponent = a & 0x7F800000;
+  const float m = BitsFloat(a - exponent + 0x3F800000);
   float limit = polynomial.of[0];
   for (int k = 1; k < 6; ++k) limit = fmaf(limit, m, polynomial.of[k]);
-  limit *= powers.of[a >> 23 & 0xFF];
-  return BitsFloat(FloatBits(Smaller(limit, BitsFloat(magnitude))) | sign);
+  limit *= powers.of[exponent >> 23];
+  return BitsFloat(FloatBits(Smaller(limit, magnitude)) | (FloatBits(d) & 0x80000000));
 }
 
 // Scale and zero point that the solver starts from; both NaN where something in the group is not finite.
@@ -113,7 +113,7 @@ struct Solved {
   __host__ __device__ uint32_t all() const { return blocks * groups; }
 };
 inline constexpr int64_t kGroupBytes = (2 * kIterations + 1) * 4 + 1, kBlockBytes = (kIterations + 2) * 4;
-inline constexpr int kSolveThreads = 128, kSolveEach = 8;
+inline constexpr int kSolveThreads = 128;
 
 // How a block's numbers split into rows, heads and sequences, without divisions.
 struct Places {
@@ -188,11 +188,12 @@ __device__ __forceinline__ float Step(const float (&scaled)[kEach], float m, flo
   return LanesTreeSum<kLanes>(target);
 }
 
-// Eight elements a lane: few enough that the groups of one warp stand still at about the same time.
-template <int n, bool kAcross>
-__global__ void __launch_bounds__(kSolveThreads) SolveKernel(BlockShape shape, const Places places, DenseView x, float m,
-                                                             Solved solved) {
-  constexpr int kEach = kSolveEach, kLanes = n / kEach;
+// kEach elements a lane: the more, the fewer instructions for sums; the fewer, the fewer groups of a warp wait for each
+// other to stand still. The bounds on blocks were the best of those tried on an H200.
+template <int n, bool kAcross, int kEach>
+__global__ void __launch_bounds__(kSolveThreads, kEach == 16 ? 6 : 10)
+    SolveKernel(BlockShape shape, const Places places, DenseView x, float m, Solved solved) {
+  constexpr int kLanes = n / kEach;
   __shared__ PowerTable powers;
   for (int i = threadIdx.x; i < 256; i += kSolveThreads) powers.of[i] = kDevicePowers.of[i];
   __syncthreads();
@@ -299,6 +300,7 @@ __global__ void __launch_bounds__(256) PackKernel(BlockShape shape, const Places
   constexpr int kRun = kRunChannels<kBits>;
   const uint32_t index = blockIdx.x * 256 + threadIdx.x, all = solved.all();
   WaitForPredecessors();
+  first_token += TokenBase(out);
   const auto zero_of = [&](uint32_t block, uint32_t id) {
     const uint32_t row = min(uint32_t{solved.settled[id]}, static_cast<uint32_t>(solved.stops[block]));
     return solved.zeros[int64_t{row} * all + id];
@@ -377,8 +379,8 @@ __global__ void __launch_bounds__(256) DecodeKernel(BlockShape shape, KvView in,
     for (int chunk = 0; chunk < 4; ++chunk) chunks[i][chunk] = codes[(t * 4 + chunk) * words];
     if constexpr (!kAcross) {
       const int64_t slot = (first_token + t) * (head_dim / n) + eight * 8 / n, head = b * in.heads + h;
-      s[i] = LoadHalf(reinterpret_cast<const uint16_t*>(in.planes[1] + head * in.plane_stride[1]) + slot);
-      z[i] = LoadHalf(reinterpret_cast<const uint16_t*>(in.planes[2] + head * in.plane_stride[2]) + slot);
+      s[i] = HalfToFloat(reinterpret_cast<const uint16_t*>(in.planes[1] + head * in.plane_stride[1])[slot]);
+      z[i] = HalfToFloat(reinterpret_cast<const uint16_t*>(in.planes[2] + head * in.plane_stride[2])[slot]);
     }
   }
 #pragma unroll
@@ -392,8 +394,8 @@ __global__ void __launch_bounds__(256) DecodeKernel(BlockShape shape, KvView in,
         const uint32_t block_tokens = static_cast<uint32_t>(shape.tokens), in_block = t % block_tokens;
         const uint32_t flat = (static_cast<uint32_t>(h) * block_tokens + in_block) * head_dim + eight * 8 + channel;
         const uint32_t g = flat % static_cast<uint32_t>(shape.groups());
-        s[i] = LoadHalf(Slot(in, shape, 1, b, first_token + t - in_block, g));
-        z[i] = LoadHalf(Slot(in, shape, 2, b, first_token + t - in_block, g));
+        s[i] = HalfToFloat(*Slot(in, shape, 1, b, first_token + t - in_block, g));
+        z[i] = HalfToFloat(*Slot(in, shape, 2, b, first_token + t - in_block, g));
       }
       const uint32_t word = chunks[i][channel / 2] >> (field * kBits);
       values[channel] = (CodeToFloat(word, 16 * (channel % 2), kBits) - z[i]) * s[i];

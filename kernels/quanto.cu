@@ -33,6 +33,9 @@
 #include <vector>
 
 #include "kernels/groups.h"
+#ifdef __CUDACC__
+#include "kernels/ptx.cuh"
+#endif
 
 namespace kvq {
 namespace {
@@ -50,7 +53,9 @@ KVQ_HD inline float Rounded(float x) {
 // Both are NaN if anything in the group is not finite.
 template <DType kType>
 KVQ_HD inline void ScaleAndShift(const GroupRange& range, float m, float& scale, float& shift) {
-  scale = Rounded<kType>(Rounded<kType>(range.high - range.low) / m) + range.poison;
+  const float range_of_type = Rounded<kType>(range.high - range.low);
+  // Of two float16 or bfloat16 numbers, a (1 / b) rounded to that type is a / b rounded to it: of all pairs none differs.
+  scale = Rounded<kType>(kType == DType::kFloat32 ? range_of_type / m : range_of_type * (1 / m)) + range.poison;
   shift = range.poison - range.low;
 }
 
@@ -64,9 +69,6 @@ template <DType kType>
 KVQ_HD inline float Decoded(float code, float scale, float shift) {
   return Rounded<kType>(scale * code) - shift;
 }
-
-// One NaN for all, as CPU and GPU make different ones.
-KVQ_HD inline uint16_t Stored(float x) { return x == x ? FloatToHalf(x) : 0x7E00; }
 
 // The scales (plane 1) or shifts (plane 2) of one token.
 KVQ_HD inline uint16_t* MetadataRow(const KvView& view, int plane, int64_t group, int64_t b, int64_t h,
@@ -109,8 +111,8 @@ void EncodeRow(const DenseView& x, const Row& row, const KvView& out, int64_t sl
     ScaleAndShift<kType>(RangeOf<n>(values), m, scale, shift);
     CodeGroup<kType, n>(values, m, scale, shift, codes);
     PackRun<kBits, n>(codes, packed + g * n * kBits / 8);
-    scales[g] = Stored(scale);
-    shifts[g] = Stored(shift);
+    scales[g] = FloatToHalf(scale);
+    shifts[g] = FloatToHalf(shift);
   }
 }
 
@@ -165,76 +167,128 @@ __device__ __forceinline__ void RoundTwo(float& low, float& high) {
   if constexpr (kType != DType::kFloat32) UnpackTwo<kType>(PackTwo<kType>(low, high), low, high);
 }
 
-template <int kBits, DType kType, int n>
-__global__ void __launch_bounds__(256) EncodeKernel(DenseView x, int64_t first_token, KvView out, bool wide) {
-  constexpr float m = kMaxCode<kBits>;
-  constexpr int kParts = 8 / kBits, kBytes = n / kParts, kThreads = kBytes / 8;
-  const uint32_t per_token = static_cast<uint32_t>(x.head_dim) * kBits / 64;
-  const uint32_t index = blockIdx.x * 256 + threadIdx.x, place = index % per_token;
-  const bool in_range = index / per_token < x.tokens;  // those past the end take part in the shuffles below
-  const int64_t b = blockIdx.z, h = blockIdx.y, t = in_range ? index / per_token : 0;
-  const int64_t g = place / kThreads, lane = place % kThreads;
-  const int64_t offset = Offset(x, b, h, t, g * n + lane * 8);
-  float values[kParts][8];
-#pragma unroll
-  for (int part = 0; part < kParts; ++part) LoadEight<kType>(x, offset + part * kBytes, wide, values[part]);
-  GroupRange range = {values[0][0], values[0][0], 0};
-#pragma unroll
-  for (int part = 0; part < kParts; ++part) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const float v = values[part][i];
-      range.low = Smaller(v, range.low);
-      range.high = Larger(v, range.high);
-      range.poison = fmaf(v, 0.0f, range.poison);
+// A thread's eight elements of each part, float32 or two 16-bit numbers a word.
+template <DType kType, int kParts>
+struct Eights {
+  static constexpr bool kPairs = kType != DType::kFloat32;
+  float values[kPairs ? 1 : kParts][8];
+  uint32_t words[kPairs ? kParts : 1][4];
+
+  __device__ __forceinline__ void Load(int part, const DenseView& x, int64_t offset, bool wide) {
+    if constexpr (kPairs) {
+      LoadEightWords(x, offset, wide, words[part]);
+    } else {
+      LoadEight<kType>(x, offset, wide, values[part]);
     }
   }
-#pragma unroll
-  for (int stride = kThreads / 2; stride > 0; stride /= 2) {
-    range.low = Smaller(__shfl_xor_sync(~0u, range.low, stride), range.low);
-    range.high = Larger(__shfl_xor_sync(~0u, range.high, stride), range.high);
-    range.poison += __shfl_xor_sync(~0u, range.poison, stride);
+  __device__ __forceinline__ void Two(int part, int i, float& low, float& high) const {  // elements i and i + 1
+    if constexpr (kPairs) {
+      UnpackTwo<kType>(words[part][i / 2], low, high);
+    } else {
+      low = values[part][i], high = values[part][i + 1];
+    }
   }
+  // Of the group that `lanes` threads have together; NaN in all of it where there is one.
+  __device__ __forceinline__ GroupRange Range(int lanes) const {
+    float low, high;
+    if constexpr (kPairs) {
+      uint32_t smallest = words[0][0], largest = words[0][0];
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          smallest = SmallerOfTwo<kType>(smallest, words[part][i]);
+          largest = LargerOfTwo<kType>(largest, words[part][i]);
+        }
+      }
+      // The larger of (-smallest, largest) of both halves, then of the lanes.
+      smallest ^= 0x80008000;
+      uint32_t both = LargerOfTwo<kType>(smallest & 0xFFFF | largest << 16, smallest >> 16 | largest & 0xFFFF0000);
+      for (int stride = lanes / 2; stride > 0; stride /= 2) {
+        both = LargerOfTwo<kType>(both, __shfl_xor_sync(~0u, both, stride));
+      }
+      UnpackTwo<kType>(both, low, high);
+      low = -low;
+    } else {
+      float poison = 0;
+      low = high = values[0][0];
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const float v = values[part][i];
+          low = Smaller(v, low), high = Larger(v, high), poison = fmaf(v, 0.0f, poison);
+        }
+      }
+      for (int stride = lanes / 2; stride > 0; stride /= 2) {
+        low = Smaller(__shfl_xor_sync(~0u, low, stride), low);
+        high = Larger(__shfl_xor_sync(~0u, high, stride), high);
+        poison += __shfl_xor_sync(~0u, poison, stride);
+      }
+      return {low, high, poison};
+    }
+    return {low, high, low * 0 + high * 0};
+  }
+};
+
+template <int kBits, DType kType, int n>
+__global__ void __launch_bounds__(256)
+    EncodeKernel(DenseView x, int64_t first_token, KvView out, bool wide, const Divisor threads_of_token) {
+  constexpr float m = kMaxCode<kBits>;
+  constexpr int kParts = 8 / kBits, kBytes = n / kParts, kThreads = kBytes / 8;
+  const auto [token, place] = threads_of_token.Of(blockIdx.x * 256 + threadIdx.x);
+  const bool in_range = token < x.tokens;  // those past the end take part in the shuffles below
+  const uint32_t t = in_range ? token : 0, g = place / kThreads, lane = place % kThreads;
+  const int64_t b = blockIdx.z, h = blockIdx.y;
+  const int64_t offset = Offset(x, b, h, t, g * n + lane * 8);
+  Eights<kType, kParts> eights;
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) eights.Load(part, x, offset + part * kBytes, wide);
+  const GroupRange range = eights.Range(kThreads);
   if (!in_range) return;
   float scale, shift;
   ScaleAndShift<kType>(range, m, scale, shift);
-  const int64_t slot = first_token + t;
-  // Bytes are sums of shifted floats that hold their codes in the low bits.
-  uint32_t packed[2] = {0, 0}, bias = 0;
-#pragma unroll
-  for (int bit = 0; bit < 32; bit += kBits) bias += 0x4B000000u << bit;
-  // Of two float16 or bfloat16 numbers, a (1 / b) rounded to that type is a / b rounded to it: none differs of all
-  // pairs. With a scale that has all its bits the largest quotient is m and less than a half, and none is NaN:
-  // nothing is to be clamped.
+  const int64_t slot = TokenBase(out) + first_token + t;
+  uint32_t packed[2] = {0, 0};
+  // By the reciprocal, see ScaleAndShift. With a scale that has all its bits the largest quotient is m and less than a
+  // half, and none is NaN: nothing is to be clamped.
   if (kType != DType::kFloat32 && scale >= 6.1035156e-5f && scale < 1e18f) {
+    // Adding what has an ulp of 1 rounds a quotient, half to even, into the low bits.
+    constexpr uint32_t kBias = kType == DType::kFloat16 ? 0x64006400 : 0x43004300;
     const float inverse = 1.0f / scale;
+    const uint32_t shifts = PackTwo<kType == DType::kFloat32 ? DType::kFloat16 : kType>(shift, shift);
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
+      uint32_t codes[4];
 #pragma unroll
-      for (int i = 0; i < 8; i += 2) {
-        float low = values[part][i] + shift, high = values[part][i + 1] + shift;
-        RoundTwo<kType>(low, high);
-        low *= inverse, high *= inverse;
-        RoundTwo<kType>(low, high);
-        packed[i / 4] += FloatBits(low + kCodeBias) << (i % 4 * 8 + part * kBits);
-        packed[i / 4] += FloatBits(high + kCodeBias) << (i % 4 * 8 + 8 + part * kBits);
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (kType != DType::kFloat32) {
+          float low, high;
+          UnpackTwo<kType>(AddTwo<kType>(eights.words[part][i], shifts), low, high);
+          codes[i] = AddTwo<kType>(PackTwo<kType>(low * inverse, high * inverse), kBias);
+        }
       }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) packed[i] |= ptx::PickBytes(codes[2 * i], codes[2 * i + 1], 0x6420) << part * kBits;
     }
   } else {
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const float code = CodeOf<kType>(values[part][i], m, scale, shift);
-        packed[i / 4] += FloatBits(code + kCodeBias) << (i % 4 * 8 + part * kBits);
+      for (int i = 0; i < 8; i += 2) {
+        float low, high;
+        eights.Two(part, i, low, high);
+        const auto code = [&](float value) { return static_cast<uint32_t>(CodeOf<kType>(value, m, scale, shift)); };
+        packed[i / 4] |= (code(low) | code(high) << 8) << (i % 4 * 8 + part * kBits);
       }
     }
   }
-  reinterpret_cast<uint2*>(CodeRow<kBits>(out, b, h, slot))[place] = {packed[0] - bias, packed[1] - bias};
-  if (lane == 0) {
-    MetadataRow(out, 1, n, b, h, slot)[g] = Stored(scale);
-    MetadataRow(out, 2, n, b, h, slot)[g] = Stored(shift);
-  }
+  reinterpret_cast<uint2*>(CodeRow<kBits>(out, b, h, slot))[place] = {packed[0], packed[1]};
+  // The group's first two threads store a number each, where there are two.
+  uint16_t* scales = MetadataRow(out, 1, n, b, h, slot) + g;
+  uint16_t* shifts = MetadataRow(out, 2, n, b, h, slot) + g;
+  if (lane < 2) *(lane == 0 ? scales : shifts) = FloatToHalf(lane == 0 ? scale : shift);
+  if (kThreads == 1) *shifts = FloatToHalf(shift);
 }
 
 template <int kBits, DType kType, int n>
@@ -246,8 +300,8 @@ __global__ void __launch_bounds__(256) DecodeKernel(KvView in, int64_t first_tok
   if (t >= out.tokens) return;
   const int64_t g = place / kThreads, lane = place % kThreads, slot = first_token + t;
   const uint2 packed = reinterpret_cast<const uint2*>(CodeRow<kBits>(in, b, h, slot))[place];
-  const float scale = LoadHalf(MetadataRow(in, 1, n, b, h, slot) + g);
-  const float shift = LoadHalf(MetadataRow(in, 2, n, b, h, slot) + g);
+  const float scale = HalfToFloat(MetadataRow(in, 1, n, b, h, slot)[g]);
+  const float shift = HalfToFloat(MetadataRow(in, 2, n, b, h, slot)[g]);
   const int64_t offset = Offset(out, b, h, t, g * n + lane * 8);
 #pragma unroll
   for (int part = 0; part < kParts; ++part) {
@@ -269,8 +323,8 @@ void EncodeCuda(const CodecParams& params, const DenseView& x, int64_t first_tok
                 void* stream) {
   if (Rows(x) == 0) return;
   WithTypeAndGroup(x.dtype, params.group_size, [&](auto type, auto group) {
-    EncodeKernel<kBits, type(), group()>
-        <<<GridOf<kBits>(x), 256, 0, static_cast<cudaStream_t>(stream)>>>(x, first_token, out, IsWide(x));
+    EncodeKernel<kBits, type(), group()><<<GridOf<kBits>(x), 256, 0, static_cast<cudaStream_t>(stream)>>>(
+        x, first_token, out, IsWide(x), Divisor(x.head_dim * kBits / 64));
   });
   Check(cudaGetLastError(), "encode");
 }
