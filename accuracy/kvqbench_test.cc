@@ -230,6 +230,20 @@ TEST_F(Kvqbench, WhatDoesNotFitIntoMemoryIsSkippedAndTheRestRuns) {
   EXPECT_GT(runs.at("kv_size/tiny/sdpa/none/ctx:64/batch:1")["kv_bytes"].get<double>(), 0);
 }
 
+TEST_F(Kvqbench, AWindowOfOneTokenIsSkipped) {
+  const auto runs = ByName(Execute(Tiny() + " --schemes=none --contexts=1 --benchmark_filter=perplexity "
+                               "--benchmark_format=json").out);
+  EXPECT_NE(runs.at("perplexity/tiny/sdpa/none/ctx:1/batch:1")["error_message"].get<std::string>().find("one token"),
+            std::string::npos);
+}
+
+TEST_F(Kvqbench, ColoursAreForTerminals) {
+  const Outcome outcome = Execute(Tiny() + " --schemes=none --contexts=32 --benchmark_filter=kv_size");
+  EXPECT_EQ(outcome.code, 0) << outcome.err;
+  EXPECT_NE(outcome.out.find("kv_size/tiny"), std::string::npos);
+  EXPECT_EQ(outcome.out.find('\033'), std::string::npos) << outcome.out;
+}
+
 // Lists of the JSON, and a summary that is one of the layers; the numbers are the cache's own.
 TEST_F(Kvqbench, DistributionDescribesTheCache) {
   const c10::InferenceMode guard;

@@ -15,6 +15,7 @@ Work WorkOf(Session& session, const Cell& cell) {
 
 std::vector<Window> WindowsOf(const Work& work, const Cell& cell, const Options& options) {
   const int64_t bos = static_cast<int64_t>(work.bos.size());
+  if (cell.context < 2) throw Skip("a window of one token predicts none; choose --contexts of 2 or more");
   const std::vector<Window> windows =
       DecodeWindows(static_cast<int64_t>(work.text.size()), cell.context - bos, options.stride,
                     options.windows, bos > 0);

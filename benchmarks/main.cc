@@ -22,10 +22,11 @@
 namespace kvq {
 namespace {
 
-// Console output without the counters of single layers and depths, nor lists, which the JSON has.
+// Console output without the counters of single layers and depths, nor lists, which the JSON has. Colours are for
+// terminals.
 class Console : public benchmark::ConsoleReporter {
  public:
-  Console() : ConsoleReporter(OO_Defaults) {}
+  Console() : ConsoleReporter(isatty(STDOUT_FILENO) ? OO_ColorTabular : OO_Tabular) {}
   void ReportRuns(const std::vector<Run>& runs) override {
     std::vector<Run> brief = runs;
     for (Run& run : brief) {
