@@ -130,7 +130,7 @@ void Check(const AttentionCase& c) {
   const DecodeAttention& attention = scheme.decode_attention;
   const Tensor workspace = at::zeros({attention.workspace_bytes(args)}, on_gpu.options().dtype(at::kByte));
   args.workspace = workspace.data_ptr();
-  // A workspace serves again; and early, behind a kernel that only then makes the lengths what they are.
+  // A workspace serves again; and early, behind a kernel that changes the lengths.
   for (int launch = 0; launch < 3; ++launch) {
     out.fill_(NAN);
     args.early = launch == 2;

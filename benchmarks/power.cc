@@ -1,11 +1,12 @@
 // power: what decoding draws, and what a new token costs in energy, the prefill outside. The steps are those
 // of `decode`. On a GPU from its own energy counter, or where it has none from the power that NVML reports, every
-// 50 ms, of all GPUs together; on a CPU from RAPL, of whole packages. Idle is measured first, once for each model, with the model loaded, and given:
-// watts_net and mj_per_token_net are without it. Where nothing counts energy there is no number.
+// 50 ms, of all GPUs together; on a CPU from RAPL, of whole packages. Idle is measured first, once for each model, with
+// the model loaded, and given: watts_net and mj_per_token_net are without it. Where nothing counts energy there is no
+// number.
 //
 // A GPU's energy counter advances in steps, of 0.1 s on an H200: a reading begins at a step and ends at the first one
-// after the work, less what the idle machine draws until then. A sample is as many runs of --decode-tokens as last a
-// second.
+// after the work (of several GPUs, at a step of one), less what the idle machine draws while nothing works. A sample is
+// as many runs of --decode-tokens as last a second.
 #include <map>
 #include <memory>
 #include <thread>
@@ -16,8 +17,8 @@
 namespace kvq {
 namespace {
 
-// Energy and seconds of the intervals since the last Take, the energy of the machine that waits for its counter's step
-// not counted once it is known.
+// Energy and seconds of the work in the intervals since the last Take. What is not work, waiting for a counter's step
+// and asking it, is taken to draw what the idle machine does.
 class Meter {
  public:
   explicit Meter(Session& session) : session_(session) {
@@ -36,14 +37,16 @@ class Meter {
     began_ = Clock::now();
     if (session_.watched()) session_.BeginWatch();
   }
-  void End() {
+  // After so many seconds of work; without them all of the interval counts.
+  void End(std::optional<double> worked = std::nullopt) {
     if (session_.watched()) session_.EndWatch();
-    const double worked = SecondsSince(began_);
-    const double waited = AwaitStep();
-    if (const std::optional<double> now = Joules(); now && joules_before_) {
-      seen_.joules = seen_.joules.value_or(0) + *now - *joules_before_ - idle_watts_.value_or(0) * waited;
+    AwaitStep();
+    const std::optional<double> now = Joules();
+    const double all = SecondsSince(began_), counted = worked.value_or(all);
+    if (now && joules_before_) {
+      seen_.joules = seen_.joules.value_or(0) + *now - *joules_before_ - idle_watts_ * (all - counted);
     }
-    seen_.seconds += idle_watts_ ? worked : worked + waited;
+    seen_.seconds += counted;
   }
   GpuSummary Take() {
     GpuSummary seen = std::exchange(seen_, {});
@@ -78,20 +81,20 @@ class Meter {
     }
     return joules;
   }
-  // Waits for the next step of the GPUs' counters, for half a second at most; the seconds that took.
-  double AwaitStep() {
+  // Waits for the next step of the GPUs' counters, for half a second at most.
+  void AwaitStep() {
     const Clock::time_point begin = Clock::now();
     const std::optional<double> before = session_.watched() ? Joules() : std::nullopt;
     while (before && Joules() == before && SecondsSince(begin) < 0.5) {
       std::this_thread::sleep_for(std::chrono::milliseconds(1));
     }
-    return SecondsSince(begin);
   }
 
   Session& session_;
   std::optional<Rapl> rapl_;
   GpuSummary seen_;
-  std::optional<double> joules_before_, idle_watts_;
+  std::optional<double> joules_before_;
+  double idle_watts_ = 0;
   Clock::time_point began_;
 };
 
@@ -126,8 +129,9 @@ Counters Power(Session& session, const Cell& cell, benchmark::State& state) {
       const at::Tensor first = decoding.Start();
       Synchronize(session.devices());
       meter.Begin();
-      seconds += Time(session.devices(), [&] { decoding.Run(first); });
-      meter.End();
+      const double run = Time(session.devices(), [&] { decoding.Run(first); });
+      meter.End(run);
+      seconds += run;
       tokens += decoding.tokens();
     } while (seconds < 1);
     const GpuSummary seen = meter.Take();

@@ -37,8 +37,9 @@ struct DecodeAttentionArgs {
 
   const SequenceLength* lengths = nullptr;  // [batch] in device memory, none above its capacity
 
-  // The encoded tokens were complete, for `none` all but the newest, and the lengths at least once before, when the kernel
-  // began that precedes this one on the stream: their fetching may begin before that has ended.
+  // The tokens that `lengths` counted before, or counts now, were written before the kernel began that precedes this
+  // one on the stream, but for the newest of `none`: fetching the encoded ones may begin before that kernel has ended.
+  // The lengths themselves may still change until then; they are read again.
   bool early = false;
 
   // workspace_bytes() of device memory, 256-byte aligned, all zero before the first launch; launches leave it fit

@@ -172,8 +172,8 @@ __device__ void LoadQueries(const DecodeAttentionArgs& args, int pair, int g, in
   }
 }
 
-// After LoadQueries, for codes: times the power of two that puts a head's largest into [2^14, 2^15), and less by the
-// fields' shifts.
+// After LoadQueries, for codes: times the power of two that puts a head's largest into [2^14, 2^15), for float16 at most
+// 2^30, and less by the fields' shifts.
 template <class C>
 __device__ void PrepareQueries(const DecodeAttentionArgs& args, int t, Queries<C>& q) {
   const bool half = args.dtype == DType::kFloat16;
@@ -194,10 +194,15 @@ __device__ void PrepareQueries(const DecodeAttentionArgs& args, int t, Queries<C
     if (half) {  // packed, by powers of two up to 2^15, so twice where the numbers are small
       up = min(up, 30);  // enough: a float16 below 2^-16 has few bits
       const int once = min(up, 15), again = up - once;
-      const auto power = [](int e) { return static_cast<uint32_t>(e + 15) << 10 | static_cast<uint32_t>(e + 15) << 26; };
+      const auto power = [](int e) {
+        return static_cast<uint32_t>(e + 15) << 10 | static_cast<uint32_t>(e + 15) << 26;
+      };
       if (__any_sync(~0u, again != 0)) {
 #pragma unroll
-        for (int i = 0; i < 2 * C::kSteps; ++i) q.b[ht][i / 2][i % 2] = ptx::MultiplyHalf(q.b[ht][i / 2][i % 2], power(again));
+        for (int i = 0; i < 2 * C::kSteps; ++i) {
+          uint32_t& word = q.b[ht][i / 2][i % 2];
+          word = ptx::MultiplyHalf(word, power(again));
+        }
       }
 #pragma unroll
       for (int i = 0; i < 2 * C::kSteps; ++i) {

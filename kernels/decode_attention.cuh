@@ -404,7 +404,8 @@ __global__ void __maxnreg__(C::kRegisters)
   } else {
     LoadQueries<C>(args, pair, g, t, q);
   }
-  // The warps' sixteens of dense tokens are dealt to all blocks in turn, the last warps first: they may have a tile less.
+  // The warps' sixteens of dense tokens are dealt to all blocks in turn, the last warps first, which may have a tile
+  // less.
   int unit = split + (C::kWarps - 1 - warp) * splits;
   DenseTokens<C> tokens;
   Queries<C> dense_q;

@@ -283,7 +283,7 @@ __device__ __forceinline__ void StoreEight(const DenseView& x, int64_t offset, b
       PackTwo<kType>(values[4], values[5]), PackTwo<kType>(values[6], values[7])};
 }
 
-// Adding 2^23 to a number from 0 to 2^22 rounds it, half to even, into the low bits of a float; and the way back.
+// A code in the low bits of 2^23, as a float, is 2^23 + code.
 constexpr float kCodeBias = 8388608;
 __device__ __forceinline__ float CodeToFloat(uint32_t word, int shift, int bits) {
   return BitsFloat((word >> shift & ((1u << bits) - 1)) | 0x4B000000) - kCodeBias;

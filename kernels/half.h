@@ -16,7 +16,7 @@ KVQ_HD inline uint16_t FloatToBFloat16(float x) {
   return static_cast<uint16_t>(x == x ? rounded : 0x7FC0);
 }
 
-// The exponent is rebased by a multiplication, which also makes subnormals right.
+// On a CPU the exponent is rebased by a multiplication, which also makes subnormals right.
 KVQ_HD inline float HalfToFloat(uint16_t h) {
 #ifdef __CUDA_ARCH__
   float x;

@@ -78,7 +78,8 @@ inline void* AllocateScratch(int64_t bytes, cudaStream_t stream) {
 }
 
 // Launches a kernel that may begin before its predecessor on the stream has ended: it calls
-// WaitForPredecessors() before it reads what they write, or writes what they read.
+// WaitForPredecessors() before it reads what they write, or writes what they read. (Decode attention reads its lengths
+// before, and again after: attention.h, `early`.)
 template <typename... Parameters, typename... Arguments>
 void LaunchEarly(const char* what, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes,
                  void* stream, const Arguments&... arguments) {

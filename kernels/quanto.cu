@@ -54,7 +54,8 @@ KVQ_HD inline float Rounded(float x) {
 template <DType kType>
 KVQ_HD inline void ScaleAndShift(const GroupRange& range, float m, float& scale, float& shift) {
   const float range_of_type = Rounded<kType>(range.high - range.low);
-  // Of two float16 or bfloat16 numbers, a (1 / b) rounded to that type is a / b rounded to it: of all pairs none differs.
+  // Of two float16 or bfloat16 numbers, a (1 / b) rounded to that type is a / b rounded to it: of all pairs, none
+  // differs.
   scale = Rounded<kType>(kType == DType::kFloat32 ? range_of_type / m : range_of_type * (1 / m)) + range.poison;
   shift = range.poison - range.low;
 }

@@ -43,8 +43,8 @@ struct KvView {
   int64_t block_tokens = 1;
   std::byte* planes[kMaxPlanes] = {};
   int64_t plane_stride[kMaxPlanes] = {};  // bytes
-  // Where a GPU encodes to, so that a captured graph finds it anew every time: a number in device memory that is added
-  // to `first_token`; nullptr: 0.
+  // For `encode_cuda` alone: a number in device memory that is added to `first_token`, so that a captured graph finds
+  // anew every time where to encode to; nullptr: 0.
   const int32_t* token_base = nullptr;
 };
 
