@@ -39,10 +39,11 @@ void ExpectStudy(const nlohmann::json& golden, const std::string& model_dir, dou
     const double reference = expected["ppl"][0], ppl = expected["ppl"][1];
     const nlohmann::json perplexity = run("perplexity");
     EXPECT_NEAR(perplexity["ppl_reference"].get<double>(), reference, exact * reference);
-    // With two bits, codes between two values fall elsewhere where libtorch adds in another order: on the tiny model
-    // AVX2 and AVX-512 differ by 2.2e-4, on SmolLM2 transformers' own two attentions by 1.7e-4.
+    // With two bits, codes between two values fall elsewhere where libtorch adds in another order: on a CPU without
+    // AVX-512 the tiny model is 2.2e-4 off its golden file, on SmolLM2 transformers' own two attentions differ by 1.7e-4.
     const bool two_bits = spec.find("int2") != std::string::npos;
-    EXPECT_NEAR(perplexity["ppl"].get<double>(), ppl, (spec == "none" ? exact : two_bits ? 5 * quantized : quantized) * ppl);
+    const double allowed = spec == "none" ? exact : two_bits ? 5 * quantized : quantized;
+    EXPECT_NEAR(perplexity["ppl"].get<double>(), ppl, allowed * ppl);
 
     const nlohmann::json needle = run("needle");
     const std::string label = needle["label"];
