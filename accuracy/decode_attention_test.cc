@@ -2,8 +2,8 @@
 #include <cmath>
 
 #include "accuracy/encoded.h"
-#include "fixtures/device.h"
-#include "kernels/attention.h"
+#include "fixtures/machine/device.h"
+#include "kernels/device/attention.h"
 #include "kernels/error.h"
 
 namespace kvq {

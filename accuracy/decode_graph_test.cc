@@ -7,7 +7,7 @@
 
 #include "accuracy/golden.h"
 #include "kernels/error.h"
-#include "kernels/step.h"
+#include "kernels/device/step.h"
 
 namespace kvq {
 namespace {

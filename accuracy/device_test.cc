@@ -1,8 +1,8 @@
-// The probes and the stopwatch of fixtures/device.h, and the streaming read of kernels/probe.h.
-#include "fixtures/device.h"
+// The probes and the stopwatch of fixtures/machine/device.h, and the streaming read of kernels/device/probe.h.
+#include "fixtures/machine/device.h"
 
 #include "accuracy/golden.h"
-#include "kernels/probe.h"
+#include "kernels/device/probe.h"
 
 namespace kvq {
 namespace {

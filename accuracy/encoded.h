@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "accuracy/golden.h"
-#include "fixtures/codec_tensors.h"
+#include "fixtures/cache/codec_tensors.h"
 
 namespace kvq {
 
@@ -18,8 +18,8 @@ struct Case {
   int64_t heads, tokens, head_dim, block;
 };
 
-// Encoded tokens taken apart again: packed codes, and two planes of fp16 numbers for the groups, as hqq.cu and
-// quanto.cu document them.
+// Encoded tokens taken apart again: packed codes, and two planes of fp16 numbers for the groups, as hqq.cc and
+// quanto.cc document them.
 struct Plain {
   std::vector<int> codes;               // by head, token, channel
   std::vector<uint16_t> scales, zeros;  // planes 1 and 2, by block, then slot
@@ -46,7 +46,7 @@ inline at::Tensor RoundTrip(const Codec& codec, const CodecParams& params, const
 // Where the code of channel d is in a token's row: the byte and the lowest bit in it.
 using CodePlace = std::pair<int64_t, int64_t> (*)(int64_t d, int64_t head_dim, int bits, int64_t group);
 
-// In runs of a group, see quanto.cu.
+// In runs of a group, see quanto.cc.
 inline std::pair<int64_t, int64_t> PlaceInRun(int64_t d, int64_t /*head_dim*/, int bits, int64_t group) {
   const int64_t run_bytes = group * bits / 8, in_run = d % group;
   return {d / group * run_bytes + in_run % run_bytes, in_run / run_bytes * bits};

@@ -3,7 +3,7 @@
 // is the sum of squared errors over the sum of squares; max_error is the largest absolute one.
 #include "accuracy/error_sum.h"
 #include "benchmarks/measurement.h"
-#include "fixtures/codec_tensors.h"
+#include "fixtures/cache/codec_tensors.h"
 
 namespace kvq {
 namespace {

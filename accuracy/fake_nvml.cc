@@ -1,5 +1,5 @@
 // NVML's functions over accuracy/fake_nvml.h, with the signatures and numbers of NVIDIA's nvml.h (NVML API
-// Reference Guide), written down once more: tests of fixtures/nvml.cc open it in the place of the driver's.
+// Reference Guide), written down once more: tests of fixtures/machine/nvml.cc open it in the place of the driver's.
 #include "accuracy/fake_nvml.h"
 
 #include <cstring>

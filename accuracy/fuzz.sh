@@ -15,8 +15,8 @@ checked=(-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fs
 
 objects=()
 # The architectures' rows are parsers of config.json, too.
-mapfile -t architectures < <(grep -l '^const RegisterArchitecture' "$root"/fixtures/*.cc)
-for source in "$root"/fixtures/{safetensors,model_config,tokenizer{,_formats,_stages},added_tokens,bpe,unicode}.cc \
+mapfile -t architectures < <(grep -l '^const RegisterArchitecture' "$root"/fixtures/architectures/*.cc)
+for source in "$root"/fixtures/{safetensors,model_config,tokenizer/{tokenizer,tokenizer_formats,tokenizer_stages,added_tokens,bpe,unicode}}.cc \
   "${architectures[@]}" \
   "$root/accuracy/fuzz_loaders.cc"; do
   object=$(basename "$source").o

@@ -7,8 +7,8 @@
 
 #include "fixtures/model_config.h"
 #include "fixtures/safetensors.h"
-#include "fixtures/tokenizer.h"
-#include "fixtures/tokenizer_formats.h"
+#include "fixtures/tokenizer/tokenizer.h"
+#include "fixtures/tokenizer/tokenizer_formats.h"
 #include "kernels/error.h"
 
 namespace {

@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "fixtures/device.h"
+#include "fixtures/machine/device.h"
 #include "kernels/half.h"
 
 namespace kvq {

@@ -1,5 +1,5 @@
-// fixtures/gpu_memory.h: tensors of known sizes.
-#include "fixtures/gpu_memory.h"
+// fixtures/machine/gpu_memory.h: tensors of known sizes.
+#include "fixtures/machine/gpu_memory.h"
 
 #include "accuracy/golden.h"
 

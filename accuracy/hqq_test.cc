@@ -70,7 +70,7 @@ TEST(HqqParity, CodesScalesZerosEqualThePackage) {
 
 // ---- against the definition, written down once more in double precision
 
-// Decoded values of one group, by the formula in hqq.cu with a fixed number of iterations.
+// Decoded values of one group, by the formula in hqq.cc with a fixed number of iterations.
 std::vector<double> Reference(const std::vector<double>& x, int bits, int iterations, double& error_sum) {
   const double m = (1 << bits) - 1;
   const double low = *std::min_element(x.begin(), x.end()), high = *std::max_element(x.begin(), x.end());

@@ -2,8 +2,8 @@
 #include <ATen/ATen.h>
 
 #include "accuracy/golden.h"
-#include "fixtures/codec_tensors.h"
-#include "fixtures/kv_cache.h"
+#include "fixtures/cache/codec_tensors.h"
+#include "fixtures/cache/kv_cache.h"
 #include "kernels/error.h"
 
 namespace kvq {

@@ -5,7 +5,7 @@
 #include "accuracy/golden.h"
 #include "accuracy/statistics.h"
 #include "benchmarks/options.h"
-#include "fixtures/rapl.h"
+#include "fixtures/machine/rapl.h"
 
 namespace kvq {
 namespace {

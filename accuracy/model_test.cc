@@ -7,7 +7,7 @@
 #include "accuracy/golden.h"
 #include "fixtures/dataset.h"
 #include "fixtures/model.h"
-#include "fixtures/tokenizer.h"
+#include "fixtures/tokenizer/tokenizer.h"
 #include "kernels/error.h"
 
 namespace kvq {

@@ -1,6 +1,6 @@
-// fixtures/nvml.cc against a library with NVML's functions (accuracy/fake_nvml.cc), and against the driver's where
+// fixtures/machine/nvml.cc against a library with NVML's functions (accuracy/fake_nvml.cc), and against the driver's where
 // there is a GPU.
-#include "fixtures/nvml.h"
+#include "fixtures/machine/nvml.h"
 
 #include <dlfcn.h>
 #include <unistd.h>

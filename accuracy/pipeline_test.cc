@@ -14,7 +14,7 @@
 #include "accuracy/command.h"
 #include "accuracy/golden.h"
 #include "fixtures/decode_graph.h"
-#include "fixtures/device.h"
+#include "fixtures/machine/device.h"
 #include "fixtures/model.h"
 
 // Skips where there are fewer than two GPUs, with KVQ_REQUIRE_CUDA=1, too: that asks for a GPU, not for two.

@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "accuracy/encoded.h"
-#include "fixtures/kv_cache.h"
+#include "fixtures/cache/kv_cache.h"
 #include "kernels/error.h"
 
 namespace kvq {

@@ -1,12 +1,12 @@
-// SageAttention's recipe (kernels/sage.h): the CPU against an implementation written from the paper and against
+// SageAttention's recipe (kernels/device/sage.h): the CPU against an implementation written from the paper and against
 // attention in float64, CUDA against the CPU.
-#include "kernels/sage.h"
+#include "kernels/device/sage.h"
 
 #include <cmath>
 
 #include "accuracy/golden.h"
 #include "fixtures/attention.h"
-#include "fixtures/codec_tensors.h"
+#include "fixtures/cache/codec_tensors.h"
 #include "kernels/error.h"
 
 namespace kvq {

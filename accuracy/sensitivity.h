@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "fixtures/spec.h"
+#include "fixtures/cache/spec.h"
 
 namespace kvq {
 

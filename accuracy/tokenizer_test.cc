@@ -8,8 +8,8 @@
 #include "accuracy/golden.h"
 #include "fixtures/dataset.h"
 #include "fixtures/sha256.h"
-#include "fixtures/tokenizer.h"
-#include "fixtures/unicode.h"
+#include "fixtures/tokenizer/tokenizer.h"
+#include "fixtures/tokenizer/unicode.h"
 #include "kernels/error.h"
 
 namespace kvq {

@@ -13,9 +13,9 @@
 #include <random>
 
 #include "benchmarks/measurement.h"
-#include "fixtures/codec_tensors.h"
-#include "kernels/attention.h"
-#include "kernels/cuda_check.h"
+#include "fixtures/cache/codec_tensors.h"
+#include "kernels/device/attention.h"
+#include "kernels/runtime/cuda_check.h"
 #include "kernels/error.h"
 #ifdef KVQ_CUDA
 #include <c10/core/StreamGuard.h>

@@ -12,10 +12,10 @@
 #include <vector>
 
 #include "fixtures/dataset.h"
-#include "fixtures/device.h"
+#include "fixtures/machine/device.h"
 #include "fixtures/model.h"
-#include "fixtures/nvml.h"
-#include "fixtures/tokenizer.h"
+#include "fixtures/machine/nvml.h"
+#include "fixtures/tokenizer/tokenizer.h"
 
 namespace kvq {
 

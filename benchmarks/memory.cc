@@ -21,7 +21,7 @@
 
 #include "benchmarks/decoding.h"
 #include "benchmarks/study.h"
-#include "fixtures/gpu_memory.h"
+#include "fixtures/machine/gpu_memory.h"
 #include "kernels/error.h"
 
 namespace kvq {

@@ -12,7 +12,7 @@
 #include <thread>
 
 #include "benchmarks/decoding.h"
-#include "fixtures/rapl.h"
+#include "fixtures/machine/rapl.h"
 
 namespace kvq {
 namespace {

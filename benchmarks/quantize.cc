@@ -2,7 +2,7 @@
 // of a context, all layers. gb_per_s counts the elements in the model's type and the encoded bytes, each
 // once. The shares say how much of a prefill and of a decoding step is spent there, in one run each.
 #include "benchmarks/measurement.h"
-#include "fixtures/codec_tensors.h"
+#include "fixtures/cache/codec_tensors.h"
 
 namespace kvq {
 namespace {

@@ -9,7 +9,7 @@
 
 #include "benchmarks/results_file.h"
 #include "fixtures/safetensors.h"
-#include "fixtures/spec.h"
+#include "fixtures/cache/spec.h"
 #include "kernels/error.h"
 
 namespace kvq {

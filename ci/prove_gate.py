@@ -4,7 +4,7 @@
 usage: ci/prove_gate.py [--pool=FILE] [--rounds=N] [--draws=N] [--separate=N]
 
 Three executables are linked into a temporary folder, equal to build/release/kvqbench but for the object of
-kernels/hqq.cu: as it is; with a tenth of the encoding done twice; and with one code of one token changed, which one the
+kernels/schemes/hqq.cc: as it is; with a tenth of the encoding done twice; and with one code of one token changed, which one the
 environment says. None of it stays.
 
 codes     20 comparisons, each with another code changed, by separate processes: how many ci/compare fails.
@@ -50,7 +50,7 @@ import verdicts  # noqa: E402
 # Where other work shares the cores, a run of the cell must be shorter than what the scheduler gives a process at a time.
 FLAGS = ["--schemes=int2-hqq@residual=16,int4-hqq@residual=16", "--contexts=32", "--dtype=float32", "--runs=601"]
 TIMED = "^(quantize/.*|dequantize/.*int4-.*)"  # encoding is slowed, decoding is not
-# Text of kernels/hqq.cu, and what stands there instead. SHARE: of the solver's iterations done twice, so that encoding
+# Text of kernels/schemes/hqq.cc, and what stands there instead. SHARE: of the solver's iterations done twice, so that encoding
 # takes 10 % longer; it does more than these.
 STEP = "    const float error =\n        static_cast<float>(ErrorSum(errors) / static_cast<double>(groups * n));\n"
 SHARE = 0.11
@@ -82,24 +82,24 @@ def commands_of(build):
     listed = subprocess.run(["ninja", "-C", build, "-t", "commands", "kvqbench"], capture_output=True, text=True)
     commands = [line for line in listed.stdout.splitlines() if not line.startswith("ninja:")]
     compiling = next((line for line in commands if line.endswith("kernels/scheme.cc")), "")
-    if listed.returncode or not compiling or "kernels/hqq.cu.o" not in commands[-1]:
+    if listed.returncode or not compiling or "kernels/schemes/hqq.cc.o" not in commands[-1]:
         fail(f"{build}: does not say how kvqbench is built; run ci/build first")
     return compiling, commands[-1]
 
 
 def planted(changes):
-    """kernels/hqq.cu, changed."""
-    with open(os.path.join(ROOT, "kernels", "hqq.cu"), encoding="utf-8") as file:
+    """kernels/schemes/hqq.cc, changed."""
+    with open(os.path.join(ROOT, "kernels", "schemes", "hqq.cc"), encoding="utf-8") as file:
         source = file.read()
     for text, instead in changes:
         if source.count(text) != 1:
-            fail(f"kernels/hqq.cu: what is to be changed is there {source.count(text)} times, not once: {text.strip()}")
+            fail(f"kernels/schemes/hqq.cc: what is to be changed is there {source.count(text)} times, not once: {text.strip()}")
         source = source.replace(text, instead)
     return source
 
 
 def link(folder, name, changes):
-    """kvqbench with a changed kernels/hqq.cu; the other objects are those of build/release."""
+    """kvqbench with a changed kernels/schemes/hqq.cc; the other objects are those of build/release."""
     build = os.path.join(ROOT, "build", "release")
     compiling, linking = commands_of(build)
     path, made = os.path.join(folder, name + ".cc"), os.path.join(folder, name)
@@ -107,7 +107,7 @@ def link(folder, name, changes):
         file.write(planted(changes))
     compiling = re.sub(r" -M[TF] \S+", "", compiling.replace(" -MD", ""))  # no dependencies into the build
     compiling = re.sub(r" -o \S+ -c \S+$", f" -o {path}.o -c {path}", compiling)
-    linking = re.sub(r"\S*kernels/hqq\.cu\.o", path + ".o", linking).replace(" -o kvqbench ", f" -o {made} ")
+    linking = re.sub(r"\S*kernels/schemes/hqq\.cc\.o", path + ".o", linking).replace(" -o kvqbench ", f" -o {made} ")
     for command in (compiling, linking):
         done = subprocess.run(command, shell=True, cwd=build, capture_output=True, text=True)
         if done.returncode:

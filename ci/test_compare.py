@@ -586,7 +586,7 @@ class Kvqbench(unittest.TestCase):
                              bool(changes), name)
         build = os.path.dirname(KVQBENCH)
         if os.path.exists(os.path.join(build, "build.ninja")):
-            self.assertIn("hqq.cu.o", prove_gate.commands_of(build)[1])
+            self.assertIn("hqq.cc.o", prove_gate.commands_of(build)[1])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 // How the codes of one token lie in its row of head_dim * bits / 8 bytes, so that the rows of a few tokens, as
-// they are, hold the operands of the tensor cores' m16n8k16 products (kernels/ptx.cuh), whichever way round:
+// they are, hold the operands of the tensor cores' m16n8k16 products (kernels/device/ptx.cuh), whichever way round:
 // channels times tokens for the keys, tokens times channels for the values.
 //
 // Sixteen channels c = 16 i + r are step i of a product, and r = 8 half + 2 chunk + side names a code's place in

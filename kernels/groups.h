@@ -9,7 +9,7 @@
 
 #include "kernels/error.h"
 #include "kernels/half.h"
-#include "kernels/launch.cuh"
+#include "kernels/runtime/launch.h"
 #include "kernels/scheme.h"
 #include "kernels/vector_math.h"
 

@@ -1,6 +1,6 @@
 // What a scheme is: how a block of keys or values becomes bytes, and the table of all schemes.
 // A scheme knows shapes, nothing of models; which tokens are encoded when is a policy's business
-// (fixtures/kv_cache.h). Adding one is adding one file kernels/<scheme>.cu that ends in a row.
+// (fixtures/cache/kv_cache.h). Adding one is adding one file kernels/schemes/<scheme>.cc that ends in a row.
 #pragma once
 
 #include <cstddef>
@@ -87,7 +87,7 @@ struct Codec {
   const char* budget_source = "";
 };
 
-struct DecodeAttentionArgs;  // kernels/attention.h
+struct DecodeAttentionArgs;  // kernels/device/attention.h
 
 // A scheme's fused kernel: attention of one new token that reads the codes of keys and values directly.
 // Asynchronous, one launch on `stream` (a cudaStream_t).

@@ -1,0 +1,162 @@
+// What the kernels of step.cc and product.cc share: 16-bit numbers, and what happens to
+// single elements.
+#pragma once
+
+#ifdef __CUDACC__
+#include <stdexcept>
+#include <type_traits>
+
+#include "kernels/runtime/launch.h"
+#include "kernels/device/ptx.cuh"
+#include "kernels/device/step.h"
+
+namespace kvq::step {
+
+// Calls work(std::bool_constant<the type is bfloat16>).
+template <typename Work>
+void WithType(DType dtype, const Work& work) {
+  if (dtype == DType::kBFloat16) return work(std::true_type());
+  if (dtype == DType::kFloat16) return work(std::false_type());
+  throw std::runtime_error("kernels of a step take float16 and bfloat16");
+}
+
+// ---- 16-bit numbers
+
+template <bool kBFloat16>
+__device__ __forceinline__ float At(uint32_t word, int index) {
+  return kBFloat16 ? ptx::BFloat16At(word, index) : ptx::HalfAt(word, index);
+}
+template <bool kBFloat16>
+__device__ __forceinline__ uint32_t Pack(float first, float second) {
+  return kBFloat16 ? ptx::PackBFloat16(first, second) : ptx::PackHalf(first, second);
+}
+template <bool kBFloat16>
+__device__ __forceinline__ float Round(float x) {
+  return At<kBFloat16>(Pack<kBFloat16>(x, 0), 0);
+}
+
+// kWide elements from `index` on, as one access where kWide is 8 (16 bytes).
+template <bool kBFloat16, int kWide>
+__device__ __forceinline__ void Load(const void* from, int64_t index, float (&x)[kWide]) {
+  const uint16_t* at = static_cast<const uint16_t*>(from) + index;
+  if constexpr (kWide == 8) {
+    const uint4 words = __ldcg(reinterpret_cast<const uint4*>(at));
+    const uint32_t each[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] = At<kBFloat16>(each[i / 2], i % 2);
+  } else {
+    static_assert(kWide == 1);
+    x[0] = At<kBFloat16>(__ldcg(at), 0);
+  }
+}
+template <bool kBFloat16, int kWide>
+__device__ __forceinline__ void Store(void* to, int64_t index, const float (&x)[kWide]) {
+  uint16_t* at = static_cast<uint16_t*>(to) + index;
+  if constexpr (kWide == 8) {
+    *reinterpret_cast<uint4*>(at) = {Pack<kBFloat16>(x[0], x[1]), Pack<kBFloat16>(x[2], x[3]),
+                                     Pack<kBFloat16>(x[4], x[5]), Pack<kBFloat16>(x[6], x[7])};
+  } else {
+    *at = static_cast<uint16_t>(Pack<kBFloat16>(x[0], 0));
+  }
+}
+template <int kWide>
+__device__ __forceinline__ void LoadFloats(const float* from, int64_t index, float (&x)[kWide]) {
+  if constexpr (kWide == 8) {
+#pragma unroll
+    for (int i = 0; i < 8; i += 4) {
+      const float4 four = __ldcg(reinterpret_cast<const float4*>(from + index + i));
+      x[i] = four.x, x[i + 1] = four.y, x[i + 2] = four.z, x[i + 3] = four.w;
+    }
+  } else {
+    x[0] = __ldcg(from + index);
+  }
+}
+
+__device__ __forceinline__ float WarpSum(float x) {
+#pragma unroll
+  for (int lane = 16; lane > 0; lane /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, lane);
+  return x;
+}
+
+// Elements `at` and on of row `row` of x + delta, or of x where there is no delta, rounded.
+template <bool kBFloat16, int kWide>
+__device__ __forceinline__ void LoadSum(const AddNormArgs& a, int64_t row, int64_t at,
+                                        float (&x)[kWide]) {
+  const int64_t index = row * a.size + at;
+  Load<kBFloat16>(a.x, index, x);
+  if (a.delta == nullptr && a.partial == nullptr) return;
+  float delta[kWide] = {}, more[kMaxSplits][kWide];
+  if (a.delta != nullptr) Load<kBFloat16>(a.delta, index, delta);
+#pragma unroll
+  for (int split = 0; split < kMaxSplits; ++split) {  // all on their way at once
+    if (split < a.splits) LoadFloats(a.partial, split * a.rows * a.size + index, more[split]);
+  }
+#pragma unroll
+  for (int split = 0; split < kMaxSplits; ++split) {
+#pragma unroll
+    for (int k = 0; k < kWide; ++k) delta[k] += split < a.splits ? more[split][k] : 0;
+  }
+  if (a.bias != nullptr) {
+    Load<kBFloat16>(a.bias, at, more[0]);
+#pragma unroll
+    for (int k = 0; k < kWide; ++k) delta[k] += more[0][k];
+  }
+#pragma unroll
+  for (int k = 0; k < kWide; ++k) x[k] = Round<kBFloat16>(x[k] + Round<kBFloat16>(delta[k]));
+}
+
+// 1 / rms of a row from the squares that the threads of a block have added up; `sums` has room for
+// one a warp.
+__device__ __forceinline__ float InverseRms(float squares, int64_t size, float eps, float* sums) {
+  squares = WarpSum(squares);
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = squares;
+  __syncthreads();
+  squares = 0;
+  for (int warp = 0; warp < blockDim.x / 32; ++warp) squares += sums[warp];
+  return rsqrtf(squares / static_cast<float>(size) + eps);
+}
+
+// ---- single elements of heads and gates
+
+// Where the newest token's keys or values of a head go.
+__device__ __forceinline__ uint16_t* Destination(const NewToken& to, int row, int head) {
+  const SequenceLength* length = to.lengths + row;
+  const int residual = to.dense ? __ldcg(&length->encoded) : __ldcg(&length->residual);
+  const bool tail = residual > 0;
+  const DenseView& view = tail ? to.tail : to.sinks;
+  const int token = (tail ? residual : __ldcg(&length->sinks)) - 1;
+  return static_cast<uint16_t*>(view.data) + row * view.batch_stride + head * view.head_stride +
+         token * view.token_stride;
+}
+// `head` counts queries, keys and values.
+__device__ __forceinline__ uint16_t* Destination(const AppendArgs& a, int row, int head) {
+  const int heads = static_cast<int>(a.of.heads), kv_heads = static_cast<int>(a.of.kv_heads);
+  if (head < heads) {
+    return static_cast<uint16_t*>(a.queries) + (row * a.of.heads + head) * a.of.head_dim;
+  }
+  if (head < heads + kv_heads) return Destination(a.keys, row, head - heads);
+  return Destination(a.values, row, head - heads - kv_heads);
+}
+
+// (x1, x2) of channel i and i + head_dim / 2 turned by the row's position.
+__device__ __forceinline__ float2 Turn(const HeadsArgs& a, int row, int i, float x1, float x2) {
+  const int64_t at = row % static_cast<int>(a.positions) * (a.head_dim / 2) + i;
+  const float cos = __ldcg(a.cos + at), sin = __ldcg(a.sin + at);
+  return {x1 * cos - x2 * sin, x2 * cos + x1 * sin};
+}
+
+// Rounds after the activation, as two operations on tensors would.
+template <bool kBFloat16>
+__device__ __forceinline__ float Gated(Gate activation, float gate, float up) {
+  float active;
+  if (activation == Gate::kSilu) {
+    active = gate / (1.0f + expf(-gate));
+  } else {
+    const float inner = 0.79788456f * (gate + 0.044715f * gate * gate * gate);  // sqrt(2 / pi)
+    active = 0.5f * gate * (1.0f + tanhf(inner));
+  }
+  return Round<kBFloat16>(active) * up;
+}
+
+}  // namespace kvq::step
+#endif  // __CUDACC__
