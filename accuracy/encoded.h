@@ -46,12 +46,6 @@ inline at::Tensor RoundTrip(const Codec& codec, const CodecParams& params, const
 // Where the code of channel d is in a token's row: the byte and the lowest bit in it.
 using CodePlace = std::pair<int64_t, int64_t> (*)(int64_t d, int64_t head_dim, int bits, int64_t group);
 
-// In runs of a group, see quanto.cc.
-inline std::pair<int64_t, int64_t> PlaceInRun(int64_t d, int64_t /*head_dim*/, int bits, int64_t group) {
-  const int64_t run_bytes = group * bits / 8, in_run = d % group;
-  return {d / group * run_bytes + in_run % run_bytes, in_run / run_bytes * bits};
-}
-
 // In chunks of words, see code_row.h.
 inline std::pair<int64_t, int64_t> PlaceInRow(int64_t d, int64_t head_dim, int bits, int64_t /*group*/) {
   const int64_t step = d / 16, half = d % 16 / 8, chunk = d % 8 / 2, side = d % 2;

@@ -8,7 +8,7 @@
 #include "fixtures/dataset.h"
 #include "fixtures/model_config.h"
 #include "fixtures/safetensors.h"
-#include "fixtures/sha256.h"
+#include "kernels/sha256.h"
 #include "kernels/error.h"
 
 namespace kvq {

@@ -51,7 +51,7 @@ TEST(QuantoParity, CodesScalesShiftsAndDecodedNumbersEqualThePackage) {
     const at::Tensor x = Input(GoldenNumbers(count, c["seed"], c["kind"]), shape).to(type);
     const CodecParams params{.group_size = group};
     const EncodedTensors encoded = Encode(KeysOf(bits), params, x, shape.block);
-    const Plain ours = TakeApart(encoded, bits, group, PlaceInRun);
+    const Plain ours = TakeApart(encoded, bits, group, PlaceInRow);
 
     const std::string text = c["codes"];
     ASSERT_EQ(text.size(), ours.codes.size());
@@ -219,7 +219,7 @@ TEST(Quanto, NotANumberAndWhatFp16CannotHoldStayInTheirGroupAndShow) {
       for (const int64_t place : {0, 5, 63}) {
         at::Tensor x = Input(GoldenNumbers(4 * 64, 4, "normal"), {1, 4, 64, 4}).to(type);
         x[0][0][1][place] = bad;
-        const Plain stored = TakeApart(Encode(KeysOf(4), k64, x, 4), 4, 64, PlaceInRun);
+        const Plain stored = TakeApart(Encode(KeysOf(4), k64, x, 4), 4, 64, PlaceInRow);
         EXPECT_EQ(stored.scales[1], 0x7E00) << "the one NaN that CPU and GPU agree on";
         EXPECT_EQ(stored.zeros[1], 0x7E00);
         const at::Tensor out = RoundTrip(KeysOf(4), k64, x, 4);

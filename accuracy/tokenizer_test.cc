@@ -7,7 +7,7 @@
 
 #include "accuracy/golden.h"
 #include "fixtures/dataset.h"
-#include "fixtures/sha256.h"
+#include "kernels/sha256.h"
 #include "fixtures/tokenizer/tokenizer.h"
 #include "fixtures/tokenizer/unicode.h"
 #include "kernels/error.h"

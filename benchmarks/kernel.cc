@@ -7,6 +7,9 @@
 // (peak_fraction), beside libtorch's flash and cuDNN attention on the same tokens in 16 bits (flash_us, cudnn_us), and
 // the speed-up over the faster of them divided by the ratio of bytes (speedup_per_byte_ratio: 1 is all that fewer
 // bytes can give). For the others the bytes of the 16-bit numbers and of the codes, read or written.
+#include <c10/core/StreamGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
 #include <algorithm>
 #include <cmath>
 #include <functional>
@@ -15,19 +18,13 @@
 #include "benchmarks/measurement.h"
 #include "fixtures/cache/codec_tensors.h"
 #include "kernels/device/attention.h"
-#include "kernels/runtime/cuda_check.h"
+#include "kernels/runtime/launch.h"
 #include "kernels/error.h"
-#ifdef KVQ_CUDA
-#include <c10/core/StreamGuard.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
-#endif
 
 namespace kvq {
 namespace {
 
 using at::Tensor;
-
-#ifdef KVQ_CUDA
 
 // Microseconds of a call in a replayed graph of so many that its launch does not count, `repeats` times.
 // call(i, stream) enqueues one on buffers number i.
@@ -173,10 +170,17 @@ Counters Codecs(Session& session, const Cell& cell, benchmark::State& state, boo
   return counters;
 }
 
-// What decode attention reads in one call, and how it is called.
+// One side of what decode attention reads in one call: tokens as they are, or codes.
+struct AttentionSide {
+  Tensor dense;
+  EncodedTensors encoded;
+  KvView view;
+  CodecParams params;
+};
+
 struct AttentionJob {
-  Tensor queries, out, workspace, dense_keys, dense_values;
-  EncodedTensors keys, values;
+  Tensor queries, out, workspace;
+  AttentionSide sides[2];  // keys, values
   DecodeAttentionArgs args;
 };
 
@@ -184,11 +188,10 @@ Counters Attention(Session& session, const Cell& cell, benchmark::State& state) 
   const Shape shape = ShapeOf(cell, session);
   const Spec spec = ParseSpec(cell.spec);
   const SchemePair pair = spec.At(0);
-  const DecodeAttention& attention = pair.keys->decode_attention;
-  if (pair.keys != pair.values || attention.run == nullptr) {
+  const Codec* codecs[2] = {&pair.keys->keys, &pair.values->values};
+  if (!HasDecodeAttention(*codecs[0], *codecs[1])) {
     throw Skip(StrCat("no fused attention for keys ", pair.keys->name, " and values ", pair.values->name));
   }
-  const bool dense = pair.keys->stores_dense();
   const auto cache_shape = [&](int64_t heads) {
     return std::vector<int64_t>{shape.batch, heads, shape.context, shape.head_dim};
   };
@@ -197,52 +200,58 @@ Counters Attention(Session& session, const Cell& cell, benchmark::State& state) 
                              .to(session.device());
   const double scale = 1 / std::sqrt(static_cast<double>(shape.head_dim));
 
+  // The whole context encoded: blocks of a residual, whatever its length here.
+  const auto make_side = [&](const Codec& codec) {
+    AttentionSide side;
+    const Tensor plain = Normal(session, cache_shape(shape.kv_heads));
+    if (codec.encode == nullptr) {
+      side.dense = plain;
+      side.view.batch = shape.batch, side.view.heads = shape.kv_heads, side.view.head_dim = shape.head_dim;
+      side.view.capacity = shape.context;
+      side.view.planes[0] = static_cast<std::byte*>(plain.data_ptr());
+      side.view.plane_stride[0] = plain.stride(1) * plain.element_size();
+      return side;
+    }
+    side.params = spec.Params(codec);
+    side.encoded = AllocateEncoded(codec, side.params, shape.batch, shape.kv_heads, shape.head_dim, shape.context,
+                                   BlockTokens(spec, codec), session.device());
+    EncodeTensor(codec, side.params, plain, 0, side.encoded);
+    side.view = side.encoded.view();
+    return side;
+  };
+  double bytes = 0;
   std::vector<AttentionJob> jobs;
-  double bytes = dense_bytes;
-  std::vector<Side> encoded;
-  if (!dense) {
-    // The whole context encoded: blocks of a residual, whatever its length here.
-    encoded = Sides(session, spec, shape, shape.context, 2);
-    for (Side& side : encoded) side.plain = Tensor();
-    bytes = static_cast<double>(encoded[0].encoded.nbytes() + encoded[1].encoded.nbytes());
-  }
-  const int copies = Copies(bytes);
-  for (int i = 0; i < copies; ++i) {
+  for (int i = 0, copies = 1; i < copies; ++i) {
     AttentionJob job;
     job.queries = Normal(session, {shape.batch, shape.heads, 1, shape.head_dim});
     job.out = at::empty_like(job.queries);
+    for (int side = 0; side < 2; ++side) job.sides[side] = make_side(*codecs[side]);
     DecodeAttentionArgs& args = job.args;
     args.dtype = DTypeOf(session.dtype()), args.query_heads = shape.heads;
     args.queries = job.queries.data_ptr(), args.out = job.out.data_ptr();
     args.scale = static_cast<float>(scale);
-    if (dense) {
-      job.dense_keys = Normal(session, cache_shape(shape.kv_heads));
-      job.dense_values = Normal(session, cache_shape(shape.kv_heads));
-      for (auto [view, tensor] : {std::pair(&args.keys, &job.dense_keys), std::pair(&args.values, &job.dense_values)}) {
-        view->batch = shape.batch, view->heads = shape.kv_heads, view->head_dim = shape.head_dim;
-        view->capacity = shape.context;
-        view->planes[0] = static_cast<std::byte*>(tensor->data_ptr());
-        view->plane_stride[0] = tensor->stride(1) * tensor->element_size();
-      }
-    } else {
-      job.keys = encoded[0].encoded, job.values = encoded[1].encoded;
-      for (EncodedTensors* side : {&job.keys, &job.values}) {
-        for (Tensor& plane : side->planes) plane = plane.clone();
-      }
-      args.keys = job.keys.view(), args.values = job.values.view();
-      args.key_params = encoded[0].params, args.value_params = encoded[1].params;
-    }
+    args.keys = job.sides[0].view, args.values = job.sides[1].view;
+    args.key_params = job.sides[0].params, args.value_params = job.sides[1].params;
     args.lengths = reinterpret_cast<const SequenceLength*>(lengths.data_ptr());
-    job.workspace = at::zeros({attention.workspace_bytes(args)}, job.queries.options().dtype(at::kByte));
+    job.workspace = at::zeros({DecodeAttentionWorkspace(*codecs[0], *codecs[1], args)}, job.queries.options().dtype(at::kByte));
     args.workspace = job.workspace.data_ptr();
     args.early = true;
+    if (i == 0) {
+      for (const AttentionSide& side : job.sides) {
+        bytes += static_cast<double>(side.dense.defined() ? static_cast<int64_t>(side.dense.nbytes()) : side.encoded.nbytes());
+      }
+      copies = Copies(bytes);
+    }
     jobs.push_back(std::move(job));
   }
+  const int copies = static_cast<int>(jobs.size());
   const GraphTimer timer(session.device());
   const std::vector<double> microseconds = Iterate(session, state, [&] {
-    return timer.Measure(copies, kRepeats, [&](int i, cudaStream_t stream) { attention.run(jobs[i].args, stream); });
+    return timer.Measure(copies, kRepeats, [&](int i, cudaStream_t stream) {
+      DecodeAttention(*codecs[0], *codecs[1], jobs[i].args, stream);
+    });
   });
-  session.ran = attention.name;
+  session.ran = DecodeAttentionName(*codecs[0], *codecs[1], jobs.front().args);
   jobs.clear();
 
   // The same tokens in 16 bits through libtorch.
@@ -273,13 +282,6 @@ Counters Attention(Session& session, const Cell& cell, benchmark::State& state) 
   counters.emplace_back("speedup_per_byte_ratio", std::min(flash, cudnn) / us * bytes / dense_bytes);
   return counters;
 }
-
-#else  // a CPU-only build
-
-Counters Codecs(Session&, const Cell&, benchmark::State&, bool, bool) { throw Skip("a CPU-only build"); }
-Counters Attention(Session&, const Cell&, benchmark::State&) { throw Skip("a CPU-only build"); }
-
-#endif  // KVQ_CUDA
 
 template <bool kEncodes, bool kOneBlock>
 Counters Codec(Session& session, const Cell& cell, benchmark::State& state) {

@@ -1,18 +1,19 @@
-// What schemes of codes in groups share: places in views, rows in and out, packed runs of codes, the range of
-// a group, loops over all of it, and the launch of their CUDA twins.
-//
-// A group has 32, 64 or 128 elements; its codes are packed as one run wherever its elements lie in a row.
+// What schemes of codes in groups of 32, 64 or 128 elements share, on the CPU and on the GPU: places in views, rows in and
+// out, the range of a group, loops over all of it.
 #pragma once
 
 #include <cstdint>
 #include <type_traits>
 
-#include "kernels/error.h"
 #include "kernels/half.h"
-#include "kernels/runtime/launch.h"
-#include "kernels/scheme.h"
 #include "kernels/vector_math.h"
-
+#include "kernels/views.h"
+#ifdef __CUDACC__
+#include "kernels/device/ptx.cuh"
+#else
+#include "kernels/error.h"
+#include "kernels/scheme.h"
+#endif
 
 namespace kvq {
 
@@ -37,6 +38,27 @@ KVQ_HD inline uint8_t* CodeRow(const KvView& view, int64_t b, int64_t h, int64_t
   return reinterpret_cast<uint8_t*>(view.planes[0] + (b * view.heads + h) * view.plane_stride[0]) +
          token * view.head_dim * kBits / 8;
 }
+
+// n / divisor and what is left, for n < 2^31, by a multiplication: a GPU divides in some twenty instructions.
+// Granlund & Montgomery, "Division by invariant integers using multiplication" (1994): with 2^shift >= divisor and
+// the factor ceil(2^(31 + shift) / divisor), the product's error stays below 1 / divisor.
+struct Divisor {
+  uint32_t divisor, factor, shift;
+  struct Result {
+    uint32_t quotient, rest;
+  };
+  KVQ_HD explicit Divisor(int64_t d) : divisor(static_cast<uint32_t>(d)), factor(0), shift(0) {
+    while (uint64_t{1} << shift < divisor) ++shift;
+    factor = static_cast<uint32_t>(((uint64_t{1} << (31 + shift)) + divisor - 1) / divisor);
+  }
+  KVQ_HD Result Of(uint32_t n) const {
+    const auto quotient = static_cast<uint32_t>((uint64_t{n} * factor) >> 31 >> shift);
+    return {quotient, n - quotient * divisor};
+  }
+};
+
+#ifndef __CUDACC__
+// ---- the host
 
 // Calls work with the group size as a constant.
 template <typename Work>
@@ -71,12 +93,24 @@ inline void CheckGroups(const char* package, int64_t head_dim, int64_t group) {
   }
 }
 
+// Throws InputError where codes of a row do not fill the words that code_row.h wants.
+inline void CheckRun(int bits, int64_t head_dim) {
+  if (head_dim * bits % 128 == 0) return;
+  throw InputError("codes of ", bits, " bits come in runs of ", 128 / bits, " channels: head_dim ", head_dim,
+                   " is no multiple of that");
+}
+
 // 64 normal values span 4.7 standard deviations on average: uniform codes of that step have
 // nmse step^2 / 12 = (4.7 / m)^2 / 12, with a tenth more for the spread of the range.
 inline void SetUniformBudget(Codec& codec) {
   const double step = 4.7 / ((1 << codec.bits) - 1);
   codec.nmse_budget = 1.1 * step * step / 12;
   codec.budget_source = "uniform quantization noise of the mean range of 64 normal values, + 10 %";
+}
+
+// Whether every eighth channel of every token of x is aligned to 16 bytes.
+inline bool IsWide(const DenseView& x) {
+  return (x.batch_stride | x.head_stride | x.token_stride) % 8 == 0 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
 }
 
 // ---- CPU
@@ -113,26 +147,6 @@ KVQ_VECTOR inline void StoreRow(const float* row, int64_t n, DType dtype, int64_
   }
 }
 
-// A run of n codes: byte k holds codes k, k + n kBits / 8, ...; the first in the low bits.
-template <int kBits, int n>
-KVQ_VECTOR void PackRun(const uint8_t* codes, uint8_t* packed) {
-  constexpr int kPerByte = 8 / kBits, kBytes = n / kPerByte;
-  for (int k = 0; k < kBytes; ++k) packed[k] = codes[k];
-  for (int j = 1; j < kPerByte; ++j) {
-    for (int k = 0; k < kBytes; ++k) packed[k] |= codes[k + j * kBytes] << (j * kBits);
-  }
-}
-
-template <int kBits, int n>
-KVQ_VECTOR void UnpackRun(const uint8_t* packed, float* codes) {
-  constexpr int kPerByte = 8 / kBits, kBytes = n / kPerByte, kMask = (1 << kBits) - 1;
-  for (int j = 0; j < kPerByte; ++j) {
-    for (int k = 0; k < kBytes; ++k) {
-      codes[k + j * kBytes] = static_cast<float>((packed[k] >> (j * kBits)) & kMask);
-    }
-  }
-}
-
 // Sum over the halving tree that a warp's shuffles follow: x[i] += x[i + n/2], ... Destroys x.
 template <int n>
 inline float TreeSum(float* x) {
@@ -142,11 +156,15 @@ inline float TreeSum(float* x) {
   return x[0];
 }
 
+#endif  // __CUDACC__
+
 // Smallest and largest of a group, and NaN (else 0) where one of it is NaN or infinite, which the
 // comparisons would lose.
 struct GroupRange {
   float low, high, poison;
 };
+
+#ifndef __CUDACC__
 
 template <int n>
 KVQ_VECTOR GroupRange RangeOf(const float* x) {
@@ -164,15 +182,13 @@ KVQ_VECTOR GroupRange RangeOf(const float* x) {
   return {low[0], high[0], TreeSum<n>(poison)};
 }
 
-// ---- CUDA
-
-#ifdef __CUDACC__
+#else
+// ---- the GPU
 
 // Two numbers in a word, the first in its low half: as FloatToHalf and FloatToBFloat16 round them, but one of the
 // hardware's for NaN.
 template <DType kType>
 __device__ __forceinline__ uint32_t PackTwo(float low, float high) {
-#ifdef __CUDA_ARCH__
   uint32_t packed;
   if constexpr (kType == DType::kFloat16) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
@@ -180,10 +196,6 @@ __device__ __forceinline__ uint32_t PackTwo(float low, float high) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   }
   return packed;
-#else
-  return kType == DType::kFloat16 ? FloatToHalf(low) | uint32_t{FloatToHalf(high)} << 16
-                                  : FloatToBFloat16(low) | uint32_t{FloatToBFloat16(high)} << 16;
-#endif
 }
 
 template <DType kType>
@@ -192,13 +204,9 @@ __device__ __forceinline__ void UnpackTwo(uint32_t packed, float& low, float& hi
     low = BitsFloat(packed << 16), high = BitsFloat(packed & 0xFFFF0000);
     return;
   }
-#ifdef __CUDA_ARCH__
   asm("{.reg .f16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}"
       : "=f"(low), "=f"(high)
       : "r"(packed));
-#else
-  low = HalfToFloat(packed & 0xFFFF), high = HalfToFloat(packed >> 16);
-#endif
 }
 
 // Sums, smaller and larger ones of two numbers at a time, each rounded to their type; NaN where one is.
@@ -236,11 +244,6 @@ __device__ __forceinline__ uint32_t LargerOfTwo(uint32_t a, uint32_t b) {
 // The token that `first_token` is counted from, as it stands once the kernels before have ended.
 __device__ __forceinline__ int64_t TokenBase(const KvView& view) {
   return view.token_base == nullptr ? 0 : __ldcg(view.token_base);
-}
-
-// Whether every eighth channel of every token of x is aligned to 16 bytes.
-inline bool IsWide(const DenseView& x) {
-  return (x.batch_stride | x.head_stride | x.token_stride) % 8 == 0 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
 }
 
 // Eight neighbouring elements, `wide`: 16 bytes at a time.

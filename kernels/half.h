@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "kernels/scheme.h"
+#include "kernels/views.h"
 #include "kernels/vector_math.h"
 
 namespace kvq {

@@ -8,20 +8,9 @@
 #include <string>
 #include <vector>
 
+#include "kernels/views.h"
+
 namespace kvq {
-
-enum class DType : uint8_t { kFloat32, kFloat16, kBFloat16 };
-inline int64_t SizeOf(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
-// Keys or values of one layer as plain numbers: [batch, heads, tokens, head_dim], channels contiguous,
-// the other strides in elements. Pointers are to host memory for the CPU functions of a codec and to
-// device memory for their CUDA twins.
-struct DenseView {
-  void* data = nullptr;
-  DType dtype = DType::kFloat32;
-  int64_t batch = 0, heads = 0, tokens = 0, head_dim = 0;
-  int64_t batch_stride = 0, head_stride = 0, token_stride = 0;
-};
 
 // One kind of bytes an encoded block consists of (codes, scales, zero points): `bytes` for every
 // `tokens` tokens of one KV head. A shape with a `bytes` that is no whole number is refused.
@@ -31,26 +20,11 @@ struct Plane {
   int64_t tokens = 1;
 };
 
-inline constexpr int kMaxPlanes = 4;
-
-// Encoded keys or values of one layer. Plane p of sequence b and head h starts at
-// planes[p] + (b * heads + h) * plane_stride[p] and holds `capacity` tokens, in order: contiguous per
-// sequence and head, preallocated. Tokens [i * block_tokens, (i + 1) * block_tokens) were encoded
-// together: where a group spans a block, nothing can be read without knowing its borders.
-struct KvView {
-  int64_t batch = 0, heads = 0, head_dim = 0;
-  int64_t capacity = 0;
-  int64_t block_tokens = 1;
-  std::byte* planes[kMaxPlanes] = {};
-  int64_t plane_stride[kMaxPlanes] = {};  // bytes
-  // For `encode_cuda` alone: a number in device memory that is added to `first_token`, so that a captured graph finds
-  // anew every time where to encode to; nullptr: 0.
-  const int32_t* token_base = nullptr;
-};
-
-// What a spec may change about a scheme (`@group=32`).
-struct CodecParams {
-  int64_t group_size = 0;  // elements that share a scale
+// How device code reads a codec's planes: a struct of kernels/device/codecs.cuh, or of a source of its own.
+struct DeviceCodec {
+  const char* label = nullptr;  // in the names of kernels, "int4"; null: fused attention cannot read it
+  const char* source = "kernels/device/codecs.cuh";
+  std::string (*type)(const CodecParams&) = nullptr;  // its name in C++ for these parameters
 };
 
 // How one side (keys or values) is encoded.
@@ -75,28 +49,19 @@ struct Codec {
   void (*decode)(const CodecParams&, const KvView& in, int64_t first_token, const DenseView& out) =
       nullptr;
 
-  // The CUDA twins: the same bits, on `stream` (a cudaStream_t), asynchronous; null in a CPU-only
-  // build. They throw std::runtime_error when a launch fails.
+  // The CUDA twins: the same bits, on `stream` (a cudaStream_t), asynchronous. They throw std::runtime_error when a
+  // launch fails.
   void (*encode_cuda)(const CodecParams&, const DenseView& x, int64_t first_token,
                       const KvView& out, void* stream) = nullptr;
   void (*decode_cuda)(const CodecParams&, const KvView& in, int64_t first_token,
                       const DenseView& out, void* stream) = nullptr;
 
+  // What fused attention reads it with.
+  DeviceCodec device;
+
   // Error budget: nmse on independent standard-normal values, and where the number comes from.
   double nmse_budget = 0;
   const char* budget_source = "";
-};
-
-struct DecodeAttentionArgs;  // kernels/device/attention.h
-
-// A scheme's fused kernel: attention of one new token that reads the codes of keys and values directly.
-// Asynchronous, one launch on `stream` (a cudaStream_t).
-struct DecodeAttention {
-  const char* name = nullptr;  // of the kernel, for results
-  // Bytes of workspace for these shapes on the current device; reads no pointer.
-  int64_t (*workspace_bytes)(const DecodeAttentionArgs&) = nullptr;
-  // Throws InputError for shapes the kernel does not know, std::runtime_error when the launch fails.
-  void (*run)(const DecodeAttentionArgs&, void* stream) = nullptr;
 };
 
 // A row of the table. `none` is the row without functions: its tokens stay in the model's own type.
@@ -105,8 +70,6 @@ struct Scheme {
   std::string source;   // paper, repository
   Codec keys, values;
   std::string refused;  // not empty: the name is known, it cannot run, and this is why
-  // For keys and values both of this scheme; empty where there is none, and in a CPU-only build.
-  DecodeAttention decode_attention = {};
 
   bool stores_dense() const { return keys.encode == nullptr && values.encode == nullptr; }
 };

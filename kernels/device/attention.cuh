@@ -23,40 +23,49 @@
 // The query heads of a KV head are rows of one product, eight (kHeadTiles = 1) or sixteen: they share every load.
 #pragma once
 
-#include <algorithm>
-#include <cmath>
-
 #include "kernels/device/attention.h"
+#include "kernels/vector_math.h"
+#ifdef __CUDACC__
 #include "kernels/device/attention_tiles.cuh"
 #include "kernels/groups.h"
+#endif
 
-#ifdef __CUDACC__
 namespace kvq::decode_attention {
+
+inline constexpr int kMostSplits = 128;
 
 // Where the kernel keeps what blocks tell each other, per KV head of a sequence ("pair"): a counter of blocks
 // that have finished; then per slot and query head m and the sum l of 2^(logit - m); then sums of 2^(logit - m) v.
 // A slot is what a block leaves.
 struct Workspace {
   int* counters;
-  float2* sums;   // [pair, slot, head]
-  float* outputs; // [pair, slot, head, head_dim]
+  void* sums;      // float2 [pair, slot, head]
+  float* outputs;  // [pair, slot, head, head_dim]
   int64_t bytes;
 };
-__host__ __device__ inline Workspace LayOut(void* base, int64_t pairs, int64_t slots, int64_t heads,
+KVQ_HD inline Workspace LayOut(void* base, int64_t pairs, int64_t slots, int64_t heads,
                                             int64_t head_dim) {
   const auto up = [](int64_t bytes) { return (bytes + 255) / 256 * 256; };
   const int64_t counters = up(pairs * 4), sums = up(pairs * slots * heads * 8);
   char* at = static_cast<char*>(base);
-  return {reinterpret_cast<int*>(at), reinterpret_cast<float2*>(at + counters),
-          reinterpret_cast<float*>(at + counters + sums),
+  return {reinterpret_cast<int*>(at), at + counters, reinterpret_cast<float*>(at + counters + sums),
           counters + sums + pairs * slots * heads * head_dim * 4};
+}
+
+#ifdef __CUDACC__
+
+// Tokens of a sequence that a sliding window hides, those before all others.
+template <class C>
+__device__ __forceinline__ int HiddenTokens(const DecodeAttentionArgs& args, const SequenceLength& length) {
+  if constexpr (!C::kWindow) return 0;
+  return max(length.sinks + length.encoded + length.residual - args.window, 0);
 }
 
 // Sixteen tokens of sinks or residual, straight from device memory: what lane 4 g + t of a warp needs of them.
 template <class C>
 struct DenseTokens {
-  uint4 keys[2][C::kDim / 32], values[4][C::kDim / 64];  // as AttendDense wants them
-  int valid;
+  uint4 keys[2][C::kDim / 32], values[4][C::kDim / 64];  // as LogitsOfDense and AddDense want them
+  int valid, hidden;
 
   __device__ __forceinline__ static int Units(const SequenceLength& length) {
     return (length.sinks + 15) / 16 + (length.residual + 15) / 16;
@@ -70,30 +79,34 @@ struct DenseTokens {
     const DenseView& value_view = sinks ? args.sink_values : args.residual_values;
     const int first = (sinks ? unit : unit - sink_units) * 16;
     valid = (sinks ? length.sinks : length.residual) - first;
+    hidden = HiddenTokens<C>(args, length) - first - (sinks ? 0 : length.sinks + length.encoded);
     // Past the last token, that one again: its weight will be 0.
     const int last = min(valid, 16) - 1;
-    const auto row = [&](const DenseView& view, int token) {
+    // A dense side beside an encoded one has its residual behind the tokens that are encoded on the other.
+    const int behind = C::kOneDense && !sinks ? length.encoded : 0;
+    const auto row = [&](const DenseView& view, int token, bool dense_side) {
       return reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(view.data) +
-                                            Offset(view, b, h, first + min(token, last), 0));
+                                            Offset(view, b, h, (dense_side ? behind : 0) + first + min(token, last), 0));
     };
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const uint4* granules = row(key_view, g + 8 * i) + t;
+      const uint4* granules = row(key_view, g + 8 * i, C::K::kDense) + t;
 #pragma unroll
       for (int j = 0; j < C::kDim / 32; ++j) keys[i][j] = __ldcg(granules + 4 * j);
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint4* granules = row(value_view, 2 * t + i % 2 + i / 2 * 8) + g;
+      const uint4* granules = row(value_view, 2 * t + i % 2 + i / 2 * 8, C::V::kDense) + g;
 #pragma unroll
       for (int j = 0; j < C::kDim / 64; ++j) values[i][j] = __ldcg(granules + 8 * j);
     }
   }
   template <bool kBFloat16>
   __device__ __forceinline__ void Attend(int g, const Queries<C>& q, Partial<C>& partial) const {
-    AttendDense<C, kBFloat16>(
-        valid, g, q, partial, [&](int i, int j) { return keys[i][j]; },
-        [&](int i, int j) { return values[i % 2 + i / 8 * 2][j]; });
+    Logits<C> x;
+    LogitsOfDense<C, kBFloat16>(q, [&](int i, int j) { return keys[i][j]; }, x);
+    Mask<C>(x, 0, valid, hidden, g);
+    AddDense<C, kBFloat16>(q.factor, x, partial, [&](int i, int j) { return values[i % 2 + i / 8 * 2][j]; });
   }
 };
 
@@ -101,41 +114,66 @@ struct DenseTokens {
 
 template <class C>
 struct Ring {
-  static constexpr int kRowCopies = (C::kTile * C::kGranules + 31) / 32;  // a lane, of keys or values
-  static constexpr int kMetaGranules = C::kDense ? 1 : C::kTile * C::kMeta / 16;      // of one plane
-  static constexpr int kMetaCopies = C::kDense ? 0 : (4 * kMetaGranules + 31) / 32;  // a lane, of all four
+  // Copies of a lane: of keys, of values, of the planes of metadata, which lie one behind the other in a tile.
+  template <class R>
+  static constexpr int kCopies = (C::kTile * R::kGranules + 31) / 32;
+  template <class R>
+  static constexpr int kPlaneGranules = C::kTile * R::kMeta / 16;
+  template <class R>
+  static constexpr int kTokensOfGranule = R::kDense ? 1 : 16 / (R::kDense ? 1 : R::kMeta);  // of metadata
+  using K = typename C::K;
+  using V = typename C::V;
+  static constexpr int kKeyMeta = K::kPlanes * kPlaneGranules<K>, kAllMeta = kKeyMeta + V::kPlanes * kPlaneGranules<V>;
+  static constexpr int kMetaCopies = (kAllMeta + 31) / 32;
 
-  static constexpr int kTokensOfGranule = C::kDense ? 1 : 16 / C::kMeta;  // of meta
-
-  ptx::Shared tiles;         // [kStages, kTileBytes]
-  ptx::Shared lane_place;    // of the lane's first granule in a tile's rows
-  const std::byte* keys;     // the lane's first granule of the tile that is fetched next
+  ptx::Shared tiles;                    // [kStages, kTileBytes]
+  ptx::Shared key_place, value_place;   // of the lane's first granule in a tile's rows
+  const std::byte* keys;                // the lane's first granule of the tile that is fetched next
   const std::byte* values;
   const std::byte* meta[kMetaCopies > 0 ? kMetaCopies : 1];
   int first;   // of the warp's tiles
   int next;    // that tile
   int end;     // behind the block's last tile
   int tokens;  // encoded ones of this sequence
+  int hidden;  // of them, by a window
 
-  // Of the tiles of all `tokens`, the equal share of a block, and of that every kWarps-th for this warp.
-  __device__ __forceinline__ Ring(const DecodeAttentionArgs& args, int pair, int tokens, int split, int splits,
-                                  ptx::Shared tiles)
-      : tiles(tiles), tokens(tokens) {
-    const int all = (tokens + C::kTile - 1) / C::kTile;
-    const auto cut = [&](int i) { return static_cast<int>(static_cast<int64_t>(all) * i / splits); };
+  template <class R>
+  __device__ __forceinline__ static ptx::Shared PlaceOf(int lane) {
+    const int row = lane / R::kGranules;
+    return row * R::kRow + (lane % R::kGranules ^ R::SwizzleOf(row)) * 16;
+  }
+
+  // Of the tiles of all encoded tokens that are in sight, the equal share of a block, and of that every kWarps-th for this
+  // warp.
+  __device__ __forceinline__ Ring(const DecodeAttentionArgs& args, int pair, const SequenceLength& length, int split,
+                                  int splits, ptx::Shared tiles)
+      : tiles(tiles), tokens(length.encoded), hidden(0) {
+    int before = 0;
+    if constexpr (C::kWindow) {
+      hidden = min(max(HiddenTokens<C>(args, length) - length.sinks, 0), tokens);
+      before = hidden / C::kTile;
+    }
+    const int all = (tokens + C::kTile - 1) / C::kTile - before;
+    const auto cut = [&](int i) { return before + static_cast<int>(static_cast<int64_t>(all) * i / splits); };
     first = next = cut(split) + static_cast<int>(threadIdx.x) / 32, end = cut(split + 1);
-    const int lane = threadIdx.x % 32, row = lane / C::kGranules;
-    lane_place = row * C::kRow + (lane % C::kGranules ^ C::SwizzleOf(row)) * 16;
+    const int lane = threadIdx.x % 32;
+    key_place = PlaceOf<K>(lane), value_place = PlaceOf<V>(lane);
     const auto at = [&](const KvView& view, int plane, int token_bytes) {
       return view.planes[plane] + pair * view.plane_stride[plane] +
              static_cast<int64_t>(first) * (C::kTile * token_bytes);
     };
-    keys = at(args.keys, 0, C::kRow) + lane * 16;
-    values = at(args.values, 0, C::kRow) + lane * 16;
+    keys = at(args.keys, 0, K::kRow) + lane * 16;
+    values = at(args.values, 0, V::kRow) + lane * 16;
 #pragma unroll
     for (int i = 0; i < kMetaCopies; ++i) {
-      const int n = lane + 32 * i, plane = n / kMetaGranules;
-      meta[i] = at(plane < 2 ? args.keys : args.values, 1 + plane % 2, C::kMeta) + n % kMetaGranules * 16;
+      const int n = lane + 32 * i;
+      if (n < kKeyMeta) {
+        meta[i] = at(args.keys, 1 + n / max(kPlaneGranules<K>, 1), K::kMeta) + n % max(kPlaneGranules<K>, 1) * 16;
+      } else {
+        const int m = n - kKeyMeta;
+        meta[i] = at(args.values, 1 + min(m / max(kPlaneGranules<V>, 1), V::kPlanes - 1), V::kMeta) +
+                  m % max(kPlaneGranules<V>, 1) * 16;
+      }
     }
   }
 
@@ -150,19 +188,23 @@ struct Ring {
       }
     };
     // The lane's granule i is 32 / kGranules rows on.
+    const auto copy_row = [&]<class R>(int i, ptx::Shared rows, ptx::Shared place, const std::byte* from, R*) {
+      if (C::kTile * R::kGranules % 32 != 0 && lane + 32 * i >= C::kTile * R::kGranules) return;
+      copy(rows + (place ^ R::SwizzleOf(32 * i / R::kGranules) * 16) + 512 * i, from + 512 * i,
+           (lane + 32 * i) / R::kGranules);
+    };
 #pragma unroll
-    for (int i = 0; i < kRowCopies; ++i) {
-      if (C::kTile * C::kGranules % 32 != 0 && lane + 32 * i >= C::kTile * C::kGranules) continue;
-      const ptx::Shared place = to + (lane_place ^ C::SwizzleOf(32 * i / C::kGranules) * 16) + 512 * i;
-      const int token = (lane + 32 * i) / C::kGranules;
-      copy(place, keys + 512 * i, token);
-      copy(place + C::kTile * C::kRow, values + 512 * i, token);
+    for (int i = 0; i < max(kCopies<K>, kCopies<V>); ++i) {
+      if (i < kCopies<K>) copy_row(i, to, key_place, keys, static_cast<K*>(nullptr));
+      if (i < kCopies<V>) copy_row(i, to + C::kValuesAt, value_place, values, static_cast<V*>(nullptr));
     }
 #pragma unroll
     for (int i = 0; i < kMetaCopies; ++i) {
       const int n = lane + 32 * i;
-      if (4 * kMetaGranules % 32 != 0 && n >= 4 * kMetaGranules) continue;
-      copy(to + 2 * C::kTile * C::kRow + n * 16, meta[i], n % kMetaGranules * kTokensOfGranule);
+      if (kAllMeta % 32 != 0 && n >= kAllMeta) continue;
+      const int token = n < kKeyMeta ? n % max(kPlaneGranules<K>, 1) * kTokensOfGranule<K>
+                                     : (n - kKeyMeta) % max(kPlaneGranules<V>, 1) * kTokensOfGranule<V>;
+      copy(to + C::kKeyMetaAt + n * 16, meta[i], token);
     }
   }
 
@@ -175,10 +217,13 @@ struct Ring {
         CopyTile<false>(tiles + stage * C::kTileBytes);
       }
       next += C::kWarps;
-      keys += C::kWarps * C::kTile * C::kRow;
-      values += C::kWarps * C::kTile * C::kRow;
+      keys += C::kWarps * C::kTile * K::kRow;
+      values += C::kWarps * C::kTile * V::kRow;
 #pragma unroll
-      for (int i = 0; i < kMetaCopies; ++i) meta[i] += C::kWarps * C::kTile * C::kMeta;
+      for (int i = 0; i < kMetaCopies; ++i) {
+        const bool of_keys = static_cast<int>(threadIdx.x) % 32 + 32 * i < kKeyMeta;
+        meta[i] += C::kWarps * C::kTile * (K::kMeta == V::kMeta || of_keys ? K::kMeta : V::kMeta);
+      }
     }
     ptx::CopyCommit();
   }
@@ -194,7 +239,7 @@ struct Ring {
     return (next + (C::kStages - 2) * C::kWarps + 1) * C::kTile < tokens;
   }
 
-  // After Start: calls attend(tile, tokens in it) for tiles first, first + kWarps, ... below end.
+  // After Start: calls attend(tile, tokens in it, hidden ones of them) for tiles first, first + kWarps, ... below end.
   template <typename Attend>
   __device__ __forceinline__ void Stream(const Attend& attend) {
     ptx::Shared tile = tiles;
@@ -204,7 +249,7 @@ struct Ring {
       ptx::CopyWait<C::kStages - 2>();
       __syncwarp();  // all lanes' copies have arrived, and all lanes are done with the tile before
       Fetch(free);
-      attend(tile, min(tokens - index * C::kTile, C::kTile));
+      attend(tile, min(tokens - index * C::kTile, C::kTile), C::kWindow ? max(hidden - index * C::kTile, 0) : 0);
       free = free + 1 == C::kStages ? 0 : free + 1;
       tile = tile + C::kTileBytes == tiles + C::kStages * C::kTileBytes ? tiles : tile + C::kTileBytes;
     }
@@ -219,7 +264,7 @@ struct Ring {
 template <class C>
 __device__ void Merge(const Partial<C>& partial, bool has_dense, const Partial<C>& dense, int ratio, std::byte* shared,
                       float2* slot_sums, float* slot_outputs) {
-  constexpr bool kCodes = !C::kDense;
+  constexpr bool kCodes = !C::V::kDense;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
   float* outputs = reinterpret_cast<float*>(shared);  // [warp, head, kHeadStride]
   float2* sums = reinterpret_cast<float2*>(outputs + C::kWarps * C::kHeads * C::kHeadStride);  // [warp, head]
@@ -242,9 +287,9 @@ __device__ void Merge(const Partial<C>& partial, bool has_dense, const Partial<C
         l = fmaf(l, factor, over_rows(dense.l[ht][i]) * dense_factor);
       }
       if (g == 0) sums[warp * C::kHeads + head] = {m, l};
-      float zero[C::kGroups];
+      float zero[C::V::kGroups];
 #pragma unroll
-      for (int group = 0; kCodes && group < C::kGroups; ++group) zero[group] = over_rows(partial.zero[ht][i][group]);
+      for (int group = 0; kCodes && group < C::V::kGroups; ++group) zero[group] = over_rows(partial.zero[ht][i][group]);
 #pragma unroll
       for (int step = 0; step < C::kSteps; ++step) {
 #pragma unroll
@@ -252,8 +297,8 @@ __device__ void Merge(const Partial<C>& partial, bool has_dense, const Partial<C
           float x = partial.o[ht][step][2 * half + i];
           int channel = step / 4 * 64 + 8 * g + step % 4 * 2 + half;
           if constexpr (kCodes) {
-            const float shift = 1 << C::FieldShift(2 * (step % C::kWordSteps) + half);
-            x = fmaf(x, 16777216.0f / shift, -zero[step * 16 / C::kGroup]);
+            const float shift = 1 << C::V::FieldShift(2 * (step % C::V::kWordSteps) + half);
+            x = fmaf(x, C::V::kUnit / shift, -zero[step * 16 / C::V::kGroup]);
             channel = 16 * step + 8 * half + g;
           }
           if (head < ratio) of_head[channel] = x * factor;
@@ -293,8 +338,6 @@ __device__ void Merge(const Partial<C>& partial, bool has_dense, const Partial<C
   }
   __syncthreads();  // before the memory is used again
 }
-
-constexpr int kMostSplits = 128;
 
 // The last block of a pair: the sum over all slots, divided by the sum of weights. Everything is read by as many
 // loads at a time as registers hold: here latency is all there is.
@@ -382,11 +425,11 @@ __global__ void __maxnreg__(C::kRegisters)
   const int pair = blockIdx.x / splits, split = blockIdx.x % splits;
   const int heads = static_cast<int>(args.keys.heads), ratio = static_cast<int>(args.query_heads) / heads;
   const Workspace workspace = LayOut(args.workspace, args.keys.batch * heads, splits, ratio, C::kDim);
-  float2* sums = workspace.sums + (static_cast<int64_t>(pair) * splits + split) * ratio;
+  float2* sums = static_cast<float2*>(workspace.sums) + (static_cast<int64_t>(pair) * splits + split) * ratio;
   float* outputs = workspace.outputs + (static_cast<int64_t>(pair) * splits + split) * ratio * C::kDim;
   const SequenceLength* lengths = args.lengths + pair / heads;
-  const auto ring_of = [&](int tokens) {
-    return Ring<C>(args, pair, tokens, split, splits, ptx::SharedAddress(shared) + warp * C::kStages * C::kTileBytes);
+  const auto ring_of = [&](const SequenceLength& of) {
+    return Ring<C>(args, pair, of, split, splits, ptx::SharedAddress(shared) + warp * C::kStages * C::kTileBytes);
   };
   const auto length_now = [&] {
     return SequenceLength{__ldcg(&lengths->sinks), __ldcg(&lengths->encoded), __ldcg(&lengths->residual)};
@@ -394,12 +437,12 @@ __global__ void __maxnreg__(C::kRegisters)
   LaunchDependents();
   if (!args.early) WaitForPredecessors();
   SequenceLength length = length_now();
-  Ring<C> ring = ring_of(length.encoded);
+  Ring<C> ring = ring_of(length);
   bool started = !C::kDense || ring.StartsOld();
   if (started) ring.Start();
   if (args.early) WaitForPredecessors();
   Queries<C> q;
-  if constexpr (C::kDense) {
+  if constexpr (C::K::kDense) {
     LoadQueriesForDense<C>(args, pair, g, t, q);
   } else {
     LoadQueries<C>(args, pair, g, t, q);
@@ -417,7 +460,7 @@ __global__ void __maxnreg__(C::kRegisters)
       now.sinks != length.sinks || now.encoded != length.encoded || now.residual != length.residual) {
     length = now;  // a step began after we looked
     ptx::CopyWait<0>();
-    ring = ring_of(length.encoded), started = false;
+    ring = ring_of(length), started = false;
     load_dense();
   }
   const int units = DenseTokens<C>::Units(length);
@@ -428,7 +471,7 @@ __global__ void __maxnreg__(C::kRegisters)
   if (ring.first - warp < ring.end || split < units) {
     Partial<C> partial, dense;
     while (unit < units) {
-      Partial<C>& of = C::kDense ? partial : dense;
+      Partial<C>& of = C::V::kDense ? partial : dense;
       if (args.dtype == DType::kBFloat16) {
         tokens.template Attend<true>(g, dense_q, of);
       } else {
@@ -437,31 +480,20 @@ __global__ void __maxnreg__(C::kRegisters)
       unit += C::kWarps * splits;
       if (unit < units) tokens.Load(args, pair, length, unit, g, t);
     }
-    if constexpr (C::kDense) {
-      const auto attend = [&](auto bfloat16, ptx::Shared tile, int valid) {
-        const ptx::Shared keys = tile + g * C::kRow + (t ^ C::SwizzleOf(g)) * 16;
-        const ptx::Shared values = tile + (C::kTile + 2 * t) * C::kRow + (g ^ C::SwizzleOf(2 * t)) * 16;
-        const auto load = [](ptx::Shared at) {
-          uint32_t words[4];
-          ptx::LoadShared(at, words);
-          return uint4{words[0], words[1], words[2], words[3]};
-        };
-        AttendDense<C, decltype(bfloat16)::value>(
-            valid, g, q, partial, [&](int i, int j) { return load((keys ^ j % 2 * 64) + j / 2 * 128 + 8 * i * C::kRow); },
-            [&](int i, int j) { return load((values ^ C::SwizzleOf(i % 2) * 16) + i * C::kRow + 128 * j); });
-      };
-      if (args.dtype == DType::kBFloat16) {
-        ring.Stream([&](ptx::Shared tile, int valid) { attend(std::true_type(), tile, valid); });
-      } else {
-        ring.Stream([&](ptx::Shared tile, int valid) { attend(std::false_type(), tile, valid); });
-      }
-    } else {
-      PrepareQueries<C>(args, t, q);
-      ring.Stream([&](ptx::Shared tile, int valid) {
-        AttendCodes<C>(tile, valid, g, t, q, partial);
+    if constexpr (!C::K::kDense) PrepareQueries<C>(args, t, q);
+    const auto stream = [&](auto bfloat16) {
+      ring.Stream([&](ptx::Shared tile, int valid, int hidden) {
+        AttendTile<C, decltype(bfloat16)::value>(tile, valid, hidden, g, t, q, partial);
       });
+    };
+    if constexpr (!C::K::kDense && !C::V::kDense) {  // codes are multiplied as float16 whatever the queries are
+      stream(std::false_type());
+    } else if (args.dtype == DType::kBFloat16) {
+      stream(std::true_type());
+    } else {
+      stream(std::false_type());
     }
-    Merge<C>(partial, !C::kDense && has_dense, dense, ratio, shared, sums, outputs);
+    Merge<C>(partial, !C::V::kDense && has_dense, dense, ratio, shared, sums, outputs);
   } else {  // no tokens: the weight 0, and so outputs that are numbers
     if (threadIdx.x < ratio) sums[threadIdx.x] = {kNoReference, 0};
     for (int i = threadIdx.x; i < ratio * C::kDim; i += C::kThreads) outputs[i] = 0;
@@ -479,110 +511,6 @@ __global__ void __maxnreg__(C::kRegisters)
   }
 }
 
-// ---- host
-
-// Blocks for each KV head of a sequence: as few rounds of the whole GPU as possible, and no more than the tokens
-// can feed. A round costs what starting, ending and combining take, about 4 us on an H200, besides its bytes.
-template <class C>
-int Splits(const DecodeAttentionArgs& args) {
-  const double multiprocessors = CurrentDevice().multiprocessors;
-  const double pairs = static_cast<double>(args.keys.batch * args.keys.heads);
-  const int64_t tiles = args.keys.capacity / C::kTile + 1;
-  const double round = 4e-6 * 4.6e12 / multiprocessors / C::kTileBytes;  // in tiles at the memory's rate
-  const int most = static_cast<int>(std::clamp<int64_t>(tiles / C::kWarps, 1, kMostSplits));
-  int best = 1;
-  double least = 1e30;
-  for (int splits = 1; splits <= most; ++splits) {
-    const double rounds = std::ceil(pairs * splits / multiprocessors);
-    const double cost = rounds * (static_cast<double>(tiles) / splits + round);
-    if (cost < least * 0.999) best = splits, least = cost;
-  }
-  return best;
-}
-
-template <class C>
-void Launch(const DecodeAttentionArgs& args, void* stream) {
-  static const cudaError_t allowed = cudaFuncSetAttribute(
-      Kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes);
-  Check(allowed, "shared memory of decode attention");
-  const int splits = Splits<C>(args);
-  const int64_t blocks = args.keys.batch * args.keys.heads * splits;
-  if (blocks == 0) return;
-  LaunchEarly("decode attention", Kernel<C>, dim3(static_cast<unsigned>(blocks)), C::kThreads, C::kSharedBytes, stream,
-              args, splits);
-}
-
-// Calls work(Config<...>()) for the shape, or throws.
-template <int kBits, typename Work>
-void WithConfig(const DecodeAttentionArgs& args, const Work& work) {
-  const KvView& keys = args.keys;
-  const auto group = [&](auto dim, auto tiles) {
-    if constexpr (kBits == 16) {
-      work(Config<16, 0, dim(), tiles()>());
-    } else {
-      if (args.key_params.group_size != args.value_params.group_size) {
-        throw InputError("decode attention wants one group size for keys and values");
-      }
-      WithGroup(args.key_params.group_size, [&](auto size) {
-        if constexpr (size() <= dim()) {
-          work(Config<kBits, size(), dim(), tiles()>());
-        } else {
-          throw InputError("decode attention: a group of ", size(), " in a head_dim of ", dim());
-        }
-      });
-    }
-  };
-  const auto tiles = [&](auto dim) {
-    const int64_t ratio = keys.heads > 0 ? args.query_heads / keys.heads : 1;
-    if (ratio < 1 || ratio > 16 || args.query_heads % keys.heads != 0) {
-      throw InputError("decode attention wants 1 to 16 query heads a KV head, not ", args.query_heads, " for ",
-                       keys.heads);
-    }
-    if (ratio <= 8) return group(dim, std::integral_constant<int, 1>());
-    group(dim, std::integral_constant<int, 2>());
-  };
-  switch (keys.head_dim) {
-    case 64: return tiles(std::integral_constant<int, 64>());
-    case 128: return tiles(std::integral_constant<int, 128>());
-    case 256: return tiles(std::integral_constant<int, 256>());
-    default: throw InputError("decode attention knows a head_dim of 64, 128 and 256, not ", keys.head_dim);
-  }
-}
-
-template <int kBits>
-void CheckArgs(const DecodeAttentionArgs& args) {
-  if (args.dtype == DType::kFloat32) throw InputError("decode attention wants float16 or bfloat16");
-  const auto aligned = [](const void* p, int64_t bytes) { return (reinterpret_cast<uintptr_t>(p) | bytes) % 16 == 0; };
-  bool all = aligned(args.queries, 0) && aligned(args.out, 0) && aligned(args.workspace, 0);
-  for (const KvView* view : {&args.keys, &args.values}) {
-    for (int p = 0; p < (kBits == 16 ? 1 : 3); ++p) all &= aligned(view->planes[p], view->plane_stride[p]);
-  }
-  for (const DenseView* view : {&args.sink_keys, &args.sink_values, &args.residual_keys, &args.residual_values}) {
-    all &= aligned(view->data, (view->batch_stride | view->head_stride | view->token_stride) * 2);
-  }
-  if (!all) throw InputError("decode attention wants all rows and planes aligned to 16 bytes");
-}
-
-// The row's entry for codes of so many bits; 16: for none.
-template <int kBits>
-DecodeAttention Make(const char* name) {
-  DecodeAttention attention;
-  attention.name = name;
-  attention.workspace_bytes = [](const DecodeAttentionArgs& args) {
-    int64_t bytes = 0;
-    WithConfig<kBits>(args, [&](auto config) {
-      using C = decltype(config);
-      const int64_t pairs = args.keys.batch * args.keys.heads;
-      if (pairs > 0) bytes = LayOut(nullptr, pairs, Splits<C>(args), args.query_heads / args.keys.heads, C::kDim).bytes;
-    });
-    return bytes;
-  };
-  attention.run = [](const DecodeAttentionArgs& args, void* stream) {
-    CheckArgs<kBits>(args);
-    WithConfig<kBits>(args, [&](auto config) { Launch<decltype(config)>(args, stream); });
-  };
-  return attention;
-}
+#endif  // __CUDACC__
 
 }  // namespace kvq::decode_attention
-#endif  // __CUDACC__

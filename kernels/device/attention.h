@@ -1,10 +1,14 @@
-// What the fused kernels of the schemes take (Scheme::decode_attention).
+// Fused decode attention: one query a sequence over tokens that are read as they are stored, whatever codecs keys and
+// values have (Codec::device).
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#ifndef __CUDACC__
+#include <string>
+#endif
 
-#include "kernels/scheme.h"
+#include "kernels/views.h"
 
 namespace kvq {
 
@@ -27,13 +31,17 @@ struct DecodeAttentionArgs {
   void* out = nullptr;            // likewise
   float scale = 1;                // of the logits, above 0: usually head_dim^-0.5
 
-  // The encoded tokens. Planes and their strides are multiples of 16 bytes. For `none`, plane 0 holds the tokens
+  // The encoded tokens. Planes and their strides are multiples of 16 bytes. Of a dense side plane 0 holds the tokens
   // themselves: [batch, heads, capacity, head_dim] of dtype.
   KvView keys, values;
   CodecParams key_params, value_params;
   // The tokens in dtype before and behind them, [batch, heads, tokens, head_dim], rows 16-byte aligned; empty
-  // views (tokens = 0) where the lengths are always 0.
+  // views (tokens = 0) where the lengths are always 0. Where one side alone is dense, its residual stands behind its
+  // `encoded` tokens, and the view of it begins with the first of those.
   DenseView sink_keys, sink_values, residual_keys, residual_values;
+
+  // A sliding window: the query, which is the newest token's, sees so many tokens, itself among them; 0: all.
+  int32_t window = 0;
 
   const SequenceLength* lengths = nullptr;  // [batch] in device memory, none above its capacity
 
@@ -42,9 +50,27 @@ struct DecodeAttentionArgs {
   // The lengths themselves may still change until then; they are read again.
   bool early = false;
 
-  // workspace_bytes() of device memory, 256-byte aligned, all zero before the first launch; launches leave it fit
+  // DecodeAttentionWorkspace() bytes of device memory, 256-byte aligned, all zero before the first launch; launches leave it fit
   // for the next. Not to be shared by launches that may overlap.
   void* workspace = nullptr;
 };
+
+#ifndef __CUDACC__
+struct Codec;  // kernels/scheme.h
+
+// Whether there is a kernel for the pair: both sides have a device codec.
+bool HasDecodeAttention(const Codec& keys, const Codec& values);
+
+// The kernel that these shapes get on the current device, and what it was compiled for, in words for results:
+// "fused_decode_int8+int4 (sm_90: 8 warps x 3 x 32 tokens)".
+std::string DecodeAttentionName(const Codec& keys, const Codec& values, const DecodeAttentionArgs& args);
+
+// Bytes of workspace for these shapes on the current device; reads no pointer.
+int64_t DecodeAttentionWorkspace(const Codec& keys, const Codec& values, const DecodeAttentionArgs& args);
+
+// Asynchronous, one launch on `stream` (a cudaStream_t). Throws InputError for shapes that no kernel knows,
+// std::runtime_error when the launch fails.
+void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttentionArgs& args, void* stream);
+#endif
 
 }  // namespace kvq

@@ -7,9 +7,7 @@
 #include <algorithm>
 
 #include "kernels/device/attention.h"
-#include "kernels/code_row.h"
-
-#ifdef __CUDACC__
+#include "kernels/device/codecs.cuh"
 #include "kernels/device/ptx.cuh"
 
 namespace kvq::decode_attention {
@@ -19,76 +17,54 @@ constexpr float kNoReference = -1e30f;  // m before the first token
 constexpr float kHeadroom = 8;          // a new m puts the largest p s at 2^kHeadroom
 constexpr float kOverflow = 32768;      // and p s above this asks for a new m
 
-// Everything that is fixed when a kernel is compiled. kBits = 16: tokens as they are, no groups.
-template <int kBits_, int kGroup_, int kDim_, int kHeadTiles_>
-struct Config {
-  static constexpr int kBits = kBits_, kGroup = kGroup_, kDim = kDim_, kHeadTiles = kHeadTiles_;
-  static constexpr bool kDense = kBits == 16;
-  static constexpr int kHeads = 8 * kHeadTiles;                // columns for query heads
-  static constexpr int kSteps = kDim / 16;                     // of a product over channels
-  static constexpr int kWordSteps = kDense ? 1 : 8 / kBits;    // steps in one word of codes
-  static constexpr int kRow = kDim * kBits / 8;                // bytes of a token's codes
-  static constexpr int kGranules = kRow / 16;
-  static constexpr int kGroups = kDense ? 1 : kDim / kGroup;
-  static constexpr int kMeta = kDense ? 0 : 2 * kGroups;       // bytes of a token's scales, and of its zeros
-  static constexpr int kTokenBytes = 2 * (kRow + 2 * kMeta);   // keys and values
-
-  // One block an SM, its shared memory rings of three tiles a warp. Latency times bandwidth is 40 KB an SM; with some
-  // 110 KB in flight a call is fastest, with twice that warps get their data so unevenly that the last one is late
-  // (seen on an H200).
-  static constexpr int kStages = 3, kSharedLimit = 226 * 1024, kInFlight = 112 * 1024;
-  static constexpr int kWarps = 8 * kStages * 16 * kTokenBytes <= kSharedLimit ? 8 : 4;
-  static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kTile = !kDense && kWarps * kStages * 32 * kTokenBytes <= kInFlight ? 32 : 16;  // tokens
-  static constexpr int kTileBytes = kTile * kTokenBytes;
-  // What leaves room for a block of the product that follows, which then fetches its weights meanwhile.
-  // Larger shapes could not do without.
-  static constexpr int kRegisters = kThreads == 256 && kHeadTiles == 1 && kDim <= 128 ? 184 : 255;
-  static constexpr int kHeadStride = kDim + 4;  // floats, in the merge: lanes of one store in different banks
-  static constexpr int kMergeBytes = kWarps * kHeads * (kHeadStride + 2) * 4;
-  static constexpr int kSharedBytes = std::max(kWarps * kStages * kTileBytes, kMergeBytes);
-  static_assert(kTileBytes % 128 == 0 && kSharedBytes <= kSharedLimit);
+// One side, keys or values, of a tile: a token's codes, kRow bytes, and kPlanes times kMeta bytes of metadata.
+template <class Codec_, int kDim>
+struct Row : Codec_ {
+  using Codec = Codec_;
+  static constexpr int kRow = kDim * Codec::kBits / 8, kGranules = kRow / 16;
+  static constexpr int kGroups = Codec::kDense ? 1 : kDim / (Codec::kDense ? 1 : Codec::kGroup);
+  static constexpr int kMeta = Codec::kDense ? 0 : 2 * kGroups;
+  static constexpr int kTokenBytes = kRow + Codec::kPlanes * kMeta;
+  static constexpr int kWordSteps = Codec::kDense ? 1 : 8 / Codec::kBits;  // steps of a product in one word of codes
 
   // Rows lie one behind the other, but for the order of 16-byte granules within 128 bytes: granule i of a row is at
   // i ^ SwizzleOf(row). So the lanes of one read, which want the same granule of rows 2 t, or neighbouring ones of
   // neighbouring rows, hit different banks. Linear: SwizzleOf(a ^ b) = SwizzleOf(a) ^ SwizzleOf(b); 0 for 8 n.
-  KVQ_HD static constexpr int SwizzleOf(int row) {
-    return kDense            ? (row & 6) ^ (row & 1) << 2
+  __device__ static constexpr int SwizzleOf(int row) {
+    return Codec::kDense   ? (row & 6) ^ (row & 1) << 2
            : kGranules >= 8 ? row & 7
                             : row / (8 / kGranules) & (kGranules - 1);
   }
-
-  // log2 of what a field (2 * (step in its word) + half) has too much as float16, besides 2^-24: see Unpack.
-  KVQ_HD static constexpr int FieldShift(int field) {
-    return kBits == 8 ? 0 : kBits == 4 ? field % 2 * 4 : field < 5 ? 2 * field : 2 * (field - 5);
-  }
 };
 
-// All fields of a word as pairs of float16, times 2^(FieldShift - 24).
-template <int kBits>
-__device__ __forceinline__ void Unpack(uint32_t word, uint32_t (&pairs)[16 / kBits]) {
-  if constexpr (kBits == 8) {
-    pairs[0] = word & 0x00FF00FF;
-    pairs[1] = ptx::PickBytes(word, 0, 0x4341);
-  } else if constexpr (kBits == 4) {
-    pairs[0] = word & 0x000F000F;
-    pairs[1] = word & 0x00F000F0;
-    pairs[2] = word >> 8 & 0x000F000F;
-    pairs[3] = word >> 8 & 0x00F000F0;
-  } else {
-#pragma unroll
-    for (int field = 0; field < 5; ++field) pairs[field] = word & 0x00030003 << 2 * field;
-#pragma unroll
-    for (int field = 5; field < 8; ++field) pairs[field] = word >> 10 & 0x00030003 << 2 * (field - 5);
-  }
-}
+// Everything that is fixed when a kernel is compiled. The host chooses warps, stages, tokens of a tile and registers by
+// what the device has (attention.cc).
+template <class Keys, class Values, int kDim_, int kHeadTiles_, int kWarps_, int kStages_, int kTile_, int kRegisters_,
+          bool kWindow_>
+struct Config {
+  static constexpr int kDim = kDim_, kHeadTiles = kHeadTiles_;
+  static constexpr int kWarps = kWarps_, kStages = kStages_, kTile = kTile_, kRegisters = kRegisters_;
+  static constexpr bool kWindow = kWindow_;  // tokens may be hidden by a sliding window
+  using K = Row<Keys, kDim>;
+  using V = Row<Values, kDim>;
+  static constexpr bool kDense = K::kDense && V::kDense;
+  static constexpr bool kOneDense = K::kDense != V::kDense;
+  static constexpr int kHeads = 8 * kHeadTiles;  // columns for query heads
+  static constexpr int kSteps = kDim / 16;       // of a product over channels
+  static constexpr int kThreads = 32 * kWarps;
+  // A tile: key rows, value rows, the keys' planes of metadata, the values'.
+  static constexpr int kValuesAt = kTile * K::kRow, kKeyMetaAt = kValuesAt + kTile * V::kRow;
+  static constexpr int kValueMetaAt = kKeyMetaAt + kTile * K::kPlanes * K::kMeta;
+  static constexpr int kTileBytes = (kTile * (K::kTokenBytes + V::kTokenBytes) + 127) / 128 * 128;
+  static constexpr int kHeadStride = kDim + 4;  // floats, in the merge: lanes of one store in different banks
+};
 
 // Scales (or zeros) of one token, of all groups.
-template <class C>
+template <class R>
 struct Meta {
-  uint32_t words[(C::kGroups + 1) / 2];
+  uint32_t words[(R::kGroups + 1) / 2];
   __device__ __forceinline__ explicit Meta(ptx::Shared at) {
-    if constexpr (C::kGroups == 1) {
+    if constexpr (R::kGroups == 1) {
       words[0] = ptx::LoadShared16(at);
     } else {
       ptx::LoadShared(at, words);
@@ -105,7 +81,7 @@ template <class C>
 struct Partial {
   float o[C::kHeadTiles][C::kSteps][4];
   float m[C::kHeadTiles][2], l[C::kHeadTiles][2];
-  float zero[C::kHeadTiles][2][C::kGroups];
+  float zero[C::kHeadTiles][2][C::V::kGroups];
 
   __device__ __forceinline__ Partial() {
 #pragma unroll
@@ -114,7 +90,7 @@ struct Partial {
       for (int i = 0; i < 2; ++i) {
         m[ht][i] = kNoReference, l[ht][i] = 0;
 #pragma unroll
-        for (int group = 0; group < C::kGroups; ++group) zero[ht][i][group] = 0;
+        for (int group = 0; group < C::V::kGroups; ++group) zero[ht][i][group] = 0;
       }
 #pragma unroll
       for (int step = 0; step < C::kSteps; ++step) {
@@ -133,7 +109,7 @@ struct Partial {
     m[ht][i] = moved;
     l[ht][i] *= factor;
 #pragma unroll
-    for (int group = 0; group < C::kGroups; ++group) zero[ht][i][group] *= factor;
+    for (int group = 0; group < C::V::kGroups; ++group) zero[ht][i][group] *= factor;
 #pragma unroll
     for (int step = 0; step < C::kSteps; ++step) o[ht][step][i] *= factor, o[ht][step][i + 2] *= factor;
   }
@@ -143,7 +119,7 @@ struct Partial {
 template <class C>
 struct Queries {
   uint32_t b[C::kHeadTiles][C::kSteps][2];
-  float sum[C::kHeadTiles][2][C::kGroups];  // over a group's channels, times 2^-24
+  float sum[C::kHeadTiles][2][C::K::kGroups];  // over a group's channels, over kUnit
   float factor[C::kHeadTiles][2];           // of a product, to the logit in base 2
 };
 
@@ -207,25 +183,25 @@ __device__ void PrepareQueries(const DecodeAttentionArgs& args, int t, Queries<C
 #pragma unroll
       for (int i = 0; i < 2 * C::kSteps; ++i) {
         uint32_t& word = q.b[ht][i / 2][i % 2];
-        word = ptx::MultiplyHalf(word, power(once - C::FieldShift(i % (2 * C::kWordSteps))));
+        word = ptx::MultiplyHalf(word, power(once - C::K::FieldShift(i % (2 * C::K::kWordSteps))));
       }
     } else {
       const float factor = __uint_as_float(static_cast<uint32_t>(up + 127) << 23);
 #pragma unroll
       for (int i = 0; i < 2 * C::kSteps; ++i) {
-        const float of_field = factor / static_cast<float>(1 << C::FieldShift(i % (2 * C::kWordSteps)));
+        const float of_field = factor / static_cast<float>(1 << C::K::FieldShift(i % (2 * C::K::kWordSteps)));
         uint32_t& word = q.b[ht][i / 2][i % 2];
         word = ptx::PackHalf(ptx::BFloat16At(word, 0) * of_field, ptx::BFloat16At(word, 1) * of_field);
       }
     }
     // The sums over a group's channels: products with codes that are all 1.
 #pragma unroll
-    for (int group = 0; group < C::kGroups; ++group) {
+    for (int group = 0; group < C::K::kGroups; ++group) {
       float sum[4] = {0, 0, 0, 0};
 #pragma unroll
-      for (int step = group * C::kGroup / 16; step < (group + 1) * C::kGroup / 16; ++step) {
-        const uint32_t ones[2] = {0x00010001u << C::FieldShift(2 * (step % C::kWordSteps)),
-                                  0x00010001u << C::FieldShift(2 * (step % C::kWordSteps) + 1)};
+      for (int step = group * C::K::kGroup / 16; step < (group + 1) * C::K::kGroup / 16; ++step) {
+        const uint32_t ones[2] = {0x00010001u << C::K::FieldShift(2 * (step % C::K::kWordSteps)),
+                                  0x00010001u << C::K::FieldShift(2 * (step % C::K::kWordSteps) + 1)};
         ptx::MmaHalf(sum, ones[0], ones[0], ones[1], ones[1], q.b[ht][step][0], q.b[ht][step][1]);
       }
 #pragma unroll
@@ -235,7 +211,7 @@ __device__ void PrepareQueries(const DecodeAttentionArgs& args, int t, Queries<C
     const float down = __uint_as_float(static_cast<uint32_t>(127 - up) << 23);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      q.factor[ht][i] = __shfl_sync(~0u, args.scale * kLog2E * down * 16777216.0f, 8 * t + 4 * i);
+      q.factor[ht][i] = __shfl_sync(~0u, args.scale * kLog2E * down * C::K::kUnit, 8 * t + 4 * i);
     }
   }
 }
@@ -257,107 +233,141 @@ __device__ void LoadQueriesForDense(const DecodeAttentionArgs& args, int pair, i
   }
 }
 
-// ---- a tile of encoded tokens
+// ---- logits, but for a factor, of sixteen tokens: x[ht][i] of token g (i = 0, 1: head 8 ht + 2 t + i) and g + 8 (2, 3)
 
-// Where a lane reads in a tile: key codes, value codes, [key scales, zeros, value scales, zeros].
 template <class C>
-struct TileReader {
-  static constexpr int kWords = C::kRow / 16;  // of a chunk
+using Logits = float[C::kHeadTiles][4];
+template <class C>
+using TileLogits = float[C::kTile / 16][C::kHeadTiles][4];
+
+// Where a lane reads codes and metadata: chunk `chunk` of rows `row` + multiples of 8, whose metadata are those of token g.
+template <class C, class R>
+struct CodeReader {
+  static constexpr int kWords = R::kRow / 16;  // of a chunk
   static constexpr int kVector = kWords < 4 ? kWords : 4;
-  static constexpr int kPlane = C::kTile * C::kMeta;
+  static constexpr int kPlane = C::kTile * R::kMeta;
 
-  ptx::Shared keys;    // chunk t of row g
-  ptx::Shared values;  // chunk g / 2 of row 2 t
-  ptx::Shared meta;    // token g
+  ptx::Shared rows, meta;
 
-  __device__ __forceinline__ TileReader(ptx::Shared tile, int g, int t)
-      : keys(tile + Place(g, t)),
-        values(tile + C::kTile * C::kRow + Place(2 * t, g / 2)),
-        meta(tile + 2 * C::kTile * C::kRow + g * C::kMeta) {}
+  __device__ __forceinline__ CodeReader(ptx::Shared rows_at, ptx::Shared meta_at, int row, int chunk, int g)
+      : rows(rows_at + row * R::kRow + (chunk * kWords * 4 ^ R::SwizzleOf(row) * 16)), meta(meta_at + g * R::kMeta) {}
 
-  __device__ __forceinline__ static int Place(int row, int chunk) {
-    return row * C::kRow + (chunk * kWords * 4 ^ C::SwizzleOf(row) * 16);
+  // Words `first` and on of the row `on` further. Keys: `on` is a multiple of 8. Values: the reader's row is even.
+  __device__ __forceinline__ void Words(int on, int first, uint32_t (&words)[kVector]) const {
+    ptx::LoadShared((rows ^ (first * 4 ^ R::SwizzleOf(on % 8) * 16)) + on * R::kRow, words);
   }
-  // Words `first` and on, of chunk t of row g + `on`, a multiple of 8.
-  __device__ __forceinline__ void KeyWords(int on, int first, uint32_t (&words)[kVector]) const {
-    ptx::LoadShared((keys ^ first * 4) + on * C::kRow, words);
-  }
-  // Of chunk g / 2 of row 2 t + `on`, 8 n or 8 n + 1.
-  __device__ __forceinline__ void ValueWords(int on, int first, uint32_t (&words)[kVector]) const {
-    ptx::LoadShared((values ^ (first * 4 ^ C::SwizzleOf(on % 8) * 16)) + on * C::kRow, words);
-  }
-  // Plane p of meta, token g + `on`.
-  __device__ __forceinline__ Meta<C> MetaOf(int p, int on) const {
-    return Meta<C>(meta + p * kPlane + on * C::kMeta);
-  }
+  // Plane p of metadata, token g + `on`.
+  __device__ __forceinline__ Meta<R> MetaOf(int p, int on) const { return Meta<R>(meta + p * kPlane + on * R::kMeta); }
 };
 
 template <class C>
-__device__ __forceinline__ void AttendCodes(ptx::Shared tile, int valid, int g, int t, const Queries<C>& q,
-                                            Partial<C>& partial) {
-  using Reader = TileReader<C>;
-  constexpr int kBlocks = C::kTile / 16;  // of sixteen tokens: rows of a product, then its sums
-  constexpr int kWords = Reader::kWords, kVector = Reader::kVector, kFields = 16 / C::kBits;
-  const Reader reader(tile, g, t);
-
-  // Logits, but for a factor: of token 16 n + g (x0, x1: head i) and 8 more (x2, x3).
-  float x[C::kHeadTiles][kBlocks][4];
+__device__ __forceinline__ void LogitsOfCodes(ptx::Shared tile, int g, int t, const Queries<C>& q, TileLogits<C>& x) {
+  using K = typename C::K;
+  using Reader = CodeReader<C, K>;
+  constexpr int kBlocks = C::kTile / 16, kWords = Reader::kWords, kVector = Reader::kVector, kFields = 16 / K::kBits;
+  const Reader reader(tile, tile + C::kKeyMetaAt, g, t, g);
 #pragma unroll
   for (int n = 0; n < kBlocks; ++n) {
-    const Meta<C> scale[2] = {reader.MetaOf(0, 16 * n), reader.MetaOf(0, 16 * n + 8)};
-    const Meta<C> zero[2] = {reader.MetaOf(1, 16 * n), reader.MetaOf(1, 16 * n + 8)};
+    const Meta<K> scale[2] = {reader.MetaOf(0, 16 * n), reader.MetaOf(0, 16 * n + 8)};
+    const Meta<K> zero[2] = {reader.MetaOf(1, 16 * n), reader.MetaOf(1, 16 * n + 8)};
     float sum[C::kHeadTiles][4];
 #pragma unroll
     for (int first = 0; first < kWords; first += kVector) {
       uint32_t words[2][kVector];
-      reader.KeyWords(16 * n, first, words[0]);
-      reader.KeyWords(16 * n + 8, first, words[1]);
+      reader.Words(16 * n, first, words[0]);
+      reader.Words(16 * n + 8, first, words[1]);
 #pragma unroll
       for (int w = 0; w < kVector; ++w) {
         uint32_t low[kFields], high[kFields];
-        Unpack<C::kBits>(words[0][w], low);
-        Unpack<C::kBits>(words[1][w], high);
+        K::Unpack(words[0][w], low);
+        K::Unpack(words[1][w], high);
 #pragma unroll
-        for (int s = 0; s < C::kWordSteps; ++s) {
-          const int step = (first + w) * C::kWordSteps + s, group = step * 16 / C::kGroup;
+        for (int s = 0; s < K::kWordSteps; ++s) {
+          const int step = (first + w) * K::kWordSteps + s, group = step * 16 / K::kGroup;
 #pragma unroll
           for (int ht = 0; ht < C::kHeadTiles; ++ht) {
             float(&d)[4] = sum[ht];
-            if (step * 16 % C::kGroup == 0) d[0] = d[1] = d[2] = d[3] = 0;
+            if (step * 16 % K::kGroup == 0) d[0] = d[1] = d[2] = d[3] = 0;
             ptx::MmaHalf(d, low[2 * s], high[2 * s], low[2 * s + 1], high[2 * s + 1], q.b[ht][step][0],
                          q.b[ht][step][1]);
-            if ((step + 1) * 16 % C::kGroup != 0) continue;
+            if ((step + 1) * 16 % K::kGroup != 0) continue;
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-              const float centred = fmaf(-zero[i / 2][group], q.sum[ht][i % 2][group], d[i]);
-              x[ht][n][i] = fmaf(scale[i / 2][group], centred, group == 0 ? 0.0f : x[ht][n][i]);
+              const float before = group == 0 ? 0.0f : x[n][ht][i];
+              if constexpr (K::kZero == Zero::kOfCodes) {
+                const float centred = fmaf(-zero[i / 2][group], q.sum[ht][i % 2][group], d[i]);
+                x[n][ht][i] = fmaf(scale[i / 2][group], centred, before);
+              } else {
+                x[n][ht][i] = fmaf(scale[i / 2][group], d[i], fmaf(-zero[i / 2][group], q.sum[ht][i % 2][group], before));
+              }
             }
           }
         }
       }
     }
   }
-  if (valid < C::kTile) {
+}
+
+template <bool kBFloat16>
+__device__ __forceinline__ void Mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                    const uint32_t (&b)[2]) {
+  if constexpr (kBFloat16) {
+    ptx::MmaBFloat16(d, a0, a1, a2, a3, b[0], b[1]);
+  } else {
+    ptx::MmaHalf(d, a0, a1, a2, a3, b[0], b[1]);
+  }
+}
+
+// Of sixteen dense tokens. key(i, j) gives granule 4 j + t of token g + 8 i; any numbers where no token is.
+template <class C, bool kBFloat16, typename Key>
+__device__ __forceinline__ void LogitsOfDense(const Queries<C>& q, const Key& key, Logits<C>& x) {
 #pragma unroll
-    for (int n = 0; n < kBlocks; ++n) {
+  for (int ht = 0; ht < C::kHeadTiles; ++ht) x[ht][0] = x[ht][1] = x[ht][2] = x[ht][3] = 0;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (16 * n + g + i / 2 * 8 < valid) continue;
+  for (int step = 0; step < C::kSteps; step += 2) {
+    const uint4 low = key(0, step / 2), high = key(1, step / 2);
 #pragma unroll
-        for (int ht = 0; ht < C::kHeadTiles; ++ht) x[ht][n][i] = -INFINITY;
-      }
+    for (int ht = 0; ht < C::kHeadTiles; ++ht) {
+      Mma<kBFloat16>(x[ht], low.x, high.x, low.y, high.y, q.b[ht][step]);
+      Mma<kBFloat16>(x[ht], low.z, high.z, low.w, high.w, q.b[ht][step + 1]);
     }
+  }
+}
+
+// Hides what is no token: those from `valid` on, and those before `hidden`. `first` is that of x[.][0] in the tile.
+template <class C>
+__device__ __forceinline__ void Mask(Logits<C>& x, int first, int valid, int hidden, int g) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int token = first + g + i / 2 * 8;
+    if (token < valid && (!C::kWindow || token >= hidden)) continue;
+#pragma unroll
+    for (int ht = 0; ht < C::kHeadTiles; ++ht) x[ht][i] = -INFINITY;
+  }
+}
+
+// ---- weights and values
+
+template <class C>
+__device__ __forceinline__ void AddCodes(ptx::Shared tile, int valid, int g, int t, const float (&factor)[C::kHeadTiles][2],
+                                         const TileLogits<C>& x, Partial<C>& partial) {
+  using V = typename C::V;
+  using Reader = CodeReader<C, V>;
+  constexpr int kBlocks = C::kTile / 16, kWords = Reader::kWords, kVector = Reader::kVector, kFields = 16 / V::kBits;
+  // Of rows 2 t, 2 t + 1 and 8 more: chunk g / 2.
+  const Reader reader(tile + C::kValuesAt, tile + C::kValueMetaAt, 2 * t, g / 2, g);
+  if (valid < C::kTile) {
     // Where there is no token, what lies in the planes is anything, and 0 times that must be 0.
-    const ptx::Shared values_meta = tile + 2 * C::kTile * C::kRow + 2 * Reader::kPlane;
-    for (int i = valid * C::kMeta + 2 * (4 * g + t); i < Reader::kPlane; i += 64) {
-      ptx::ZeroShared16(values_meta + i);
-      ptx::ZeroShared16(values_meta + Reader::kPlane + i);
+    const ptx::Shared meta = tile + C::kValueMetaAt;
+    for (int i = valid * V::kMeta + 2 * (4 * g + t); i < Reader::kPlane; i += 64) {
+      ptx::ZeroShared16(meta + i);
+      ptx::ZeroShared16(meta + Reader::kPlane + i);
     }
     __syncwarp();
   }
 
   // p s, of heads 2 t and 2 t + 1 in one word: of token 16 n + g, and 8 more.
-  uint32_t weights[C::kHeadTiles][C::kGroups][kBlocks][2];
+  uint32_t weights[C::kHeadTiles][V::kGroups][kBlocks][2];
   for (bool rebase = partial.m[0][0] == kNoReference;;) {  // all heads get their first reference together
     if (rebase) {
 #pragma unroll
@@ -369,11 +379,11 @@ __device__ __forceinline__ void AttendCodes(ptx::Shared tile, int valid, int g, 
           for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-              const Meta<C> scale = reader.MetaOf(2, 16 * n + 8 * half);
+              const Meta<V> scale = reader.MetaOf(0, 16 * n + 8 * half);
               float largest = 0x1p-24f;
 #pragma unroll
-              for (int group = 0; group < C::kGroups; ++group) largest = fmaxf(largest, scale[group]);
-              highest = fmaxf(highest, fmaf(x[ht][n][2 * half + i], q.factor[ht][i], ptx::Log2(largest)));
+              for (int group = 0; group < V::kGroups; ++group) largest = fmaxf(largest, scale[group]);
+              highest = fmaxf(highest, fmaf(x[n][ht][2 * half + i], factor[ht][i], ptx::Log2(largest)));
             }
           }
           partial.Rebase(ht, i, highest);
@@ -381,36 +391,37 @@ __device__ __forceinline__ void AttendCodes(ptx::Shared tile, int valid, int g, 
       }
     }
     uint32_t top = 0;
-    float l[C::kHeadTiles][2], z[C::kHeadTiles][2][C::kGroups];
+    float l[C::kHeadTiles][2], z[C::kHeadTiles][2][V::kGroups];
 #pragma unroll
     for (int ht = 0; ht < C::kHeadTiles; ++ht) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         l[ht][i] = partial.l[ht][i];
 #pragma unroll
-        for (int group = 0; group < C::kGroups; ++group) z[ht][i][group] = partial.zero[ht][i][group];
+        for (int group = 0; group < V::kGroups; ++group) z[ht][i][group] = partial.zero[ht][i][group];
       }
     }
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const Meta<C> scale = reader.MetaOf(2, 16 * n + 8 * half), zero = reader.MetaOf(3, 16 * n + 8 * half);
+        const Meta<V> scale = reader.MetaOf(0, 16 * n + 8 * half), zero = reader.MetaOf(1, 16 * n + 8 * half);
 #pragma unroll
         for (int ht = 0; ht < C::kHeadTiles; ++ht) {
           float p[2];
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            p[i] = ptx::Exp2(fmaf(x[ht][n][2 * half + i], q.factor[ht][i], -partial.m[ht][i]));
+            p[i] = ptx::Exp2(fmaf(x[n][ht][2 * half + i], factor[ht][i], -partial.m[ht][i]));
             l[ht][i] += p[i];
           }
 #pragma unroll
-          for (int group = 0; group < C::kGroups; ++group) {
+          for (int group = 0; group < V::kGroups; ++group) {
             float weight[2];
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
               weight[i] = p[i] * scale[group];
-              z[ht][i][group] = fmaf(weight[i], zero[group], z[ht][i][group]);
+              z[ht][i][group] =
+                  fmaf(V::kZero == Zero::kOfCodes ? weight[i] : p[i], zero[group], z[ht][i][group]);
             }
             weights[ht][group][n][half] = ptx::PackHalf(weight[0], weight[1]);
             top = ptx::MaxHalf(top, weights[ht][group][n][half]);
@@ -426,7 +437,7 @@ __device__ __forceinline__ void AttendCodes(ptx::Shared tile, int valid, int g, 
       for (int i = 0; i < 2; ++i) {
         partial.l[ht][i] = l[ht][i];
 #pragma unroll
-        for (int group = 0; group < C::kGroups; ++group) partial.zero[ht][i][group] = z[ht][i][group];
+        for (int group = 0; group < V::kGroups; ++group) partial.zero[ht][i][group] = z[ht][i][group];
       }
     }
     break;
@@ -437,11 +448,11 @@ __device__ __forceinline__ void AttendCodes(ptx::Shared tile, int valid, int g, 
 #pragma unroll
   for (int n = 0; n < kBlocks; ++n) {
     // Heads 2 t, 2 t + 1 of token g become tokens 2 t, 2 t + 1 of head g.
-    uint32_t b[C::kHeadTiles][C::kGroups][2];
+    uint32_t b[C::kHeadTiles][V::kGroups][2];
 #pragma unroll
     for (int ht = 0; ht < C::kHeadTiles; ++ht) {
 #pragma unroll
-      for (int group = 0; group < C::kGroups; ++group) {
+      for (int group = 0; group < V::kGroups; ++group) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) b[ht][group][half] = ptx::Transpose(weights[ht][group][n][half]);
       }
@@ -450,15 +461,15 @@ __device__ __forceinline__ void AttendCodes(ptx::Shared tile, int valid, int g, 
     for (int first = 0; first < kWords; first += kVector) {
       uint32_t words[4][kVector];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) reader.ValueWords(16 * n + i % 2 + i / 2 * 8, first, words[i]);
+      for (int i = 0; i < 4; ++i) reader.Words(16 * n + i % 2 + i / 2 * 8, first, words[i]);
 #pragma unroll
       for (int w = 0; w < kVector; ++w) {
         uint32_t low[kFields], high[kFields];
-        Unpack<C::kBits>(ptx::PickBytes(words[0][w], words[1][w], side), low);
-        Unpack<C::kBits>(ptx::PickBytes(words[2][w], words[3][w], side), high);
+        V::Unpack(ptx::PickBytes(words[0][w], words[1][w], side), low);
+        V::Unpack(ptx::PickBytes(words[2][w], words[3][w], side), high);
 #pragma unroll
-        for (int s = 0; s < C::kWordSteps; ++s) {
-          const int step = (first + w) * C::kWordSteps + s, group = step * 16 / C::kGroup;
+        for (int s = 0; s < V::kWordSteps; ++s) {
+          const int step = (first + w) * V::kWordSteps + s, group = step * 16 / V::kGroup;
 #pragma unroll
           for (int ht = 0; ht < C::kHeadTiles; ++ht) {
             ptx::MmaHalf(partial.o[ht][step], low[2 * s], low[2 * s + 1], high[2 * s], high[2 * s + 1],
@@ -470,40 +481,17 @@ __device__ __forceinline__ void AttendCodes(ptx::Shared tile, int valid, int g, 
   }
 }
 
-// ---- sixteen dense tokens. key(i, j) gives granule 4 j + t of token g + 8 i; value(i, j) granule 8 j + g of
-// token 2 t + i, i = 0, 1, 8, 9; any numbers where no token is
-
-template <class C, bool kBFloat16, typename Key, typename Value>
-__device__ __forceinline__ void AttendDense(int valid, int g, const Queries<C>& q, Partial<C>& partial,
-                                            const Key& key, const Value& value) {
-  const auto multiply = [](float(&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                           const uint32_t(&b)[2]) {
-    if constexpr (kBFloat16) {
-      ptx::MmaBFloat16(d, a0, a1, a2, a3, b[0], b[1]);
-    } else {
-      ptx::MmaHalf(d, a0, a1, a2, a3, b[0], b[1]);
-    }
-  };
-  float x[C::kHeadTiles][4] = {};
-#pragma unroll
-  for (int step = 0; step < C::kSteps; step += 2) {
-    const uint4 low = key(0, step / 2), high = key(1, step / 2);
-#pragma unroll
-    for (int ht = 0; ht < C::kHeadTiles; ++ht) {
-      multiply(x[ht], low.x, high.x, low.y, high.y, q.b[ht][step]);
-      multiply(x[ht], low.z, high.z, low.w, high.w, q.b[ht][step + 1]);
-    }
-  }
+// Of sixteen dense tokens. value(i, j) gives granule 8 j + g of token 2 t + i, i = 0, 1, 8, 9; any numbers where no token
+// is.
+template <class C, bool kBFloat16, typename Value>
+__device__ __forceinline__ void AddDense(const float (&factor)[C::kHeadTiles][2], const Logits<C>& x,
+                                         Partial<C>& partial, const Value& value) {
   uint32_t b[C::kHeadTiles][2];
 #pragma unroll
   for (int ht = 0; ht < C::kHeadTiles; ++ht) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (g + i / 2 * 8 >= valid) x[ht][i] = -INFINITY;
-    }
-#pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float top = fmaxf(x[ht][i], x[ht][i + 2]) * q.factor[ht][i];
+      const float top = fmaxf(x[ht][i], x[ht][i + 2]) * factor[ht][i];
       // The largest p stays below 2^15 here, too.
       const bool rebase = partial.m[ht][i] == kNoReference || top > partial.m[ht][i] + 15;
       if (__any_sync(~0u, rebase)) partial.Rebase(ht, i, top);
@@ -513,7 +501,7 @@ __device__ __forceinline__ void AttendDense(int valid, int g, const Queries<C>& 
       float p[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        p[i] = ptx::Exp2(fmaf(x[ht][2 * half + i], q.factor[ht][i], -partial.m[ht][i]));
+        p[i] = ptx::Exp2(fmaf(x[ht][2 * half + i], factor[ht][i], -partial.m[ht][i]));
         partial.l[ht][i] += p[i];
       }
       b[ht][half] = ptx::Transpose(kBFloat16 ? ptx::PackBFloat16(p[0], p[1]) : ptx::PackHalf(p[0], p[1]));
@@ -537,11 +525,48 @@ __device__ __forceinline__ void AttendDense(int valid, int g, const Queries<C>& 
       }
 #pragma unroll
       for (int ht = 0; ht < C::kHeadTiles; ++ht) {
-        multiply(partial.o[ht][4 * j + w], a[0], a[1], a[2], a[3], b[ht]);
+        Mma<kBFloat16>(partial.o[ht][4 * j + w], a[0], a[1], a[2], a[3], b[ht]);
       }
     }
   }
 }
 
+// ---- a whole tile in shared memory, of which `valid` tokens are there and the first `hidden` out of sight
+
+template <class C, bool kBFloat16>
+__device__ __forceinline__ void AttendTile(ptx::Shared tile, int valid, int hidden, int g, int t, const Queries<C>& q,
+                                           Partial<C>& partial) {
+  const auto load = [](ptx::Shared at) {
+    uint32_t words[4];
+    ptx::LoadShared(at, words);
+    return uint4{words[0], words[1], words[2], words[3]};
+  };
+  TileLogits<C> x;
+  if constexpr (C::K::kDense) {
+    const ptx::Shared keys = tile + g * C::K::kRow + (t ^ C::K::SwizzleOf(g)) * 16;
+#pragma unroll
+    for (int n = 0; n < C::kTile / 16; ++n) {
+      LogitsOfDense<C, kBFloat16>(
+          q, [&](int i, int j) { return load((keys ^ j % 2 * 64) + j / 2 * 128 + (16 * n + 8 * i) * C::K::kRow); }, x[n]);
+    }
+  } else {
+    LogitsOfCodes<C>(tile, g, t, q, x);
+  }
+  if (C::kDense || valid < C::kTile || (C::kWindow && hidden > 0)) {
+#pragma unroll
+    for (int n = 0; n < C::kTile / 16; ++n) Mask<C>(x[n], 16 * n, valid, hidden, g);
+  }
+  if constexpr (C::V::kDense) {
+    const ptx::Shared values = tile + C::kValuesAt + 2 * t * C::V::kRow + (g ^ C::V::SwizzleOf(2 * t)) * 16;
+#pragma unroll
+    for (int n = 0; n < C::kTile / 16; ++n) {
+      AddDense<C, kBFloat16>(q.factor, x[n], partial, [&](int i, int j) {
+        return load((values ^ C::V::SwizzleOf(i % 2) * 16) + (16 * n + i) * C::V::kRow + 128 * j);
+      });
+    }
+  } else {
+    AddCodes<C>(tile, valid, g, t, q.factor, x, partial);
+  }
+}
+
 }  // namespace kvq::decode_attention
-#endif  // __CUDACC__

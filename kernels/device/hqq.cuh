@@ -6,9 +6,6 @@
 
 #include "kernels/code_row.h"
 #include "kernels/groups.h"
-#ifdef __CUDACC__
-#include "kernels/device/ptx.cuh"
-#endif
 
 namespace kvq::hqq {
 
@@ -98,8 +95,6 @@ KVQ_HD inline uint16_t* Slot(const KvView& view, const BlockShape& shape, int pl
 // stop; then codes are made with the z of that iteration. Groups seldom run long: when z has not moved, it
 // never will again.
 
-#ifdef __CUDACC__
-
 // Of the groups of some blocks, block by block.
 struct Solved {
   uint32_t first_block, blocks, groups;  // groups of one block
@@ -110,18 +105,21 @@ struct Solved {
   int* arrived;                          // [blocks], of means
   int* stops;                            // [blocks], the last iteration
   uint8_t* settled;                      // [blocks, groups], the iteration that all later ones repeat
-  __host__ __device__ uint32_t all() const { return blocks * groups; }
+  KVQ_HD uint32_t all() const { return blocks * groups; }
 };
 inline constexpr int64_t kGroupBytes = (2 * kIterations + 1) * 4 + 1, kBlockBytes = (kIterations + 2) * 4;
 inline constexpr int kSolveThreads = 128;
+inline constexpr int kDecodeTokens = 4;  // of a thread that decodes
 
 // How a block's numbers split into rows, heads and sequences, without divisions.
 struct Places {
   Divisor groups, head_dim, tokens, heads, blocks;  // of a block; blocks of a sequence
-  Places(const BlockShape& shape, const DenseView& x)
+  KVQ_HD Places(const BlockShape& shape, const DenseView& x)
       : groups(shape.groups()), head_dim(shape.head_dim), tokens(shape.tokens), heads(shape.heads),
         blocks(x.tokens / shape.tokens) {}
 };
+
+#ifdef __CUDACC__
 
 __device__ const PowerTable kDevicePowers = kPowers;
 
@@ -356,8 +354,6 @@ __global__ void __launch_bounds__(256) PackKernel(BlockShape shape, const Places
 
 // A thread decodes eight neighbouring channels, a field of a word of each chunk, of kDecodeTokens tokens that are
 // `rows` apart. Sequence and head are the block's z and y: division is slow.
-inline constexpr int kDecodeTokens = 4;
-
 template <int kBits, DType kType, int n, bool kAcross>
 __global__ void __launch_bounds__(256) DecodeKernel(BlockShape shape, KvView in, int64_t first_token, DenseView out,
                                                     bool wide, uint32_t rows) {

@@ -1,66 +1,22 @@
-// The streaming read: 16 bytes a load, past L1, four loads of a thread in flight, eight blocks of 512
-// threads queued for each multiprocessor. Of the grids and block sizes tried on an H200 the fastest, with 4.65 TB/s.
 #include "kernels/device/probe.h"
 
 #include <stdexcept>
 
-#include "kernels/runtime/cuda_check.h"
+#include "kernels/device/probe.cuh"
+#include "kernels/runtime/launch.h"
 
 namespace kvq {
-
-#ifdef __CUDACC__
-namespace {
-
-constexpr int kThreads = 512, kLoads = 4, kBlocksPerSm = 8;
-static_assert(kThreads * kLoads * sizeof(uint4) == kStreamingReadBytes);
-
-__device__ uint4 LoadOnce(const uint4* from) {
-  uint4 x;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "l"(from));
-  return x;
-}
-
-// `steps`: of kThreads * kLoads elements each.
-__global__ void __launch_bounds__(kThreads)
-    StreamingReadKernel(const uint4* data, int64_t steps, uint32_t* folded) {
-  __shared__ uint32_t block;
-  if (threadIdx.x == 0) block = 0;
-  uint32_t mine = 0;
-  for (int64_t step = blockIdx.x; step < steps; step += gridDim.x) {
-    const uint4* from = data + step * kThreads * kLoads + threadIdx.x;
-    uint4 x[kLoads];
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) x[i] = LoadOnce(from + i * kThreads);
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) mine ^= x[i].x ^ x[i].y ^ x[i].z ^ x[i].w;
-  }
-  __syncthreads();
-  const uint32_t warp = __reduce_xor_sync(0xffffffffu, mine);
-  if (threadIdx.x % 32 == 0) atomicXor(&block, warp);
-  __syncthreads();
-  if (threadIdx.x == 0) atomicXor(folded, block);
-}
-
-}  // namespace
 
 void StreamingRead(const void* data, int64_t bytes, uint32_t* folded, void* stream) {
   if (bytes <= 0 || bytes % kStreamingReadBytes != 0) {
     throw std::logic_error("StreamingRead takes multiples of kStreamingReadBytes");
   }
-  int device = 0, multiprocessors = 0;
-  Check(cudaGetDevice(&device), "device");
-  Check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "device");
-  StreamingReadKernel<<<static_cast<unsigned>(multiprocessors * kBlocksPerSm), kThreads, 0,
-                        static_cast<cudaStream_t>(stream)>>>(
-      static_cast<const uint4*>(data), bytes / kStreamingReadBytes, folded);
-  Check(cudaGetLastError(), "streaming read");
+  Launch("streaming read",
+         {.instance = {{"kernels/device/probe.cuh"}, "kvq::probe::StreamingReadKernel"},
+          .grid = static_cast<unsigned>(CurrentDevice().multiprocessors * probe::kBlocksPerSm),
+          .threads = probe::kThreads,
+          .early = false},
+         stream, data, bytes / kStreamingReadBytes, folded);
 }
-#else
-void StreamingRead(const void*, int64_t, uint32_t*, void*) {
-  throw std::runtime_error("a CPU-only build has no streaming read");
-}
-#endif
 
 }  // namespace kvq

@@ -10,7 +10,7 @@ inline constexpr int64_t kStreamingReadBytes = 32768;
 
 // Reads `bytes` of GPU memory once, in order, and folds their 32-bit words by exclusive or into the word
 // at `folded` (GPU memory): nothing is left out unnoticed. On `stream` (a cudaStream_t), asynchronous.
-// Throws std::runtime_error when the launch fails, and in a CPU-only build.
+// Throws std::runtime_error when the launch fails.
 void StreamingRead(const void* data, int64_t bytes, uint32_t* folded, void* stream);
 
 }  // namespace kvq

@@ -1,15 +1,27 @@
-// PTX instructions that CUDA C++ has no name for, and short names for what the kernels use all the time.
+// PTX instructions that CUDA C++ has no name for, and short names for what the kernels use all the time. Device code
+// alone, and without CUDA's own headers: NVRTC then needs none.
 // sm_80 and later.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
 #include <cstdint>
-#include <cstring>
 
-namespace kvq::ptx {
+namespace kvq {
+
+// Lets the successor begin once all blocks have come here; it still waits for this kernel's end before it reads.
+__device__ __forceinline__ void LaunchDependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// Waits until all that was launched before has ended, and sees what it wrote. What it wrote is read past the L1
+// cache (__ldcg): there could be older lines.
+__device__ __forceinline__ void WaitForPredecessors() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+namespace ptx {
 
 // ---- shared memory by its own 32-bit addresses, so that a lane keeps one register and constant offsets
 
@@ -154,9 +166,13 @@ __device__ __forceinline__ uint32_t PackBFloat16(float first, float second) {
   return word;
 }
 __device__ __forceinline__ float HalfAt(uint32_t word, int index) {
-  __half2 pair;
-  memcpy(&pair, &word, sizeof pair);
-  return index == 0 ? __low2float(pair) : __high2float(pair);
+  float x;
+  if (index == 0) {
+    asm("{.reg .f16 a, b; mov.b32 {a, b}, %1; cvt.f32.f16 %0, a;}" : "=f"(x) : "r"(word));
+  } else {
+    asm("{.reg .f16 a, b; mov.b32 {a, b}, %1; cvt.f32.f16 %0, b;}" : "=f"(x) : "r"(word));
+  }
+  return x;
 }
 __device__ __forceinline__ float BFloat16At(uint32_t word, int index) {
   return __uint_as_float(index == 0 ? word << 16 : word & 0xFFFF0000u);
@@ -178,4 +194,5 @@ __device__ __forceinline__ uint32_t MultiplyHalf(uint32_t a, uint32_t b) {
   return word;
 }
 
-}  // namespace kvq::ptx
+}  // namespace ptx
+}  // namespace kvq

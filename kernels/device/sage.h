@@ -11,7 +11,7 @@
 
 #include <cstdint>
 
-#include "kernels/scheme.h"
+#include "kernels/views.h"
 
 namespace kvq {
 
@@ -40,8 +40,7 @@ SageWorkspace LayOutSage(const SageArgs&);
 void SageAttention(const SageArgs&);
 
 // On the current GPU (sm_80 and later), asynchronous on `stream` (a cudaStream_t): the same codes and scales, the same
-// tiles. float16 or bfloat16, rows aligned to 16 bytes. Throws std::runtime_error when a launch fails or the build has
-// no CUDA.
+// tiles. float16 or bfloat16, rows aligned to 16 bytes. Throws std::runtime_error when a launch fails.
 void SageAttentionCuda(const SageArgs&, void* stream);
 
 }  // namespace kvq

@@ -1,302 +1,48 @@
 #include "kernels/device/step.h"
 
 #include <algorithm>
-#include <stdexcept>
 
-#include "kernels/device/step.cuh"
+#include "kernels/device/step_kernels.cuh"
+#include "kernels/error.h"
+#include "kernels/runtime/launch.h"
 
 namespace kvq {
 
 bool AddNormFits(int64_t size) { return size % 8 == 0 ? size <= 16384 : size <= 2048; }
 bool HeadsFit(int64_t head_dim) { return head_dim % 4 == 0 && head_dim <= 256; }
 
-#ifdef __CUDACC__
 namespace {
 
 using namespace step;
 
-// ---- AddNorm
-
-constexpr int kNormThreads = 512, kNormHeld = 4;
-
-// A thread keeps kHeld accesses of its row. One is the usual case: its registers leave room for a
-// block beside a product's.
-template <bool kBFloat16, int kWide, int kHeld>
-__global__ void __launch_bounds__(kNormThreads, kHeld == 1 ? 2 : 1)
-    AddNormKernel(const __grid_constant__ AddNormArgs a) {
-  __shared__ float sums[kNormThreads / 32];
-  LaunchDependents();
-  float weight[kHeld][kWide], x[kHeld][kWide], squares = 0;
-#pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    const int64_t at = static_cast<int64_t>(threadIdx.x + i * blockDim.x) * kWide;
-    if (at < a.size) LoadFloats(a.weight, at, weight[i]);
-  }
-  WaitForPredecessors();
-#pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    const int64_t at = static_cast<int64_t>(threadIdx.x + i * blockDim.x) * kWide;
-    if (at >= a.size) break;
-    LoadSum<kBFloat16>(a, blockIdx.x, at, x[i]);
-    if (a.delta != nullptr || a.partial != nullptr)
-      Store<kBFloat16>(a.sum, blockIdx.x * a.size + at, x[i]);
-#pragma unroll
-    for (int k = 0; k < kWide; ++k) squares += x[i][k] * x[i][k];
-  }
-  const float inverse = InverseRms(squares, a.size, a.eps, sums);
-#pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    const int64_t at = static_cast<int64_t>(threadIdx.x + i * blockDim.x) * kWide;
-    if (at >= a.size) break;
-#pragma unroll
-    for (int k = 0; k < kWide; ++k) x[i][k] = x[i][k] * inverse * weight[i][k];
-    Store<kBFloat16>(a.out, blockIdx.x * a.size + at, x[i]);
-  }
+// What the kernels take as their first argument: whether numbers are bfloat16.
+bool IsBFloat16(DType dtype) {
+  if (dtype == DType::kFloat32) throw std::runtime_error("kernels of a step take float16 and bfloat16");
+  return dtype == DType::kBFloat16;
 }
 
-// ---- heads
-
-// A warp a head, each lane two neighbouring pairs at a time.
-template <bool kBFloat16, bool kAppend>
-__global__ void __launch_bounds__(128)
-    HeadsKernel(const __grid_constant__ AppendArgs a, uint16_t* qkv) {
-  LaunchDependents();
-  WaitForPredecessors();
-  const HeadsArgs& of = a.of;
-  const int heads = static_cast<int>(of.heads), kv_heads = static_cast<int>(of.kv_heads);
-  const int dim = static_cast<int>(of.head_dim), half = dim / 2, all = heads + 2 * kv_heads;
-  const int worked = kAppend ? all : heads + kv_heads;
-  const int64_t task = static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / 32;
-  if (task >= of.rows * worked) return;
-  const int row = static_cast<int>(task / worked), head = static_cast<int>(task % worked);
-  const int lane = threadIdx.x % 32;
-  uint16_t* from = qkv + (static_cast<int64_t>(row) * all + head) * dim;
-  uint16_t* to = kAppend ? Destination(a, row, head) : from;
-
-  constexpr int kSteps = 2;  // of 32 lanes with 4 channels each
-  float x[kSteps][2][2];     // [step, half, neighbour]
-  float squares = 0;
-#pragma unroll
-  for (int s = 0; s < kSteps; ++s) {
-    const int i = 2 * (lane + 32 * s);
-    if (i >= half) break;
-#pragma unroll
-    for (int part = 0; part < 2; ++part) {
-      const uint32_t word = __ldcg(reinterpret_cast<const uint32_t*>(from + part * half + i));
-      uint32_t bias = 0;
-      if (of.bias != nullptr) {
-        const uint16_t* biases =
-            static_cast<const uint16_t*>(of.bias) + head * dim + part * half + i;
-        bias = __ldcg(reinterpret_cast<const uint32_t*>(biases));
-      }
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        x[s][part][k] = At<kBFloat16>(word, k);
-        if (of.bias != nullptr)
-          x[s][part][k] = Round<kBFloat16>(x[s][part][k] + At<kBFloat16>(bias, k));
-        squares += x[s][part][k] * x[s][part][k];
-      }
-    }
-  }
-  const float* norm = head < heads ? of.q_norm : head < heads + kv_heads ? of.k_norm : nullptr;
-  const float inverse =
-      norm == nullptr ? 0 : rsqrtf(WarpSum(squares) / static_cast<float>(dim) + of.eps);
-#pragma unroll
-  for (int s = 0; s < kSteps; ++s) {
-    const int i = 2 * (lane + 32 * s);
-    if (i >= half) break;
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      if (norm != nullptr) {
-#pragma unroll
-        for (int part = 0; part < 2; ++part) {
-          x[s][part][k] =
-              Round<kBFloat16>(x[s][part][k] * inverse * __ldcg(norm + part * half + i + k));
-        }
-      }
-      if (head < heads + kv_heads) {
-        const float2 turned = Turn(of, row, i + k, x[s][0][k], x[s][1][k]);
-        x[s][0][k] = turned.x, x[s][1][k] = turned.y;
-      }
-    }
-#pragma unroll
-    for (int part = 0; part < 2; ++part) {
-      *reinterpret_cast<uint32_t*>(to + part * half + i) =
-          Pack<kBFloat16>(x[s][part][0], x[s][part][1]);
-    }
-  }
+KernelLaunch KernelOf(const std::string& name, dim3 grid, int threads) {
+  return {.instance = {{"kernels/device/step_kernels.cuh"}, name}, .grid = grid, .threads = threads};
 }
 
 template <bool kAppend>
 void LaunchHeads(const AppendArgs& a, void* qkv, void* stream) {
   const int64_t worked = a.of.rows * (a.of.heads + (kAppend ? 2 : 1) * a.of.kv_heads);
-  WithType(a.of.dtype, [&](auto bfloat16) {
-    LaunchEarly("heads", HeadsKernel<bfloat16(), kAppend>, dim3(static_cast<unsigned>((worked + 3) / 4)),
-           128, 0, stream, a, static_cast<uint16_t*>(qkv));
-  });
-}
-
-// ---- the gate
-
-template <bool kBFloat16, int kWide>
-__global__ void __launch_bounds__(256)
-    GateKernel(const __grid_constant__ GateArgs a, const void* up) {
-  LaunchDependents();
-  WaitForPredecessors();
-  const int64_t at = (static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x) * kWide;
-  if (at >= a.rows * a.size) return;
-  const int64_t row = at / a.size, column = at % a.size;
-  float x[2][kWide], bias[kWide];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    Load<kBFloat16>(up, (2 * row + half) * a.size + column, x[half]);
-    if (a.bias == nullptr) continue;
-    Load<kBFloat16>(a.bias, half * a.size + column, bias);
-#pragma unroll
-    for (int k = 0; k < kWide; ++k) x[half][k] = Round<kBFloat16>(x[half][k] + bias[k]);
-  }
-#pragma unroll
-  for (int k = 0; k < kWide; ++k) x[0][k] = Gated<kBFloat16>(a.activation, x[0][k], x[1][k]);
-  Store<kBFloat16>(a.out, at, x[0]);
-}
-
-// ---- attention in two parts
-
-template <bool kBFloat16>
-__global__ void __launch_bounds__(256) MergeKernel(const __grid_constant__ MergeArgs a) {
-  LaunchDependents();
-  WaitForPredecessors();
-  const int64_t thread = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
-  const int64_t eights = a.head_dim / 8, head = thread / eights % a.heads;
-  const int64_t token = thread / eights / a.heads % a.tokens,
-                b = thread / eights / a.heads / a.tokens;
-  if (b >= a.batch) return;
-  const int64_t sum = (b * a.heads + head) * a.tokens + token;
-  const int64_t at =
-      b * a.batch_stride + token * a.token_stride + head * a.head_stride + thread % eights * 8;
-  // The first set's share of the probability; one set may have none at all.
-  const float share =
-      1.0f / (1.0f + expf(__ldcg(a.second_log_sums + sum) - __ldcg(a.first_log_sums + sum)));
-  float first[8], second[8];
-  Load<kBFloat16>(a.first, at, first);
-  Load<kBFloat16>(a.second, at, second);
-#pragma unroll
-  for (int k = 0; k < 8; ++k) first[k] = share * first[k] + (1.0f - share) * second[k];
-  Store<kBFloat16>(a.first, at, first);
-}
-
-// ---- first and last of a step
-
-__global__ void StartKernel(StepState s, int batch, const int64_t* first, SequenceLength dense,
-                            SequenceLength append) {
-  LaunchDependents();
-  WaitForPredecessors();
-  for (int b = threadIdx.x; b < batch; b += blockDim.x) {
-    s.tokens[b] = __ldcg(first + b);
-    s.dense[b] = dense, s.append[b] = append;
-    s.best[b] = 0, s.arrived[b] = 0;
-  }
-  if (threadIdx.x == 0) *s.step = 0;
-}
-
-constexpr int kBeginThreads = 256;
-
-// A block a sequence.
-template <bool kBFloat16>
-__global__ void __launch_bounds__(kBeginThreads) BeginKernel(const __grid_constant__ BeginArgs a) {
-  LaunchDependents();
-  WaitForPredecessors();
-  __shared__ int position;
-  const int b = blockIdx.x;
-  if (threadIdx.x == 0) {
-    position = __ldcg(&a.state.dense[b].encoded);
-    a.state.dense[b].encoded = position + 1;
-    SequenceLength* append = a.state.append + b;
-    if (position < a.sink_tokens) {
-      append->sinks = position + 1;
-    } else {
-      const int residual = __ldcg(&append->residual);
-      const bool full = residual == a.residual_length;
-      if (full) append->encoded = __ldcg(&append->encoded) + residual;
-      append->residual = full ? 1 : residual + 1;
-    }
-    if (b == 0) *a.state.step = __ldcg(a.state.step) + 1;
-  }
-  __syncthreads();
-  if (b == 0) {  // all sequences are at the same position
-    for (const BeginArgs::Rope& rope : a.ropes) {
-      for (int i = threadIdx.x; i < rope.pairs; i += kBeginThreads) {
-        const float angle = static_cast<float>(position) * rope.frequency[i];
-        rope.cos[i] = cosf(angle) * rope.factor;
-        rope.sin[i] = sinf(angle) * rope.factor;
-      }
-    }
-  }
-  const uint16_t* from =
-      static_cast<const uint16_t*>(a.embedding) + __ldcg(a.state.tokens + b) * a.hidden;
-  for (int i = threadIdx.x; i < a.hidden; i += kBeginThreads) {
-    const float x[1] = {At<kBFloat16>(from[i], 0) * a.scale};
-    Store<kBFloat16>(a.x, b * a.hidden + i, x);
-  }
-}
-
-constexpr int kPickThreads = 256, kPickBlocks = 32;
-
-// Larger for a larger logit, and of equal ones for a smaller index; NaN above all.
-__device__ __forceinline__ unsigned long long Rank(float logit, int index) {
-  const uint32_t bits = __float_as_uint(logit + 0.0f);  // -0 is 0
-  const uint32_t order = logit != logit       ? 0xFFFFFFFFu
-                         : bits & 0x80000000u ? ~bits
-                                              : bits | 0x80000000u;
-  return static_cast<unsigned long long>(order) << 32 |
-         (0xFFFFFFFFu - static_cast<uint32_t>(index));
-}
-
-// Some blocks a sequence; the one that finishes last hands the token over.
-template <bool kBFloat16>
-__global__ void __launch_bounds__(kPickThreads) PickKernel(const __grid_constant__ PickArgs a) {
-  __shared__ unsigned long long bests[kPickThreads / 32];
-  LaunchDependents();
-  WaitForPredecessors();
-  const int b = blockIdx.y;
-  const uint16_t* logits = static_cast<const uint16_t*>(a.logits) + b * a.vocabulary;
-  unsigned long long best = 0;
-  for (int i = blockIdx.x * kPickThreads + threadIdx.x; i < a.vocabulary;
-       i += kPickBlocks * kPickThreads) {
-    best = max(best, Rank(At<kBFloat16>(__ldcg(logits + i), 0), i));
-  }
-#pragma unroll
-  for (int lane = 16; lane > 0; lane /= 2)
-    best = max(best, __shfl_xor_sync(0xFFFFFFFFu, best, lane));
-  if (threadIdx.x % 32 == 0) bests[threadIdx.x / 32] = best;
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  for (const unsigned long long other : bests) best = max(best, other);
-  atomicMax(a.state.best + b, best);
-  __threadfence();
-  if (atomicAdd(a.state.arrived + b, 1u) != kPickBlocks - 1) return;
-  best = atomicExch(a.state.best + b, 0ull);
-  a.state.arrived[b] = 0;
-  const int64_t token = 0xFFFFFFFFu - static_cast<uint32_t>(best);
-  a.state.tokens[b] = token;
-  a.state.history[(__ldcg(a.state.step) - 1) * a.batch + b] = token;
+  Launch("heads", KernelOf(InstanceName("kvq::step::HeadsKernel", IsBFloat16(a.of.dtype), kAppend), GridFor(worked, 4), 128),
+         stream, a, static_cast<uint16_t*>(qkv));
 }
 
 }  // namespace
-
-// ---- host
 
 void AddNorm(const AddNormArgs& a, void* stream) {
   const bool wide = a.size % 8 == 0;
   const int64_t accesses = wide ? a.size / 8 : a.size;
   const int threads = static_cast<int>(std::min<int64_t>((accesses + 31) / 32 * 32, kNormThreads));
-  const dim3 grid(static_cast<unsigned>(a.rows));
-  WithType(a.dtype, [&](auto bfloat16) {
-    const auto kernel = !wide                      ? AddNormKernel<bfloat16(), 1, kNormHeld>
-                        : accesses <= kNormThreads ? AddNormKernel<bfloat16(), 8, 1>
-                                                   : AddNormKernel<bfloat16(), 8, kNormHeld>;
-    LaunchEarly("norm", kernel, grid, threads, 0, stream, a);
-  });
+  const int held = wide && accesses <= kNormThreads ? 1 : kNormHeld;
+  Launch("norm",
+         KernelOf(InstanceName("kvq::step::AddNormKernel", IsBFloat16(a.dtype), wide ? 8 : 1, held),
+                  static_cast<unsigned>(a.rows), threads),
+         stream, a);
 }
 
 void TurnHeads(const HeadsArgs& args, void* qkv, void* stream) {
@@ -310,60 +56,33 @@ void AppendHeads(const AppendArgs& args, const void* qkv, void* stream) {
 }
 
 void GateUp(const GateArgs& a, const void* up, void* stream) {
-  const bool wide = a.size % 8 == 0;
-  const int64_t threads = a.rows * a.size / (wide ? 8 : 1);
-  const dim3 grid(static_cast<unsigned>((threads + 255) / 256));
-  WithType(a.dtype, [&](auto bfloat16) {
-    LaunchEarly("gate", wide ? GateKernel<bfloat16(), 8> : GateKernel<bfloat16(), 1>, grid, 256, 0,
-           stream, a, up);
-  });
+  const int wide = a.size % 8 == 0 ? 8 : 1;
+  Launch("gate",
+         KernelOf(InstanceName("kvq::step::GateKernel", IsBFloat16(a.dtype), wide), GridFor(a.rows * a.size / wide), 256),
+         stream, a, up);
 }
 
 void MergeAttention(const MergeArgs& a, void* stream) {
   const int64_t threads = a.batch * a.tokens * a.heads * (a.head_dim / 8);
-  WithType(a.dtype, [&](auto bfloat16) {
-    LaunchEarly("merge", MergeKernel<bfloat16()>, dim3(static_cast<unsigned>((threads + 255) / 256)),
-           256, 0, stream, a);
-  });
+  Launch("merge", KernelOf(InstanceName("kvq::step::MergeKernel", IsBFloat16(a.dtype)), GridFor(threads), 256), stream, a);
 }
 
 void StartSteps(const StepState& state, int64_t batch, const int64_t* first, SequenceLength dense,
                 SequenceLength append, void* stream) {
-  LaunchEarly("start", StartKernel, dim3(1), 256, 0, stream, state, static_cast<int>(batch), first,
-         dense, append);
+  Launch("start", KernelOf("kvq::step::StartKernel", 1, 256), stream, state, static_cast<int>(batch), first, dense, append);
 }
 
-void BeginStep(const BeginArgs& args, void* stream) {
-  WithType(args.dtype, [&](auto bfloat16) {
-    LaunchEarly("begin", BeginKernel<bfloat16()>, dim3(static_cast<unsigned>(args.batch)), kBeginThreads,
-           0, stream, args);
-  });
+void BeginStep(const BeginArgs& a, void* stream) {
+  Launch("begin",
+         KernelOf(InstanceName("kvq::step::BeginKernel", IsBFloat16(a.dtype)), static_cast<unsigned>(a.batch), kBeginThreads),
+         stream, a);
 }
 
-void PickTokens(const PickArgs& args, void* stream) {
-  WithType(args.dtype, [&](auto bfloat16) {
-    LaunchEarly("pick", PickKernel<bfloat16()>, dim3(kPickBlocks, static_cast<unsigned>(args.batch)),
-           kPickThreads, 0, stream, args);
-  });
+void PickTokens(const PickArgs& a, void* stream) {
+  Launch("pick",
+         KernelOf(InstanceName("kvq::step::PickKernel", IsBFloat16(a.dtype)),
+                  dim3(kPickBlocks, static_cast<unsigned>(a.batch)), kPickThreads),
+         stream, a);
 }
-
-#else  // a CPU-only build
-
-namespace {
-[[noreturn]] void NoCuda() { throw std::runtime_error("a CPU-only build has no CUDA kernels"); }
-}  // namespace
-
-void AddNorm(const AddNormArgs&, void*) { NoCuda(); }
-void TurnHeads(const HeadsArgs&, void*, void*) { NoCuda(); }
-void AppendHeads(const AppendArgs&, const void*, void*) { NoCuda(); }
-void GateUp(const GateArgs&, const void*, void*) { NoCuda(); }
-void MergeAttention(const MergeArgs&, void*) { NoCuda(); }
-void StartSteps(const StepState&, int64_t, const int64_t*, SequenceLength, SequenceLength, void*) {
-  NoCuda();
-}
-void BeginStep(const BeginArgs&, void*) { NoCuda(); }
-void PickTokens(const PickArgs&, void*) { NoCuda(); }
-
-#endif  // __CUDACC__
 
 }  // namespace kvq

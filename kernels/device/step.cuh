@@ -1,24 +1,13 @@
-// What the kernels of step.cc and product.cc share: 16-bit numbers, and what happens to
+// What the kernels of a step and of its products share: 16-bit numbers, and what happens to
 // single elements.
 #pragma once
 
-#ifdef __CUDACC__
-#include <stdexcept>
-#include <type_traits>
-
-#include "kernels/runtime/launch.h"
-#include "kernels/device/ptx.cuh"
 #include "kernels/device/step.h"
 
-namespace kvq::step {
+#ifdef __CUDACC__
+#include "kernels/device/ptx.cuh"
 
-// Calls work(std::bool_constant<the type is bfloat16>).
-template <typename Work>
-void WithType(DType dtype, const Work& work) {
-  if (dtype == DType::kBFloat16) return work(std::true_type());
-  if (dtype == DType::kFloat16) return work(std::false_type());
-  throw std::runtime_error("kernels of a step take float16 and bfloat16");
-}
+namespace kvq::step {
 
 // ---- 16-bit numbers
 

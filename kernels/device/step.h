@@ -1,7 +1,6 @@
 // What a decoder does between its products and attention, and the products of a decoding step, as
 // CUDA kernels. Asynchronous on `stream` (a cudaStream_t), fit for captured graphs: what changes
-// from step to step is in device memory. They round where fixtures/decoder.cc rounds. In a CPU-only
-// build none of them is there.
+// from step to step is in device memory. They round where fixtures/decoder.cc rounds.
 //
 // A decoding step reads every weight once: its limit is those bytes over memory bandwidth. So
 // nothing may keep the memory idle between two products: where the GPU can (sm_90) all kernels here

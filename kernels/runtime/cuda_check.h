@@ -1,7 +1,6 @@
 // What every call of the CUDA runtime goes through.
 #pragma once
 
-#ifdef KVQ_CUDA
 #include <cuda_runtime_api.h>
 
 #include <stdexcept>
@@ -18,4 +17,3 @@ inline void Check(cudaError_t error, const char* what) {
 }
 
 }  // namespace kvq
-#endif  // KVQ_CUDA

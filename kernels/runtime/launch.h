@@ -1,15 +1,19 @@
-// What every kernel's launch needs: the device's shape, scratch memory, and launches that may begin before their
-// predecessor has ended (programmatic dependent launch), also in a captured graph.
+// What the host needs to launch a kernel that is compiled at run time: the device's shape, the launch, and what a piece
+// of work would launch. In a run without a GPU none of it does anything but say so.
 #pragma once
 
-#ifdef __CUDACC__
-#include <cuda_runtime.h>
+#include <cuda_runtime_api.h>
 
+#include <cstddef>
 #include <cstdint>
-#include <set>
+#include <functional>
+#include <string>
 #include <utility>
+#include <vector>
 
+#include "kernels/runtime/compiler.h"
 #include "kernels/runtime/cuda_check.h"
+#include "kernels/views.h"
 
 namespace kvq {
 
@@ -18,98 +22,60 @@ inline unsigned GridFor(int64_t threads, int of_block = 256) {
   return static_cast<unsigned>((threads + of_block - 1) / of_block);
 }
 
-// n / divisor and what is left, for n < 2^31, by a multiplication: a GPU divides in some twenty instructions.
-// Granlund & Montgomery, "Division by invariant integers using multiplication" (1994): with 2^shift >= divisor and
-// the factor ceil(2^(31 + shift) / divisor), the product's error stays below 1 / divisor.
-struct Divisor {
-  uint32_t divisor, factor, shift;
-  struct Result {
-    uint32_t quotient, rest;
-  };
-  explicit Divisor(int64_t d) : divisor(static_cast<uint32_t>(d)), factor(0), shift(0) {
-    while (uint64_t{1} << shift < divisor) ++shift;
-    factor = static_cast<uint32_t>(((uint64_t{1} << (31 + shift)) + divisor - 1) / divisor);
-  }
-  __device__ __forceinline__ Result Of(uint32_t n) const {
-    const auto quotient = static_cast<uint32_t>((uint64_t{n} * factor) >> 31 >> shift);
-    return {quotient, n - quotient * divisor};
-  }
-};
-
+// What tiles and grids are chosen by.
 struct DeviceShape {
-  int multiprocessors = 0, major = 0;
+  int multiprocessors = 0;
+  int arch = 0;                      // 90: sm_90
   int block_shared = 0, shared = 0;  // bytes of shared memory: a block's limit, a multiprocessor's
 };
-inline const DeviceShape& CurrentDevice() {
-  static const DeviceShape shape = [] {  // all GPUs of a machine are taken to be alike
-    DeviceShape s;
-    int device = 0;
-    Check(cudaGetDevice(&device), "current device");
-    for (const auto& [value, attribute] :
-         {std::pair(&s.multiprocessors, cudaDevAttrMultiProcessorCount),
-          std::pair(&s.major, cudaDevAttrComputeCapabilityMajor),
-          std::pair(&s.block_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin),
-          std::pair(&s.shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor)}) {
-      Check(cudaDeviceGetAttribute(value, attribute, device), "attributes of the device");
-    }
-    return s;
-  }();
-  return shape;
+
+// Of the current device, whose kind all GPUs of a machine are taken to be. KVQ_SHARED_LIMIT=BYTES makes it a card with
+// that limit of a block. Throws InputError where the variable is no number of bytes from 48 KiB on, or the device is older
+// than sm_80.
+const DeviceShape& CurrentDevice();
+
+// One launch, as it is asked for.
+struct KernelLaunch {
+  KernelInstance instance;
+  dim3 grid;
+  int threads = 0;
+  size_t shared_bytes = 0;  // dynamic
+  // It may begin before its predecessor on the stream has ended, and calls WaitForPredecessors() (device/ptx.cuh) before it
+  // reads what they write, or writes what they read. (Decode attention reads its lengths before, and again after:
+  // device/attention.h, `early`.)
+  bool early = true;
+};
+
+// What kernels were compiled by and for, for results: "NVRTC 13.0, sm_90"; of a limit that was set, too.
+std::string KernelsText();
+
+// What `work` would launch on such a device; nothing is launched. The functions of kernels/ that launch look at no
+// pointer's target, so that shapes are enough.
+std::vector<KernelLaunch> Gather(const DeviceShape& device, const std::function<void()>& work);
+
+// Compiles and loads what `work` would launch on the current device, all at once: one at a time takes longer.
+void Prepare(const std::function<void()>& work);
+
+// Arguments are copied as they are, so they must have the kernel's types to the byte; their number and sizes are checked
+// at the first launch. Compiles where that has not been done. Throws std::runtime_error, naming `what`, where the launch
+// fails.
+void LaunchRaw(const char* what, const KernelLaunch& launch, void* stream, const std::vector<size_t>& sizes, void** arguments);
+
+template <typename... Arguments>
+void Launch(const char* what, const KernelLaunch& launch, void* stream, const Arguments&... arguments) {
+  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
+  LaunchRaw(what, launch, stream, {sizeof(Arguments)...}, pointers);
 }
 
-// Device memory that is given back in stream order and, up to 256 MiB, kept for the next call.
-inline void* AllocateScratch(int64_t bytes, cudaStream_t stream) {
-  static std::set<int> kept;  // GPUs whose pool has been told
-  int device = 0;
-  Check(cudaGetDevice(&device), "current device");
-  if (!kept.contains(device)) {
-    cudaMemPool_t pool;
-    uint64_t keep = uint64_t{256} << 20;
-    Check(cudaDeviceGetDefaultMemPool(&pool, device), "memory pool");
-    Check(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &keep), "memory pool");
-    // Or a stream would wait for another one's memory while there is more.
-    int wait = 0;
-    Check(cudaMemPoolSetAttribute(pool, cudaMemPoolReuseAllowInternalDependencies, &wait), "memory pool");
-    kept.insert(device);
-  }
-  void* scratch = nullptr;
-  Check(cudaMallocAsync(&scratch, bytes, stream), "scratch memory");
-  return scratch;
-}
+// Device memory that is given back in stream order and, up to 256 MiB, kept for the next call. Gather takes none.
+void* AllocateScratch(int64_t bytes, void* stream);
+void FreeScratch(void* scratch, void* stream);
 
-// Launches a kernel that may begin before its predecessor on the stream has ended: it calls
-// WaitForPredecessors() before it reads what they write, or writes what they read. (Decode attention reads its lengths
-// before, and again after: attention.h, `early`.)
-template <typename... Parameters, typename... Arguments>
-void LaunchEarly(const char* what, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes,
-                 void* stream, const Arguments&... arguments) {
-  if (grid.x == 0 || grid.y == 0) return;
-  cudaLaunchAttribute overlap;
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &overlap;
-  config.numAttrs = CurrentDevice().major >= 9 ? 1 : 0;
-  Check(cudaLaunchKernelEx(&config, kernel, arguments...), what);
-}
-
-// Lets the successor begin once all blocks have come here; it still waits for this kernel's end before it reads.
-__device__ __forceinline__ void LaunchDependents() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-// Waits until all that was launched before has ended, and sees what it wrote. What it wrote is read past the L1
-// cache (__ldcg): there could be older lines.
-__device__ __forceinline__ void WaitForPredecessors() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+// A type of tokens as device code names it.
+inline const char* TypeName(DType type) {
+  return type == DType::kFloat32   ? "kvq::DType::kFloat32"
+         : type == DType::kFloat16 ? "kvq::DType::kFloat16"
+                                   : "kvq::DType::kBFloat16";
 }
 
 }  // namespace kvq
-#endif  // __CUDACC__

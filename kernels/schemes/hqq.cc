@@ -36,8 +36,8 @@
 #include <cmath>
 #include <vector>
 
-#include "kernels/device/attention.cuh"
 #include "kernels/device/hqq.cuh"
+#include "kernels/runtime/launch.h"
 
 namespace kvq {
 namespace {
@@ -233,38 +233,41 @@ void Decode(const CodecParams& params, const KvView& in, int64_t first_token, co
 std::vector<Plane> Planes(int64_t /*heads*/, int64_t head_dim, const CodecParams& params, int bits) {
   const int64_t group = params.group_size;
   CheckGroups("hqq", head_dim, group);
-  if (head_dim * bits % 128 != 0) {
-    throw InputError("codes of ", bits, " bits come in runs of ", 128 / bits, " channels: head_dim ", head_dim,
-                     " is no multiple of that");
-  }
+  CheckRun(bits, head_dim);
   return {{"codes", head_dim * bits / 8},
           {"scales", head_dim / group * 2},
           {"zeros", head_dim / group * 2}};
 }
 
-// ---- CUDA
+// ---- CUDA: kernels/device/hqq.cuh
 
-#ifdef __CUDACC__
+KernelLaunch KernelOf(const std::string& name, dim3 grid, int threads, bool early) {
+  return {.instance = {{"kernels/device/hqq.cuh"}, name}, .grid = grid, .threads = threads, .early = early};
+}
 
-template <int kBits, int n, bool kAcross>
+template <int kBits, bool kAcross>
 void EncodeBlocks(const BlockShape& shape, const DenseView& x, int64_t first_token, const KvView& out,
-                  const Solved& solved, cudaStream_t stream) {
+                  const Solved& solved, void* stream) {
+  constexpr int kEach = kBits == 2 ? 16 : 8;  // elements of a lane
   const int64_t words = solved.blocks * shape.heads * shape.tokens * shape.head_dim * kBits / 32;
   const Places places(shape, x);
-  constexpr int kEach = kBits == 2 ? 16 : 8;
-  LaunchEarly("hqq encode", SolveKernel<n, kAcross, kEach>, GridFor(int64_t{solved.all()} * (n / kEach), kSolveThreads),
-              kSolveThreads, 0, stream, shape, places, x, kMaxCode<kBits>, solved);
-  LaunchEarly("hqq encode", StopKernel, solved.blocks * kIterations, 256, 0, stream, solved, int64_t{n});
-  LaunchEarly("hqq encode", PackKernel<kBits, n, kAcross>, GridFor(std::max<int64_t>(words, solved.all())), 256, 0,
-              stream, shape, places, Divisor(shape.head_dim / kRunChannels<kBits>), x, IsWide(x), out, first_token,
-              solved);
+  const float m = kMaxCode<kBits>;
+  Launch("hqq encode",
+         KernelOf(InstanceName("kvq::hqq::SolveKernel", shape.group, kAcross, kEach),
+                  GridFor(int64_t{solved.all()} * (shape.group / kEach), kSolveThreads), kSolveThreads, true),
+         stream, shape, places, x, m, solved);
+  Launch("hqq encode", KernelOf("kvq::hqq::StopKernel", solved.blocks * kIterations, 256, true), stream, solved,
+         shape.group);
+  Launch("hqq encode",
+         KernelOf(InstanceName("kvq::hqq::PackKernel", kBits, shape.group, kAcross),
+                  GridFor(std::max<int64_t>(words, solved.all())), 256, true),
+         stream, shape, places, Divisor(shape.head_dim / kRunChannels<kBits>), x, IsWide(x), out, first_token, solved);
 }
 
 template <int kBits, bool kAcross>
 void EncodeCuda(const CodecParams& params, const DenseView& x, int64_t first_token, const KvView& out,
-                void* stream_pointer) {
+                void* stream) {
   constexpr int64_t kScratchBytes = int64_t{64} << 20;
-  const auto stream = static_cast<cudaStream_t>(stream_pointer);
   const BlockShape shape = ShapeOf(out, params, kAcross);
   const int64_t all_blocks = x.batch * (x.tokens / shape.tokens), groups = shape.groups();
   if (all_blocks == 0) return;
@@ -283,11 +286,9 @@ void EncodeCuda(const CodecParams& params, const DenseView& x, int64_t first_tok
     solved.arrived = reinterpret_cast<int*>(solved.means + kIterations * blocks);
     solved.stops = solved.arrived + blocks;
     solved.settled = reinterpret_cast<uint8_t*>(solved.stops + blocks);
-    WithGroup(shape.group, [&](auto group) {
-      EncodeBlocks<kBits, group(), kAcross>(shape, x, first_token, out, solved, stream);
-    });
+    EncodeBlocks<kBits, kAcross>(shape, x, first_token, out, solved, stream);
   }
-  Check(cudaFreeAsync(scratch, stream), "scratch memory");
+  FreeScratch(scratch, stream);
 }
 
 template <int kBits, bool kAcross>
@@ -299,14 +300,10 @@ void DecodeCuda(const CodecParams& params, const KvView& in, int64_t first_token
   const auto rows = static_cast<uint32_t>((out.tokens + kDecodeTokens - 1) / kDecodeTokens);
   const dim3 grid(GridFor(rows * (out.head_dim / 8)), static_cast<unsigned>(out.heads),
                   static_cast<unsigned>(out.batch));
-  WithTypeAndGroup(out.dtype, shape.group, [&](auto type, auto group) {
-    DecodeKernel<kBits, type(), group(), kAcross><<<grid, 256, 0, static_cast<cudaStream_t>(stream)>>>(
-        shape, in, first_token, out, IsWide(out), rows);
-  });
-  Check(cudaGetLastError(), "hqq decode");
+  Launch("hqq decode",
+         KernelOf(InstanceName("kvq::hqq::DecodeKernel", kBits, TypeName(out.dtype), shape.group, kAcross), grid, 256, false),
+         stream, shape, in, first_token, out, IsWide(out), rows);
 }
-
-#endif  // __CUDACC__
 
 // ---- the rows
 
@@ -323,10 +320,14 @@ Codec MakeCodec() {
   };
   codec.encode = Encode<kBits, kAcross>;
   codec.decode = Decode<kBits, kAcross>;
-#ifdef __CUDACC__
   codec.encode_cuda = EncodeCuda<kBits, kAcross>;
   codec.decode_cuda = DecodeCuda<kBits, kAcross>;
-#endif
+  if constexpr (!kAcross) {  // keys of neighbouring channels would have scales of groups that end with the block
+    codec.device = {.label = kBits == 8 ? "int8" : kBits == 4 ? "int4" : "int2",
+                    .type = [](const CodecParams& params) {
+                      return InstanceName("kvq::AffineCodes", kBits, params.group_size, "kvq::Zero::kOfCodes");
+                    }};
+  }
   SetUniformBudget(codec);
   return codec;
 }
@@ -335,16 +336,9 @@ constexpr char kSource[] = "hqq 0.2.8 (Badri & Shaji 2023), groups as in transfo
 
 template <int kBits>
 Scheme Plain(const char* name) {
-  Scheme scheme{.name = name, .source = kSource, .keys = MakeCodec<kBits, false>(),
-                .values = MakeCodec<kBits, false>(), .refused = ""};
-#ifdef __CUDACC__
-  scheme.decode_attention = decode_attention::Make<kBits>(kBits == 8   ? "fused_decode_int8"
-                                                          : kBits == 4 ? "fused_decode_int4"
-                                                                       : "fused_decode_int2");
-#endif
-  return scheme;
+  return {.name = name, .source = kSource, .keys = MakeCodec<kBits, false>(), .values = MakeCodec<kBits, false>(),
+          .refused = ""};
 }
-// Keys of neighbouring channels have different scales, in groups that end with the block: no fused kernel.
 template <int kBits>
 Scheme Kivi(const char* name) {
   return {.name = name, .source = kSource, .keys = MakeCodec<kBits, true>(),

@@ -1,19 +1,17 @@
 // none: keys and values as the model computes them. Bytes: 4 or 2 per element, the model's type.
-#include "kernels/device/attention.cuh"
 #include "kernels/scheme.h"
 
 namespace kvq {
 namespace {
 
-Scheme None() {
-  Scheme scheme{.name = "none", .source = "the model itself", .keys = {}, .values = {}, .refused = ""};
-#ifdef __CUDACC__
-  scheme.decode_attention = decode_attention::Make<16>("fused_decode_16bit");
-#endif
-  return scheme;
+Codec Dense() {
+  Codec codec;
+  codec.device = {.label = "16bit", .type = [](const CodecParams&) -> std::string { return "kvq::Dense16"; }};
+  return codec;
 }
 
-const RegisterScheme kNone{None()};
+const RegisterScheme kNone{
+    {.name = "none", .source = "the model itself", .keys = Dense(), .values = Dense(), .refused = ""}};
 
 }  // namespace
 }  // namespace kvq

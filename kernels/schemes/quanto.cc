@@ -15,11 +15,11 @@
 // depends on nothing else.
 //
 // Exact bytes: bits / 8 + 4 / G per element (4.5 bits for int4 at G = 64). Planes, per token and head:
-//   codes   head_dim bits / 8; in each run of G codes, byte k holds codes k, k + G bits / 8, ...; the
-//           first in the low bits
+//   codes   head_dim bits / 8, see kernels/code_row.h
 //   scales  head_dim / G fp16 numbers;  shifts  likewise
 // Refused: head_dim that is no multiple of G (the package then lets groups run on into the next token, if
-// the whole tensor is a multiple of G); other G; what QuantoQuantizedLayer refuses, see the rows.
+// the whole tensor is a multiple of G); other G; with 2 bits, head_dim that is no multiple of 64; what
+// QuantoQuantizedLayer refuses, see the rows.
 //
 // Where it differs. The package keeps scale and shift in the type of x, here they are always fp16. That is
 // the same for float16, and for bfloat16 where they are 0 or from 2^-17 to 65504 in magnitude (8
@@ -29,16 +29,15 @@
 // for G columns and keeps G shifts, the numbers themselves; here it is a group like any other.
 //
 // No operation here may be fused: CPU and GPU, every instruction set, give the same bits.
-#include <algorithm>
+#include "kernels/code_row.h"
+#include "kernels/groups.h"
+#ifndef __CUDACC__
 #include <vector>
 
-#include "kernels/groups.h"
-#ifdef __CUDACC__
-#include "kernels/device/ptx.cuh"
+#include "kernels/runtime/launch.h"
 #endif
 
-namespace kvq {
-namespace {
+namespace kvq::quanto {
 
 // ---- arithmetic of one element, shared by CPU and GPU
 
@@ -87,6 +86,11 @@ struct Row {
 
 KVQ_HD inline int64_t Rows(const DenseView& x) { return x.batch * x.heads * x.tokens; }
 
+inline constexpr int kDecodeTokens = 4;  // of a thread that decodes
+
+#ifndef __CUDACC__
+namespace {
+
 // ---- CPU: the definition, a group at a time
 
 template <DType kType, int n>
@@ -102,32 +106,30 @@ KVQ_VECTOR void DecodeGroup(float* codes, float scale, float shift) {
 template <int kBits, DType kType, int n>
 void EncodeRow(const DenseView& x, const Row& row, const KvView& out, int64_t slot) {
   constexpr float m = kMaxCode<kBits>;
-  uint8_t* packed = CodeRow<kBits>(out, row.b, row.h, slot);
   uint16_t* scales = MetadataRow(out, 1, n, row.b, row.h, slot);
   uint16_t* shifts = MetadataRow(out, 2, n, row.b, row.h, slot);
+  std::vector<uint8_t> codes(x.head_dim);
   for (int64_t g = 0; g < x.head_dim / n; ++g) {
     float values[n], scale, shift;
-    uint8_t codes[n];
     LoadRow(x.data, kType, Offset(x, row.b, row.h, row.t, g * n), n, values);
     ScaleAndShift<kType>(RangeOf<n>(values), m, scale, shift);
-    CodeGroup<kType, n>(values, m, scale, shift, codes);
-    PackRun<kBits, n>(codes, packed + g * n * kBits / 8);
+    CodeGroup<kType, n>(values, m, scale, shift, &codes[g * n]);
     scales[g] = FloatToHalf(scale);
     shifts[g] = FloatToHalf(shift);
   }
+  PackRow<kBits>(codes.data(), x.head_dim, CodeRow<kBits>(out, row.b, row.h, slot));
 }
 
 template <int kBits, DType kType, int n>
 void DecodeRow(const KvView& in, int64_t slot, const DenseView& out, const Row& row) {
-  const uint8_t* packed = CodeRow<kBits>(in, row.b, row.h, slot);
   const uint16_t* scales = MetadataRow(in, 1, n, row.b, row.h, slot);
   const uint16_t* shifts = MetadataRow(in, 2, n, row.b, row.h, slot);
+  std::vector<float> values(out.head_dim);
+  UnpackRow<kBits>(CodeRow<kBits>(in, row.b, row.h, slot), out.head_dim, values.data());
   for (int64_t g = 0; g < out.head_dim / n; ++g) {
-    float values[n];
-    UnpackRun<kBits, n>(packed + g * n * kBits / 8, values);
-    DecodeGroup<kType, n>(values, HalfToFloat(scales[g]), HalfToFloat(shifts[g]));
-    StoreRow(values, n, kType, Offset(out, row.b, row.h, row.t, g * n), out.data);
+    DecodeGroup<kType, n>(&values[g * n], HalfToFloat(scales[g]), HalfToFloat(shifts[g]));
   }
+  StoreRow(values.data(), out.head_dim, kType, Offset(out, row.b, row.h, row.t, 0), out.data);
 }
 
 template <int kBits>
@@ -150,17 +152,83 @@ void Decode(const CodecParams& params, const KvView& in, int64_t first_token, co
   });
 }
 
-// ---- CUDA: the same bits
+// ---- CUDA: what is launched
 
-#ifdef __CUDACC__
-
-// A thread has eight bytes of codes, and so eight neighbouring elements of each of the 8 / kBits parts of a group.
-// Sequence and head are the block's z and y: division is slow.
-template <int kBits>
-dim3 GridOf(const DenseView& x) {
-  return {GridFor(x.tokens * x.head_dim * kBits / 64), static_cast<unsigned>(x.heads),
-          static_cast<unsigned>(x.batch)};
+KernelLaunch KernelOf(const char* name, int bits, DType type, int64_t group, dim3 grid) {
+  return {.instance = {{"kernels/schemes/quanto.cc"}, InstanceName(name, bits, TypeName(type), group)},
+          .grid = grid,
+          .threads = 256,
+          .early = false};
 }
+
+template <int kBits>
+void EncodeCuda(const CodecParams& params, const DenseView& x, int64_t first_token, const KvView& out,
+                void* stream) {
+  const dim3 grid(GridFor(x.tokens * x.head_dim / 16), static_cast<unsigned>(x.heads), static_cast<unsigned>(x.batch));
+  Launch("quanto encode", KernelOf("kvq::quanto::EncodeKernel", kBits, x.dtype, params.group_size, grid), stream, x,
+         first_token, out, IsWide(x), Divisor(x.head_dim / 16));
+}
+
+template <int kBits>
+void DecodeCuda(const CodecParams& params, const KvView& in, int64_t first_token, const DenseView& out,
+                void* stream) {
+  const auto rows = static_cast<uint32_t>((out.tokens + kDecodeTokens - 1) / kDecodeTokens);
+  const dim3 grid(GridFor(rows * (out.head_dim / 8)), static_cast<unsigned>(out.heads), static_cast<unsigned>(out.batch));
+  Launch("quanto decode", KernelOf("kvq::quanto::DecodeKernel", kBits, out.dtype, params.group_size, grid), stream, in,
+         first_token, out, IsWide(out), rows);
+}
+
+// ---- the rows
+
+constexpr char kSource[] = "optimum-quanto 0.2.7, called as in transformers' QuantizedCache";
+
+template <int kBits>
+Codec MakeCodec() {
+  Codec codec;
+  codec.bits = kBits;
+  codec.default_group = 64;
+  codec.grouping = "64 consecutive channels of one token";
+  codec.planes = [](int64_t /*heads*/, int64_t head_dim, const CodecParams& params) -> std::vector<Plane> {
+    CheckGroups("quanto", head_dim, params.group_size);
+    CheckRun(kBits, head_dim);
+    const int64_t metadata = head_dim / params.group_size * 2;
+    return {{"codes", head_dim * kBits / 8}, {"scales", metadata}, {"shifts", metadata}};
+  };
+  codec.encode = Encode<kBits>;
+  codec.decode = Decode<kBits>;
+  codec.encode_cuda = EncodeCuda<kBits>;
+  codec.decode_cuda = DecodeCuda<kBits>;
+  codec.device = {.label = kBits == 4 ? "int4_quanto" : "int2_quanto", .type = [](const CodecParams& params) {
+                    return InstanceName("kvq::AffineCodes", kBits, params.group_size, "kvq::Zero::kOfValues");
+                  }};
+  SetUniformBudget(codec);
+  return codec;
+}
+
+template <int kBits>
+Scheme Runs(const char* name) {
+  return {.name = name, .source = kSource, .keys = MakeCodec<kBits>(), .values = MakeCodec<kBits>(),
+          .refused = ""};
+}
+
+Scheme Refused(const char* name, const char* why) {
+  return {.name = name, .source = kSource, .keys = {}, .values = {}, .refused = why};
+}
+
+constexpr char kTwoOrFour[] = "quanto's KV cache has 2 and 4 bits only";
+constexpr char kSameAxis[] = "quanto's KV cache groups along axis 0 or -1 only, kivi wants 0 and 1";
+
+const RegisterScheme kInt4{Runs<4>("int4-quanto")};
+const RegisterScheme kInt2{Runs<2>("int2-quanto")};
+const RegisterScheme kInt8{Refused("int8-quanto", kTwoOrFour)};
+const RegisterScheme kInt8Kivi{Refused("int8-quanto-kivi", kTwoOrFour)};
+const RegisterScheme kInt4Kivi{Refused("int4-quanto-kivi", kSameAxis)};
+const RegisterScheme kInt2Kivi{Refused("int2-quanto-kivi", kSameAxis)};
+
+}  // namespace
+
+#else
+// ---- CUDA: the same bits
 
 // Two numbers as the package would hold them.
 template <DType kType>
@@ -232,25 +300,27 @@ struct Eights {
   }
 };
 
+// A thread encodes 16 neighbouring channels of a token: two fields of each chunk's word (code_row.h). The threads of a
+// word hand each other what they have of it, so that each stores whole ones. Sequence and head are the block's z and y:
+// division is slow.
 template <int kBits, DType kType, int n>
 __global__ void __launch_bounds__(256)
     EncodeKernel(DenseView x, int64_t first_token, KvView out, bool wide, const Divisor threads_of_token) {
   constexpr float m = kMaxCode<kBits>;
-  constexpr int kParts = 8 / kBits, kBytes = n / kParts, kThreads = kBytes / 8;
+  constexpr uint32_t kMask = 0x00010001u * ((1 << kBits) - 1);
+  constexpr int kGroupThreads = n / 16, kWordThreads = 8 / kBits;
   const auto [token, place] = threads_of_token.Of(blockIdx.x * 256 + threadIdx.x);
   const bool in_range = token < x.tokens;  // those past the end take part in the shuffles below
-  const uint32_t t = in_range ? token : 0, g = place / kThreads, lane = place % kThreads;
+  const uint32_t t = in_range ? token : 0, g = place / kGroupThreads, lane = place % kGroupThreads;
   const int64_t b = blockIdx.z, h = blockIdx.y;
-  const int64_t offset = Offset(x, b, h, t, g * n + lane * 8);
-  Eights<kType, kParts> eights;
+  const int64_t offset = Offset(x, b, h, t, place * 16);
+  Eights<kType, 2> eights;
 #pragma unroll
-  for (int part = 0; part < kParts; ++part) eights.Load(part, x, offset + part * kBytes, wide);
-  const GroupRange range = eights.Range(kThreads);
-  if (!in_range) return;
+  for (int part = 0; part < 2; ++part) eights.Load(part, x, offset + part * 8, wide);
+  const GroupRange range = eights.Range(kGroupThreads);
   float scale, shift;
   ScaleAndShift<kType>(range, m, scale, shift);
-  const int64_t slot = TokenBase(out) + first_token + t;
-  uint32_t packed[2] = {0, 0};
+  uint32_t words[4] = {0, 0, 0, 0};  // of the chunks, with this thread's fields
   // By the reciprocal, see ScaleAndShift. With a scale that has all its bits the largest quotient is m and less than a
   // half, and none is NaN: nothing is to be clamped.
   if (kType != DType::kFloat32 && scale >= 6.1035156e-5f && scale < 1e18f) {
@@ -259,134 +329,89 @@ __global__ void __launch_bounds__(256)
     const float inverse = 1.0f / scale;
     const uint32_t shifts = PackTwo<kType == DType::kFloat32 ? DType::kFloat16 : kType>(shift, shift);
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      uint32_t codes[4];
+    for (int part = 0; part < 2; ++part) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if constexpr (kType != DType::kFloat32) {
           float low, high;
           UnpackTwo<kType>(AddTwo<kType>(eights.words[part][i], shifts), low, high);
-          codes[i] = AddTwo<kType>(PackTwo<kType>(low * inverse, high * inverse), kBias);
+          words[i] |= (AddTwo<kType>(PackTwo<kType>(low * inverse, high * inverse), kBias) & kMask) << (part * kBits);
         }
       }
-#pragma unroll
-      for (int i = 0; i < 2; ++i) packed[i] |= ptx::PickBytes(codes[2 * i], codes[2 * i + 1], 0x6420) << part * kBits;
     }
   } else {
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) {
+    for (int part = 0; part < 2; ++part) {
 #pragma unroll
-      for (int i = 0; i < 8; i += 2) {
+      for (int i = 0; i < 4; ++i) {
         float low, high;
-        eights.Two(part, i, low, high);
+        eights.Two(part, 2 * i, low, high);
         const auto code = [&](float value) { return static_cast<uint32_t>(CodeOf<kType>(value, m, scale, shift)); };
-        packed[i / 4] |= (code(low) | code(high) << 8) << (i % 4 * 8 + part * kBits);
+        words[i] |= (code(low) | code(high) << 16) << (part * kBits);
       }
     }
   }
-  reinterpret_cast<uint2*>(CodeRow<kBits>(out, b, h, slot))[place] = {packed[0], packed[1]};
-  // The group's first two threads store a number each, where there are two.
-  uint16_t* scales = MetadataRow(out, 1, n, b, h, slot) + g;
-  uint16_t* shifts = MetadataRow(out, 2, n, b, h, slot) + g;
-  if (lane < 2) *(lane == 0 ? scales : shifts) = FloatToHalf(lane == 0 ? scale : shift);
-  if (kThreads == 1) *shifts = FloatToHalf(shift);
+  const uint32_t thread = place % kWordThreads;
+  uint32_t chunk = 0;  // of words[0], in the end
+#pragma unroll
+  for (int i = 0; i < 4; ++i) words[i] <<= thread * 2 * kBits;
+#pragma unroll
+  for (int lanes = kWordThreads / 2, left = 2; lanes > 0; lanes /= 2, left /= 2) {
+    const bool upper = (thread & lanes) != 0;
+#pragma unroll
+    for (int i = 0; i < left; ++i) {
+      const uint32_t other = __shfl_xor_sync(~0u, upper ? words[i] : words[i + left], lanes);
+      words[i] = (upper ? words[i + left] : words[i]) | other;
+    }
+    chunk += upper ? left : 0;
+  }
+  if (!in_range) return;
+  const int64_t slot = TokenBase(out) + first_token + t;
+  uint32_t* row = reinterpret_cast<uint32_t*>(CodeRow<kBits>(out, b, h, slot));
+  const uint32_t chunk_words = threads_of_token.divisor / kWordThreads, word = place / kWordThreads;
+#pragma unroll
+  for (int i = 0; i < 4 / kWordThreads; ++i) row[(chunk + i) * chunk_words + word] = words[i];
+  // The group's first two threads store a number each.
+  if (lane < 2) *(MetadataRow(out, lane == 0 ? 1 : 2, n, b, h, slot) + g) = FloatToHalf(lane == 0 ? scale : shift);
 }
 
+// A thread decodes eight neighbouring channels, a field of a word of each chunk, of kDecodeTokens tokens that are
+// `rows` apart.
 template <int kBits, DType kType, int n>
-__global__ void __launch_bounds__(256) DecodeKernel(KvView in, int64_t first_token, DenseView out, bool wide) {
-  constexpr int kParts = 8 / kBits, kBytes = n / kParts, kThreads = kBytes / 8;
-  const uint32_t per_token = static_cast<uint32_t>(out.head_dim) * kBits / 64;
-  const uint32_t index = blockIdx.x * 256 + threadIdx.x, place = index % per_token;
-  const int64_t b = blockIdx.z, h = blockIdx.y, t = index / per_token;
-  if (t >= out.tokens) return;
-  const int64_t g = place / kThreads, lane = place % kThreads, slot = first_token + t;
-  const uint2 packed = reinterpret_cast<const uint2*>(CodeRow<kBits>(in, b, h, slot))[place];
-  const float scale = HalfToFloat(MetadataRow(in, 1, n, b, h, slot)[g]);
-  const float shift = HalfToFloat(MetadataRow(in, 2, n, b, h, slot)[g]);
-  const int64_t offset = Offset(out, b, h, t, g * n + lane * 8);
+__global__ void __launch_bounds__(256) DecodeKernel(KvView in, int64_t first_token, DenseView out, bool wide, uint32_t rows) {
+  constexpr int kFields = 16 / kBits;
+  const uint32_t eights = static_cast<uint32_t>(out.head_dim) / 8, words = eights / kFields;
+  const uint32_t index = blockIdx.x * 256 + threadIdx.x, first = index / eights, eight = index % eights;
+  const int64_t b = blockIdx.z, h = blockIdx.y;
+  if (first >= rows) return;
+  uint32_t chunks[kDecodeTokens][4];
+  float scales[kDecodeTokens], shifts[kDecodeTokens];
 #pragma unroll
-  for (int part = 0; part < kParts; ++part) {
+  for (int i = 0; i < kDecodeTokens; ++i) {
+    const uint32_t t = first + i * rows;
+    if (t >= out.tokens) break;
+    const uint32_t* row = reinterpret_cast<const uint32_t*>(CodeRow<kBits>(in, b, h, first_token + t)) + eight / kFields;
+#pragma unroll
+    for (int chunk = 0; chunk < 4; ++chunk) chunks[i][chunk] = row[chunk * words];
+    scales[i] = HalfToFloat(MetadataRow(in, 1, n, b, h, first_token + t)[eight * 8 / n]);
+    shifts[i] = HalfToFloat(MetadataRow(in, 2, n, b, h, first_token + t)[eight * 8 / n]);
+  }
+#pragma unroll
+  for (int i = 0; i < kDecodeTokens; ++i) {
+    const uint32_t t = first + i * rows;
+    if (t >= out.tokens) break;
     float values[8];
 #pragma unroll
-    for (int i = 0; i < 8; i += 2) {
-      const uint32_t word = i < 4 ? packed.x : packed.y;
-      float low = scale * CodeToFloat(word, i % 4 * 8 + part * kBits, kBits);
-      float high = scale * CodeToFloat(word, i % 4 * 8 + 8 + part * kBits, kBits);
+    for (int chunk = 0; chunk < 4; ++chunk) {
+      const uint32_t word = chunks[i][chunk] >> (eight % kFields * kBits);
+      float low = scales[i] * CodeToFloat(word, 0, kBits), high = scales[i] * CodeToFloat(word, 16, kBits);
       RoundTwo<kType>(low, high);
-      values[i] = low - shift, values[i + 1] = high - shift;
+      values[2 * chunk] = low - shifts[i], values[2 * chunk + 1] = high - shifts[i];
     }
-    StoreEight<kType>(out, offset + part * kBytes, wide, values);
+    StoreEight<kType>(out, Offset(out, b, h, t, eight * 8), wide, values);
   }
-}
-
-template <int kBits>
-void EncodeCuda(const CodecParams& params, const DenseView& x, int64_t first_token, const KvView& out,
-                void* stream) {
-  if (Rows(x) == 0) return;
-  WithTypeAndGroup(x.dtype, params.group_size, [&](auto type, auto group) {
-    EncodeKernel<kBits, type(), group()><<<GridOf<kBits>(x), 256, 0, static_cast<cudaStream_t>(stream)>>>(
-        x, first_token, out, IsWide(x), Divisor(x.head_dim * kBits / 64));
-  });
-  Check(cudaGetLastError(), "encode");
-}
-
-template <int kBits>
-void DecodeCuda(const CodecParams& params, const KvView& in, int64_t first_token, const DenseView& out,
-                void* stream) {
-  if (Rows(out) == 0) return;
-  WithTypeAndGroup(out.dtype, params.group_size, [&](auto type, auto group) {
-    DecodeKernel<kBits, type(), group()>
-        <<<GridOf<kBits>(out), 256, 0, static_cast<cudaStream_t>(stream)>>>(in, first_token, out, IsWide(out));
-  });
-  Check(cudaGetLastError(), "decode");
 }
 
 #endif  // __CUDACC__
 
-// ---- the rows
-
-constexpr char kSource[] = "optimum-quanto 0.2.7, called as in transformers' QuantizedCache";
-
-template <int kBits>
-Codec MakeCodec() {
-  Codec codec;
-  codec.bits = kBits;
-  codec.default_group = 64;
-  codec.grouping = "64 consecutive channels of one token";
-  codec.planes = [](int64_t /*heads*/, int64_t head_dim, const CodecParams& params) -> std::vector<Plane> {
-    CheckGroups("quanto", head_dim, params.group_size);
-    const int64_t metadata = head_dim / params.group_size * 2;
-    return {{"codes", head_dim * kBits / 8}, {"scales", metadata}, {"shifts", metadata}};
-  };
-  codec.encode = Encode<kBits>;
-  codec.decode = Decode<kBits>;
-#ifdef __CUDACC__
-  codec.encode_cuda = EncodeCuda<kBits>;
-  codec.decode_cuda = DecodeCuda<kBits>;
-#endif
-  SetUniformBudget(codec);
-  return codec;
-}
-
-template <int kBits>
-Scheme Runs(const char* name) {
-  return {.name = name, .source = kSource, .keys = MakeCodec<kBits>(), .values = MakeCodec<kBits>(),
-          .refused = ""};
-}
-
-Scheme Refused(const char* name, const char* why) {
-  return {.name = name, .source = kSource, .keys = {}, .values = {}, .refused = why};
-}
-
-constexpr char kTwoOrFour[] = "quanto's KV cache has 2 and 4 bits only";
-constexpr char kSameAxis[] = "quanto's KV cache groups along axis 0 or -1 only, kivi wants 0 and 1";
-
-const RegisterScheme kInt4{Runs<4>("int4-quanto")};
-const RegisterScheme kInt2{Runs<2>("int2-quanto")};
-const RegisterScheme kInt8{Refused("int8-quanto", kTwoOrFour)};
-const RegisterScheme kInt8Kivi{Refused("int8-quanto-kivi", kTwoOrFour)};
-const RegisterScheme kInt4Kivi{Refused("int4-quanto-kivi", kSameAxis)};
-const RegisterScheme kInt2Kivi{Refused("int2-quanto-kivi", kSameAxis)};
-
-}  // namespace
-}  // namespace kvq
+}  // namespace kvq::quanto

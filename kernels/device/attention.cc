@@ -1,0 +1,153 @@
+// The host's half of attention.cuh: which kernel a pair of codecs gets on a card, and in what tiles.
+#include "kernels/device/attention.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "kernels/device/attention.cuh"
+#include "kernels/error.h"
+#include "kernels/runtime/launch.h"
+#include "kernels/scheme.h"
+
+namespace kvq {
+namespace {
+
+using decode_attention::kMostSplits;
+using decode_attention::LayOut;
+
+// What is chosen for a launch.
+struct Plan {
+  KernelInstance instance;
+  std::string tile_text;
+  int threads = 0, splits = 1;
+  int64_t pairs = 0, heads = 0;  // of the workspace: what a block works on, and its query heads
+  int64_t shared_bytes = 0;
+};
+
+// Bytes of a token on one side.
+int64_t TokenBytes(const Codec& codec, const CodecParams& params, const KvView& view) {
+  if (codec.planes == nullptr) return 2 * view.head_dim;
+  int64_t bytes = 0;
+  for (const Plane& plane : codec.planes(view.heads, view.head_dim, params)) bytes += plane.bytes;
+  return bytes;
+}
+
+int64_t RatioOf(const DecodeAttentionArgs& args) {
+  const int64_t heads = args.keys.heads;
+  if (heads < 1 || args.query_heads < heads || args.query_heads % heads != 0) {
+    throw InputError("decode attention wants a whole number of query heads a KV head, not ", args.query_heads, " for ",
+                     heads);
+  }
+  return args.query_heads / heads;
+}
+
+// Tokens that a launch may have to read.
+int64_t TokensInSight(const DecodeAttentionArgs& args) {
+  return args.window > 0 ? std::min<int64_t>(args.keys.capacity, args.window) : args.keys.capacity;
+}
+
+// Blocks for each KV head of a sequence: as few rounds of the whole GPU as possible, and no more than the tokens
+// can feed. A round costs what starting, ending and combining take, about 4 us on an H200, besides its bytes.
+int Splits(const DecodeAttentionArgs& args, int tile, int warps, int64_t tile_bytes) {
+  const double multiprocessors = CurrentDevice().multiprocessors;
+  const double pairs = static_cast<double>(args.keys.batch * args.keys.heads);
+  const int64_t tiles = TokensInSight(args) / tile + 1;
+  const double round = 4e-6 * 4.6e12 / multiprocessors / static_cast<double>(tile_bytes);  // in tiles at the memory's rate
+  const int most = static_cast<int>(std::clamp<int64_t>(tiles / warps, 1, kMostSplits));
+  int best = 1;
+  double least = 1e30;
+  for (int splits = 1; splits <= most; ++splits) {
+    const double rounds = std::ceil(pairs * splits / multiprocessors);
+    const double cost = rounds * (static_cast<double>(tiles) / splits + round);
+    if (cost < least * 0.999) best = splits, least = cost;
+  }
+  return best;
+}
+
+// One block an SM, its shared memory rings of three tiles a warp, where that much is there. Latency times bandwidth is
+// 40 KB an SM; with some 110 KB in flight a call is fastest, with twice that warps get their data so unevenly that the
+// last one is late (seen on an H200).
+Plan PlanTiles(const Codec& keys, const Codec& values, const DecodeAttentionArgs& args, int64_t ratio) {
+  constexpr int64_t kInFlight = 112 << 10, kStatic = 1 << 10;
+  const int64_t dim = args.keys.head_dim, room = CurrentDevice().block_shared - kStatic;
+  const int64_t token = TokenBytes(keys, args.key_params, args.keys) + TokenBytes(values, args.value_params, args.values);
+  const int head_tiles = ratio <= 8 ? 1 : 2;
+  const auto up = [](int64_t bytes) { return (bytes + 127) / 128 * 128; };
+  const auto merge_bytes = [&](int warps) { return warps * 8 * head_tiles * (dim + 4 + 2) * 4; };
+  int warps = 0, stages = 0;
+  for (const auto& [with_warps, with_stages] : {std::pair(8, 3), std::pair(4, 3), std::pair(4, 2), std::pair(2, 3), std::pair(2, 2)}) {
+    if (with_warps * with_stages * up(16 * token) > room || merge_bytes(with_warps) > room) continue;
+    warps = with_warps, stages = with_stages;
+    break;
+  }
+  if (warps == 0) throw InputError("decode attention: tiles of ", token, " bytes a token do not fit into ", room, " bytes of shared memory");
+  const bool dense = keys.planes == nullptr || values.planes == nullptr;
+  const int tile = !dense && warps * stages * up(32 * token) <= std::min(kInFlight, room) ? 32 : 16;
+  // What leaves room for a block of the product that follows, which then fetches its weights meanwhile. Larger shapes
+  // could not do without.
+  const int registers = warps == 8 && head_tiles == 1 && dim <= 128 ? 184 : 255;
+  Plan plan;
+  plan.instance = {{"kernels/device/attention.cuh", keys.device.source, values.device.source},
+                   InstanceName("kvq::decode_attention::Kernel",
+                                InstanceName("kvq::decode_attention::Config", keys.device.type(args.key_params),
+                                             values.device.type(args.value_params), dim, head_tiles, warps, stages, tile,
+                                             registers, args.window > 0))};
+  plan.tile_text = StrCat(warps, " warps x ", stages, " x ", tile, " tokens");
+  plan.threads = 32 * warps;
+  plan.splits = Splits(args, tile, warps, up(tile * token));
+  plan.pairs = args.keys.batch * args.keys.heads, plan.heads = ratio;
+  plan.shared_bytes = std::max<int64_t>(warps * stages * up(tile * token), merge_bytes(warps));
+  return plan;
+}
+
+Plan PlanOf(const Codec& keys, const Codec& values, const DecodeAttentionArgs& args) {
+  const int64_t dim = args.keys.head_dim, ratio = RatioOf(args);
+  if (dim != 64 && dim != 128 && dim != 256) {
+    throw InputError("decode attention knows a head_dim of 64, 128 and 256, not ", dim);
+  }
+  if (ratio > 16) throw InputError("decode attention wants 1 to 16 query heads a KV head, not ", ratio);
+  return PlanTiles(keys, values, args, ratio);
+}
+
+void CheckArgs(const Codec& keys, const Codec& values, const DecodeAttentionArgs& args) {
+  if (args.dtype == DType::kFloat32) throw InputError("decode attention wants float16 or bfloat16");
+  const auto aligned = [](const void* p, int64_t bytes) { return (reinterpret_cast<uintptr_t>(p) | bytes) % 16 == 0; };
+  bool all = aligned(args.queries, 0) && aligned(args.out, 0) && aligned(args.workspace, 0);
+  for (const auto& [codec, view] : {std::pair(&keys, &args.keys), std::pair(&values, &args.values)}) {
+    for (int p = 0; p < (codec->planes == nullptr ? 1 : 3); ++p) all &= aligned(view->planes[p], view->plane_stride[p]);
+  }
+  for (const DenseView* view : {&args.sink_keys, &args.sink_values, &args.residual_keys, &args.residual_values}) {
+    all &= aligned(view->data, (view->batch_stride | view->head_stride | view->token_stride) * 2);
+  }
+  if (!all) throw InputError("decode attention wants all rows and planes aligned to 16 bytes");
+}
+
+}  // namespace
+
+bool HasDecodeAttention(const Codec& keys, const Codec& values) {
+  return keys.device.label != nullptr && values.device.label != nullptr;
+}
+
+std::string DecodeAttentionName(const Codec& keys, const Codec& values, const DecodeAttentionArgs& args) {
+  const std::string k = keys.device.label, v = values.device.label;
+  return StrCat("fused_decode_", k, k == v ? "" : "+" + v, " (sm_", CurrentDevice().arch, ": ",
+                PlanOf(keys, values, args).tile_text, ")");
+}
+
+int64_t DecodeAttentionWorkspace(const Codec& keys, const Codec& values, const DecodeAttentionArgs& args) {
+  const Plan plan = PlanOf(keys, values, args);
+  return plan.pairs > 0 ? LayOut(nullptr, plan.pairs, plan.splits, plan.heads, args.keys.head_dim).bytes : 0;
+}
+
+void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttentionArgs& args, void* stream) {
+  CheckArgs(keys, values, args);
+  const Plan plan = PlanOf(keys, values, args);
+  Launch("decode attention",
+         {.instance = plan.instance,
+          .grid = static_cast<unsigned>(plan.pairs * plan.splits),
+          .threads = plan.threads,
+          .shared_bytes = static_cast<size_t>(plan.shared_bytes)},
+         stream, args, plan.splits);
+}
+
+}  // namespace kvq

@@ -1,0 +1,230 @@
+// Products of a decoding step: a weight times up to eight rows. Its limit is the weight's bytes,
+// each read once, over memory bandwidth.
+//
+// A block works on tiles of eight rows of the weight, its warps side by side on pieces of the
+// columns; a sum over the warps ends a tile. A tile's rows are two times four neighbours, `apart`
+// rows from each other: so what belongs together, a gate and its factor or the two channels of a
+// rotated pair, is in one tile and one lane's hands.
+//
+// Each warp has a ring of units, 8 rows x 64 columns, in shared memory, filled by its own cp.async
+// of 128 bytes a row: blocks fill the multiprocessors' shared memory with weights that are on their
+// way. The weights depend on no predecessor, so the ring is filled before the wait: 25 MB on an
+// H200, 5 us of its memory's time, which is what the end of one product, the wait and the norm of
+// the next one's input take.
+//
+// In the product the rows of x are `a` (m16n8k16; rows 8 to 15 are zero) and the weight is `b`.
+// Which column is which k of an instruction does not matter as long as x and weight agree: lane (g,
+// t) takes columns 8 t to 8 t + 7 of 32, one access of 16 bytes, for two instructions.
+#pragma once
+
+#include "kernels/device/step.cuh"
+#include "kernels/vector_math.h"
+
+namespace kvq::step {
+
+inline constexpr int kTileRows = 8, kUnit = 64;  // columns
+inline constexpr int kUnitBytes = kTileRows * kUnit * 2;
+inline constexpr int kProductNormHeld = 2;  // eights of a normalized row that a thread keeps: at most 4096 elements
+
+// How a block finds the rows of a tile, and what it keeps in shared memory: [rings | x | sums].
+struct ProductPlan {
+  int warps = 0, stages = 0;  // 0: these shapes cannot run
+  int blocks_per_sm = 1;
+  int tiles = 0, splits = 1;
+  int in_group = 1, group_rows = 8,
+      apart = 4;  // tile i begins at row i / in_group * group_rows + i % in_group * 4
+  int64_t x_bytes = 0, shared_bytes = 0;
+};
+// Bytes of sums: of two tiles, in float32.
+KVQ_HD constexpr int64_t SumBytes(int warps, int64_t rows) { return 2 * warps * rows * kTileRows * 4; }
+
+#ifdef __CUDACC__
+
+// Elements 8 i to 8 i + 7 of a row of x, by where lanes read them: [32 columns, row, 32 of them].
+__device__ __forceinline__ int PlaceOf(int i, int row, int rows) {
+  return (i / 4 * rows + row) * 4 + i % 4;
+}
+
+template <bool kBFloat16, int kWarps, int kStages, ProductEnd kEnd, bool kNormalizes>
+__global__ void __launch_bounds__(kWarps * 32, 2)
+    ProductKernel(const __grid_constant__ ProductArgs a, const __grid_constant__ ProductPlan plan) {
+  extern __shared__ __align__(128) std::byte shared[];
+  constexpr int kThreads = kWarps * 32;
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
+  const int rows = static_cast<int>(a.rows), in = static_cast<int>(a.in);
+  const ptx::Shared ring = ptx::SharedAddress(shared) + warp * kStages * kUnitBytes;
+  std::byte* x_shared = shared + kWarps * kStages * kUnitBytes;
+  float* sums = reinterpret_cast<float*>(x_shared + plan.x_bytes);
+
+  // This block's split of the columns, and this warp's part of it, in units.
+  const int split = blockIdx.x % plan.splits, units = in / kUnit;
+  const int split_begin = units * split / plan.splits,
+            split_end = units * (split + 1) / plan.splits;
+  const int begin = split_begin + (split_end - split_begin) * warp / kWarps;
+  const int end = split_begin + (split_end - split_begin) * (warp + 1) / kWarps;
+  const int first_tile = blockIdx.x / plan.splits, tile_step = gridDim.x / plan.splits;
+  const auto first_row = [&](int tile) {
+    return tile / plan.in_group * plan.group_rows + tile % plan.in_group * 4;
+  };
+
+  // ---- the stream of weights: lane l copies granule l % 8 of rows l / 8 and l / 8 + 4 of a unit.
+  // Granules of odd rows swap halves, so that lanes (g, t) read without bank conflicts.
+  const auto swizzle = [](int row) { return (row & 1) << 2; };
+  const ptx::Shared copy_place = lane / 8 * 128 + ((lane % 8) ^ swizzle(lane / 8)) * 16;
+  const ptx::Shared read_place = ring + g * 128 + (t ^ swizzle(g)) * 16;
+  const int64_t apart_bytes = static_cast<int64_t>(plan.apart) * in * 2;
+  int next_tile = first_tile, next_unit = begin, next_stage = 0;
+  const std::byte* next = nullptr;
+  const auto aim = [&] {
+    next = static_cast<const std::byte*>(a.weight) +
+           (static_cast<int64_t>(first_row(next_tile) + lane / 8) * in + begin * kUnit) * 2 +
+           lane % 8 * 16;
+  };
+  const auto fetch = [&] {  // an empty group behind the last unit
+    if (next_tile < plan.tiles && begin < end) {
+      const ptx::Shared place = ring + next_stage * kUnitBytes + copy_place;
+      ptx::CopyAsync(place, next);
+      ptx::CopyAsync(place + kUnitBytes / 2, next + apart_bytes);
+      next += kUnit * 2;
+      if (++next_unit == end) {
+        next_unit = begin;
+        next_tile += tile_step;
+        aim();
+      }
+    }
+    next_stage = next_stage + 1 == kStages ? 0 : next_stage + 1;
+    ptx::CopyCommit();
+  };
+  LaunchDependents();
+  aim();
+#pragma unroll 1
+  for (int i = 0; i < kStages - 1; ++i) fetch();
+
+  // ---- x
+  if constexpr (kNormalizes) {
+    float weight[kProductNormHeld][8], x[kProductNormHeld][8], squares = 0;
+#pragma unroll
+    for (int i = 0; i < kProductNormHeld; ++i) {
+      const int at = (threadIdx.x + i * kThreads) * 8;
+      if (at < in) LoadFloats(a.norm.weight, at, weight[i]);
+    }
+    WaitForPredecessors();
+#pragma unroll
+    for (int i = 0; i < kProductNormHeld; ++i) {
+      const int at = (threadIdx.x + i * kThreads) * 8;
+      if (at < in) LoadSum<kBFloat16>(a.norm, 0, at, x[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kProductNormHeld; ++i) {
+      const int at = (threadIdx.x + i * kThreads) * 8;
+      if (at >= in) break;
+      const bool added = a.norm.delta != nullptr || a.norm.partial != nullptr;
+      if (added && blockIdx.x == 0) Store<kBFloat16>(a.norm.sum, at, x[i]);
+#pragma unroll
+      for (int k = 0; k < 8; ++k) squares += x[i][k] * x[i][k];
+    }
+    const float inverse = InverseRms(squares, in, a.norm.eps, sums);
+#pragma unroll
+    for (int i = 0; i < kProductNormHeld; ++i) {
+      const int at = (threadIdx.x + i * kThreads) * 8;
+      if (at >= in) break;
+#pragma unroll
+      for (int k = 0; k < 8; ++k) x[i][k] = x[i][k] * inverse * weight[i][k];
+      Store<kBFloat16>(x_shared, PlaceOf(at / 8, 0, 1) * 8, x[i]);
+    }
+  } else {
+    WaitForPredecessors();
+    const int eights = (split_end - split_begin) * kUnit / 8;
+    const ptx::Shared place = ptx::SharedAddress(x_shared);
+    for (int i = threadIdx.x; i < rows * eights; i += kThreads) {
+      const int row = i / eights, column = split_begin * kUnit + i % eights * 8;
+      ptx::CopyAsync(place + PlaceOf(i % eights, row, rows) * 16,
+                     static_cast<const uint16_t*>(a.x) + static_cast<int64_t>(row) * in + column);
+    }
+    ptx::CopyCommit();
+    ptx::CopyWait<0>();
+  }
+  __syncthreads();
+  // Lanes of rows that do not exist read the last one; nobody reads what comes out for them.
+  const ptx::Shared x_place = ptx::SharedAddress(x_shared) + (begin - split_begin) * 2 * rows * 64 +
+                              min(g, rows - 1) * 64 + t * 16;
+
+  int stage = 0, turn = 0;
+#pragma unroll 1
+  for (int tile = first_tile; tile < plan.tiles; tile += tile_step, ++turn) {
+    float sum[2][4] = {};
+    ptx::Shared x_at = x_place;
+#pragma unroll 1
+    for (int unit = begin; unit < end; ++unit) {
+      ptx::CopyWait<kStages - 2>();
+      __syncwarp();
+      fetch();  // into the stage that all lanes have left
+      const ptx::Shared at = read_place + stage * kUnitBytes;
+#pragma unroll
+      for (int chunk = 0; chunk < 2; ++chunk, x_at += rows * 64) {
+        uint32_t weight[4], x[4];
+        ptx::LoadShared(at ^ chunk * 64, weight);
+        ptx::LoadShared(x_at, x);
+#pragma unroll
+        for (int k = 0; k < 4; k += 2) {
+          if constexpr (kBFloat16) {
+            ptx::MmaBFloat16(sum[chunk], x[k], 0, x[k + 1], 0, weight[k], weight[k + 1]);
+          } else {
+            ptx::MmaHalf(sum[chunk], x[k], 0, x[k + 1], 0, weight[k], weight[k + 1]);
+          }
+        }
+      }
+      stage = stage + 1 == kStages ? 0 : stage + 1;
+    }
+    // Lane (g, t) has row g of x times rows 2 t and 2 t + 1 of the tile.
+    float* tile_sums = sums + turn % 2 * kWarps * rows * kTileRows;
+    if (g < rows) {
+      *reinterpret_cast<float2*>(tile_sums + (warp * rows + g) * kTileRows + 2 * t) =
+          make_float2(sum[0][0] + sum[1][0], sum[0][1] + sum[1][1]);
+    }
+    __syncthreads();  // and the sums of the tile before last are free
+    // One warp finishes the tile while the others go on: lane (g, t) row g of x, rows t and t + 4
+    // of the tile.
+    if (warp != turn % kWarps || g >= rows) continue;
+    float first = 0, second = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      first += tile_sums[(w * rows + g) * kTileRows + t];
+      second += tile_sums[(w * rows + g) * kTileRows + t + 4];
+    }
+    const int row = first_row(tile) + t;
+    if constexpr (kEnd == ProductEnd::kPartial) {
+      float* out = a.partial + (static_cast<int64_t>(split) * rows + g) * a.out + row;
+      out[0] = first, out[plan.apart] = second;
+    } else if constexpr (kEnd == ProductEnd::kStore) {
+      uint16_t* out = static_cast<uint16_t*>(a.stored) + g * a.out + row;
+      out[0] = static_cast<uint16_t>(Pack<kBFloat16>(first, 0));
+      out[plan.apart] = static_cast<uint16_t>(Pack<kBFloat16>(second, 0));
+    } else {
+      const void* biases = kEnd == ProductEnd::kGate ? a.gate.bias : a.append.of.bias;
+      if (biases != nullptr) {
+        first += At<kBFloat16>(static_cast<const uint16_t*>(biases)[row], 0);
+        second += At<kBFloat16>(static_cast<const uint16_t*>(biases)[row + plan.apart], 0);
+      }
+      first = Round<kBFloat16>(first), second = Round<kBFloat16>(second);
+      if constexpr (kEnd == ProductEnd::kGate) {
+        static_cast<uint16_t*>(a.gate.out)[g * a.gate.size + row] = static_cast<uint16_t>(
+            Pack<kBFloat16>(Gated<kBFloat16>(a.gate.activation, first, second), 0));
+      } else {
+        const HeadsArgs& of = a.append.of;
+        const int head = tile / plan.in_group, i = tile % plan.in_group * 4 + t;
+        if (head < of.heads + of.kv_heads) {
+          const float2 turned = Turn(of, g, i, first, second);
+          first = turned.x, second = turned.y;
+        }
+        uint16_t* out = Destination(a.append, g, head) + i;
+        out[0] = static_cast<uint16_t>(Pack<kBFloat16>(first, 0));
+        out[plan.apart] = static_cast<uint16_t>(Pack<kBFloat16>(second, 0));
+      }
+    }
+  }
+}
+
+#endif  // __CUDACC__
+
+}  // namespace kvq::step

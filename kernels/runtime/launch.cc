@@ -1,0 +1,193 @@
+#include "kernels/runtime/launch.h"
+
+#include <algorithm>
+#include <charconv>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <set>
+
+#include "kernels/error.h"
+
+namespace kvq {
+namespace {
+
+thread_local const DeviceShape* pretended = nullptr;
+thread_local std::vector<KernelLaunch>* gathered = nullptr;
+
+// KVQ_SHARED_LIMIT, or what there is.
+void LimitShared(DeviceShape& shape) {
+  const char* text = std::getenv("KVQ_SHARED_LIMIT");
+  if (text == nullptr || *text == '\0') return;
+  int limit = 0;
+  const char* end = text + std::strlen(text);
+  const auto [at, error] = std::from_chars(text, end, limit);
+  if (error != std::errc() || at != end || limit < 48 << 10) {
+    throw InputError("KVQ_SHARED_LIMIT: '", text, "' is no number of bytes from 49152 on; 101376 is an RTX 4090's limit");
+  }
+  shape.block_shared = std::min(shape.block_shared, limit);
+  shape.shared = std::min(shape.shared, limit + 1024);  // the driver keeps 1 KiB a block
+}
+
+DeviceShape ReadShape() {
+  DeviceShape s;
+  int device = 0, major = 0, minor = 0;
+  Check(cudaGetDevice(&device), "current device");
+  for (const auto& [value, attribute] :
+       {std::pair(&s.multiprocessors, cudaDevAttrMultiProcessorCount), std::pair(&major, cudaDevAttrComputeCapabilityMajor),
+        std::pair(&minor, cudaDevAttrComputeCapabilityMinor),
+        std::pair(&s.block_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin),
+        std::pair(&s.shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor)}) {
+    Check(cudaDeviceGetAttribute(value, attribute, device), "attributes of the device");
+  }
+  s.arch = 10 * major + minor;
+  if (s.arch < 80) throw InputError("kernels want a GPU of compute capability 8.0 (sm_80) or later, this one has ", major, ".", minor);
+  LimitShared(s);
+  return s;
+}
+
+// A kernel in the driver, for all devices of its kind.
+struct Loaded {
+  cudaKernel_t kernel = nullptr;
+  std::map<int, size_t> allowed;  // dynamic shared memory, by device
+  bool checked = false;           // the arguments' sizes
+};
+
+std::mutex loaded_mutex;
+
+std::map<std::string, Loaded>& LoadedKernels() {
+  static auto* const loaded = new std::map<std::string, Loaded>;  // the driver may end before static objects do
+  return *loaded;
+}
+
+void Load(const KernelInstance& instance, const CompiledKernel& compiled) {
+  cudaLibrary_t library = nullptr;
+  Check(cudaLibraryLoadData(&library, compiled.cubin.data(), nullptr, nullptr, 0, nullptr, nullptr, 0), instance.name.c_str());
+  Loaded loaded;
+  Check(cudaLibraryGetKernel(&loaded.kernel, library, compiled.symbol.c_str()), instance.name.c_str());
+  LoadedKernels().emplace(instance.name, loaded);
+}
+
+// With loaded_mutex held.
+Loaded& Find(const KernelInstance& instance) {
+  auto found = LoadedKernels().find(instance.name);
+  if (found == LoadedKernels().end()) {
+    Load(instance, CompileKernel(instance, CurrentDevice().arch));
+    found = LoadedKernels().find(instance.name);
+  }
+  return found->second;
+}
+
+void CheckArguments(cudaKernel_t kernel, const std::string& name, const std::vector<size_t>& sizes) {
+  size_t offset = 0, size = 0;
+  for (size_t i = 0; i <= sizes.size(); ++i) {
+    const bool there = cudaFuncGetParamInfo(reinterpret_cast<const void*>(kernel), i, &offset, &size) == cudaSuccess;
+    if (there != (i < sizes.size()) || (there && size != sizes[i])) {
+      throw std::logic_error(StrCat(name, ": argument ", i, there ? StrCat(" has ", size, " bytes") : " does not exist",
+                                    i < sizes.size() ? StrCat(", not ", sizes[i]) : ", and none is given"));
+    }
+  }
+  cudaGetLastError();  // of the one behind the last
+}
+
+}  // namespace
+
+const DeviceShape& CurrentDevice() {
+  if (pretended != nullptr) return *pretended;
+  static const DeviceShape shape = ReadShape();
+  return shape;
+}
+
+std::string KernelsText() {
+  const char* limit = std::getenv("KVQ_SHARED_LIMIT");
+  return StrCat("NVRTC ", NvrtcVersion(), ", sm_", CurrentDevice().arch,
+                limit != nullptr && *limit != '\0' ? StrCat(", ", CurrentDevice().block_shared, " bytes of shared memory a block") : "");
+}
+
+std::vector<KernelLaunch> Gather(const DeviceShape& device, const std::function<void()>& work) {
+  std::vector<KernelLaunch> launches;
+  struct Restore {
+    const DeviceShape* device = pretended;
+    std::vector<KernelLaunch>* launches = gathered;
+    ~Restore() { pretended = device, gathered = launches; }
+  } restore;
+  pretended = &device, gathered = &launches;
+  work();
+  return launches;
+}
+
+void Prepare(const std::function<void()>& work) {
+  std::vector<KernelInstance> missing;
+  const std::vector<KernelLaunch> launches = Gather(CurrentDevice(), work);
+  const std::lock_guard lock(loaded_mutex);
+  for (const KernelLaunch& launch : launches) {
+    const auto same = [&](const KernelInstance& one) { return one.name == launch.instance.name; };
+    if (!LoadedKernels().contains(launch.instance.name) && std::none_of(missing.begin(), missing.end(), same)) {
+      missing.push_back(launch.instance);
+    }
+  }
+  const std::vector<CompiledKernel> compiled = CompileKernels(missing, CurrentDevice().arch);
+  for (size_t i = 0; i < missing.size(); ++i) Load(missing[i], compiled[i]);
+}
+
+void* AllocateScratch(int64_t bytes, void* stream) {
+  if (gathered != nullptr) return nullptr;
+  static std::set<int> kept;  // GPUs whose pool has been told
+  int device = 0;
+  Check(cudaGetDevice(&device), "current device");
+  if (!kept.contains(device)) {
+    cudaMemPool_t pool;
+    uint64_t keep = uint64_t{256} << 20;
+    Check(cudaDeviceGetDefaultMemPool(&pool, device), "memory pool");
+    Check(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &keep), "memory pool");
+    // Or a stream would wait for another one's memory while there is more.
+    int wait = 0;
+    Check(cudaMemPoolSetAttribute(pool, cudaMemPoolReuseAllowInternalDependencies, &wait), "memory pool");
+    kept.insert(device);
+  }
+  void* scratch = nullptr;
+  Check(cudaMallocAsync(&scratch, bytes, static_cast<cudaStream_t>(stream)), "scratch memory");
+  return scratch;
+}
+
+void FreeScratch(void* scratch, void* stream) {
+  if (gathered == nullptr) Check(cudaFreeAsync(scratch, static_cast<cudaStream_t>(stream)), "scratch memory");
+}
+
+void LaunchRaw(const char* what, const KernelLaunch& launch, void* stream, const std::vector<size_t>& sizes,
+               void** arguments) {
+  if (launch.grid.x == 0 || launch.grid.y == 0 || launch.grid.z == 0) return;
+  if (gathered != nullptr) return gathered->push_back(launch);
+  cudaKernel_t kernel = nullptr;
+  {
+    const std::lock_guard lock(loaded_mutex);
+    Loaded& loaded = Find(launch.instance);
+    kernel = loaded.kernel;
+    if (!loaded.checked) CheckArguments(kernel, launch.instance.name, sizes), loaded.checked = true;
+    if (launch.shared_bytes > 48 << 10) {
+      int device = 0;
+      Check(cudaGetDevice(&device), what);
+      size_t& allowed = loaded.allowed[device];
+      if (allowed < launch.shared_bytes) {
+        Check(cudaKernelSetAttributeForDevice(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                              static_cast<int>(launch.shared_bytes), device),
+              what);
+        allowed = launch.shared_bytes;
+      }
+    }
+  }
+  cudaLaunchAttribute overlap;
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = launch.grid;
+  config.blockDim = dim3(static_cast<unsigned>(launch.threads));
+  config.dynamicSmemBytes = launch.shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &overlap;
+  config.numAttrs = launch.early && CurrentDevice().arch >= 90 ? 1 : 0;
+  Check(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments), what);
+}
+
+}  // namespace kvq
