@@ -1,10 +1,12 @@
-// The fused decode attention of every scheme against attention in float64 over the tokens as the CPU decodes them.
+// Fused decode attention of every pair of schemes against attention in float64 over the tokens as the CPU decodes them.
 #include <cmath>
 
 #include "accuracy/encoded.h"
+#include "fixtures/cache/spec.h"
 #include "fixtures/machine/device.h"
 #include "kernels/device/attention.h"
 #include "kernels/error.h"
+#include "kernels/runtime/launch.h"
 
 namespace kvq {
 namespace {
@@ -12,10 +14,11 @@ namespace {
 using at::Tensor;
 
 struct AttentionCase {
-  const char* scheme;
+  std::string spec;  // keys' scheme, or keys' and values'
   int64_t head_dim, group, ratio;
   std::vector<SequenceLength> lengths;  // of each sequence
   at::ScalarType dtype = at::kHalf;
+  int32_t window = 0;
 };
 
 constexpr int64_t kKvHeads = 2, kSinks = 8, kResidual = 128;
@@ -28,8 +31,10 @@ struct Side {
   Tensor decoded, weight;
 };
 
-Side MakeSide(const Codec& codec, bool dense, const AttentionCase& c, int64_t capacity) {
+// `other_dense`: of the other side.
+Side MakeSide(const Codec& codec, bool other_dense, const AttentionCase& c, int64_t capacity) {
   const int64_t batch = static_cast<int64_t>(c.lengths.size());
+  const bool dense = codec.encode == nullptr;
   const auto normal = [&](int64_t tokens) {
     return at::randn({batch, kKvHeads, tokens, c.head_dim}, at::kCPU).to(c.dtype);
   };
@@ -38,10 +43,14 @@ Side MakeSide(const Codec& codec, bool dense, const AttentionCase& c, int64_t ca
   const Tensor tokens = normal(capacity);
   side.decoded = tokens.to(at::kDouble), side.weight = side.decoded.abs();
   if (dense) {
-    side.dense = tokens.cuda();
-    for (int64_t b = 0; b < batch; ++b) {  // what lies behind the length must not be seen
-      side.dense[b].narrow(1, c.lengths[b].encoded, capacity - c.lengths[b].encoded).fill_(NAN);
+    // What lies behind the length must not be seen. Beside an encoded side the residual stands there.
+    side.dense = at::cat({tokens, normal(kResidual)}, 2);
+    for (int64_t b = 0; b < batch; ++b) {
+      const int64_t encoded = c.lengths[b].encoded;
+      side.dense[b].narrow(1, encoded, side.dense.size(2) - encoded).fill_(NAN);
+      if (!other_dense) side.dense[b].narrow(1, encoded, kResidual).copy_(side.residual[b]);
     }
+    side.dense = side.dense.cuda();
   } else {
     const CodecParams params{.group_size = c.group};
     EncodedTensors on_cpu = Encode(codec, params, tokens, 1);
@@ -67,15 +76,16 @@ Side MakeSide(const Codec& codec, bool dense, const AttentionCase& c, int64_t ca
 }
 
 void Check(const AttentionCase& c) {
-  SCOPED_TRACE(StrCat(c.scheme, " head_dim ", c.head_dim, " group ", c.group, " ratio ", c.ratio, " lengths ",
+  SCOPED_TRACE(StrCat(c.spec, " head_dim ", c.head_dim, " group ", c.group, " ratio ", c.ratio, " lengths ",
                       c.lengths[0].sinks, "/", c.lengths[0].encoded, "/", c.lengths[0].residual, " of ",
-                      c.lengths.size(), " ", c.dtype));
-  const Scheme& scheme = FindScheme(c.scheme);
-  const bool dense = scheme.stores_dense();
+                      c.lengths.size(), " ", c.dtype, " window ", c.window));
+  const SchemePair pair = ParseSpec(c.spec).schemes;
+  const Codec &key_codec = pair.keys->keys, &value_codec = pair.values->values;
+  const bool keys_dense = key_codec.encode == nullptr, values_dense = value_codec.encode == nullptr;
   const int64_t batch = static_cast<int64_t>(c.lengths.size());
   int64_t capacity = 8;
   for (const SequenceLength& length : c.lengths) capacity = std::max<int64_t>(capacity, (length.encoded + 15) / 8 * 8);
-  Side keys = MakeSide(scheme.keys, dense, c, capacity), values = MakeSide(scheme.values, dense, c, capacity);
+  Side keys = MakeSide(key_codec, values_dense, c, capacity), values = MakeSide(value_codec, keys_dense, c, capacity);
   const Tensor queries = at::randn({batch, kKvHeads, c.ratio, c.head_dim}).to(c.dtype);
   const double scale = 1 / std::sqrt(static_cast<double>(c.head_dim));
 
@@ -85,17 +95,20 @@ void Check(const AttentionCase& c) {
   Tensor expected = at::zeros({batch, kKvHeads, c.ratio, c.head_dim}, at::kDouble), allowed = at::zeros_like(expected);
   for (int64_t b = 0; b < batch; ++b) {
     const SequenceLength& length = c.lengths[b];
+    const int64_t all_tokens = length.sinks + length.encoded + length.residual;
+    if (all_tokens == 0) continue;
+    const int64_t hidden = c.window > 0 ? std::max<int64_t>(all_tokens - c.window, 0) : 0;
     const auto all = [&](const Side& side, const Tensor& encoded) {
       return at::cat({side.sinks[b].narrow(1, 0, length.sinks).to(at::kDouble), encoded[b].narrow(1, 0, length.encoded),
-                      side.residual[b].narrow(1, 0, length.residual).to(at::kDouble)}, 1);
+                      side.residual[b].narrow(1, 0, length.residual).to(at::kDouble)}, 1)
+          .narrow(1, hidden, all_tokens - hidden);
     };
-    if (length.sinks + length.encoded + length.residual == 0) continue;
     const Tensor p = at::softmax(
         at::matmul(queries[b].to(at::kDouble), all(keys, keys.decoded).transpose(1, 2)) * scale, -1);
     expected[b].copy_(at::matmul(p, all(values, values.decoded)));
     const Tensor in_codes = all(values, values.weight).abs(), as_are = all(values, at::zeros_like(values.weight)).abs();
-    allowed[b].copy_(roundoff * expected[b].abs() + (dense ? roundoff : half) * at::matmul(p, in_codes) +
-                     (dense ? 0 : roundoff) * at::matmul(p, as_are));
+    allowed[b].copy_(roundoff * expected[b].abs() + (values_dense ? roundoff : half) * at::matmul(p, in_codes) +
+                     (values_dense ? 0 : roundoff) * at::matmul(p, as_are));
   }
 
   std::vector<int32_t> counts;
@@ -105,12 +118,15 @@ void Check(const AttentionCase& c) {
   const Tensor lengths = at::tensor(counts, at::kInt).cuda(), on_gpu = queries.cuda();
   for (Side* side : {&keys, &values}) side->sinks = side->sinks.cuda(), side->residual = side->residual.cuda();
   const auto view = [&](const Side& side) {
-    if (!dense) return side.encoded.view();
+    if (!side.dense.defined()) return side.encoded.view();
     KvView v;
     v.batch = batch, v.heads = kKvHeads, v.head_dim = c.head_dim, v.capacity = capacity;
     v.planes[0] = static_cast<std::byte*>(side.dense.data_ptr());
     v.plane_stride[0] = side.dense.stride(1) * 2;
     return v;
+  };
+  const auto residual = [&](const Side& side, bool other_dense) {
+    return ViewOf(side.dense.defined() && !other_dense ? side.dense : side.residual);
   };
   Tensor out = at::full(queries.sizes(), NAN, on_gpu.options());
   DecodeAttentionArgs args{.dtype = DTypeOf(c.dtype),
@@ -124,11 +140,12 @@ void Check(const AttentionCase& c) {
                            .value_params = {.group_size = c.group},
                            .sink_keys = ViewOf(keys.sinks),
                            .sink_values = ViewOf(values.sinks),
-                           .residual_keys = ViewOf(keys.residual),
-                           .residual_values = ViewOf(values.residual),
+                           .residual_keys = residual(keys, values_dense),
+                           .residual_values = residual(values, keys_dense),
+                           .window = c.window,
                            .lengths = reinterpret_cast<const SequenceLength*>(lengths.data_ptr())};
-  const DecodeAttention& attention = scheme.decode_attention;
-  const Tensor workspace = at::zeros({attention.workspace_bytes(args)}, on_gpu.options().dtype(at::kByte));
+  const Tensor workspace =
+      at::zeros({DecodeAttentionWorkspace(key_codec, value_codec, args)}, on_gpu.options().dtype(at::kByte));
   args.workspace = workspace.data_ptr();
   // A workspace serves again; and early, behind a kernel that changes the lengths.
   for (int launch = 0; launch < 3; ++launch) {
@@ -140,18 +157,20 @@ void Check(const AttentionCase& c) {
       Synchronize(lengths.device());
       lengths.add_(late);
     }
-    attention.run(args, nullptr);
+    DecodeAttention(key_codec, value_codec, args, nullptr);
     const Tensor error = (out.cpu().to(at::kDouble) - expected).abs();
     EXPECT_TRUE(error.le(allowed + 1e-30).all().item<bool>())
         << "launch " << launch << ": " << (error / (allowed + 1e-30)).max().item<double>() << " of what is allowed";
   }
 }
 
+const std::vector<std::string> kSchemes = {"none", "int8-hqq", "int4-hqq", "int2-hqq", "int4-quanto", "int2-quanto"};
+
 TEST(DecodeAttentionGpu, EqualsAttentionOverDecodedTokens) {
   KVQ_NEEDS_CUDA();
   const c10::InferenceMode guard;
   at::manual_seed(7);
-  for (const char* scheme : {"none", "int8-hqq", "int4-hqq", "int2-hqq"}) {
+  for (const std::string& scheme : kSchemes) {
     const bool dense = FindScheme(scheme).stores_dense();
     for (const int64_t dim : {64, 128, 256}) {
       for (const int64_t group : {32, 64, 128}) {
@@ -172,26 +191,90 @@ TEST(DecodeAttentionGpu, EqualsAttentionOverDecodedTokens) {
   }
 }
 
+TEST(DecodeAttentionGpu, EveryPairOfSchemes) {
+  KVQ_NEEDS_CUDA();
+  const c10::InferenceMode guard;
+  at::manual_seed(9);
+  for (const std::string& keys : kSchemes) {
+    for (const std::string& values : kSchemes) {
+      if (keys == values) continue;
+      const std::string spec = keys + "+" + values;
+      Check({spec, 128, 64, 4, {{3, 1000, 40}, {0, 0, 5}, {8, 129, 0}}});
+      Check({spec, 128, 64, 16, {{0, 700, 128}}, at::kBFloat16});
+      Check({spec, 64, 64, 7, {{5, 97, 77}}});
+      Check({spec, 256, 128, 2, {{0, 333, 1}}});
+      Check({spec, 512, 64, 4, {{1, 200, 9}}});
+    }
+  }
+}
+
+// A window that ends within the residual, the encoded tokens and the sinks, and one that hides nothing.
+TEST(DecodeAttentionGpu, SlidingWindows) {
+  KVQ_NEEDS_CUDA();
+  const c10::InferenceMode guard;
+  at::manual_seed(10);
+  for (const char* spec : {"none", "int4-hqq", "int8-hqq+int2-hqq", "none+int4-quanto", "int4-hqq+none"}) {
+    for (const int32_t window : {1, 37, 40, 41, 128, 500, 1038, 1041, 1043, 5000}) {
+      for (const int64_t dim : {64, 128, 256, 512}) {
+        if (dim != 128 && window % 2 == 0) continue;
+        Check({spec, dim, 64, 4, {{3, 1000, 40}, {0, 20, 3}}, window % 3 == 0 ? at::kHalf : at::kBFloat16, window});
+      }
+    }
+  }
+}
+
+// What has no tiles of its own: other head_dims, and more than 16 query heads a KV head.
+TEST(DecodeAttentionGpu, AnyShape) {
+  KVQ_NEEDS_CUDA();
+  const c10::InferenceMode guard;
+  at::manual_seed(11);
+  for (const std::string& scheme : kSchemes) {
+    const bool dense = scheme == "none", two_bits = scheme.starts_with("int2");
+    for (const int64_t dim : {32, 80, 96, 192, 320, 512}) {
+      if (!dense && (dim % 32 != 0 || (two_bits && dim % 64 != 0))) continue;
+      for (const int64_t ratio : {1, 3, 4, 8}) {
+        Check({scheme, dim, 32, ratio, {{2, 300, 50}, {0, 0, 0}, {8, 1, 128}}, ratio == 3 ? at::kBFloat16 : at::kHalf});
+      }
+    }
+    Check({scheme, 128, 64, 24, {{0, 1000, 100}}});
+    Check({scheme, 64, 32, 34, {{4, 50, 0}}});
+  }
+}
+
 // Every kind of code and every path once: what fits under a sanitizer.
 TEST(DecodeAttentionGpu, AFewShapes) {
   KVQ_NEEDS_CUDA();
   const c10::InferenceMode guard;
   at::manual_seed(8);
-  for (const char* scheme : {"none", "int8-hqq", "int4-hqq", "int2-hqq"}) {
-    Check({scheme, 128, 64, 4, {{3, 200, 40}, {0, 0, 5}}});
-    Check({scheme, 64, 32, 7, {{0, 129, 0}}, at::kBFloat16});
-    Check({scheme, 256, 128, 16, {{0, 100, 128}}});
+  for (const char* spec : {"none", "int8-hqq", "int4-hqq", "int2-hqq", "int4-quanto", "int8-hqq+int4-hqq",
+                           "none+int4-quanto", "int2-hqq+none"}) {
+    Check({spec, 128, 64, 4, {{3, 200, 40}, {0, 0, 5}}});
+    Check({spec, 64, 32, 7, {{0, 129, 0}}, at::kBFloat16});
+    Check({spec, 256, 128, 16, {{0, 100, 128}}});
+    Check({spec, 128, 64, 4, {{3, 200, 40}}, at::kHalf, 90});
+    Check({spec, 512, 64, 4, {{3, 100, 40}}, at::kHalf, 90});
   }
 }
 
-TEST(DecodeAttentionGpu, RefusesWhatItDoesNotKnow) {
-  KVQ_NEEDS_CUDA();
-  const DecodeAttention& attention = FindScheme("int4-hqq").decode_attention;
-  DecodeAttentionArgs args{.query_heads = 34};
-  args.keys.batch = args.keys.heads = 1, args.keys.head_dim = 128, args.key_params = args.value_params = k64;
-  EXPECT_THROW(attention.workspace_bytes(args), InputError);  // 34 query heads a KV head
-  args.query_heads = 4, args.keys.head_dim = 80;
-  EXPECT_THROW(attention.workspace_bytes(args), InputError);
+TEST(DecodeAttention, RefusesWhatItDoesNotKnow) {
+  const Codec& codec = FindScheme("int4-hqq").keys;
+  DecodeAttentionArgs args;
+  args.query_heads = 33;
+  args.keys.batch = 1, args.keys.heads = 2, args.keys.head_dim = 128, args.keys.capacity = 100;
+  args.values = args.keys, args.key_params = args.value_params = k64;
+  const DeviceShape h100{132, 90, 232448, 233472};
+  const auto bytes = [&] {
+    int64_t result = 0;
+    Gather(h100, [&] { result = DecodeAttentionWorkspace(codec, codec, args); });
+    return result;
+  };
+  EXPECT_THROW(bytes(), InputError);  // 33 query heads for 2 KV heads
+  args.query_heads = 8;
+  EXPECT_GT(bytes(), 0);
+  args.keys.head_dim = args.values.head_dim = 1024;
+  EXPECT_THROW(bytes(), InputError);
+  args.keys.head_dim = args.values.head_dim = 100;  // not in eights
+  EXPECT_THROW(bytes(), InputError);
 }
 
 }  // namespace

@@ -66,10 +66,7 @@ TEST(DecodeGraph, SaysWhatItRefuses) {
                     Weights::Random(1, at::kHalf, at::kCPU));
   says(RefusalOf(model, "int4-hqq@policy=hf"), "policy hf");
   says(RefusalOf(model, "int4-hqq@residual=0"), "residual");
-#ifdef KVQ_CUDA  // elsewhere there is no fused attention at all
   says(RefusalOf(model, "int4-hqq-kivi"), "no fused attention for keys int4-hqq-kivi");
-  says(RefusalOf(model, "int4-hqq+none"), "no fused attention for keys int4-hqq and values none");
-#endif
 }
 
 // ---- kernels

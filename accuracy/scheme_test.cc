@@ -20,10 +20,8 @@ TEST(Tables, HaveTheirRows) {
     for (const Codec* codec : {&scheme.keys, &scheme.values}) {
       EXPECT_NE(codec->decode, nullptr) << name;
       EXPECT_GT(codec->nmse_budget, 0) << name;
-#ifdef KVQ_CUDA
       EXPECT_NE(codec->encode_cuda, nullptr) << name;
       EXPECT_NE(codec->decode_cuda, nullptr) << name;
-#endif
     }
   }
   for (const char* name : {"int8-quanto", "int8-quanto-kivi", "int4-quanto-kivi", "int2-quanto-kivi", "int5"}) {

@@ -48,10 +48,10 @@ int64_t TokensInSight(const DecodeAttentionArgs& args) {
 
 // Blocks for each KV head of a sequence: as few rounds of the whole GPU as possible, and no more than the tokens
 // can feed. A round costs what starting, ending and combining take, about 4 us on an H200, besides its bytes.
-int Splits(const DecodeAttentionArgs& args, int tile, int warps, int64_t tile_bytes) {
+int Splits(int64_t all_pairs, int64_t tokens, int tile, int warps, int64_t tile_bytes) {
   const double multiprocessors = CurrentDevice().multiprocessors;
-  const double pairs = static_cast<double>(args.keys.batch * args.keys.heads);
-  const int64_t tiles = TokensInSight(args) / tile + 1;
+  const double pairs = static_cast<double>(all_pairs);
+  const int64_t tiles = tokens / tile + 1;
   const double round = 4e-6 * 4.6e12 / multiprocessors / static_cast<double>(tile_bytes);  // in tiles at the memory's rate
   const int most = static_cast<int>(std::clamp<int64_t>(tiles / warps, 1, kMostSplits));
   int best = 1;
@@ -71,18 +71,28 @@ Plan PlanTiles(const Codec& keys, const Codec& values, const DecodeAttentionArgs
   constexpr int64_t kInFlight = 112 << 10, kStatic = 1 << 10;
   const int64_t dim = args.keys.head_dim, room = CurrentDevice().block_shared - kStatic;
   const int64_t token = TokenBytes(keys, args.key_params, args.keys) + TokenBytes(values, args.value_params, args.values);
-  const int head_tiles = ratio <= 8 ? 1 : 2;
+  const bool dense = keys.planes == nullptr || values.planes == nullptr;
+  // Eight query heads share what a block reads, or sixteen where registers hold so many; more are dealt to several blocks.
+  const int most_heads = dim == 64 || (dim == 128 && keys.planes == nullptr && values.planes == nullptr) ? 16 : 8;
+  int64_t parts = 1;
+  while (ratio % parts != 0 || ratio / parts > most_heads) ++parts;
+  const int head_tiles = ratio / parts <= 8 ? 1 : 2;
   const auto up = [](int64_t bytes) { return (bytes + 127) / 128 * 128; };
   const auto merge_bytes = [&](int warps) { return warps * 8 * head_tiles * (dim + 4 + 2) * 4; };
+  const bool shelf = values.planes != nullptr && (dim > 128 || head_tiles > 1);  // Config::kShelf
+  const auto shared_bytes = [&](int warps, int stages, int tile) {
+    return std::max<int64_t>(warps * stages * up(tile * token), up(merge_bytes(warps))) +
+           (shelf ? warps * 8 * head_tiles * dim * 4 : 0);
+  };
   int warps = 0, stages = 0;
   for (const auto& [with_warps, with_stages] : {std::pair(8, 3), std::pair(4, 3), std::pair(4, 2), std::pair(2, 3), std::pair(2, 2)}) {
-    if (with_warps * with_stages * up(16 * token) > room || merge_bytes(with_warps) > room) continue;
+    if (shared_bytes(with_warps, with_stages, 16) > room) continue;
     warps = with_warps, stages = with_stages;
     break;
   }
   if (warps == 0) throw InputError("decode attention: tiles of ", token, " bytes a token do not fit into ", room, " bytes of shared memory");
-  const bool dense = keys.planes == nullptr || values.planes == nullptr;
-  const int tile = !dense && warps * stages * up(32 * token) <= std::min(kInFlight, room) ? 32 : 16;
+  const int tile =
+      !dense && warps * stages * up(32 * token) <= kInFlight && shared_bytes(warps, stages, 32) <= room ? 32 : 16;
   // What leaves room for a block of the product that follows, which then fetches its weights meanwhile. Larger shapes
   // could not do without.
   const int registers = warps == 8 && head_tiles == 1 && dim <= 128 ? 184 : 255;
@@ -90,23 +100,43 @@ Plan PlanTiles(const Codec& keys, const Codec& values, const DecodeAttentionArgs
   plan.instance = {{"kernels/device/attention.cuh", keys.device.source, values.device.source},
                    InstanceName("kvq::decode_attention::Kernel",
                                 InstanceName("kvq::decode_attention::Config", keys.device.type(args.key_params),
-                                             values.device.type(args.value_params), dim, head_tiles, warps, stages, tile,
+                                             values.device.type(args.value_params), dim, parts, head_tiles, warps, stages, tile,
                                              registers, args.window > 0))};
   plan.tile_text = StrCat(warps, " warps x ", stages, " x ", tile, " tokens");
   plan.threads = 32 * warps;
-  plan.splits = Splits(args, tile, warps, up(tile * token));
-  plan.pairs = args.keys.batch * args.keys.heads, plan.heads = ratio;
-  plan.shared_bytes = std::max<int64_t>(warps * stages * up(tile * token), merge_bytes(warps));
+  plan.pairs = args.keys.batch * args.keys.heads * parts, plan.heads = ratio / parts;
+  plan.splits = Splits(plan.pairs, TokensInSight(args), tile, warps, up(tile * token));
+  plan.shared_bytes = shared_bytes(warps, stages, tile);
+  return plan;
+}
+
+// One token a warp at a time, where there are no tiles.
+Plan PlanAny(const Codec& keys, const Codec& values, const DecodeAttentionArgs& args, int64_t ratio) {
+  constexpr int kWarps = 4, kBlocksPerSm = 4;
+  const int64_t dim = args.keys.head_dim;
+  int heads = dim <= 128 ? 4 : 2;
+  while (ratio % heads != 0) --heads;
+  Plan plan;
+  plan.instance = {{"kernels/device/attention_any.cuh", keys.device.source, values.device.source},
+                   InstanceName("kvq::decode_attention::AnyKernel",
+                                InstanceName("kvq::decode_attention::AnyConfig", keys.device.type(args.key_params),
+                                             values.device.type(args.value_params), dim, heads),
+                                args.dtype == DType::kBFloat16)};
+  plan.tile_text = StrCat(kWarps, " warps, token by token");
+  plan.threads = 32 * kWarps;
+  plan.pairs = args.keys.batch * args.query_heads / heads, plan.heads = heads;
+  const int64_t wanted = CurrentDevice().multiprocessors * kBlocksPerSm / std::max<int64_t>(plan.pairs, 1);
+  plan.splits = static_cast<int>(std::clamp<int64_t>(wanted, 1, std::clamp<int64_t>(TokensInSight(args) / 64, 1, kMostSplits)));
   return plan;
 }
 
 Plan PlanOf(const Codec& keys, const Codec& values, const DecodeAttentionArgs& args) {
   const int64_t dim = args.keys.head_dim, ratio = RatioOf(args);
-  if (dim != 64 && dim != 128 && dim != 256) {
-    throw InputError("decode attention knows a head_dim of 64, 128 and 256, not ", dim);
+  if (dim == 64 || dim == 128 || dim == 256) return PlanTiles(keys, values, args, ratio);
+  if (dim % 8 != 0 || dim > 512) {
+    throw InputError("decode attention wants a head_dim that is a multiple of 8 up to 512, not ", dim);
   }
-  if (ratio > 16) throw InputError("decode attention wants 1 to 16 query heads a KV head, not ", ratio);
-  return PlanTiles(keys, values, args, ratio);
+  return PlanAny(keys, values, args, ratio);
 }
 
 void CheckArgs(const Codec& keys, const Codec& values, const DecodeAttentionArgs& args) {

@@ -64,7 +64,8 @@ __device__ __forceinline__ int HiddenTokens(const DecodeAttentionArgs& args, con
 // Sixteen tokens of sinks or residual, straight from device memory: what lane 4 g + t of a warp needs of them.
 template <class C>
 struct DenseTokens {
-  uint4 keys[2][C::kDim / 32], values[4][C::kDim / 64];  // as LogitsOfDense and AddDense want them
+  const uint4 *key_rows[2], *value_rows[4];  // of the lane's first granule
+  uint4 keys[2][C::kDim / 32], values[4][C::kDim / 64];  // as LogitsOfDense and AddDense want them, where kEager
   int valid, hidden;
 
   __device__ __forceinline__ static int Units(const SequenceLength& length) {
@@ -89,24 +90,36 @@ struct DenseTokens {
                                             Offset(view, b, h, (dense_side ? behind : 0) + first + min(token, last), 0));
     };
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint4* granules = row(key_view, g + 8 * i, C::K::kDense) + t;
+    for (int i = 0; i < 2; ++i) key_rows[i] = row(key_view, g + 8 * i, C::K::kDense) + t;
 #pragma unroll
-      for (int j = 0; j < C::kDim / 32; ++j) keys[i][j] = __ldcg(granules + 4 * j);
+    for (int i = 0; i < 4; ++i) value_rows[i] = row(value_view, 2 * t + i % 2 + i / 2 * 8, C::V::kDense) + g;
+    if constexpr (!C::kEager) return;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int j = 0; j < C::kDim / 32; ++j) keys[i][j] = __ldcg(key_rows[i] + 4 * j);
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint4* granules = row(value_view, 2 * t + i % 2 + i / 2 * 8, C::V::kDense) + g;
 #pragma unroll
-      for (int j = 0; j < C::kDim / 64; ++j) values[i][j] = __ldcg(granules + 8 * j);
+      for (int j = 0; j < C::kDim / 64; ++j) values[i][j] = __ldcg(value_rows[i] + 8 * j);
     }
   }
   template <bool kBFloat16>
   __device__ __forceinline__ void Attend(int g, const Queries<C>& q, Partial<C>& partial) const {
     Logits<C> x;
-    LogitsOfDense<C, kBFloat16>(q, [&](int i, int j) { return keys[i][j]; }, x);
+    // Fetched when they are wanted, not all at once: a barrier keeps their registers few.
+    const auto fetch = [](const uint4* granule, bool first) {
+      if (first) __syncwarp();
+      return __ldcg(granule);
+    };
+    LogitsOfDense<C, kBFloat16>(
+        q, [&](int i, int j) { return C::kEager ? keys[i][j] : fetch(key_rows[i] + 4 * j, i == 0 && j % 2 == 0); }, x);
     Mask<C>(x, 0, valid, hidden, g);
-    AddDense<C, kBFloat16>(q.factor, x, partial, [&](int i, int j) { return values[i % 2 + i / 8 * 2][j]; });
+    AddDense<C, kBFloat16>(q.factor, x, partial, [&](int i, int j) {
+      const int row = i % 2 + i / 8 * 2;
+      return C::kEager ? values[row][j] : fetch(value_rows[row] + 8 * j, row == 0);
+    });
   }
 };
 
@@ -259,6 +272,31 @@ struct Ring {
 
 // ---- the end: warps of a block, then blocks
 
+// A warp's sums of dense tokens in shared memory, [head, channel].
+template <class C>
+__device__ __forceinline__ float* ShelfOf(std::byte* shared, int warp) {
+  return reinterpret_cast<float*>(shared + C::kShelfAt) + warp * C::kHeads * C::kDim;
+}
+template <class C, typename Put>
+__device__ __forceinline__ void ForDenseSums(const Partial<C>& dense, int ht, int i, int g, const Put& put) {
+#pragma unroll
+  for (int step = 0; step < C::kSteps; ++step) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) put(step / 4 * 64 + 8 * g + step % 4 * 2 + half, dense.o[ht][step][2 * half + i]);
+  }
+}
+template <class C>
+__device__ __forceinline__ void Shelve(const Partial<C>& dense, float* shelf, int g, int t) {
+#pragma unroll
+  for (int ht = 0; ht < C::kHeadTiles; ++ht) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      ForDenseSums<C>(dense, ht, i, g, [&](int channel, float x) { shelf[(8 * ht + 2 * t + i) * C::kDim + channel] = x; });
+    }
+  }
+  __syncwarp();
+}
+
 // Adds up the block's warps, with one reference for each head, into a slot of the workspace. `dense` is what a warp
 // has of dense tokens beside those of codes, where `has_dense`.
 template <class C>
@@ -306,13 +344,14 @@ __device__ void Merge(const Partial<C>& partial, bool has_dense, const Partial<C
       }
       if (!kCodes || !has_dense) continue;
       __syncwarp();  // dense tokens have other channels in a lane
-#pragma unroll
-      for (int step = 0; step < C::kSteps; ++step) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int channel = step / 4 * 64 + 8 * g + step % 4 * 2 + half;
-          if (head < ratio) of_head[channel] = fmaf(dense.o[ht][step][2 * half + i], dense_factor, of_head[channel]);
-        }
+      const auto add = [&](int channel, float of_dense) {
+        if (head < ratio) of_head[channel] = fmaf(of_dense, dense_factor, of_head[channel]);
+      };
+      if constexpr (C::kShelf) {
+        const float* shelf = ShelfOf<C>(shared, warp) + head * C::kDim;
+        for (int channel = g; channel < C::kDim; channel += 8) add(channel, shelf[channel]);
+      } else {
+        ForDenseSums<C>(dense, ht, i, g, add);
       }
     }
   }
@@ -422,11 +461,12 @@ __global__ void __maxnreg__(C::kRegisters)
   extern __shared__ __align__(128) std::byte shared[];
   __shared__ bool last;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
-  const int pair = blockIdx.x / splits, split = blockIdx.x % splits;
-  const int heads = static_cast<int>(args.keys.heads), ratio = static_cast<int>(args.query_heads) / heads;
-  const Workspace workspace = LayOut(args.workspace, args.keys.batch * heads, splits, ratio, C::kDim);
-  float2* sums = static_cast<float2*>(workspace.sums) + (static_cast<int64_t>(pair) * splits + split) * ratio;
-  float* outputs = workspace.outputs + (static_cast<int64_t>(pair) * splits + split) * ratio * C::kDim;
+  // A part of a pair's query heads counts as a pair of its own in the workspace.
+  const int part = blockIdx.x / splits, split = blockIdx.x % splits, pair = part / C::kParts;
+  const int heads = static_cast<int>(args.keys.heads), ratio = static_cast<int>(args.query_heads) / heads / C::kParts;
+  const Workspace workspace = LayOut(args.workspace, args.keys.batch * heads * C::kParts, splits, ratio, C::kDim);
+  float2* sums = static_cast<float2*>(workspace.sums) + (static_cast<int64_t>(part) * splits + split) * ratio;
+  float* outputs = workspace.outputs + (static_cast<int64_t>(part) * splits + split) * ratio * C::kDim;
   const SequenceLength* lengths = args.lengths + pair / heads;
   const auto ring_of = [&](const SequenceLength& of) {
     return Ring<C>(args, pair, of, split, splits, ptx::SharedAddress(shared) + warp * C::kStages * C::kTileBytes);
@@ -443,9 +483,9 @@ __global__ void __maxnreg__(C::kRegisters)
   if (args.early) WaitForPredecessors();
   Queries<C> q;
   if constexpr (C::K::kDense) {
-    LoadQueriesForDense<C>(args, pair, g, t, q);
-  } else {
-    LoadQueries<C>(args, pair, g, t, q);
+    LoadQueriesForDense<C>(args, part, g, t, q);
+  } else if constexpr (C::kEager) {
+    LoadQueries<C>(args, part, g, t, q);
   }
   // The warps' sixteens of dense tokens are dealt to all blocks in turn, the last warps first, which may have a tile
   // less.
@@ -453,7 +493,7 @@ __global__ void __maxnreg__(C::kRegisters)
   DenseTokens<C> tokens;
   Queries<C> dense_q;
   const auto load_dense = [&] {
-    if (unit < DenseTokens<C>::Units(length)) tokens.Load(args, pair, length, unit, g, t);
+    if (C::kEager && unit < DenseTokens<C>::Units(length)) tokens.Load(args, pair, length, unit, g, t);
   };
   load_dense();
   if (const SequenceLength now = length_now();
@@ -465,21 +505,24 @@ __global__ void __maxnreg__(C::kRegisters)
   }
   const int units = DenseTokens<C>::Units(length);
   const bool has_dense = unit < units;
-  if (has_dense) LoadQueriesForDense<C>(args, pair, g, t, dense_q);
+  if (!C::K::kDense && has_dense) LoadQueriesForDense<C>(args, part, g, t, dense_q);
   if (!started) ring.Start();  // all that comes from memory is on its way before any of it is worked on
 
   if (ring.first - warp < ring.end || split < units) {
     Partial<C> partial, dense;
     while (unit < units) {
       Partial<C>& of = C::V::kDense ? partial : dense;
+      if constexpr (!C::kEager) tokens.Load(args, pair, length, unit, g, t);
       if (args.dtype == DType::kBFloat16) {
-        tokens.template Attend<true>(g, dense_q, of);
+        tokens.template Attend<true>(g, C::K::kDense ? q : dense_q, of);
       } else {
-        tokens.template Attend<false>(g, dense_q, of);
+        tokens.template Attend<false>(g, C::K::kDense ? q : dense_q, of);
       }
       unit += C::kWarps * splits;
-      if (unit < units) tokens.Load(args, pair, length, unit, g, t);
+      if (C::kEager && unit < units) tokens.Load(args, pair, length, unit, g, t);
     }
+    if (C::kShelf && has_dense) Shelve<C>(dense, ShelfOf<C>(shared, warp), g, t);
+    if constexpr (!C::K::kDense && !C::kEager) LoadQueries<C>(args, part, g, t, q);
     if constexpr (!C::K::kDense) PrepareQueries<C>(args, t, q);
     const auto stream = [&](auto bfloat16) {
       ring.Stream([&](ptx::Shared tile, int valid, int hidden) {
@@ -502,12 +545,12 @@ __global__ void __maxnreg__(C::kRegisters)
   // The block that finishes last for this pair finds all slots written.
   __syncthreads();
   if (threadIdx.x == 0) {
-    last = ptx::AddInOrder(&workspace.counters[pair], 1) == splits - 1;
-    if (last) workspace.counters[pair] = 0;
+    last = ptx::AddInOrder(&workspace.counters[part], 1) == splits - 1;
+    if (last) workspace.counters[part] = 0;
   }
   __syncthreads();
   if (last) {
-    Combine<C>(args, pair, splits, ratio, shared, sums - split * ratio, outputs - static_cast<int64_t>(split) * ratio * C::kDim);
+    Combine<C>(args, part, splits, ratio, shared, sums - split * ratio, outputs - static_cast<int64_t>(split) * ratio * C::kDim);
   }
 }
 

@@ -39,16 +39,22 @@ struct Row : Codec_ {
 
 // Everything that is fixed when a kernel is compiled. The host chooses warps, stages, tokens of a tile and registers by
 // what the device has (attention.cc).
-template <class Keys, class Values, int kDim_, int kHeadTiles_, int kWarps_, int kStages_, int kTile_, int kRegisters_,
+template <class Keys, class Values, int kDim_, int kParts_, int kHeadTiles_, int kWarps_, int kStages_, int kTile_, int kRegisters_,
           bool kWindow_>
 struct Config {
   static constexpr int kDim = kDim_, kHeadTiles = kHeadTiles_;
+  static constexpr int kParts = kParts_;  // of a KV head's query heads, each for a block of its own
   static constexpr int kWarps = kWarps_, kStages = kStages_, kTile = kTile_, kRegisters = kRegisters_;
   static constexpr bool kWindow = kWindow_;  // tokens may be hidden by a sliding window
   using K = Row<Keys, kDim>;
   using V = Row<Values, kDim>;
   static constexpr bool kDense = K::kDense && V::kDense;
   static constexpr bool kOneDense = K::kDense != V::kDense;
+  // Dense tokens beside the tiles are fetched before anything is worked on; where registers are too few, when they are.
+  static constexpr bool kEager = kDim <= 128 && kHeadTiles == 1;
+  // Dense tokens have sums of their own beside those of codes, as their channels lie otherwise. Where registers are too few
+  // for both, those of dense tokens, which come first, wait in shared memory.
+  static constexpr bool kShelf = !V::kDense && !kEager;
   static constexpr int kHeads = 8 * kHeadTiles;  // columns for query heads
   static constexpr int kSteps = kDim / 16;       // of a product over channels
   static constexpr int kThreads = 32 * kWarps;
@@ -57,6 +63,8 @@ struct Config {
   static constexpr int kValueMetaAt = kKeyMetaAt + kTile * K::kPlanes * K::kMeta;
   static constexpr int kTileBytes = (kTile * (K::kTokenBytes + V::kTokenBytes) + 127) / 128 * 128;
   static constexpr int kHeadStride = kDim + 4;  // floats, in the merge: lanes of one store in different banks
+  static constexpr int kMergeBytes = kWarps * kHeads * (kHeadStride + 2) * 4;
+  static constexpr int kShelfAt = std::max(kWarps * kStages * kTileBytes, (kMergeBytes + 127) / 128 * 128);
 };
 
 // Scales (or zeros) of one token, of all groups.
@@ -126,7 +134,7 @@ struct Queries {
 // nullptr past the last head.
 template <class C>
 __device__ __forceinline__ const uint32_t* QueryRow(const DecodeAttentionArgs& args, int pair, int head) {
-  const int ratio = static_cast<int>(args.query_heads / args.keys.heads);
+  const int ratio = static_cast<int>(args.query_heads / args.keys.heads) / C::kParts;
   if (head >= ratio) return nullptr;
   return static_cast<const uint32_t*>(args.queries) +
          (static_cast<int64_t>(pair) * ratio + head) * (C::kDim / 2);
@@ -484,8 +492,8 @@ __device__ __forceinline__ void AddCodes(ptx::Shared tile, int valid, int g, int
 // Of sixteen dense tokens. value(i, j) gives granule 8 j + g of token 2 t + i, i = 0, 1, 8, 9; any numbers where no token
 // is.
 template <class C, bool kBFloat16, typename Value>
-__device__ __forceinline__ void AddDense(const float (&factor)[C::kHeadTiles][2], const Logits<C>& x,
-                                         Partial<C>& partial, const Value& value) {
+__device__ __forceinline__ void AddDense(const float (&factor)[C::kHeadTiles][2], const Logits<C>& x, Partial<C>& partial,
+                                         const Value& value) {
   uint32_t b[C::kHeadTiles][2];
 #pragma unroll
   for (int ht = 0; ht < C::kHeadTiles; ++ht) {
@@ -507,7 +515,7 @@ __device__ __forceinline__ void AddDense(const float (&factor)[C::kHeadTiles][2]
       b[ht][half] = ptx::Transpose(kBFloat16 ? ptx::PackBFloat16(p[0], p[1]) : ptx::PackHalf(p[0], p[1]));
     }
   }
-  // Values: channels 64 j + 8 g + 2 w and + 1 are rows g and g + 8 of step 4 j + w.
+  // Channels 64 j + 8 g + 2 w and + 1 are rows g and g + 8 of step 4 j + w.
 #pragma unroll
   for (int j = 0; j < C::kDim / 64; ++j) {
     uint32_t words[4][4];

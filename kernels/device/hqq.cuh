@@ -188,8 +188,13 @@ __device__ __forceinline__ float Step(const float (&scaled)[kEach], float m, flo
 
 // kEach elements a lane: the more, the fewer instructions for sums; the fewer, the fewer groups of a warp wait for each
 // other to stand still. The bounds on blocks were the best of those tried on an H200.
+#if __CUDA_ARCH__ >= 1000  // needs a few registers more
+inline constexpr int kSolveBlocks = 5;
+#else
+inline constexpr int kSolveBlocks = 6;
+#endif
 template <int n, bool kAcross, int kEach>
-__global__ void __launch_bounds__(kSolveThreads, kEach == 16 ? 6 : 10)
+__global__ void __launch_bounds__(kSolveThreads, kEach == 16 ? kSolveBlocks : 10)
     SolveKernel(BlockShape shape, const Places places, DenseView x, float m, Solved solved) {
   constexpr int kLanes = n / kEach;
   __shared__ PowerTable powers;

@@ -46,7 +46,7 @@ __device__ __forceinline__ int PlaceOf(int i, int row, int rows) {
 }
 
 template <bool kBFloat16, int kWarps, int kStages, ProductEnd kEnd, bool kNormalizes>
-__global__ void __launch_bounds__(kWarps * 32, 2)
+__global__ void __launch_bounds__(kWarps * 32, kStages > 4 ? 2 : 1)
     ProductKernel(const __grid_constant__ ProductArgs a, const __grid_constant__ ProductPlan plan) {
   extern __shared__ __align__(128) std::byte shared[];
   constexpr int kThreads = kWarps * 32;

@@ -216,28 +216,30 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int first = length - n + block * kSageQueries;  // token of the first query
   const int last = min(first + static_cast<int>(kSageQueries), length) - 1;
   const int tiles = last / static_cast<int>(kSageKeys) + 1;
-  const int64_t of_keys = static_cast<int64_t>(b * kv_heads + kv_head) * BlocksOf(length, kSageKeys);
-  const int64_t of_queries = static_cast<int64_t>(pair) * query_blocks + block;
-  const int8_t* key_codes = w.key_codes + of_keys * T::kKeyBytes;
+  const int of_keys = (b * kv_heads + kv_head) * static_cast<int>(BlocksOf(length, kSageKeys));
+  const int of_queries = pair * query_blocks + block;
   const uint16_t* values = static_cast<const uint16_t*>(a.values.data) +  // the granule that this thread copies first
                            RowOf(a.values, b, kv_head, threadIdx.x / (kDim / 8)) + threadIdx.x % (kDim / 8) * 8;
 
   const auto copy_tile = [&](int tile) {
     const Shared stage = queries + T::kQueryBytes + tile % kStages * T::kStageBytes;
     const int64_t token = static_cast<int64_t>(tile) * kSageKeys;
-    CopyCodes<kDim, kSageKeys>(stage, key_codes + token * kDim);
+    CopyCodes<kDim, kSageKeys>(stage, w.key_codes + static_cast<int64_t>(of_keys + tile) * T::kKeyBytes);
     CopyValues<kDim>(stage + T::kKeyBytes, values + token * a.values.token_stride, a.values.token_stride,
                      length - static_cast<int>(token));
     ptx::CopyCommit();
   };
-  CopyCodes<kDim, kSageQueries>(queries, w.query_codes + of_queries * T::kQueryBytes);
+  CopyCodes<kDim, kSageQueries>(queries, w.query_codes + static_cast<int64_t>(of_queries) * T::kQueryBytes);
   copy_tile(0);
 
   float sums[kRowTiles][kDim / 8][4] = {};
-  float m[kRowTiles][2], l[kRowTiles][2] = {};  // reference of the exponentials; this lane's share of their sum
+  // The exponentials' reference, and each lane's share of their sum: not in registers, which are full.
+  __shared__ float references[kRowTiles][2][kThreads], l[kRowTiles][2][kThreads];
 #pragma unroll
-  for (int r = 0; r < kRowTiles; ++r) m[r][0] = m[r][1] = -INFINITY;
-  const float query_scale = w.query_scales[of_queries];
+  for (int r = 0; r < kRowTiles; ++r) {
+    references[r][0][threadIdx.x] = references[r][1][threadIdx.x] = -INFINITY;
+    l[r][0][threadIdx.x] = l[r][1][threadIdx.x] = 0;
+  }
   const int row = warp * 16 * kRowTiles;  // of this warp's first query
   // Where this lane points to in the first matrices of queries, keys and values.
   const Shared query_at = queries + T::template Place<kDim>(row + lane % 16, lane / 16);
@@ -245,7 +247,6 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int value_place = T::kKeyBytes + T::template Place<2 * kDim>(lane % 16, lane / 16);
 
   for (int tile = 0; tile < tiles; ++tile) {
-    const float unit = query_scale * w.key_scales[of_keys + tile];
     ptx::CopyWait<0>();
     __syncthreads();  // the tile is there, and nobody reads the one before any more
     if (tile + 1 < tiles) copy_tile(tile + 1);
@@ -299,7 +300,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
     }
 
-    float moved[kRowTiles][2];
+    const float unit = w.query_scales[of_queries] * w.key_scales[of_keys + tile];
+    float m[kRowTiles][2], moved[kRowTiles][2];
     bool moves = false;
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
@@ -310,6 +312,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         for (int k = 0; k < kKeyTiles; ++k) top = fmaxf(top, fmaxf(p[r][k][2 * h], p[r][k][2 * h + 1]));
         top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
         top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+        m[r][h] = references[r][h][threadIdx.x];
         moved[r][h] = fmaxf(m[r][h], top * unit);
         moves |= moved[r][h] != m[r][h];
       }
@@ -320,8 +323,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const float factor = ptx::Exp2(m[r][h] - moved[r][h]);
-          m[r][h] = moved[r][h];
-          l[r][h] *= factor;
+          m[r][h] = references[r][h][threadIdx.x] = moved[r][h];
+          l[r][h][threadIdx.x] *= factor;
 #pragma unroll
           for (int c = 0; c < kDim / 8; ++c) sums[r][c][2 * h] *= factor, sums[r][c][2 * h + 1] *= factor;
         }
@@ -329,14 +332,16 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
+      float sum[2] = {l[r][0][threadIdx.x], l[r][1][threadIdx.x]};
 #pragma unroll
       for (int k = 0; k < kKeyTiles; ++k) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           p[r][k][i] = ptx::Exp2(fmaf(p[r][k][i], unit, -m[r][i / 2]));
-          l[r][i / 2] += p[r][k][i];
+          sum[i / 2] += p[r][k][i];
         }
       }
+      l[r][0][threadIdx.x] = sum[0], l[r][1][threadIdx.x] = sum[1];
     }
 
 #pragma unroll
@@ -367,7 +372,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float sum = l[r][h];
+      float sum = l[r][h][threadIdx.x];
       sum += __shfl_xor_sync(~0u, sum, 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
       const int query = block * static_cast<int>(kSageQueries) + row + 16 * r + 8 * h + g;

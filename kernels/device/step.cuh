@@ -74,21 +74,28 @@ __device__ __forceinline__ void LoadSum(const AddNormArgs& a, int64_t row, int64
   const int64_t index = row * a.size + at;
   Load<kBFloat16>(a.x, index, x);
   if (a.delta == nullptr && a.partial == nullptr) return;
-  float delta[kWide] = {}, more[kMaxSplits][kWide];
-  if (a.delta != nullptr) Load<kBFloat16>(a.delta, index, delta);
+  float delta[kWide];
+  if (a.partial == nullptr) {
+    Load<kBFloat16>(a.delta, index, delta);
+  } else {
+    float more[kMaxSplits][kWide];
 #pragma unroll
-  for (int split = 0; split < kMaxSplits; ++split) {  // all on their way at once
-    if (split < a.splits) LoadFloats(a.partial, split * a.rows * a.size + index, more[split]);
-  }
+    for (int split = 0; split < kMaxSplits; ++split) {  // all on their way at once
+      if (split < a.splits) LoadFloats(a.partial, split * a.rows * a.size + index, more[split]);
+    }
 #pragma unroll
-  for (int split = 0; split < kMaxSplits; ++split) {
+    for (int k = 0; k < kWide; ++k) delta[k] = more[0][k];
 #pragma unroll
-    for (int k = 0; k < kWide; ++k) delta[k] += split < a.splits ? more[split][k] : 0;
+    for (int split = 1; split < kMaxSplits; ++split) {
+#pragma unroll
+      for (int k = 0; k < kWide; ++k) delta[k] += split < a.splits ? more[split][k] : 0;
+    }
   }
   if (a.bias != nullptr) {
-    Load<kBFloat16>(a.bias, at, more[0]);
+    float bias[kWide];
+    Load<kBFloat16>(a.bias, at, bias);
 #pragma unroll
-    for (int k = 0; k < kWide; ++k) delta[k] += more[0][k];
+    for (int k = 0; k < kWide; ++k) delta[k] += bias[k];
   }
 #pragma unroll
   for (int k = 0; k < kWide; ++k) x[k] = Round<kBFloat16>(x[k] + Round<kBFloat16>(delta[k]));

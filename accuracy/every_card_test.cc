@@ -1,0 +1,309 @@
+// Every kernel that ships, compiled for every card it ships to, without a GPU: no register may spill, and what a block
+// asks for must be there. What runs is what the functions of kernels/ would launch on such a card (Gather).
+#include <gtest/gtest.h>
+
+#include <chrono>
+#include <filesystem>
+#include <fstream>
+#include <map>
+#include <optional>
+
+#include "fixtures/cache/spec.h"
+#include "kernels/device/attention.h"
+#include "kernels/device/probe.h"
+#include "kernels/device/sage.h"
+#include "kernels/device/step.h"
+#include "kernels/error.h"
+#include "kernels/runtime/launch.h"
+
+namespace kvq {
+namespace {
+
+// A100, RTX 3090, RTX 4090, H100, B200, RTX 5090; limits: CUDA C++ Programming Guide, table of compute capabilities.
+const std::vector<DeviceShape> kCards = {{108, 80, 163 << 10, 164 << 10}, {82, 86, 99 << 10, 100 << 10},
+                                         {128, 89, 99 << 10, 100 << 10},  {132, 90, 227 << 10, 228 << 10},
+                                         {148, 100, 227 << 10, 228 << 10}, {170, 120, 99 << 10, 100 << 10}};
+
+using Launches = std::map<std::string, KernelLaunch>;  // by instance; of several the one that takes most shared memory
+
+class Collector {
+ public:
+  explicit Collector(const DeviceShape& card) : card_(card) {}
+
+  void Add(const std::function<void()>& work) {
+    for (const KernelLaunch& launch : Gather(card_, work)) {
+      KernelLaunch& known = launches_.emplace(launch.instance.name, launch).first->second;
+      if (known.shared_bytes < launch.shared_bytes) known = launch;
+    }
+  }
+  const Launches& launches() const { return launches_; }
+
+ private:
+  const DeviceShape& card_;
+  Launches launches_;
+};
+
+void AddAttention(Collector& all, const std::string& spec, int64_t dim, int64_t group, int64_t ratio, int32_t window,
+                  DType dtype) {
+  const SchemePair pair = ParseSpec(spec).schemes;
+  DecodeAttentionArgs args;
+  args.dtype = dtype, args.query_heads = 2 * ratio, args.window = window;
+  args.keys.batch = 1, args.keys.heads = 2, args.keys.head_dim = dim, args.keys.capacity = 4096;
+  args.values = args.keys, args.key_params = args.value_params = {.group_size = group};
+  const Codec &keys = pair.keys->keys, &values = pair.values->values;
+  for (const Codec* codec : {&keys, &values}) {
+    if (codec->planes == nullptr) continue;
+    try {
+      codec->planes(2, dim, args.key_params);
+    } catch (const InputError&) {
+      return;  // a shape that the scheme refuses
+    }
+  }
+  all.Add([&] { DecodeAttention(keys, values, args, nullptr); });
+}
+
+void AddCodecs(Collector& all, const Scheme& scheme, DType dtype, int64_t group) {
+  DenseView x;
+  x.dtype = dtype, x.batch = 1, x.heads = 2, x.tokens = 256, x.head_dim = 128;
+  x.token_stride = 128, x.head_stride = 256 * 128, x.batch_stride = 2 * x.head_stride;
+  KvView view;
+  view.batch = 1, view.heads = 2, view.head_dim = 128, view.capacity = 256, view.block_tokens = 128;
+  for (const Codec* codec : {&scheme.keys, &scheme.values}) {
+    if (codec->encode == nullptr) continue;
+    const CodecParams params{.group_size = group};
+    all.Add([&] {
+      codec->encode_cuda(params, x, 0, view, nullptr);
+      codec->decode_cuda(params, view, 0, x, nullptr);
+    });
+  }
+}
+
+void AddSteps(Collector& all, DType dtype) {
+  for (const int64_t size : {4096, 8192, 1023}) {
+    all.Add([&] { AddNorm({.dtype = dtype, .rows = 1, .size = size}, nullptr); });
+    all.Add([&] { GateUp({.dtype = dtype, .rows = 1, .size = size}, nullptr, nullptr); });
+  }
+  const HeadsArgs heads{.dtype = dtype, .rows = 1, .heads = 8, .kv_heads = 2, .head_dim = 128};
+  all.Add([&] { TurnHeads(heads, nullptr, nullptr); });
+  AppendArgs append;
+  append.of = heads;
+  all.Add([&] { AppendHeads(append, nullptr, nullptr); });
+  all.Add([&] { MergeAttention({.dtype = dtype, .batch = 1, .tokens = 1, .heads = 8, .head_dim = 128}, nullptr); });
+  all.Add([&] { StartSteps({}, 1, nullptr, {}, {}, nullptr); });
+  BeginArgs begin;
+  begin.dtype = dtype, begin.batch = 1;
+  all.Add([&] { BeginStep(begin, nullptr); });
+  PickArgs pick;
+  pick.dtype = dtype, pick.batch = 1;
+  all.Add([&] { PickTokens(pick, nullptr); });
+  for (const int64_t rows : {1, 2, 8}) {
+    for (const int64_t in : {1024, 4096, 14336}) {
+      for (const ProductEnd end : {ProductEnd::kPartial, ProductEnd::kStore, ProductEnd::kGate, ProductEnd::kAppend}) {
+        for (const bool normalizes : {false, true}) {
+          ProductArgs product;
+          product.dtype = dtype, product.rows = rows, product.in = in, product.out = 12 * 128, product.end = end;
+          product.normalizes = normalizes, product.gate.size = 6 * 128, product.append = append;
+          all.Add([&] {
+            if (ProductFits(product)) Product(product, nullptr);
+          });
+        }
+      }
+    }
+  }
+}
+
+void AddSage(Collector& all, DType dtype, int64_t dim) {
+  SageArgs sage;
+  sage.keys.dtype = dtype, sage.keys.batch = 1, sage.keys.heads = 2, sage.keys.tokens = 256, sage.keys.head_dim = dim;
+  sage.queries = sage.values = sage.out = sage.keys;
+  all.Add([&] { SageAttentionCuda(sage, nullptr); });
+}
+
+std::vector<std::string> FusedSchemes() {
+  std::vector<std::string> names;
+  for (const Scheme& scheme : Schemes()) {
+    if (scheme.refused.empty() && HasDecodeAttention(scheme.keys, scheme.values)) names.push_back(scheme.name);
+  }
+  return names;
+}
+
+void ExpectFits(const DeviceShape& card, const Launches& launches) {
+  std::vector<KernelInstance> instances;
+  for (const auto& [name, launch] : launches) instances.push_back(launch.instance);
+  const std::vector<CompiledKernel> compiled = CompileKernels(instances, card.arch);
+  size_t i = 0;
+  for (const auto& [name, launch] : launches) {
+    const CompiledKernel& kernel = compiled[i++];
+    EXPECT_EQ(kernel.spill_bytes, 0) << name << " for sm_" << card.arch;
+    EXPECT_LE(kernel.shared_bytes + static_cast<int64_t>(launch.shared_bytes), card.block_shared) << name;
+    EXPECT_GT(kernel.registers, 0) << name;
+    EXPECT_LE(kernel.registers * launch.threads, 65536) << name;  // of a multiprocessor
+  }
+}
+
+class EveryCard : public testing::TestWithParam<DeviceShape> {};
+
+// What a run with default flags and the schemes' own groups uses.
+TEST_P(EveryCard, TakesTheDefaultInstances) {
+  Collector all(GetParam());
+  for (const std::string& spec : FusedSchemes()) {
+    for (const int64_t dim : {64, 128}) AddAttention(all, spec, dim, 64, 4, 0, DType::kFloat16);
+  }
+  AddAttention(all, "int8-hqq+int4-hqq", 128, 64, 4, 0, DType::kFloat16);
+  AddAttention(all, "none+int4-hqq", 256, 64, 2, 512, DType::kFloat16);
+  AddAttention(all, "int4-hqq", 256, 64, 4, 512, DType::kFloat16);
+  AddAttention(all, "int4-hqq", 512, 64, 4, 0, DType::kFloat16);
+  for (const Scheme& scheme : Schemes()) AddCodecs(all, scheme, DType::kFloat16, 64);
+  AddSteps(all, DType::kFloat16);
+  AddSage(all, DType::kFloat16, 128);
+  all.Add([] { StreamingRead(nullptr, kStreamingReadBytes, nullptr, nullptr); });
+  EXPECT_GT(all.launches().size(), 40u);
+  ExpectFits(GetParam(), all.launches());
+}
+
+class EveryCardEveryInstance : public testing::TestWithParam<DeviceShape> {};
+
+TEST_P(EveryCardEveryInstance, Fits) {
+  Collector all(GetParam());
+  const std::vector<std::string> schemes = FusedSchemes();
+  for (const std::string& keys : schemes) {
+    for (const std::string& values : schemes) {
+      const std::string spec = keys + "+" + values;
+      for (const int32_t window : {0, 512}) {
+        for (const int64_t dim : {64, 128, 256}) {
+          for (const int64_t group : {32, 64, 128}) {
+            if (keys != values && group != 64) continue;  // which group does not change what a pair of codecs needs
+            for (const int64_t ratio : {4, 16}) {
+              if (group <= dim) AddAttention(all, spec, dim, group, ratio, window, DType::kFloat16);
+            }
+          }
+        }
+        for (const int64_t dim : {32, 80, 96, 192, 512}) {
+          for (const int64_t ratio : {1, 2, 3, 4}) AddAttention(all, spec, dim, 32, ratio, window, DType::kBFloat16);
+        }
+      }
+    }
+  }
+  for (const DType dtype : {DType::kFloat16, DType::kBFloat16, DType::kFloat32}) {
+    for (const Scheme& scheme : Schemes()) {
+      for (const int64_t group : {32, 64, 128}) AddCodecs(all, scheme, dtype, group);
+    }
+    if (dtype == DType::kFloat32) continue;
+    AddSteps(all, dtype);
+    for (const int64_t dim : {64, 128}) AddSage(all, dtype, dim);
+  }
+  ExpectFits(GetParam(), all.launches());
+}
+
+const auto kNames = [](const testing::TestParamInfo<DeviceShape>& info) { return StrCat("sm_", info.param.arch); };
+INSTANTIATE_TEST_SUITE_P(Cards, EveryCard, testing::ValuesIn(kCards), kNames);
+INSTANTIATE_TEST_SUITE_P(Cards, EveryCardEveryInstance, testing::ValuesIn(kCards), kNames);
+
+// ---- the folder of compiled kernels
+
+// A folder of its own, and the lines that say what is compiled.
+class KernelCache : public testing::Test {
+ protected:
+  void SetUp() override {
+    setenv("KVQ_CACHE", folder_.c_str(), 1);
+    std::filesystem::remove_all(folder_);
+    OnCompiling([this](const std::string& line) { lines_.push_back(line); });
+  }
+  void TearDown() override {
+    OnCompiling([](const std::string& line) { fprintf(stderr, "kvqbench: %s\n", line.c_str()); });
+    std::filesystem::remove_all(folder_);
+    if (before_) setenv("KVQ_CACHE", before_->c_str(), 1);
+    else unsetenv("KVQ_CACHE");
+  }
+  std::vector<std::filesystem::path> Files() const {
+    std::vector<std::filesystem::path> files;
+    for (const auto& entry : std::filesystem::directory_iterator(folder_ + "/kernels")) files.push_back(entry.path());
+    return files;
+  }
+
+  const std::optional<std::string> before_ =
+      getenv("KVQ_CACHE") != nullptr ? std::optional<std::string>(getenv("KVQ_CACHE")) : std::nullopt;
+  const std::string folder_ = testing::TempDir() + "/kernel_cache";
+  std::vector<std::string> lines_;
+  const KernelInstance kernel_{{"kernels/device/probe.cuh"}, "kvq::probe::StreamingReadKernel"};
+};
+
+TEST_F(KernelCache, CompilesOnceAndOnlyWhatChanged) {
+  const int64_t before = CompiledCount();
+  const CompiledKernel first = CompileKernel(kernel_, 90);
+  EXPECT_EQ(CompiledCount(), before + 1);
+  const CompiledKernel second = CompileKernel(kernel_, 90);
+  EXPECT_EQ(CompiledCount(), before + 1) << "the second time it comes from the folder";
+  EXPECT_EQ(first.cubin, second.cubin);
+  EXPECT_EQ(first.symbol, second.symbol);
+  EXPECT_EQ(first.registers, second.registers);
+  EXPECT_EQ(lines_.size(), 1u);
+  EXPECT_NE(lines_[0].find("compiling 1 kernel for sm_90 (kvq::probe::StreamingReadKernel)"), std::string::npos) << lines_[0];
+  CompileKernel(kernel_, 86);  // another architecture is another file
+  EXPECT_EQ(CompiledCount(), before + 2);
+  EXPECT_EQ(Files().size(), 2u);
+}
+
+TEST_F(KernelCache, CompilesADamagedFileAnew) {
+  const CompiledKernel good = CompileKernel(kernel_, 90);
+  ASSERT_EQ(Files().size(), 1u);
+  const std::filesystem::path file = Files().front();
+  const auto size = std::filesystem::file_size(file);
+  for (const auto& damage : std::vector<std::function<void()>>{
+           [&] { std::filesystem::resize_file(file, size - 1); }, [&] { std::filesystem::resize_file(file, 0); },
+           [&] {
+             std::fstream(file, std::ios::in | std::ios::out | std::ios::binary).seekp(static_cast<int64_t>(size / 2)).put('#');
+           }}) {
+    damage();
+    const int64_t before = CompiledCount();
+    EXPECT_EQ(CompileKernel(kernel_, 90).cubin, good.cubin);
+    EXPECT_EQ(CompiledCount(), before + 1);
+    EXPECT_EQ(std::filesystem::file_size(file), size);
+  }
+}
+
+TEST_F(KernelCache, AFolderThatCannotBeWrittenCostsTimeOnly) {
+  setenv("KVQ_CACHE", "/proc/none", 1);
+  EXPECT_FALSE(CompileKernel(kernel_, 90).cubin.empty());
+}
+
+TEST_F(KernelCache, HasABound) {
+  CompileKernel(kernel_, 90);
+  // Old files of other builds, a little more than there is room for; holes take no space on the disk.
+  for (int i = 0; i < 3; ++i) {
+    const std::string old = StrCat(folder_, "/kernels/old", i);
+    std::ofstream(old) << "x";
+    std::filesystem::resize_file(old, kCacheBytes / 3 + 1000);
+    std::filesystem::last_write_time(old, std::filesystem::file_time_type::clock::now() - std::chrono::hours(3 - i));
+  }
+  CompileKernel(kernel_, 86);
+  EXPECT_FALSE(std::filesystem::exists(folder_ + "/kernels/old0")) << "the least recently used goes first";
+  EXPECT_TRUE(std::filesystem::exists(folder_ + "/kernels/old2"));
+  EXPECT_EQ(Files().size(), 4u);
+}
+
+TEST_F(KernelCache, SaysWhatDoesNotCompile) {
+  try {
+    CompileKernel({{"kernels/device/probe.cuh"}, "kvq::probe::NoSuchKernel"}, 90);
+    FAIL();
+  } catch (const std::runtime_error& error) {
+    EXPECT_NE(std::string(error.what()).find("NoSuchKernel"), std::string::npos) << error.what();
+  }
+}
+
+TEST(SharedLimit, MakesASmallerCard) {
+  // Without a GPU the variable cannot be asked for; what it does to a plan is what a card with that limit gets.
+  const Codec& codec = FindScheme("none").keys;
+  DecodeAttentionArgs args;
+  args.query_heads = 8;
+  args.keys.batch = 1, args.keys.heads = 2, args.keys.head_dim = 128, args.keys.capacity = 4096;
+  args.values = args.keys;
+  std::string large, small;
+  Gather(kCards[3], [&] { large = DecodeAttentionName(codec, codec, args); });
+  Gather(kCards[1], [&] { small = DecodeAttentionName(codec, codec, args); });
+  EXPECT_EQ(large, "fused_decode_16bit (sm_90: 8 warps x 3 x 16 tokens)");
+  EXPECT_EQ(small, "fused_decode_16bit (sm_86: 4 warps x 3 x 16 tokens)");
+}
+
+}  // namespace
+}  // namespace kvq
