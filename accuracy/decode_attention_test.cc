@@ -164,12 +164,29 @@ void Check(const AttentionCase& c) {
   }
 }
 
+// All kernels first, as many at a time as there are processors; one by one they would take minutes.
+void CheckAll(const std::vector<AttentionCase>& cases) {
+  Prepare([&] {
+    for (const AttentionCase& c : cases) {
+      const SchemePair pair = ParseSpec(c.spec).schemes;
+      DecodeAttentionArgs args;
+      args.dtype = DTypeOf(c.dtype), args.query_heads = kKvHeads * c.ratio, args.window = c.window;
+      args.keys.batch = static_cast<int64_t>(c.lengths.size()), args.keys.heads = kKvHeads, args.keys.head_dim = c.head_dim;
+      args.keys.capacity = 1, args.values = args.keys;
+      args.key_params = args.value_params = {.group_size = c.group};
+      DecodeAttention(pair.keys->keys, pair.values->values, args, nullptr);
+    }
+  });
+  for (const AttentionCase& c : cases) Check(c);
+}
+
 const std::vector<std::string> kSchemes = {"none", "int8-hqq", "int4-hqq", "int2-hqq", "int4-quanto", "int2-quanto"};
 
 TEST(DecodeAttentionGpu, EqualsAttentionOverDecodedTokens) {
   KVQ_NEEDS_CUDA();
   const c10::InferenceMode guard;
   at::manual_seed(7);
+  std::vector<AttentionCase> cases;
   for (const std::string& scheme : kSchemes) {
     const bool dense = FindScheme(scheme).stores_dense();
     for (const int64_t dim : {64, 128, 256}) {
@@ -181,31 +198,34 @@ TEST(DecodeAttentionGpu, EqualsAttentionOverDecodedTokens) {
           for (const int32_t encoded : {0, 1, 63, 64, 129, 1000}) {
             if ((encoded + i) % 3 != 0 && (dim != 128 || group != 64)) continue;
             const std::vector<SequenceLength> one = {{encoded % 3, encoded, encoded == 0 ? 5 : (encoded * 7 + i) % 129}};
-            Check({scheme, dim, group, ratio, one});
+            cases.push_back({scheme, dim, group, ratio, one});
           }
         }
-        Check({scheme, dim, group, 7, {{0, 4097, 17}, {4, 100, 128}, {0, 0, 0}}});
-        Check({scheme, dim, group, 4, {{4, 1500, 100}, {0, 33, 0}}, at::kBFloat16});
+        cases.push_back({scheme, dim, group, 7, {{0, 4097, 17}, {4, 100, 128}, {0, 0, 0}}});
+        cases.push_back({scheme, dim, group, 4, {{4, 1500, 100}, {0, 33, 0}}, at::kBFloat16});
       }
     }
   }
+  CheckAll(cases);
 }
 
 TEST(DecodeAttentionGpu, EveryPairOfSchemes) {
   KVQ_NEEDS_CUDA();
   const c10::InferenceMode guard;
   at::manual_seed(9);
+  std::vector<AttentionCase> cases;
   for (const std::string& keys : kSchemes) {
     for (const std::string& values : kSchemes) {
       if (keys == values) continue;
       const std::string spec = keys + "+" + values;
-      Check({spec, 128, 64, 4, {{3, 1000, 40}, {0, 0, 5}, {8, 129, 0}}});
-      Check({spec, 128, 64, 16, {{0, 700, 128}}, at::kBFloat16});
-      Check({spec, 64, 64, 7, {{5, 97, 77}}});
-      Check({spec, 256, 128, 2, {{0, 333, 1}}});
-      Check({spec, 512, 64, 4, {{1, 200, 9}}});
+      cases.push_back({spec, 128, 64, 4, {{3, 1000, 40}, {0, 0, 5}, {8, 129, 0}}});
+      cases.push_back({spec, 128, 64, 16, {{0, 700, 128}}, at::kBFloat16});
+      cases.push_back({spec, 64, 64, 7, {{5, 97, 77}}});
+      cases.push_back({spec, 256, 128, 2, {{0, 333, 1}}});
+      cases.push_back({spec, 512, 64, 4, {{1, 200, 9}}});
     }
   }
+  CheckAll(cases);
 }
 
 // A window that ends within the residual, the encoded tokens and the sinks, and one that hides nothing.
@@ -213,32 +233,38 @@ TEST(DecodeAttentionGpu, SlidingWindows) {
   KVQ_NEEDS_CUDA();
   const c10::InferenceMode guard;
   at::manual_seed(10);
+  std::vector<AttentionCase> cases;
   for (const char* spec : {"none", "int4-hqq", "int8-hqq+int2-hqq", "none+int4-quanto", "int4-hqq+none"}) {
     for (const int32_t window : {1, 37, 40, 41, 128, 500, 1038, 1041, 1043, 5000}) {
       for (const int64_t dim : {64, 128, 256, 512}) {
         if (dim != 128 && window % 2 == 0) continue;
-        Check({spec, dim, 64, 4, {{3, 1000, 40}, {0, 20, 3}}, window % 3 == 0 ? at::kHalf : at::kBFloat16, window});
+        cases.push_back(
+            {spec, dim, 64, 4, {{3, 1000, 40}, {0, 20, 3}}, window % 3 == 0 ? at::kHalf : at::kBFloat16, window});
       }
     }
   }
+  CheckAll(cases);
 }
 
-// What has no tiles of its own: other head_dims, and more than 16 query heads a KV head.
+// What has no tiles of its own: other head_dims; and more query heads a KV head than a block takes.
 TEST(DecodeAttentionGpu, AnyShape) {
   KVQ_NEEDS_CUDA();
   const c10::InferenceMode guard;
   at::manual_seed(11);
+  std::vector<AttentionCase> cases;
   for (const std::string& scheme : kSchemes) {
     const bool dense = scheme == "none", two_bits = scheme.starts_with("int2");
     for (const int64_t dim : {32, 80, 96, 192, 320, 512}) {
       if (!dense && (dim % 32 != 0 || (two_bits && dim % 64 != 0))) continue;
       for (const int64_t ratio : {1, 3, 4, 8}) {
-        Check({scheme, dim, 32, ratio, {{2, 300, 50}, {0, 0, 0}, {8, 1, 128}}, ratio == 3 ? at::kBFloat16 : at::kHalf});
+        cases.push_back(
+            {scheme, dim, 32, ratio, {{2, 300, 50}, {0, 0, 0}, {8, 1, 128}}, ratio == 3 ? at::kBFloat16 : at::kHalf});
       }
     }
-    Check({scheme, 128, 64, 24, {{0, 1000, 100}}});
-    Check({scheme, 64, 32, 34, {{4, 50, 0}}});
+    cases.push_back({scheme, 128, 64, 24, {{0, 1000, 100}}});
+    cases.push_back({scheme, 64, 32, 34, {{4, 50, 0}}});
   }
+  CheckAll(cases);
 }
 
 // Every kind of code and every path once: what fits under a sanitizer.
@@ -246,14 +272,16 @@ TEST(DecodeAttentionGpu, AFewShapes) {
   KVQ_NEEDS_CUDA();
   const c10::InferenceMode guard;
   at::manual_seed(8);
+  std::vector<AttentionCase> cases;
   for (const char* spec : {"none", "int8-hqq", "int4-hqq", "int2-hqq", "int4-quanto", "int8-hqq+int4-hqq",
                            "none+int4-quanto", "int2-hqq+none"}) {
-    Check({spec, 128, 64, 4, {{3, 200, 40}, {0, 0, 5}}});
-    Check({spec, 64, 32, 7, {{0, 129, 0}}, at::kBFloat16});
-    Check({spec, 256, 128, 16, {{0, 100, 128}}});
-    Check({spec, 128, 64, 4, {{3, 200, 40}}, at::kHalf, 90});
-    Check({spec, 512, 64, 4, {{3, 100, 40}}, at::kHalf, 90});
+    cases.push_back({spec, 128, 64, 4, {{3, 200, 40}, {0, 0, 5}}});
+    cases.push_back({spec, 64, 32, 7, {{0, 129, 0}}, at::kBFloat16});
+    cases.push_back({spec, 256, 128, 16, {{0, 100, 128}}});
+    cases.push_back({spec, 128, 64, 4, {{3, 200, 40}}, at::kHalf, 90});
+    cases.push_back({spec, 512, 64, 4, {{3, 100, 40}}, at::kHalf, 90});
   }
+  CheckAll(cases);
 }
 
 TEST(DecodeAttention, RefusesWhatItDoesNotKnow) {

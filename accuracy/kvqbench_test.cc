@@ -1,6 +1,7 @@
 // The command as its users run it: what it prints, what it refuses, and that it leaves nothing half-written.
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <cmath>
 #include <cstdlib>
 #include <map>
@@ -190,6 +191,28 @@ TEST_F(KvqbenchGpu, MeasuresTimesMemoryAndPower) {
   // the counters takes beside each run: some of its 0.4 s.
   EXPECT_NEAR(value("power", "mj_per_token") * value("power", "tokens_per_s") / 1e3, value("power", "watts"),
               0.2 * value("power", "watts"));
+}
+
+// A spec's kernels are compiled once, in seconds, and say so; another run finds them.
+TEST_F(KvqbenchGpu, CompilesAKernelOnce) {
+  KVQ_NEEDS_CUDA();
+  const std::string before = StrCat("export KVQ_CACHE=", (dir_ / "cache").string(), ";");
+  const std::string arguments = "--models=qwen2-0.5b --device=cuda --backends=fused --schemes=int8-hqq+int4-hqq --contexts=512 "
+                                "--runs=1 --max-runs=1 --decode-tokens=4 --benchmark_filter='^decode/'";
+  const auto seconds = [&](Outcome& outcome) {
+    const auto start = std::chrono::steady_clock::now();
+    outcome = Execute(arguments, before);
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  };
+  Outcome first, second;
+  const double first_s = seconds(first), second_s = seconds(second);
+  ASSERT_EQ(first.code, 0) << first.err;
+  ASSERT_EQ(second.code, 0) << second.err;
+  EXPECT_NE(first.err.find("kvqbench: compiling "), std::string::npos) << first.err;
+  EXPECT_NE(first.err.find(" for sm_"), std::string::npos) << first.err;
+  EXPECT_EQ(second.err.find("compiling"), std::string::npos) << second.err;
+  EXPECT_LT(first_s - second_s, 20);
+  EXPECT_NE(first.out.find("fused_decode_int8+int4 (sm_"), std::string::npos) << first.out;
 }
 
 TEST_F(Kvqbench, SameSeedSameNumbers) {

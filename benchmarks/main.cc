@@ -18,6 +18,7 @@
 #include "benchmarks/schema_v2.h"
 #include "kernels/sha256.h"
 #include "kernels/error.h"
+#include "kernels/runtime/compiler.h"
 
 namespace kvq {
 namespace {
@@ -320,6 +321,10 @@ int Main(int argc, char** argv) {
   const std::set<std::string> missing = Missing(names, line.output, results);
 
   Progress progress(cells.size(), isatty(STDERR_FILENO) != 0);
+  OnCompiling([&progress](const std::string& line) {
+    progress.Clear();
+    std::fprintf(stderr, "kvqbench: %s\n", line.c_str());
+  });
   const bool release = std::string(KVQ_BUILD_TYPE) == "Release";
   for (size_t i = 0; i < cells.size(); ++i) {
     const auto& [measurement, cell] = cells[i];

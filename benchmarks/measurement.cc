@@ -7,6 +7,7 @@
 
 #include "accuracy/statistics.h"
 #include "kernels/error.h"
+#include "kernels/runtime/launch.h"
 
 namespace kvq {
 namespace {
@@ -176,7 +177,10 @@ std::vector<double> Samples(Session& session, benchmark::State& state,
       return !sure && n < o.max_runs && elapsed.count() < static_cast<double>(o.max_seconds);
     };
     while (go_on()) {
-      seconds.push_back(sample());
+      const int64_t loaded = LoadedCount();
+      const double one = sample();
+      if (LoadedCount() != loaded) continue;  // a kernel was compiled or loaded in it
+      seconds.push_back(one);
       median.clear();
       AddSpread(median, "seconds", seconds);
       if (const auto interval = MedianInterval(seconds)) {

@@ -505,7 +505,7 @@ __global__ void __maxnreg__(C::kRegisters)
   }
   const int units = DenseTokens<C>::Units(length);
   const bool has_dense = unit < units;
-  if (!C::K::kDense && has_dense) LoadQueriesForDense<C>(args, part, g, t, dense_q);
+  if ((C::kEager || !C::K::kDense) && has_dense) LoadQueriesForDense<C>(args, part, g, t, dense_q);
   if (!started) ring.Start();  // all that comes from memory is on its way before any of it is worked on
 
   if (ring.first - warp < ring.end || split < units) {
@@ -514,9 +514,9 @@ __global__ void __maxnreg__(C::kRegisters)
       Partial<C>& of = C::V::kDense ? partial : dense;
       if constexpr (!C::kEager) tokens.Load(args, pair, length, unit, g, t);
       if (args.dtype == DType::kBFloat16) {
-        tokens.template Attend<true>(g, C::K::kDense ? q : dense_q, of);
+        tokens.template Attend<true>(g, C::K::kDense && !C::kEager ? q : dense_q, of);
       } else {
-        tokens.template Attend<false>(g, C::K::kDense ? q : dense_q, of);
+        tokens.template Attend<false>(g, C::K::kDense && !C::kEager ? q : dense_q, of);
       }
       unit += C::kWarps * splits;
       if (C::kEager && unit < units) tokens.Load(args, pair, length, unit, g, t);

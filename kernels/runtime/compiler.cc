@@ -48,7 +48,7 @@ Nvrtc LoadNvrtc() {
   const std::string file = "libnvrtc.so.13";
   void* library = nullptr;
   std::string why;
-  for (const std::string& path : {file, "/usr/local/cuda/lib64/" + file, CacheDir() + "/nvrtc-13.0.88/" + file}) {
+  for (const std::string& path : {file, "/usr/local/cuda/lib64/" + file, CacheDir() + "/nvidia/cu13/lib/" + file}) {
     library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
     if (library != nullptr) break;
     if (why.empty()) why = dlerror();

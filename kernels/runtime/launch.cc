@@ -1,6 +1,7 @@
 #include "kernels/runtime/launch.h"
 
 #include <algorithm>
+#include <atomic>
 #include <charconv>
 #include <cstdlib>
 #include <cstring>
@@ -55,6 +56,7 @@ struct Loaded {
 };
 
 std::mutex loaded_mutex;
+std::atomic<int64_t> loaded_count{0};
 
 std::map<std::string, Loaded>& LoadedKernels() {
   static auto* const loaded = new std::map<std::string, Loaded>;  // the driver may end before static objects do
@@ -67,6 +69,7 @@ void Load(const KernelInstance& instance, const CompiledKernel& compiled) {
   Loaded loaded;
   Check(cudaLibraryGetKernel(&loaded.kernel, library, compiled.symbol.c_str()), instance.name.c_str());
   LoadedKernels().emplace(instance.name, loaded);
+  ++loaded_count;
 }
 
 // With loaded_mutex held.
@@ -98,6 +101,8 @@ const DeviceShape& CurrentDevice() {
   static const DeviceShape shape = ReadShape();
   return shape;
 }
+
+int64_t LoadedCount() { return loaded_count; }
 
 std::string KernelsText() {
   const char* limit = std::getenv("KVQ_SHARED_LIMIT");

@@ -56,6 +56,9 @@ std::vector<KernelLaunch> Gather(const DeviceShape& device, const std::function<
 // Compiles and loads what `work` would launch on the current device, all at once: one at a time takes longer.
 void Prepare(const std::function<void()>& work);
 
+// How many kernels this process has loaded: whoever times something makes sure that it has not grown meanwhile.
+int64_t LoadedCount();
+
 // Arguments are copied as they are, so they must have the kernel's types to the byte; their number and sizes are checked
 // at the first launch. Compiles where that has not been done. Throws std::runtime_error, naming `what`, where the launch
 // fails.
