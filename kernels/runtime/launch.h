@@ -1,12 +1,11 @@
-// What every kernel's launch needs: the device's shape, scratch memory, and launches that may begin before their
-// predecessor has ended (programmatic dependent launch), also in a captured graph.
+// What every kernel's launch needs: the device's shape, and launches that may begin before their predecessor has ended
+// (programmatic dependent launch), also in a captured graph.
 #pragma once
 
 #ifdef __CUDACC__
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <set>
 #include <utility>
 
 #include "kernels/runtime/cuda_check.h"
@@ -55,26 +54,6 @@ inline const DeviceShape& CurrentDevice() {
     return s;
   }();
   return shape;
-}
-
-// Device memory that is given back in stream order and, up to 256 MiB, kept for the next call.
-inline void* AllocateScratch(int64_t bytes, cudaStream_t stream) {
-  static std::set<int> kept;  // GPUs whose pool has been told
-  int device = 0;
-  Check(cudaGetDevice(&device), "current device");
-  if (!kept.contains(device)) {
-    cudaMemPool_t pool;
-    uint64_t keep = uint64_t{256} << 20;
-    Check(cudaDeviceGetDefaultMemPool(&pool, device), "memory pool");
-    Check(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &keep), "memory pool");
-    // Or a stream would wait for another one's memory while there is more.
-    int wait = 0;
-    Check(cudaMemPoolSetAttribute(pool, cudaMemPoolReuseAllowInternalDependencies, &wait), "memory pool");
-    kept.insert(device);
-  }
-  void* scratch = nullptr;
-  Check(cudaMallocAsync(&scratch, bytes, stream), "scratch memory");
-  return scratch;
 }
 
 // Launches a kernel that may begin before its predecessor on the stream has ended: it calls
