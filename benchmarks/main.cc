@@ -16,6 +16,7 @@
 #include "benchmarks/progress.h"
 #include "benchmarks/results_file.h"
 #include "benchmarks/schema_v2.h"
+#include "fixtures/machine/host_memory.h"
 #include "fixtures/sha256.h"
 #include "kernels/error.h"
 
