@@ -6,6 +6,8 @@
 #include <cmath>
 
 #include "accuracy/golden.h"
+#include "fixtures/machine/gpu_memory.h"
+#include "fixtures/machine/out_of_memory.h"
 #include "kernels/error.h"
 #include "kernels/device/step.h"
 
@@ -259,6 +261,89 @@ TEST(DecodeGraphGpu, RunsOnAndEncodesFullBlocks) {
     }
     EXPECT_EQ(cache.length(), 140);
   }
+}
+
+// What a flush uses while it encodes must be its own for as long as it is replayed. Whoever fills all the memory that
+// the allocator has free, on every stream on which the flush runs, finds his own bytes afterwards; and the codes are
+// right.
+TEST(DecodeGraphGpu, NobodyElseHasTheScratchOfAFlush) {
+  KVQ_NEEDS_CUDA();
+  const c10::InferenceMode guard;
+  const at::Device cuda(at::kCUDA, 0);
+  const Spec spec = ParseSpec("int4-hqq@residual=32");
+  const Model model(Config({"mistral-7b", 512, 8, 2, 128, 1024}), Weights::Random(7, at::kHalf, cuda));
+  KvCache cache(spec, model.cache_shape(2), 200, at::kHalf, cuda);
+  DecodeGraph graph(model, cache);
+  const auto prefill = [&] {
+    cache.Clear();
+    Feed(model, Prompt(2, 40), cache, FindBackend("sdpa"), 40);
+  };
+  prefill();
+  const at::Tensor alone = graph.Run(Prompt(2, 1), 100);
+  std::vector<at::Tensor> others;
+  const auto fill = [&] {
+    for (const int64_t kib : {16, 128, 2048, 24576}) {
+      for (int i = 0; i < 16; ++i) {
+        others.push_back(at::full({kib << 10}, 0x5A, at::TensorOptions(at::kByte).device(cuda)));
+      }
+    }
+  };
+  fill();
+  Fork fork(cuda, Fork::kMostStreams);
+  for (int i = 0; i < Fork::kMostStreams; ++i) fork.Run(i, fill);
+  fork.Join();
+  {
+    const c10::StreamGuard on_graph(GraphStream(cuda));
+    fill();
+  }
+  Synchronize(cuda);
+  prefill();
+  EXPECT_TRUE(graph.Run(Prompt(2, 1), 100).equal(alone));
+  for (const at::Tensor& other : others) {
+    ASSERT_TRUE(other.eq(0x5A).all().item<bool>()) << other.numel() << " bytes were overwritten";
+  }
+}
+
+// Wherever memory runs out while a graph is made, whoever asks next finds all of it, no error of before, and a stream
+// that captures nothing.
+TEST(DecodeGraphGpu, RunsOutOfMemoryWithoutATrace) {
+  KVQ_NEEDS_CUDA();
+  const c10::InferenceMode guard;
+  const at::Device cuda(at::kCUDA, 0);
+  // Products by cuBLAS, too, and flushes of some MB: memory is asked for at many places.
+  const Spec spec = ParseSpec("int4-hqq@residual=32");
+  const Model model(Config({"llama-3.1-8b", 264, 4, 2, 64, 520}), Weights::Random(7, at::kHalf, cuda));
+  KvCache cache(spec, model.cache_shape(64), 200, at::kHalf, cuda);
+  GiveBackMemory(cuda);
+  const int64_t before = ReadGpuMemory(cuda).allocated;
+  ResetGpuPeaks(cuda);
+  const int64_t reserved = ReadGpuMemory(cuda).peak_reserved;  // at the moment
+  struct NoLimit {
+    at::Device device;
+    ~NoLimit() { LimitGpuMemory(device, INT64_MAX); }
+  } no_limit{cuda};
+  int failures = 0;
+  for (int64_t more = 0;; more += int64_t{2} << 20) {
+    ASSERT_LT(more, int64_t{1} << 30);
+    LimitGpuMemory(cuda, reserved + more);
+    bool made = false;
+    try {
+      DecodeGraph graph(model, cache);
+      made = true;
+    } catch (const std::exception& error) {
+      ASSERT_TRUE(IsOutOfMemory(error)) << error.what() << ", with " << (more >> 20) << " MiB";
+      ++failures;
+    }
+    GiveBackMemory(cuda);
+    ASSERT_EQ(ReadGpuMemory(cuda).allocated, before) << "with " << (more >> 20) << " MiB";
+    if (made) break;
+  }
+  EXPECT_GE(failures, 3);
+  LimitGpuMemory(cuda, INT64_MAX);
+  DecodeGraph graph(model, cache);
+  Feed(model, Prompt(64, 40), cache, FindBackend("sdpa"), 40);
+  const at::Tensor tokens = graph.Run(Prompt(64, 1), 40);
+  EXPECT_TRUE(tokens.narrow(1, 39, 1).equal(graph.logits().argmax(-1, /*keepdim=*/true)));
 }
 
 // Real families from disk; token by token where the two largest logits are further apart than the

@@ -22,16 +22,9 @@
 namespace kvq {
 namespace {
 
-// Hidden states of the unquantized model over whole windows. Kept for the next spec: they are small
-// where logits are not, and the same for all specs.
+// Hidden states of the unquantized model over whole windows.
 const at::Tensor& Reference(const Work& work, const at::Tensor& ids, int64_t first_window) {
-  static std::string known_key;
-  static std::map<int64_t, at::Tensor> known;
-  if (known_key != work.key) {
-    known.clear();
-    known_key = work.key;
-  }
-  at::Tensor& hidden = known[first_window];
+  at::Tensor& hidden = work.reference_states[first_window];
   if (!hidden.defined()) {
     KvCache cache(ParseSpec("none"), work.model.cache_shape(ids.size(0)), ids.size(1),
                   work.model.dtype(), work.model.cache_devices());

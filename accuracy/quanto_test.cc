@@ -254,7 +254,8 @@ TEST(Quanto, RefusesWhatItCannotEncodeAndWhatTheLibraryRefuses) {
   }
   EXPECT_NE(message([&] { KeysOf(2).planes(3, 64, {.group_size = 48}); }).find("32, 64 or 128"),
             std::string::npos);
-  EXPECT_NO_THROW(KeysOf(2).planes(3, 96, {.group_size = 32}));
+  EXPECT_NO_THROW(KeysOf(4).planes(3, 96, {.group_size = 32}));
+  EXPECT_NE(message([&] { KeysOf(2).planes(3, 96, {.group_size = 32}); }).find("runs of 64 channels"), std::string::npos);
   for (const char* name : {"int8-quanto", "int8-quanto-kivi"}) {
     EXPECT_NE(message([&] { FindScheme(name); }).find("2 and 4 bits"), std::string::npos) << name;
   }

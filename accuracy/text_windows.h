@@ -19,6 +19,9 @@ struct Work {
   const Backend& backend;
   std::vector<int32_t> text;  // the corpus in tokens
   std::vector<int32_t> bos;   // before every window: empty, or the BOS id
+  // Of the unquantized model over whole windows, by their first token: the same for all specs, and small where logits
+  // are not.
+  std::map<int64_t, at::Tensor>& reference_states;
 };
 
 Work WorkOf(Session& session, const Cell& cell);

@@ -18,8 +18,9 @@
 #include "benchmarks/measurement.h"
 #include "fixtures/cache/codec_tensors.h"
 #include "kernels/device/attention.h"
-#include "kernels/runtime/launch.h"
 #include "kernels/error.h"
+#include "kernels/runtime/captured_graph.h"
+#include "kernels/runtime/launch.h"
 
 namespace kvq {
 namespace {
@@ -31,38 +32,31 @@ using at::Tensor;
 class GraphTimer {
  public:
   explicit GraphTimer(at::Device device)
-      : aten_stream_(c10::impl::VirtualGuardImpl(at::kCUDA).getStreamFromGlobalPool(device)),
-        stream_(static_cast<cudaStream_t>(aten_stream_.native_handle())) {}
+      : aten_stream_(GraphStream(device)), stream_(static_cast<cudaStream_t>(aten_stream_.native_handle())) {}
 
   template <typename Call>
   std::vector<double> Measure(int buffers, int repeats, const Call& call) const {
     constexpr int kCalls = 32;
     const int calls = (kCalls + buffers - 1) / buffers * buffers;
+    const auto enqueue = [&](int count) {
+      for (int i = 0; i < count; ++i) call(i % buffers, stream_);
+    };
     const c10::StreamGuard guard(aten_stream_);
     Check(cudaDeviceSynchronize(), "timing of a kernel");
-    for (int i = 0; i < buffers; ++i) call(i, stream_);  // warm-up; libraries allocate what they need
+    CapturedGraph graph;
+    graph.Rehearse([&] { enqueue(buffers); });  // warm-up; libraries allocate what they need
     Check(cudaStreamSynchronize(stream_), "timing of a kernel");
-    cudaGraph_t graph = nullptr;
-    cudaGraphExec_t executable = nullptr;
-    cudaEvent_t begin = nullptr, end = nullptr;
-    Check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "timing of a kernel");
-    for (int i = 0; i < calls; ++i) call(i % buffers, stream_);
-    Check(cudaStreamEndCapture(stream_, &graph), "timing of a kernel");
-    Check(cudaGraphInstantiate(&executable, graph, 0), "timing of a kernel");
-    Check(cudaEventCreate(&begin), "timing of a kernel");
-    Check(cudaEventCreate(&end), "timing of a kernel");
+    graph.Capture(stream_, [&] { enqueue(calls); });
+    c10::Event begin(aten_stream_.device_type(), c10::EventFlag::BACKEND_DEFAULT);  // one that keeps the time
+    c10::Event end(aten_stream_.device_type(), c10::EventFlag::BACKEND_DEFAULT);
     std::vector<double> microseconds;
     for (int i = -1; i < repeats; ++i) {
-      Check(cudaEventRecord(begin, stream_), "timing of a kernel");
-      Check(cudaGraphLaunch(executable, stream_), "timing of a kernel");
-      Check(cudaEventRecord(end, stream_), "timing of a kernel");
-      Check(cudaEventSynchronize(end), "timing of a kernel");
-      float milliseconds = 0;
-      Check(cudaEventElapsedTime(&milliseconds, begin, end), "timing of a kernel");
-      if (i >= 0) microseconds.push_back(milliseconds * 1e3 / calls);
+      begin.record(aten_stream_);
+      graph.Launch();
+      end.record(aten_stream_);
+      end.synchronize();
+      if (i >= 0) microseconds.push_back(begin.elapsedTime(end) * 1e3 / calls);
     }
-    cudaEventDestroy(begin), cudaEventDestroy(end);
-    cudaGraphExecDestroy(executable), cudaGraphDestroy(graph);
     return microseconds;
   }
 

@@ -16,9 +16,11 @@
 #include "benchmarks/progress.h"
 #include "benchmarks/results_file.h"
 #include "benchmarks/schema_v2.h"
-#include "kernels/sha256.h"
+#include "fixtures/machine/host_memory.h"
+#include "fixtures/machine/out_of_memory.h"
 #include "kernels/error.h"
 #include "kernels/runtime/compiler.h"
+#include "kernels/sha256.h"
 
 namespace kvq {
 namespace {
@@ -40,13 +42,22 @@ class Console : public benchmark::ConsoleReporter {
 };
 
 // Hands every run to the display and to the results, under the plain names of the cells: the suffixes
-// for fixed iterations and manual time say nothing here.
+// for fixed iterations and manual time say nothing here. The display sees one run of many benchmarks.
 class Tee : public benchmark::BenchmarkReporter {
  public:
-  Tee(std::unique_ptr<BenchmarkReporter> display, ResultsFile& results, Progress& progress)
-      : display_(std::move(display)), results_(results), progress_(progress) {}
-  bool ReportContext(const Context& context) override { return display_->ReportContext(context); }
+  Tee(std::unique_ptr<BenchmarkReporter> display, const std::set<std::string>& names, ResultsFile& results,
+      Progress& progress)
+      : display_(std::move(display)), results_(results), progress_(progress) {
+    for (const std::string& name : names) widest_ = std::max(widest_, name.size());
+  }
+  bool ReportContext(const Context& context) override {
+    if (std::exchange(begun_, true)) return true;
+    Context of_all = context;
+    of_all.name_field_width = widest_;
+    return display_->ReportContext(of_all);
+  }
   void ReportRuns(const std::vector<Run>& runs) override {
+    if (std::exchange(drops_, false)) return;
     std::vector<Run> named = runs;
     for (Run& run : named) {
       run.run_name.iterations.clear();
@@ -62,19 +73,16 @@ class Tee : public benchmark::BenchmarkReporter {
     json.ReportRuns(named);
     results_.Add(entries.str());
   }
-  void Finalize() override { display_->Finalize(); }
+  void DropNext() { drops_ = true; }  // the next runs are no result
+  void End() { display_->Finalize(); }
 
  private:
   std::unique_ptr<BenchmarkReporter> display_;
   ResultsFile& results_;
   Progress& progress_;
+  size_t widest_ = 10;
+  bool begun_ = false, drops_ = false;
 };
-
-bool IsOutOfMemory(const std::exception& error) {
-  return dynamic_cast<const std::bad_alloc*>(&error) != nullptr ||
-         dynamic_cast<const c10::OutOfMemoryError*>(&error) != nullptr ||
-         std::string_view(error.what()).find("can't allocate memory") != std::string_view::npos;
-}
 
 // The first line of an error: libtorch appends a stack to its own.
 std::string FirstLine(const char* text) {
@@ -82,47 +90,59 @@ std::string FirstLine(const char* text) {
   return std::string(all.substr(0, all.find('\n')));
 }
 
-void RunCell(benchmark::State& state, const Measurement& measurement, const Cell& cell,
-             Session& session) {
+// Throws what ends a cell without a result.
+void Measure(benchmark::State& state, const Measurement& measurement, const Cell& cell, Session& session) {
+  const Spec spec = ParseSpec(cell.spec);
+  if (measurement.needs_encoding && spec.stores_dense()) throw Skip("nothing is encoded");
+  if (measurement.quality && session.random_weights(cell.model)) {
+    throw Skip("random weights say nothing about quality; give --models a directory with real ones");
+  }
+  const Backend& backend = FindBackend(cell.backend);
+  if (backend.graph && (!session.device().is_cuda() || session.dtype() == at::kFloat)) {
+    throw Skip(StrCat("backend ", cell.backend, " needs --device=cuda and 16 bits"));
+  }
+  const c10::InferenceMode no_gradients;
+  session.note.clear();
+  const char* on = spec.stores_dense() ? "" : " on decoded tokens";
+  session.ran = StrCat(backend.graph ? "sdpa" : cell.backend, on);
+  if (backend.ran != nullptr) backend.ran();  // of a cell that failed
+  session.TakeWatch();                        // what a cell that failed has left
+  Counters counters = measurement.run(session, cell, state);
+  if (backend.ran != nullptr) {
+    if (const std::string ways = backend.ran(); !ways.empty()) session.ran = StrCat(ways, on);
+  }
+  AddGpuState(session, session.TakeWatch(), counters);
+  for (const auto& [name, value] : counters) state.counters[name] = value;
+  const std::string stages = StageText(FindModel(cell.model).config(), session.devices());
+  // The kernels that really ran: nothing falls back silently.
+  state.SetLabel(StrCat(session.device().is_cuda() ? "cuda" : "cpu", " ",
+                        c10::toString(session.dtype()), ", ", session.ran,
+                        stages.empty() ? "" : "; ", stages,
+                        session.note.empty() ? "" : "; ", session.note));
+}
+
+// True where memory ran out that cells before this one may have held: all is given back then, and the cell is to be
+// tried once more. So what fits does not depend on their order.
+bool RunCell(benchmark::State& state, const Measurement& measurement, const Cell& cell, Session& session) {
+  const bool others_before = session.BeginCell();
+  std::string out_of_memory;
   try {
-    const Spec spec = ParseSpec(cell.spec);
-    if (measurement.needs_encoding && spec.stores_dense()) throw Skip("nothing is encoded");
-    if (measurement.quality && session.random_weights(cell.model)) {
-      throw Skip("random weights say nothing about quality; give --models a directory with real ones");
-    }
-    const Backend& backend = FindBackend(cell.backend);
-    if (backend.graph && (!session.device().is_cuda() || session.dtype() == at::kFloat)) {
-      throw Skip(StrCat("backend ", cell.backend, " needs --device=cuda and 16 bits"));
-    }
-    const c10::InferenceMode no_gradients;
-    session.note.clear();
-    const char* on = spec.stores_dense() ? "" : " on decoded tokens";
-    session.ran = StrCat(backend.graph ? "sdpa" : cell.backend, on);
-    if (backend.ran != nullptr) backend.ran();  // of a cell that failed
-    session.TakeWatch();                        // what a cell that failed has left
-    Counters counters = measurement.run(session, cell, state);
-    if (backend.ran != nullptr) {
-      if (const std::string ways = backend.ran(); !ways.empty()) session.ran = StrCat(ways, on);
-    }
-    AddGpuState(session, session.TakeWatch(), counters);
-    for (const auto& [name, value] : counters) state.counters[name] = value;
-    const std::string stages = StageText(FindModel(cell.model).config(), session.devices());
-    // The kernels that really ran: nothing falls back silently.
-    state.SetLabel(StrCat(session.device().is_cuda() ? "cuda" : "cpu", " ",
-                          c10::toString(session.dtype()), ", ", session.ran,
-                          stages.empty() ? "" : "; ", stages,
-                          session.note.empty() ? "" : "; ", session.note));
+    Measure(state, measurement, cell, session);
   } catch (const InputError&) {
     throw;
   } catch (const Skip& reason) {
     state.SkipWithError(StrCat("skipped: ", reason.what()).c_str());
   } catch (const std::exception& error) {
     if (IsOutOfMemory(error)) {
-      state.SkipWithError(StrCat("skipped: out of memory: ", FirstLine(error.what())).c_str());
+      out_of_memory = OutOfMemoryText(error, session.devices());
     } else {
       state.SkipWithError(StrCat("failed: ", FirstLine(error.what())).c_str());
     }
   }
+  if (out_of_memory.empty()) return false;
+  state.SkipWithError(StrCat("skipped: out of memory: ", out_of_memory).c_str());
+  session.GiveBack();
+  return others_before;
 }
 
 // All cells of the flags, each with its measurement; bad names and impossible specs end here, before
@@ -212,6 +232,7 @@ void AddContext(Session& session, const std::vector<std::string>& benchmark_flag
   benchmark::AddCustomContext("stride", std::to_string(o.stride));
   benchmark::AddCustomContext("prefill_chunk", std::to_string(o.prefill_chunk));
   benchmark::AddCustomContext("seed", std::to_string(o.seed));
+  if (o.memory_limit > 0) benchmark::AddCustomContext("memory_limit_mib", std::to_string(o.memory_limit));
   benchmark::AddCustomContext("device", DeviceText(session.devices()));
   benchmark::AddCustomContext("dtype", c10::toString(session.dtype()));
   for (size_t i = 0; i < session.nvml().size(); ++i) {  // before the probes warm them up
@@ -261,6 +282,41 @@ std::set<std::string> Missing(const std::vector<std::string>& names, const Outpu
   }
   results.BeginPatch(output.patch, patched, output.backup);
   return {patched.begin(), patched.end()};
+}
+
+// A cell, as a run of Google Benchmark by itself: of one run it could not be tried a second time.
+void RunBenchmark(const std::string& name, const Measurement& measurement, const Cell& cell, Session& session,
+                  Progress& progress, Tee& reporter) {
+  bool again = false;
+  const auto attempt = [&](bool last) {
+    again = false;
+    benchmark::ClearRegisteredBenchmarks();
+    benchmark::RegisterBenchmark(
+        name.c_str(),
+        [&](benchmark::State& state) {
+          if (measurement.timed && std::string_view(KVQ_BUILD_TYPE) != "Release") {
+            state.SkipWithError("skipped: times are measured in Release builds only, this is "
+                                KVQ_BUILD_TYPE);
+          } else if (RunCell(state, measurement, cell, session) && !last) {
+            again = true;
+          }
+          if (again) return reporter.DropNext();
+          const double seconds = progress.Done(name);
+          state.counters["elapsed_s"] = seconds;
+          if (!state.error_occurred()) progress.Took(measurement, cell, seconds);
+        })
+        ->Iterations(1)  // with as many samples as it takes: see Samples
+        ->UseManualTime()
+        ->Unit(benchmark::kMillisecond);
+    benchmark::RunSpecifiedBenchmarks(&reporter, ".");
+  };
+  progress.Start(name);
+  attempt(/*last=*/false);
+  if (!again) return;
+  progress.Clear();
+  std::fprintf(stderr, "kvqbench: %s ran out of memory; what others left is given back, and it is tried once more\n",
+               name.c_str());
+  attempt(/*last=*/true);
 }
 
 int Main(int argc, char** argv) {
@@ -315,6 +371,8 @@ int Main(int argc, char** argv) {
     }
   }
   AddContext(session, line.rest);
+  // Behind the probes, which take more than a small limit leaves.
+  if (options.memory_limit > 0) LimitMemory(session.devices(), options.memory_limit << 20);
   results.Join(ContextText(), !line.output.patch.empty());
   std::vector<std::string> names;
   for (const auto& [measurement, cell] : cells) names.push_back(CellName(*measurement, cell));
@@ -325,7 +383,6 @@ int Main(int argc, char** argv) {
     progress.Clear();
     std::fprintf(stderr, "kvqbench: %s\n", line.c_str());
   });
-  const bool release = std::string(KVQ_BUILD_TYPE) == "Release";
   for (size_t i = 0; i < cells.size(); ++i) {
     const auto& [measurement, cell] = cells[i];
     const std::string& name = names[i];
@@ -333,25 +390,6 @@ int Main(int argc, char** argv) {
     if (stored != nullptr && stored->error.empty()) progress.Took(*measurement, cell, stored->seconds);
     if (missing.count(name) == 0) continue;
     progress.Expect(*measurement, cell);
-    benchmark::RegisterBenchmark(
-        name.c_str(),
-        [&session, &results, &progress, name, measurement = measurement, cell = cell,
-         release](benchmark::State& state) {
-          results.Save();  // all before
-          progress.Start(name);
-          if (measurement->timed && !release) {
-            state.SkipWithError("skipped: times are measured in Release builds only, this is "
-                                KVQ_BUILD_TYPE);
-          } else {
-            RunCell(state, *measurement, cell, session);
-          }
-          const double seconds = progress.Done(name);
-          state.counters["elapsed_s"] = seconds;
-          if (!state.error_occurred()) progress.Took(*measurement, cell, seconds);
-        })
-        ->Iterations(1)  // with as many samples as it takes: see Samples
-        ->UseManualTime()
-        ->Unit(benchmark::kMillisecond);
   }
   std::unique_ptr<benchmark::BenchmarkReporter> display;
   if (line.output.format == "json") {
@@ -370,13 +408,18 @@ int Main(int argc, char** argv) {
                  missing.empty() ? "; nothing to do (--patch=REGEX measures again)" : ", the others follow");
   }
   if (!missing.empty()) {
-    Tee reporter(std::move(display), results, progress);
+    Tee reporter(std::move(display), missing, results, progress);
     try {
-      benchmark::RunSpecifiedBenchmarks(&reporter, ".");
+      for (size_t i = 0; i < cells.size(); ++i) {
+        if (missing.count(names[i]) == 0) continue;
+        results.Save();  // all before
+        RunBenchmark(names[i], *cells[i].first, cells[i].second, session, progress, reporter);
+      }
     } catch (const InputError&) {
       summarize();
       throw;
     }
+    reporter.End();
     progress.Clear();
     results.Save();
   }
@@ -403,7 +446,8 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "kvqbench: %s\n", error.what());
     return 2;
   } catch (const std::exception& error) {
-    std::fprintf(stderr, "kvqbench: internal error: %s\n", error.what());
+    const char* kind = kvq::IsOutOfMemory(error) ? "out of memory, and not in a benchmark" : "internal error";
+    std::fprintf(stderr, "kvqbench: %s: %s\n", kind, error.what());
     return 1;
   }
 }

@@ -6,6 +6,7 @@
 #include <random>
 
 #include "accuracy/statistics.h"
+#include "fixtures/machine/out_of_memory.h"
 #include "kernels/error.h"
 #include "kernels/runtime/launch.h"
 
@@ -88,6 +89,7 @@ int64_t Session::prefill_chunk(int64_t batch) const {
 const Model& Session::model(const std::string& name) {
   if (model_.second == nullptr || model_.first != name) {
     captured_ = {};
+    window_states_ = {};
     model_ = {"", nullptr};  // before the next one is loaded: there may not be room for two
     const ModelFiles files = FindModel(name);
     model_ = {name, files.random_weights()
@@ -100,8 +102,8 @@ const Model& Session::model(const std::string& name) {
 
 void Session::WarmUpForModel() {
   if (model_.second == nullptr || warm_for_ == model_.first) return;
-  warm_for_ = model_.first;
   WarmUp(devices_, 2);
+  warm_for_ = model_.first;
 }
 
 const Tokenizer& Session::tokenizer(const std::string& name) {
@@ -153,11 +155,30 @@ const std::vector<std::pair<at::Tensor, at::Tensor>>& Session::captured_cache(co
          keys[view.cached_layer].push_back(view.keys.clone());
          values[view.cached_layer].push_back(view.values.clone());
        });
-  captured_.first = key;
+  std::vector<std::pair<at::Tensor, at::Tensor>> captured;
   for (size_t layer = 0; layer < keys.size(); ++layer) {
-    captured_.second.emplace_back(at::cat(keys[layer], 2), at::cat(values[layer], 2));
+    captured.emplace_back(at::cat(keys[layer], 2), at::cat(values[layer], 2));
   }
+  captured_ = {key, std::move(captured)};  // at last: half of it, where memory runs out, is none
   return captured_.second;
+}
+
+std::map<int64_t, at::Tensor>& Session::window_states(const std::string& key) {
+  if (window_states_.first != key) window_states_ = {key, {}};
+  return window_states_.second;
+}
+
+void Session::GiveBack() {
+  captured_ = {};
+  window_states_ = {};
+  ids_ = {};
+  tokenizer_ = {};
+  corpus_.reset();
+  model_ = {"", nullptr};
+  warm_for_.clear();
+  ForgetMasks();
+  GiveBackMemory(devices_);
+  used_ = false;
 }
 
 std::vector<double> Samples(Session& session, benchmark::State& state,

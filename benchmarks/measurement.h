@@ -5,6 +5,7 @@
 #include <benchmark/benchmark.h>
 
 #include <functional>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -37,6 +38,7 @@ struct Options {
   int64_t runs = 3, max_runs = 30, max_seconds = 10;  // see Samples
   int64_t decode_tokens = 128;
   int64_t prefill_chunk = 0;  // 0: by device
+  int64_t memory_limit = 0;   // MiB; 0: none
   bool vram_diag = false;
 };
 
@@ -82,7 +84,17 @@ class Session {
   // [batch, kv_heads, context, head_dim], before any cache.
   const std::vector<std::pair<at::Tensor, at::Tensor>>& captured_cache(const Cell& cell);
 
+  // Hidden states of the unquantized model over whole windows of a text, by a window's first token. `key` says what
+  // they depend on: under another one they are gone.
+  std::map<int64_t, at::Tensor>& window_states(const std::string& key);
+
   void DropCapturedCache() { captured_ = {}; }
+
+  // A cell begins. True where cells before it may have left something behind: since there was nothing, one has begun.
+  bool BeginCell() { return std::exchange(used_, true); }
+  // All that cells share is dropped, to be had anew when it is wanted, and no allocator keeps any memory: as before the
+  // first cell. No measurement may be running.
+  void GiveBack();
 
   // What the driver says of each GPU; none on a CPU, and where NVML does not work: why_no_nvml says why.
   const std::vector<std::unique_ptr<Nvml>>& nvml() { return nvml_; }
@@ -117,6 +129,8 @@ class Session {
   std::optional<Corpus> corpus_;
   std::pair<std::string, std::vector<int32_t>> ids_;
   std::pair<std::string, std::vector<std::pair<at::Tensor, at::Tensor>>> captured_;
+  std::pair<std::string, std::map<int64_t, at::Tensor>> window_states_;
+  bool used_ = false;  // by a cell, since there was nothing
   std::vector<std::unique_ptr<Nvml>> nvml_;
   std::vector<std::unique_ptr<GpuWatch>> watches_;
   std::string why_no_nvml_;

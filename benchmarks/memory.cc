@@ -4,11 +4,11 @@
 // is the whole process; rss_grown_bytes leaves out what was resident before the cell began (weights,
 // libraries, text).
 //
-// On a GPU vram_peak_bytes is what tensors had at most, weights included, and vram_reserved_bytes what libtorch's
-// allocator had taken for them: what has to fit, so vram_overflow is flagged on it. beyond_weights_bytes is the
-// peak without what lived before the cell; the cache is in it once, kv_bytes_allocated. nvml_used_bytes is what the
-// driver counts at the end, less what was in use before this process came: CUDA's own context and memory
-// that kernels allocate are in it, too. --vram-diag lists the largest live blocks where memory is cleaned up.
+// On a GPU vram_peak_bytes is what tensors had at most, weights and the scratch memory of kernels included, and
+// vram_reserved_bytes what libtorch's allocator had taken for them: what has to fit, so vram_overflow is flagged on it.
+// beyond_weights_bytes is the peak without what lived before the cell; the cache is in it once, kv_bytes_allocated.
+// nvml_used_bytes is what the driver counts at the end, less what was in use before this process came: CUDA's own
+// context and the graphs are in it, too. --vram-diag lists the largest live blocks where memory is cleaned up.
 // Where a model lies on several GPUs all these are sums, the JSON has `<name>_by_gpu`, and one GPU over its limit is
 // an overflow.
 //

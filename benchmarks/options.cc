@@ -94,6 +94,8 @@ std::vector<Flag> Flags(Options& o) {
       number("decode-tokens", "new tokens that decode times", o.decode_tokens, 1),
       number("prefill-chunk", "tokens of a sequence that a prefill feeds at once; 0: 1024, on CUDA 8192 over the batch",
              o.prefill_chunk, 0),
+      number("memory-limit", "MiB that a run may take of each GPU, or have as a process on a CPU; 0: all there is",
+             o.memory_limit, 0),
   };
 }
 

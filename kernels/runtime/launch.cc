@@ -7,7 +7,6 @@
 #include <cstring>
 #include <map>
 #include <mutex>
-#include <set>
 
 #include "kernels/error.h"
 
@@ -122,6 +121,8 @@ std::vector<KernelLaunch> Gather(const DeviceShape& device, const std::function<
   return launches;
 }
 
+bool Gathering() { return gathered != nullptr; }
+
 void Prepare(const std::function<void()>& work) {
   std::vector<KernelInstance> missing;
   const std::vector<KernelLaunch> launches = Gather(CurrentDevice(), work);
@@ -134,30 +135,6 @@ void Prepare(const std::function<void()>& work) {
   }
   const std::vector<CompiledKernel> compiled = CompileKernels(missing, CurrentDevice().arch);
   for (size_t i = 0; i < missing.size(); ++i) Load(missing[i], compiled[i]);
-}
-
-void* AllocateScratch(int64_t bytes, void* stream) {
-  if (gathered != nullptr) return nullptr;
-  static std::set<int> kept;  // GPUs whose pool has been told
-  int device = 0;
-  Check(cudaGetDevice(&device), "current device");
-  if (!kept.contains(device)) {
-    cudaMemPool_t pool;
-    uint64_t keep = uint64_t{256} << 20;
-    Check(cudaDeviceGetDefaultMemPool(&pool, device), "memory pool");
-    Check(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &keep), "memory pool");
-    // Or a stream would wait for another one's memory while there is more.
-    int wait = 0;
-    Check(cudaMemPoolSetAttribute(pool, cudaMemPoolReuseAllowInternalDependencies, &wait), "memory pool");
-    kept.insert(device);
-  }
-  void* scratch = nullptr;
-  Check(cudaMallocAsync(&scratch, bytes, static_cast<cudaStream_t>(stream)), "scratch memory");
-  return scratch;
-}
-
-void FreeScratch(void* scratch, void* stream) {
-  if (gathered == nullptr) Check(cudaFreeAsync(scratch, static_cast<cudaStream_t>(stream)), "scratch memory");
 }
 
 void LaunchRaw(const char* what, const KernelLaunch& launch, void* stream, const std::vector<size_t>& sizes,

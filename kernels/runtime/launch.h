@@ -53,6 +53,9 @@ std::string KernelsText();
 // pointer's target, so that shapes are enough.
 std::vector<KernelLaunch> Gather(const DeviceShape& device, const std::function<void()>& work);
 
+// Whether that is going on in this thread: then memory is not taken, either.
+bool Gathering();
+
 // Compiles and loads what `work` would launch on the current device, all at once: one at a time takes longer.
 void Prepare(const std::function<void()>& work);
 
@@ -69,10 +72,6 @@ void Launch(const char* what, const KernelLaunch& launch, void* stream, const Ar
   void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
   LaunchRaw(what, launch, stream, {sizeof(Arguments)...}, pointers);
 }
-
-// Device memory that is given back in stream order and, up to 256 MiB, kept for the next call. Gather takes none.
-void* AllocateScratch(int64_t bytes, void* stream);
-void FreeScratch(void* scratch, void* stream);
 
 // A type of tokens as device code names it.
 inline const char* TypeName(DType type) {

@@ -38,6 +38,7 @@
 
 #include "kernels/device/hqq.cuh"
 #include "kernels/runtime/launch.h"
+#include "kernels/runtime/scratch.h"
 
 namespace kvq {
 namespace {
@@ -275,7 +276,8 @@ void EncodeCuda(const CodecParams& params, const DenseView& x, int64_t first_tok
   // A bounded number of blocks at a time.
   const int64_t block_bytes = groups * kGroupBytes + kBlockBytes;
   const int64_t most = std::clamp<int64_t>(kScratchBytes / block_bytes, 1, all_blocks);
-  auto* scratch = static_cast<float*>(AllocateScratch(most * block_bytes, stream));
+  const Scratch memory(most * block_bytes, stream);
+  auto* scratch = static_cast<float*>(memory.data());
   for (int64_t first = 0; first < all_blocks; first += most) {
     const int64_t blocks = std::min(most, all_blocks - first), all = blocks * groups;
     Solved solved{static_cast<uint32_t>(first), static_cast<uint32_t>(blocks), static_cast<uint32_t>(groups), scratch,
@@ -288,7 +290,6 @@ void EncodeCuda(const CodecParams& params, const DenseView& x, int64_t first_tok
     solved.settled = reinterpret_cast<uint8_t*>(solved.stops + blocks);
     EncodeBlocks<kBits, kAcross>(shape, x, first_token, out, solved, stream);
   }
-  FreeScratch(scratch, stream);
 }
 
 template <int kBits, bool kAcross>
