@@ -211,13 +211,14 @@ __global__ void __launch_bounds__(kWarps * 32, kStages > 4 ? 2 : 1)
         static_cast<uint16_t*>(a.gate.out)[g * a.gate.size + row] = static_cast<uint16_t>(
             Pack<kBFloat16>(Gated<kBFloat16>(a.gate.activation, first, second), 0));
       } else if constexpr (kEnd == ProductEnd::kActivate) {
-        const auto finish = [&](int64_t at, float x) {
-          x = a.gate.factor == nullptr
-                  ? Activated(a.gate.activation, x)
-                  : Gated<kBFloat16>(a.gate.activation, x, At<kBFloat16>(__ldcg(static_cast<const uint16_t*>(a.gate.factor) + at), 0));
+        const auto finish = [&](int at, float x) {
+          const uint16_t* factor = static_cast<const uint16_t*>(a.gate.factor);
+          x = factor == nullptr ? Activated(a.gate.activation, x)
+                                : Gated<kBFloat16>(a.gate.activation, x, At<kBFloat16>(__ldcg(factor + at), 0));
           static_cast<uint16_t*>(a.gate.out)[at] = static_cast<uint16_t>(Pack<kBFloat16>(x, 0));
         };
-        finish(g * a.out + row, first), finish(g * a.out + row + plan.apart, second);
+        const int at = g * static_cast<int>(a.out) + row;
+        finish(at, first), finish(at + plan.apart, second);
       } else {
         const HeadsArgs& of = a.append.of;
         const int head = tile / plan.in_group, i = tile % plan.in_group * 4 + t;

@@ -30,7 +30,8 @@ void LaunchHeads(const AppendArgs& a, void* qkv, void* stream) {
   const int64_t worked = a.of.rows * (a.of.heads + (kAppend ? 2 : 1) * a.of.kv_heads);
   const int steps = a.of.head_dim <= 256 ? 2 : 4;
   Launch("heads",
-         KernelOf(InstanceName("kvq::step::HeadsKernel", IsBFloat16(a.of.dtype), kAppend, steps, kAppend && a.of.v_norm != nullptr),
+         KernelOf(InstanceName("kvq::step::HeadsKernel", IsBFloat16(a.of.dtype), kAppend, steps,
+                               kAppend && a.of.v_norm != nullptr),
                   GridFor(worked, 4), 128),
          stream, a, static_cast<uint16_t*>(qkv));
 }
@@ -47,7 +48,8 @@ KernelLaunch NormOf(const char* name, const AddNormArgs& a) {
 }  // namespace
 
 void AddNorm(const AddNormArgs& a, void* stream) {
-  Launch("norm", NormOf(a.shift == nullptr ? "kvq::step::AddNormKernel" : "kvq::step::AddLayerNormKernel", a), stream, a);
+  const char* kernel = a.shift == nullptr ? "kvq::step::AddNormKernel" : "kvq::step::AddLayerNormKernel";
+  Launch("norm", NormOf(kernel, a), stream, a);
 }
 
 void AddNormed(const AddNormedArgs& a, void* stream) {

@@ -93,8 +93,8 @@ struct GateArgs {
   DType dtype = DType::kFloat16;
   int64_t rows = 0, size = 0;
   Gate activation = Gate::kSilu;
-  const void* bias = nullptr;  // [2, size], of Activate [size]; or null
-  void* out = nullptr;         // [rows, size]
+  const void* bias = nullptr;    // [2, size], of Activate [size]; or null
+  void* out = nullptr;           // [rows, size]
   const void* factor = nullptr;  // [rows, size], of Activate; or null
 };
 void GateUp(const GateArgs& args, const void* up, void* stream);
@@ -103,11 +103,11 @@ void Activate(const GateArgs& args, const void* gate, void* stream);
 // x W^T for up to eight rows of x on tensor cores, float32 sums in an order that depends on the
 // shape alone. What happens to the sums:
 enum class ProductEnd : uint8_t {
-  kPartial,  // written in float32, for AddNorm
-  kStore,    // rounded and written
-  kGate,     // GateUp of them
-  kAppend,   // AppendHeads of them; without norms
-  kActivate, // Activate of them
+  kPartial,   // written in float32, for AddNorm
+  kStore,     // rounded and written
+  kGate,      // GateUp of them
+  kAppend,    // AppendHeads of them; without norms
+  kActivate,  // Activate of them
 };
 struct ProductArgs {
   DType dtype = DType::kFloat16;
@@ -186,13 +186,13 @@ void BeginStep(const BeginArgs& args, void* stream);
 inline constexpr int64_t kMaxLayerInput = 512;
 struct LayerInputsArgs {
   DType dtype = DType::kFloat16;
-  const int64_t* tokens = nullptr;            // [batch]
-  int64_t batch = 0, layers = 0, size = 0;    // size: at most kMaxLayerInput
-  const void* embedding = nullptr;            // [vocabulary, layers, size]
-  const void* projected = nullptr;            // [batch, layers, size]
-  const float* weight = nullptr;              // [size]
+  const int64_t* tokens = nullptr;          // [batch]
+  int64_t batch = 0, layers = 0, size = 0;  // size: at most kMaxLayerInput
+  const void* embedding = nullptr;          // [vocabulary, layers, size]
+  const void* projected = nullptr;          // [batch, layers, size]
+  const float* weight = nullptr;            // [size]
   float eps = 0, scale = 1, divisor = 1;
-  void* out = nullptr;                        // [layers, batch, size]
+  void* out = nullptr;                      // [layers, batch, size]
 };
 void LayerInputs(const LayerInputsArgs& args, void* stream);
 
