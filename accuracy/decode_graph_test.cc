@@ -81,6 +81,11 @@ Model Varied(const ModelConfig& config, uint64_t seed, at::ScalarType type) {
     vary(layer.q_norm), vary(layer.k_norm);
     vary(layer.input_norm), vary(layer.post_attention_norm), vary(layer.mlp_norm), vary(layer.post_mlp_norm);
     vary(layer.post_per_layer_norm);
+    const LayerConfig& shape = config.layers[i];
+    if (config.value_norm && shape.kv_layer == static_cast<int64_t>(i)) {  // values that their norm changes
+      const int64_t values = shape.num_kv_heads * shape.head_dim;
+      layer.qkv.weight.narrow(0, layer.qkv.weight.size(0) - values, values).mul_(2);
+    }
     if (config.layer_scalar) layer.scalar = 0.875 - 0.125 * static_cast<double>(i % 3);
   }
   vary(model.norm()), vary(model.per_layer_norm());
