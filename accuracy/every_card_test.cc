@@ -78,31 +78,51 @@ void AddCodecs(Collector& all, const Scheme& scheme, DType dtype, int64_t group)
   }
 }
 
+constexpr float kNumber = 0;  // for pointers that are looked at, but not behind
+
 void AddSteps(Collector& all, DType dtype) {
   for (const int64_t size : {4096, 8192, 1023}) {
     all.Add([&] { AddNorm({.dtype = dtype, .rows = 1, .size = size}, nullptr); });
     all.Add([&] { GateUp({.dtype = dtype, .rows = 1, .size = size}, nullptr, nullptr); });
+    all.Add([&] { Activate({.dtype = dtype, .rows = 1, .size = size}, nullptr, nullptr); });
+    AddNormArgs norm;
+    norm.dtype = dtype, norm.rows = 1, norm.size = size;
+    all.Add([&] { AddNormed({.next = norm}, nullptr); });
+    norm.shift = &kNumber;
+    all.Add([&] { AddNorm(norm, nullptr); });
   }
+  LayerInputsArgs inputs;
+  inputs.dtype = dtype, inputs.batch = 1, inputs.layers = 2, inputs.size = 256;
+  all.Add([&] { LayerInputs(inputs, nullptr); });
   const HeadsArgs heads{.dtype = dtype, .rows = 1, .heads = 8, .kv_heads = 2, .head_dim = 128};
   all.Add([&] { TurnHeads(heads, nullptr, nullptr); });
   AppendArgs append;
   append.of = heads;
   all.Add([&] { AppendHeads(append, nullptr, nullptr); });
+  AppendArgs wide = append;
+  wide.of.head_dim = 512, wide.of.v_norm = &kNumber;
+  all.Add([&] { AppendHeads(wide, nullptr, nullptr); });
   all.Add([&] { MergeAttention({.dtype = dtype, .batch = 1, .tokens = 1, .heads = 8, .head_dim = 128}, nullptr); });
   all.Add([&] { StartSteps({}, 1, nullptr, {}, {}, nullptr); });
   BeginArgs begin;
   begin.dtype = dtype, begin.batch = 1;
   all.Add([&] { BeginStep(begin, nullptr); });
+  begin.positions = &kNumber;
+  all.Add([&] { BeginStep(begin, nullptr); });
   PickArgs pick;
   pick.dtype = dtype, pick.batch = 1;
   all.Add([&] { PickTokens(pick, nullptr); });
+  pick.cap = 30;
+  all.Add([&] { PickTokens(pick, nullptr); });
   for (const int64_t rows : {1, 2, 8}) {
     for (const int64_t in : {1024, 4096, 14336}) {
-      for (const ProductEnd end : {ProductEnd::kPartial, ProductEnd::kStore, ProductEnd::kGate, ProductEnd::kAppend}) {
+      for (const ProductEnd end : {ProductEnd::kPartial, ProductEnd::kStore, ProductEnd::kGate, ProductEnd::kAppend,
+                                   ProductEnd::kActivate}) {
         for (const bool normalizes : {false, true}) {
           ProductArgs product;
           product.dtype = dtype, product.rows = rows, product.in = in, product.out = 12 * 128, product.end = end;
-          product.normalizes = normalizes, product.gate.size = 6 * 128, product.append = append;
+          product.normalizes = normalizes, product.append = append;
+          product.gate.size = end == ProductEnd::kActivate ? product.out : product.out / 2;
           all.Add([&] {
             if (ProductFits(product)) Product(product, nullptr);
           });

@@ -35,7 +35,7 @@ TEST(Tables, HaveTheirRows) {
                    "needle perplexity power prefill quantize sensitivity ");
   names.clear();
   for (const PublishedShape& shape : PublishedShapes()) names += shape.name + " ";
-  EXPECT_EQ(names, "gemma-4-e4b gpt2 llama-2-7b llama-3.1-8b mistral-7b qwen2-0.5b qwen2-7b qwen3-8b yi-1.5-9b ");
+  EXPECT_EQ(names, "gemma-4-e4b gpt2 llama-2-7b llama-3.1-8b mistral-7b mistral-7b-v0.1 qwen2-0.5b qwen2-7b qwen3-8b yi-1.5-9b ");
 }
 
 // All 65536 halves, and the neighbourhood of every border between two of them, against libtorch.

@@ -24,17 +24,19 @@ ProductPlan Plan(const ProductArgs& a) {
       a.out > (1 << 24) || reinterpret_cast<uintptr_t>(a.weight) % 16 != 0) {
     return plan;
   }
-  if (a.normalizes &&
-      (a.rows > 1 || a.in > kProductNormHeld * 8 * 8 * 32 || a.end == ProductEnd::kPartial))
+  if (a.normalizes && (a.rows > 1 || a.in > kProductNormHeld * 8 * 8 * 32 || a.end == ProductEnd::kPartial ||
+                       a.norm.shift != nullptr)) {
     return plan;
+  }
   if (a.end == ProductEnd::kGate) {
     if (a.gate.size % 4 != 0 || a.out != 2 * a.gate.size) return plan;
     plan.in_group = static_cast<int>(a.gate.size / 4), plan.group_rows = 0;
     plan.apart = static_cast<int>(a.gate.size);
   }
+  if (a.end == ProductEnd::kActivate && a.out != a.gate.size) return plan;
   if (a.end == ProductEnd::kAppend) {
     const HeadsArgs& of = a.append.of;
-    if (of.head_dim % 8 != 0 || of.q_norm != nullptr ||
+    if (of.head_dim % 8 != 0 || of.q_norm != nullptr || of.v_norm != nullptr ||
         a.out != (of.heads + 2 * of.kv_heads) * of.head_dim)
       return plan;
     plan.in_group = static_cast<int>(of.head_dim / 8),

@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(kWarps * 32, kStages > 4 ? 2 : 1)
       out[0] = static_cast<uint16_t>(Pack<kBFloat16>(first, 0));
       out[plan.apart] = static_cast<uint16_t>(Pack<kBFloat16>(second, 0));
     } else {
-      const void* biases = kEnd == ProductEnd::kGate ? a.gate.bias : a.append.of.bias;
+      const void* biases = kEnd == ProductEnd::kAppend ? a.append.of.bias : a.gate.bias;
       if (biases != nullptr) {
         first += At<kBFloat16>(static_cast<const uint16_t*>(biases)[row], 0);
         second += At<kBFloat16>(static_cast<const uint16_t*>(biases)[row + plan.apart], 0);
@@ -210,6 +210,15 @@ __global__ void __launch_bounds__(kWarps * 32, kStages > 4 ? 2 : 1)
       if constexpr (kEnd == ProductEnd::kGate) {
         static_cast<uint16_t*>(a.gate.out)[g * a.gate.size + row] = static_cast<uint16_t>(
             Pack<kBFloat16>(Gated<kBFloat16>(a.gate.activation, first, second), 0));
+      } else if constexpr (kEnd == ProductEnd::kActivate) {
+        const auto finish = [&](int at, float x) {
+          const uint16_t* factor = static_cast<const uint16_t*>(a.gate.factor);
+          x = factor == nullptr ? Activated(a.gate.activation, x)
+                                : Gated<kBFloat16>(a.gate.activation, x, At<kBFloat16>(__ldcg(factor + at), 0));
+          static_cast<uint16_t*>(a.gate.out)[at] = static_cast<uint16_t>(Pack<kBFloat16>(x, 0));
+        };
+        const int at = g * static_cast<int>(a.out) + row;
+        finish(at, first), finish(at + plan.apart, second);
       } else {
         const HeadsArgs& of = a.append.of;
         const int head = tile / plan.in_group, i = tile % plan.in_group * 4 + t;

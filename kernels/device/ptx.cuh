@@ -70,6 +70,10 @@ __device__ __forceinline__ void CopyAsyncOrZero(Shared shared, const void* globa
 }
 // Ends a group of copies of this thread.
 __device__ __forceinline__ void CopyCommit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Asks for the line of `global` to be in the L2 cache by the time it is read.
+__device__ __forceinline__ void Prefetch(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global) : "memory");
+}
 // Waits until all but the newest n groups of this thread have arrived.
 template <int n>
 __device__ __forceinline__ void CopyWait() {

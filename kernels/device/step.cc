@@ -9,7 +9,7 @@
 namespace kvq {
 
 bool AddNormFits(int64_t size) { return size % 8 == 0 ? size <= 16384 : size <= 2048; }
-bool HeadsFit(int64_t head_dim) { return head_dim % 4 == 0 && head_dim <= 256; }
+bool HeadsFit(int64_t head_dim) { return head_dim % 4 == 0 && head_dim <= 512; }
 
 namespace {
 
@@ -28,21 +28,32 @@ KernelLaunch KernelOf(const std::string& name, dim3 grid, int threads) {
 template <bool kAppend>
 void LaunchHeads(const AppendArgs& a, void* qkv, void* stream) {
   const int64_t worked = a.of.rows * (a.of.heads + (kAppend ? 2 : 1) * a.of.kv_heads);
-  Launch("heads", KernelOf(InstanceName("kvq::step::HeadsKernel", IsBFloat16(a.of.dtype), kAppend), GridFor(worked, 4), 128),
+  const int steps = a.of.head_dim <= 256 ? 2 : 4;
+  Launch("heads",
+         KernelOf(InstanceName("kvq::step::HeadsKernel", IsBFloat16(a.of.dtype), kAppend, steps,
+                               kAppend && a.of.v_norm != nullptr),
+                  GridFor(worked, 4), 128),
          stream, a, static_cast<uint16_t*>(qkv));
+}
+
+// A kernel of a norm over the rows of `a`.
+KernelLaunch NormOf(const char* name, const AddNormArgs& a) {
+  const bool wide = a.size % 8 == 0;
+  const int64_t accesses = wide ? a.size / 8 : a.size;
+  const int threads = static_cast<int>(std::min<int64_t>((accesses + 31) / 32 * 32, kNormThreads));
+  const int held = wide && accesses <= kNormThreads ? 1 : kNormHeld;
+  return KernelOf(InstanceName(name, IsBFloat16(a.dtype), wide ? 8 : 1, held), static_cast<unsigned>(a.rows), threads);
 }
 
 }  // namespace
 
 void AddNorm(const AddNormArgs& a, void* stream) {
-  const bool wide = a.size % 8 == 0;
-  const int64_t accesses = wide ? a.size / 8 : a.size;
-  const int threads = static_cast<int>(std::min<int64_t>((accesses + 31) / 32 * 32, kNormThreads));
-  const int held = wide && accesses <= kNormThreads ? 1 : kNormHeld;
-  Launch("norm",
-         KernelOf(InstanceName("kvq::step::AddNormKernel", IsBFloat16(a.dtype), wide ? 8 : 1, held),
-                  static_cast<unsigned>(a.rows), threads),
-         stream, a);
+  const char* kernel = a.shift == nullptr ? "kvq::step::AddNormKernel" : "kvq::step::AddLayerNormKernel";
+  Launch("norm", NormOf(kernel, a), stream, a);
+}
+
+void AddNormed(const AddNormedArgs& a, void* stream) {
+  Launch("two norms", NormOf("kvq::step::AddNormedKernel", a.next), stream, a);
 }
 
 void TurnHeads(const HeadsArgs& args, void* qkv, void* stream) {
@@ -62,6 +73,20 @@ void GateUp(const GateArgs& a, const void* up, void* stream) {
          stream, a, up);
 }
 
+void Activate(const GateArgs& a, const void* gate, void* stream) {
+  const int wide = a.size % 8 == 0 ? 8 : 1;
+  Launch("activation",
+         KernelOf(InstanceName("kvq::step::ActivateKernel", IsBFloat16(a.dtype), wide), GridFor(a.rows * a.size / wide), 256),
+         stream, a, gate);
+}
+
+void LayerInputs(const LayerInputsArgs& a, void* stream) {
+  if (a.size > kMaxLayerInput) throw std::runtime_error("a layer's input of more elements than the kernel holds");
+  Launch("inputs of layers",
+         KernelOf(InstanceName("kvq::step::LayerInputsKernel", IsBFloat16(a.dtype)), GridFor(a.batch * a.layers, 4), 128),
+         stream, a);
+}
+
 void MergeAttention(const MergeArgs& a, void* stream) {
   const int64_t threads = a.batch * a.tokens * a.heads * (a.head_dim / 8);
   Launch("merge", KernelOf(InstanceName("kvq::step::MergeKernel", IsBFloat16(a.dtype)), GridFor(threads), 256), stream, a);
@@ -74,13 +99,14 @@ void StartSteps(const StepState& state, int64_t batch, const int64_t* first, Seq
 
 void BeginStep(const BeginArgs& a, void* stream) {
   Launch("begin",
-         KernelOf(InstanceName("kvq::step::BeginKernel", IsBFloat16(a.dtype)), static_cast<unsigned>(a.batch), kBeginThreads),
+         KernelOf(InstanceName("kvq::step::BeginKernel", IsBFloat16(a.dtype), a.positions != nullptr),
+                  static_cast<unsigned>(a.batch), kBeginThreads),
          stream, a);
 }
 
 void PickTokens(const PickArgs& a, void* stream) {
   Launch("pick",
-         KernelOf(InstanceName("kvq::step::PickKernel", IsBFloat16(a.dtype)),
+         KernelOf(InstanceName("kvq::step::PickKernel", IsBFloat16(a.dtype), a.cap > 0),
                   dim3(kPickBlocks, static_cast<unsigned>(a.batch)), kPickThreads),
          stream, a);
 }

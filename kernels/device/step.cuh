@@ -67,13 +67,15 @@ __device__ __forceinline__ float WarpSum(float x) {
   return x;
 }
 
-// Elements `at` and on of row `row` of x + delta, or of x where there is no delta, rounded.
-template <bool kBFloat16, int kWide>
+// Elements `at` and on of row `row` of x + delta, or of x where there is no delta, or of delta alone, rounded.
+template <bool kBFloat16, bool kDeltaAlone = false, int kWide>
 __device__ __forceinline__ void LoadSum(const AddNormArgs& a, int64_t row, int64_t at,
                                         float (&x)[kWide]) {
   const int64_t index = row * a.size + at;
-  Load<kBFloat16>(a.x, index, x);
-  if (a.delta == nullptr && a.partial == nullptr) return;
+  if constexpr (!kDeltaAlone) {
+    Load<kBFloat16>(a.x, index, x);
+    if (a.delta == nullptr && a.partial == nullptr) return;
+  }
   float delta[kWide];
   if (a.partial == nullptr) {
     Load<kBFloat16>(a.delta, index, delta);
@@ -98,18 +100,26 @@ __device__ __forceinline__ void LoadSum(const AddNormArgs& a, int64_t row, int64
     for (int k = 0; k < kWide; ++k) delta[k] += bias[k];
   }
 #pragma unroll
-  for (int k = 0; k < kWide; ++k) x[k] = Round<kBFloat16>(x[k] + Round<kBFloat16>(delta[k]));
+  for (int k = 0; k < kWide; ++k) {
+    delta[k] = Round<kBFloat16>(delta[k]);
+    x[k] = kDeltaAlone ? delta[k] : Round<kBFloat16>(x[k] + delta[k]);
+  }
+}
+
+// The sum over a block's threads; `sums` has room for one a warp, and no other use.
+__device__ __forceinline__ float BlockSum(float x, float* sums) {
+  x = WarpSum(x);
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
+  __syncthreads();
+  x = 0;
+  for (int warp = 0; warp < blockDim.x / 32; ++warp) x += sums[warp];
+  return x;
 }
 
 // 1 / rms of a row from the squares that the threads of a block have added up; `sums` has room for
 // one a warp.
 __device__ __forceinline__ float InverseRms(float squares, int64_t size, float eps, float* sums) {
-  squares = WarpSum(squares);
-  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = squares;
-  __syncthreads();
-  squares = 0;
-  for (int warp = 0; warp < blockDim.x / 32; ++warp) squares += sums[warp];
-  return rsqrtf(squares / static_cast<float>(size) + eps);
+  return rsqrtf(BlockSum(squares, sums) / static_cast<float>(size) + eps);
 }
 
 // ---- single elements of heads and gates
@@ -141,17 +151,15 @@ __device__ __forceinline__ float2 Turn(const HeadsArgs& a, int row, int i, float
   return {x1 * cos - x2 * sin, x2 * cos + x1 * sin};
 }
 
+__device__ __forceinline__ float Activated(Gate activation, float gate) {
+  if (activation == Gate::kSilu) return gate / (1.0f + expf(-gate));
+  const float inner = 0.79788456f * (gate + 0.044715f * gate * gate * gate);  // sqrt(2 / pi)
+  return 0.5f * gate * (1.0f + tanhf(inner));
+}
 // Rounds after the activation, as two operations on tensors would.
 template <bool kBFloat16>
 __device__ __forceinline__ float Gated(Gate activation, float gate, float up) {
-  float active;
-  if (activation == Gate::kSilu) {
-    active = gate / (1.0f + expf(-gate));
-  } else {
-    const float inner = 0.79788456f * (gate + 0.044715f * gate * gate * gate);  // sqrt(2 / pi)
-    active = 0.5f * gate * (1.0f + tanhf(inner));
-  }
-  return Round<kBFloat16>(active) * up;
+  return Round<kBFloat16>(Activated(activation, gate)) * up;
 }
 
 }  // namespace kvq::step

@@ -17,8 +17,8 @@
 
 namespace kvq {
 
-// sum = x + delta, out = sum / rms(sum) * weight, row by row. One block a row. Bytes: x, delta and
-// the weight in, sum and out out.
+// sum = x + delta, out = norm(sum), row by row. One block a row. Bytes: x, delta and the weight in, sum
+// and out out.
 inline constexpr int kMaxSplits = 4;
 struct AddNormArgs {
   DType dtype = DType::kFloat16;  // of all but partial and weight
@@ -34,10 +34,22 @@ struct AddNormArgs {
   const float* weight = nullptr;  // [size]
   float eps = 0;
   void* out = nullptr;  // [rows, size]
+  // [size]. Without it the norm is sum / rms(sum) * weight; with it LayerNorm, (sum - mean(sum)) /
+  // deviation(sum) * weight + shift.
+  const float* shift = nullptr;
 };
 void AddNorm(const AddNormArgs& args, void* stream);
 // Rows are held in registers: at most 16384 elements, in eights where there are more than 2048.
 bool AddNormFits(int64_t size);
+
+// The same where what is added has a norm of its own: sum = (x + norm(delta)) * scale, rounded after each of
+// the three, out = norm(sum). Both norms are RMS norms. One launch, a block a row, two reductions.
+struct AddNormedArgs {
+  AddNormArgs next;                     // with a delta; without weight and out there is no second norm
+  const float* delta_weight = nullptr;  // [size]
+  float scale = 1;
+};
+void AddNormed(const AddNormedArgs& args, void* stream);
 
 // Query and key heads behind their product: norm, and rotation of the channels i and
 // i + head_dim / 2.
@@ -50,7 +62,9 @@ struct HeadsArgs {
   float eps = 0;
   const float *cos = nullptr, *sin = nullptr;        // [positions, head_dim / 2]
   int64_t positions = 1;                             // row r is at position r % positions
+  const float* v_norm = nullptr;                     // [head_dim], or null: of AppendHeads
 };
+// A multiple of 4, at most 512.
 bool HeadsFit(int64_t head_dim);
 
 // qkv [rows, heads + 2 kv_heads, head_dim] in place; the bias is in it, values stay as they are.
@@ -72,24 +86,28 @@ struct AppendArgs {
 };
 void AppendHeads(const AppendArgs& args, const void* qkv, void* stream);
 
-// out = activation(gate) * up of up [rows, gate and up, size].
+// GateUp: out = activation(gate) * up of up [rows, gate and up, size]. Activate: out = activation(gate)
+// of gate [rows, size], times `factor` where there is one.
 enum class Gate : uint8_t { kSilu, kGeluTanh };
 struct GateArgs {
   DType dtype = DType::kFloat16;
   int64_t rows = 0, size = 0;
   Gate activation = Gate::kSilu;
-  const void* bias = nullptr;  // [2, size], or null
-  void* out = nullptr;         // [rows, size]
+  const void* bias = nullptr;    // [2, size], of Activate [size]; or null
+  void* out = nullptr;           // [rows, size]
+  const void* factor = nullptr;  // [rows, size], of Activate; or null
 };
 void GateUp(const GateArgs& args, const void* up, void* stream);
+void Activate(const GateArgs& args, const void* gate, void* stream);
 
 // x W^T for up to eight rows of x on tensor cores, float32 sums in an order that depends on the
 // shape alone. What happens to the sums:
 enum class ProductEnd : uint8_t {
-  kPartial,  // written in float32, for AddNorm
-  kStore,    // rounded and written
-  kGate,     // GateUp of them
-  kAppend,   // AppendHeads of them; without norms
+  kPartial,   // written in float32, for AddNorm
+  kStore,     // rounded and written
+  kGate,      // GateUp of them
+  kAppend,    // AppendHeads of them; without norms
+  kActivate,  // Activate of them
 };
 struct ProductArgs {
   DType dtype = DType::kFloat16;
@@ -97,14 +115,14 @@ struct ProductArgs {
   int64_t in = 0, out = 0;  // the weight's shape is [out, in]
   const void* weight = nullptr;
   const void* x = nullptr;  // [rows, in]
-  // x is AddNorm of `norm` instead, of one row: norm.out is not written, norm.sum is, and is not
-  // norm.x. Not with kPartial.
+  // x is AddNorm of `norm` instead, of one row and without a shift: norm.out is not written, norm.sum
+  // is, and is not norm.x. Not with kPartial.
   bool normalizes = false;
   AddNormArgs norm;
   ProductEnd end = ProductEnd::kStore;
   float* partial = nullptr;  // kPartial: [ProductSplits, rows, out]
   void* stored = nullptr;    // kStore: [rows, out]
-  GateArgs gate;             // kGate: out is [2, size]
+  GateArgs gate;             // kGate: out is [2, size]; kActivate: [size]
   AppendArgs append;         // kAppend: out is [heads + 2 kv_heads, head_dim]
 };
 // Whether these shapes can run on the current device; looks at no pointer but the weight's.
@@ -158,8 +176,25 @@ struct BeginArgs {
     int64_t pairs = 0;
     float *cos = nullptr, *sin = nullptr;
   } ropes[kMaxRopes];
+  const void* positions = nullptr;  // [positions, hidden], learned: added to the embedding; or null
 };
 void BeginStep(const BeginArgs& args, void* stream);
+
+// What every layer mixes in of its own: out = (norm(projected / divisor) + embedding * scale) / sqrt(2),
+// the embedding that of the token, rounded after each operation. The norm is an RMS norm over a layer's elements.
+// One launch, a warp a sequence and layer.
+inline constexpr int64_t kMaxLayerInput = 512;
+struct LayerInputsArgs {
+  DType dtype = DType::kFloat16;
+  const int64_t* tokens = nullptr;          // [batch]
+  int64_t batch = 0, layers = 0, size = 0;  // size: at most kMaxLayerInput
+  const void* embedding = nullptr;          // [vocabulary, layers, size]
+  const void* projected = nullptr;          // [batch, layers, size]
+  const float* weight = nullptr;            // [size]
+  float eps = 0, scale = 1, divisor = 1;
+  void* out = nullptr;                      // [layers, batch, size]
+};
+void LayerInputs(const LayerInputsArgs& args, void* stream);
 
 // The end of a step: the token with the largest logit of logits [batch, vocabulary], of several the
 // first, as at::argmax; NaN counts as the largest.
@@ -168,6 +203,10 @@ struct PickArgs {
   StepState state;
   int64_t batch = 0, vocabulary = 0;
   const void* logits = nullptr;
+  // Where it is above 0, cap * tanh(logit / cap) stands for each logit, in float32, and is written to `capped`
+  // [batch, vocabulary].
+  float cap = 0;
+  float* capped = nullptr;
 };
 void PickTokens(const PickArgs& args, void* stream);
 

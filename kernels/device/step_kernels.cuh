@@ -48,10 +48,118 @@ __global__ void __launch_bounds__(kNormThreads, kHeld == 1 ? 2 : 1)
   }
 }
 
+// The same with a norm of the delta. Weights are not held in registers before the wait, as above, which two rows
+// of them would not leave room for: they are fetched as far as the L2 cache.
+template <bool kBFloat16, int kWide, int kHeld>
+__global__ void __launch_bounds__(kNormThreads, kHeld == 1 ? 2 : 1)
+    AddNormedKernel(const __grid_constant__ AddNormedArgs a) {
+  __shared__ float sums[2][kNormThreads / 32];
+  const AddNormArgs& next = a.next;
+  const int64_t row = blockIdx.x * next.size;
+  LaunchDependents();
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int64_t at = static_cast<int64_t>(threadIdx.x + i * blockDim.x) * kWide;
+    if (at >= next.size) break;
+    ptx::Prefetch(a.delta_weight + at);
+    if (next.weight != nullptr) ptx::Prefetch(next.weight + at);
+  }
+  WaitForPredecessors();
+  float x[kHeld][kWide], old[kWide], weight[kWide], squares = 0;
+  const auto load = [&](int64_t at) {
+    LoadFloats(a.delta_weight, at, weight);
+    Load<kBFloat16>(next.x, row + at, old);
+  };
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int64_t at = static_cast<int64_t>(threadIdx.x + i * blockDim.x) * kWide;
+    if (at >= next.size) break;
+    LoadSum<kBFloat16, /*kDeltaAlone=*/true>(next, blockIdx.x, at, x[i]);
+    if (kHeld == 1) load(at);  // on their way while the block adds up
+#pragma unroll
+    for (int k = 0; k < kWide; ++k) squares += x[i][k] * x[i][k];
+  }
+  const float of_delta = InverseRms(squares, next.size, next.eps, sums[0]);
+  squares = 0;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int64_t at = static_cast<int64_t>(threadIdx.x + i * blockDim.x) * kWide;
+    if (at >= next.size) break;
+    if (kHeld > 1) load(at);
+#pragma unroll
+    for (int k = 0; k < kWide; ++k) {
+      const float sum = Round<kBFloat16>(old[k] + Round<kBFloat16>(x[i][k] * of_delta * weight[k]));
+      x[i][k] = Round<kBFloat16>(sum * a.scale);
+      squares += x[i][k] * x[i][k];
+    }
+    Store<kBFloat16>(next.sum, row + at, x[i]);
+    if (kHeld == 1 && next.weight != nullptr) LoadFloats(next.weight, at, weight);
+  }
+  if (next.weight == nullptr) return;
+  const float of_sum = InverseRms(squares, next.size, next.eps, sums[1]);
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int64_t at = static_cast<int64_t>(threadIdx.x + i * blockDim.x) * kWide;
+    if (at >= next.size) break;
+    if (kHeld > 1) LoadFloats(next.weight, at, weight);
+#pragma unroll
+    for (int k = 0; k < kWide; ++k) x[i][k] = x[i][k] * of_sum * weight[k];
+    Store<kBFloat16>(next.out, row + at, x[i]);
+  }
+}
+
+// AddNorm with a shift. The deviation is that of the differences from the mean, which are in registers.
+template <bool kBFloat16, int kWide, int kHeld>
+__global__ void __launch_bounds__(kNormThreads, kHeld == 1 ? 2 : 1)
+    AddLayerNormKernel(const __grid_constant__ AddNormArgs a) {
+  __shared__ float sums[2][kNormThreads / 32];
+  LaunchDependents();
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int64_t at = static_cast<int64_t>(threadIdx.x + i * blockDim.x) * kWide;
+    if (at >= a.size) break;
+    ptx::Prefetch(a.weight + at), ptx::Prefetch(a.shift + at);
+  }
+  WaitForPredecessors();
+  float x[kHeld][kWide], total = 0;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int64_t at = static_cast<int64_t>(threadIdx.x + i * blockDim.x) * kWide;
+    if (at >= a.size) break;
+    LoadSum<kBFloat16>(a, blockIdx.x, at, x[i]);
+    if (a.delta != nullptr || a.partial != nullptr) Store<kBFloat16>(a.sum, blockIdx.x * a.size + at, x[i]);
+#pragma unroll
+    for (int k = 0; k < kWide; ++k) total += x[i][k];
+  }
+  const float mean = BlockSum(total, sums[0]) / static_cast<float>(a.size);
+  float squares = 0;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int64_t at = static_cast<int64_t>(threadIdx.x + i * blockDim.x) * kWide;
+    if (at >= a.size) break;
+#pragma unroll
+    for (int k = 0; k < kWide; ++k) {
+      x[i][k] -= mean;
+      squares += x[i][k] * x[i][k];
+    }
+  }
+  const float inverse = InverseRms(squares, a.size, a.eps, sums[1]);
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int64_t at = static_cast<int64_t>(threadIdx.x + i * blockDim.x) * kWide;
+    if (at >= a.size) break;
+    float weight[kWide], shift[kWide];
+    LoadFloats(a.weight, at, weight), LoadFloats(a.shift, at, shift);
+#pragma unroll
+    for (int k = 0; k < kWide; ++k) x[i][k] = x[i][k] * inverse * weight[k] + shift[k];
+    Store<kBFloat16>(a.out, blockIdx.x * a.size + at, x[i]);
+  }
+}
+
 // ---- heads
 
-// A warp a head, each lane two neighbouring pairs at a time.
-template <bool kBFloat16, bool kAppend>
+// A warp a head, each lane two neighbouring pairs at a time, kSteps times: heads of up to 128 kSteps channels.
+template <bool kBFloat16, bool kAppend, int kSteps, bool kValueNorm>
 __global__ void __launch_bounds__(128)
     HeadsKernel(const __grid_constant__ AppendArgs a, uint16_t* qkv) {
   LaunchDependents();
@@ -67,8 +175,7 @@ __global__ void __launch_bounds__(128)
   uint16_t* from = qkv + (static_cast<int64_t>(row) * all + head) * dim;
   uint16_t* to = kAppend ? Destination(a, row, head) : from;
 
-  constexpr int kSteps = 2;  // of 32 lanes with 4 channels each
-  float x[kSteps][2][2];     // [step, half, neighbour]
+  float x[kSteps][2][2];  // [step, half, neighbour]
   float squares = 0;
 #pragma unroll
   for (int s = 0; s < kSteps; ++s) {
@@ -92,7 +199,10 @@ __global__ void __launch_bounds__(128)
       }
     }
   }
-  const float* norm = head < heads ? of.q_norm : head < heads + kv_heads ? of.k_norm : nullptr;
+  const float* norm = head < heads              ? of.q_norm
+                      : head < heads + kv_heads ? of.k_norm
+                      : kValueNorm              ? of.v_norm
+                                                : nullptr;
   const float inverse =
       norm == nullptr ? 0 : rsqrtf(WarpSum(squares) / static_cast<float>(dim) + of.eps);
 #pragma unroll
@@ -145,6 +255,67 @@ __global__ void __launch_bounds__(256)
   Store<kBFloat16>(a.out, at, x[0]);
 }
 
+template <bool kBFloat16, int kWide>
+__global__ void __launch_bounds__(256)
+    ActivateKernel(const __grid_constant__ GateArgs a, const void* gate) {
+  LaunchDependents();
+  WaitForPredecessors();
+  const int64_t at = (static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x) * kWide;
+  if (at >= a.rows * a.size) return;
+  float x[kWide], other[kWide];
+  Load<kBFloat16>(gate, at, x);
+  if (a.bias != nullptr) {
+    Load<kBFloat16>(a.bias, at % a.size, other);
+#pragma unroll
+    for (int k = 0; k < kWide; ++k) x[k] = Round<kBFloat16>(x[k] + other[k]);
+  }
+  if (a.factor != nullptr) {
+    Load<kBFloat16>(a.factor, at, other);
+#pragma unroll
+    for (int k = 0; k < kWide; ++k) x[k] = Gated<kBFloat16>(a.activation, x[k], other[k]);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kWide; ++k) x[k] = Activated(a.activation, x[k]);
+  }
+  Store<kBFloat16>(a.out, at, x);
+}
+
+// ---- what every layer mixes in
+
+template <bool kBFloat16>
+__global__ void __launch_bounds__(128) LayerInputsKernel(const __grid_constant__ LayerInputsArgs a) {
+  LaunchDependents();
+  WaitForPredecessors();
+  const int layers = static_cast<int>(a.layers), size = static_cast<int>(a.size);
+  const int64_t task = static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / 32;
+  if (task >= a.batch * layers) return;
+  const int64_t b = task / layers, layer = task % layers;
+  const int lane = threadIdx.x % 32;
+  const uint16_t* projected = static_cast<const uint16_t*>(a.projected) + task * size;
+  const uint16_t* embedding =
+      static_cast<const uint16_t*>(a.embedding) + (__ldcg(a.tokens + b) * layers + layer) * size;
+  uint16_t* out = static_cast<uint16_t*>(a.out) + (layer * a.batch + b) * size;
+  constexpr int kHeld = kMaxLayerInput / 32;
+  float x[kHeld], squares = 0;
+#pragma unroll
+  for (int k = 0; k < kHeld; ++k) {
+    const int i = lane + 32 * k;
+    if (i >= size) break;
+    x[k] = Round<kBFloat16>(At<kBFloat16>(__ldcg(projected + i), 0) / a.divisor);
+    squares += x[k] * x[k];
+  }
+  const float inverse = rsqrtf(WarpSum(squares) / static_cast<float>(size) + a.eps);
+#pragma unroll
+  for (int k = 0; k < kHeld; ++k) {
+    const int i = lane + 32 * k;
+    if (i >= size) break;
+    const float normed = Round<kBFloat16>(x[k] * inverse * __ldcg(a.weight + i));
+    const float token = Round<kBFloat16>(At<kBFloat16>(__ldcg(embedding + i), 0) * a.scale);
+    const float sum[1] = {Round<kBFloat16>(normed + token) * 0.70710678f};  // 1 / sqrt(2)
+    Store<kBFloat16>(out, i, sum);
+  }
+}
+
 // ---- attention in two parts
 
 template <bool kBFloat16>
@@ -185,7 +356,7 @@ __global__ void StartKernel(StepState s, int batch, const int64_t* first, Sequen
 }
 
 // A block a sequence.
-template <bool kBFloat16>
+template <bool kBFloat16, bool kPositions>
 __global__ void __launch_bounds__(kBeginThreads) BeginKernel(const __grid_constant__ BeginArgs a) {
   LaunchDependents();
   WaitForPredecessors();
@@ -218,7 +389,11 @@ __global__ void __launch_bounds__(kBeginThreads) BeginKernel(const __grid_consta
   const uint16_t* from =
       static_cast<const uint16_t*>(a.embedding) + __ldcg(a.state.tokens + b) * a.hidden;
   for (int i = threadIdx.x; i < a.hidden; i += kBeginThreads) {
-    const float x[1] = {At<kBFloat16>(from[i], 0) * a.scale};
+    float x[1] = {At<kBFloat16>(from[i], 0) * a.scale};
+    if constexpr (kPositions) {
+      const uint16_t* learned = static_cast<const uint16_t*>(a.positions) + position * a.hidden;
+      x[0] = Round<kBFloat16>(x[0]) + At<kBFloat16>(learned[i], 0);
+    }
     Store<kBFloat16>(a.x, b * a.hidden + i, x);
   }
 }
@@ -234,7 +409,7 @@ __device__ __forceinline__ unsigned long long Rank(float logit, int index) {
 }
 
 // Some blocks a sequence; the one that finishes last hands the token over.
-template <bool kBFloat16>
+template <bool kBFloat16, bool kCapped>
 __global__ void __launch_bounds__(kPickThreads) PickKernel(const __grid_constant__ PickArgs a) {
   __shared__ unsigned long long bests[kPickThreads / 32];
   LaunchDependents();
@@ -244,7 +419,12 @@ __global__ void __launch_bounds__(kPickThreads) PickKernel(const __grid_constant
   unsigned long long best = 0;
   for (int i = blockIdx.x * kPickThreads + threadIdx.x; i < a.vocabulary;
        i += kPickBlocks * kPickThreads) {
-    best = max(best, Rank(At<kBFloat16>(__ldcg(logits + i), 0), i));
+    float logit = At<kBFloat16>(__ldcg(logits + i), 0);
+    if constexpr (kCapped) {
+      logit = tanhf(logit / a.cap) * a.cap;
+      a.capped[b * a.vocabulary + i] = logit;
+    }
+    best = max(best, Rank(logit, i));
   }
 #pragma unroll
   for (int lane = 16; lane > 0; lane /= 2)
