@@ -35,7 +35,6 @@ TEST(OutOfMemoryErrors, AreKnownByTheirTypes) {
   EXPECT_FALSE(IsOutOfMemory(std::runtime_error("CUDA: launch: an illegal memory access was encountered")));
   EXPECT_THROW(Check(cudaErrorMemoryAllocation, "graph"), OutOfMemory);
   EXPECT_THROW(Check(cudaErrorIllegalAddress, "graph"), std::runtime_error);
-  EXPECT_EQ(cudaGetLastError(), cudaSuccess);
 }
 
 TEST(OutOfMemoryErrors, AreKnownByWordsWhereThereIsNoType) {
@@ -298,6 +297,13 @@ TEST_F(GpuMemoryLimitGpu, HoldsAndIsSaid) {
   Bytes(int64_t{768} << 20);  // the 512 MiB in the allocator's cache are in nobody's way
   LimitGpuMemory(kCuda, INT64_MAX);
   EXPECT_EQ(GpuMemoryLimit(kCuda), ReadGpuMemory(kCuda).device_total);
+}
+
+TEST(OutOfMemoryErrorsGpu, AreForgottenOnceReported) {
+  KVQ_NEEDS_CUDA();
+  void* memory = nullptr;
+  EXPECT_THROW(Check(cudaMalloc(&memory, size_t{1} << 50), "a petabyte"), OutOfMemory);
+  EXPECT_EQ(cudaGetLastError(), cudaSuccess);
 }
 
 TEST_F(GpuMemoryLimitGpu, NothingIsLeftWhenAllIsGivenBack) {
