@@ -79,30 +79,47 @@ void AddCodecs(Collector& all, const Scheme& scheme, DType dtype, int64_t group)
 }
 
 void AddSteps(Collector& all, DType dtype) {
+  const float there = 1;  // for what a kernel is chosen by whether it has
   for (const int64_t size : {4096, 8192, 1023}) {
-    all.Add([&] { AddNorm({.dtype = dtype, .rows = 1, .size = size}, nullptr); });
+    AddNormArgs norm = {.dtype = dtype, .rows = 1, .size = size};
+    all.Add([&] { AddNorm(norm, nullptr); });
+    all.Add([&] { AddNormed({.next = norm}, nullptr); });
+    norm.shift = &there;
+    all.Add([&] { AddNorm(norm, nullptr); });
     all.Add([&] { GateUp({.dtype = dtype, .rows = 1, .size = size}, nullptr, nullptr); });
+    all.Add([&] { Activate({.dtype = dtype, .rows = 1, .size = size}, nullptr, nullptr); });
   }
-  const HeadsArgs heads{.dtype = dtype, .rows = 1, .heads = 8, .kv_heads = 2, .head_dim = 128};
-  all.Add([&] { TurnHeads(heads, nullptr, nullptr); });
   AppendArgs append;
-  append.of = heads;
-  all.Add([&] { AppendHeads(append, nullptr, nullptr); });
+  for (const int64_t dim : {512, 128}) {
+    append.of = {.dtype = dtype, .rows = 1, .heads = 8, .kv_heads = 2, .head_dim = dim};
+    all.Add([&] { TurnHeads(append.of, nullptr, nullptr); });
+    all.Add([&] { AppendHeads(append, nullptr, nullptr); });
+    AppendArgs with_value_norm = append;
+    with_value_norm.of.v_norm = &there;
+    all.Add([&] { AppendHeads(with_value_norm, nullptr, nullptr); });
+  }
+  all.Add([&] { LayerInputs({.dtype = dtype, .batch = 1, .layers = 2, .size = 256}, nullptr); });
   all.Add([&] { MergeAttention({.dtype = dtype, .batch = 1, .tokens = 1, .heads = 8, .head_dim = 128}, nullptr); });
   all.Add([&] { StartSteps({}, 1, nullptr, {}, {}, nullptr); });
   BeginArgs begin;
   begin.dtype = dtype, begin.batch = 1;
   all.Add([&] { BeginStep(begin, nullptr); });
+  begin.positions = &there;
+  all.Add([&] { BeginStep(begin, nullptr); });
   PickArgs pick;
   pick.dtype = dtype, pick.batch = 1;
   all.Add([&] { PickTokens(pick, nullptr); });
+  pick.cap = 30;
+  all.Add([&] { PickTokens(pick, nullptr); });
   for (const int64_t rows : {1, 2, 8}) {
     for (const int64_t in : {1024, 4096, 14336}) {
-      for (const ProductEnd end : {ProductEnd::kPartial, ProductEnd::kStore, ProductEnd::kGate, ProductEnd::kAppend}) {
+      for (const ProductEnd end : {ProductEnd::kPartial, ProductEnd::kStore, ProductEnd::kGate, ProductEnd::kAppend,
+                                   ProductEnd::kActivate}) {
         for (const bool normalizes : {false, true}) {
           ProductArgs product;
           product.dtype = dtype, product.rows = rows, product.in = in, product.out = 12 * 128, product.end = end;
-          product.normalizes = normalizes, product.gate.size = 6 * 128, product.append = append;
+          product.normalizes = normalizes, product.append = append;
+          product.gate.size = end == ProductEnd::kGate ? product.out / 2 : product.out;
           all.Add([&] {
             if (ProductFits(product)) Product(product, nullptr);
           });
