@@ -81,33 +81,32 @@ void AddCodecs(Collector& all, const Scheme& scheme, DType dtype, int64_t group)
 constexpr float kNumber = 0;  // for pointers that are looked at, but not behind
 
 void AddSteps(Collector& all, DType dtype) {
+  const float there = 1;  // for what a kernel is chosen by whether it has
   for (const int64_t size : {4096, 8192, 1023}) {
-    all.Add([&] { AddNorm({.dtype = dtype, .rows = 1, .size = size}, nullptr); });
+    AddNormArgs norm = {.dtype = dtype, .rows = 1, .size = size};
+    all.Add([&] { AddNorm(norm, nullptr); });
+    all.Add([&] { AddNormed({.next = norm}, nullptr); });
+    norm.shift = &there;
+    all.Add([&] { AddNorm(norm, nullptr); });
     all.Add([&] { GateUp({.dtype = dtype, .rows = 1, .size = size}, nullptr, nullptr); });
     all.Add([&] { Activate({.dtype = dtype, .rows = 1, .size = size}, nullptr, nullptr); });
-    AddNormArgs norm;
-    norm.dtype = dtype, norm.rows = 1, norm.size = size;
-    all.Add([&] { AddNormed({.next = norm}, nullptr); });
-    norm.shift = &kNumber;
-    all.Add([&] { AddNorm(norm, nullptr); });
   }
-  LayerInputsArgs inputs;
-  inputs.dtype = dtype, inputs.batch = 1, inputs.layers = 2, inputs.size = 256;
-  all.Add([&] { LayerInputs(inputs, nullptr); });
-  const HeadsArgs heads{.dtype = dtype, .rows = 1, .heads = 8, .kv_heads = 2, .head_dim = 128};
-  all.Add([&] { TurnHeads(heads, nullptr, nullptr); });
   AppendArgs append;
-  append.of = heads;
-  all.Add([&] { AppendHeads(append, nullptr, nullptr); });
-  AppendArgs wide = append;
-  wide.of.head_dim = 512, wide.of.v_norm = &kNumber;
-  all.Add([&] { AppendHeads(wide, nullptr, nullptr); });
+  for (const int64_t dim : {512, 128}) {
+    append.of = {.dtype = dtype, .rows = 1, .heads = 8, .kv_heads = 2, .head_dim = dim};
+    all.Add([&] { TurnHeads(append.of, nullptr, nullptr); });
+    all.Add([&] { AppendHeads(append, nullptr, nullptr); });
+    AppendArgs with_value_norm = append;
+    with_value_norm.of.v_norm = &there;
+    all.Add([&] { AppendHeads(with_value_norm, nullptr, nullptr); });
+  }
+  all.Add([&] { LayerInputs({.dtype = dtype, .batch = 1, .layers = 2, .size = 256}, nullptr); });
   all.Add([&] { MergeAttention({.dtype = dtype, .batch = 1, .tokens = 1, .heads = 8, .head_dim = 128}, nullptr); });
   all.Add([&] { StartSteps({}, 1, nullptr, {}, {}, nullptr); });
   BeginArgs begin;
   begin.dtype = dtype, begin.batch = 1;
   all.Add([&] { BeginStep(begin, nullptr); });
-  begin.positions = &kNumber;
+  begin.positions = &there;
   all.Add([&] { BeginStep(begin, nullptr); });
   PickArgs pick;
   pick.dtype = dtype, pick.batch = 1;
@@ -122,7 +121,7 @@ void AddSteps(Collector& all, DType dtype) {
           ProductArgs product;
           product.dtype = dtype, product.rows = rows, product.in = in, product.out = 12 * 128, product.end = end;
           product.normalizes = normalizes, product.append = append;
-          product.gate.size = end == ProductEnd::kActivate ? product.out : product.out / 2;
+          product.gate.size = end == ProductEnd::kGate ? product.out / 2 : product.out;
           all.Add([&] {
             if (ProductFits(product)) Product(product, nullptr);
           });
