@@ -1,21 +1,8 @@
 #include "benchmarks/decoding.h"
 
-#include <cmath>
-
 #include "kernels/error.h"
 
 namespace kvq {
-namespace {
-
-// Both paths round some twelve tensors a layer, in the same places but after sums in another order: independent
-// errors of at most a unit roundoff each, in both.
-double Tolerance(const Model& model) {
-  const double roundoff = model.dtype() == at::kHalf ? 0x1p-11 : 0x1p-8;
-  return roundoff * std::sqrt(2 * 12.0 * static_cast<double>(model.config().layers.size()));
-}
-
-}  // namespace
-
 Decoding::Decoding(Session& session, const Cell& cell, int64_t new_tokens)
     : session_(session),
       model_(session.model(cell.model)),
@@ -57,7 +44,7 @@ void Decoding::WarmUp() {
   if (!graph_) return;
   graph_->Run(Start(), 1);
   const double error = ((graph_->logits() - logits).norm() / logits.norm()).item<double>();
-  if (!(error < Tolerance(model_))) {
+  if (!(error < GraphTolerance(model_.config(), model_.dtype()))) {
     throw std::runtime_error(StrCat("the graph's logits are off by ", error, " of their norm"));
   }
 }

@@ -82,15 +82,11 @@ Loaded& Find(const KernelInstance& instance) {
 }
 
 void CheckArguments(cudaKernel_t kernel, const std::string& name, const std::vector<size_t>& sizes) {
-  size_t offset = 0, size = 0;
-  for (size_t i = 0; i <= sizes.size(); ++i) {
-    const bool there = cudaFuncGetParamInfo(reinterpret_cast<const void*>(kernel), i, &offset, &size) == cudaSuccess;
-    if (there != (i < sizes.size()) || (there && size != sizes[i])) {
-      throw std::logic_error(StrCat(name, ": argument ", i, there ? StrCat(" has ", size, " bytes") : " does not exist",
-                                    i < sizes.size() ? StrCat(", not ", sizes[i]) : ", and none is given"));
-    }
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    size_t offset = 0, size = 0;
+    Check(cudaFuncGetParamInfo(reinterpret_cast<const void*>(kernel), i, &offset, &size), name.c_str());
+    if (size != sizes[i]) throw std::logic_error(StrCat(name, ": argument ", i, " has ", size, " bytes, not ", sizes[i]));
   }
-  cudaGetLastError();  // of the one behind the last
 }
 
 }  // namespace

@@ -62,8 +62,8 @@ void Prepare(const std::function<void()>& work);
 // How many kernels this process has loaded: whoever times something makes sure that it has not grown meanwhile.
 int64_t LoadedCount();
 
-// Arguments are copied as they are, so they must have the kernel's types to the byte; their number and sizes are checked
-// at the first launch. Compiles where that has not been done. Throws std::runtime_error, naming `what`, where the launch
+// Arguments are copied as they are, so they must have the kernel's types to the byte; their sizes are checked at the first
+// launch. Compiles where that has not been done. Throws std::runtime_error, naming `what`, where the launch
 // fails.
 void LaunchRaw(const char* what, const KernelLaunch& launch, void* stream, const std::vector<size_t>& sizes, void** arguments);
 
