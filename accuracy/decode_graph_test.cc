@@ -718,8 +718,8 @@ TEST(DecodeGraphGpu, GreedyTokensEqualForwards) {
       const at::Tensor ours = graph.Run(token, 1);
       // A single logit's error is near the norm's error over the number of logits; six times that
       // is never met.
-      const double error = 6 * Roundoff(model.dtype()) *
-                           std::sqrt(2 * RoundingsOf(model.config()) * static_cast<double>(model.layers().size())) *
+      const double error = 6 *
+                           GraphTolerance(model.config(), model.dtype()) *
                            logits.norm().item<double>() /
                            std::sqrt(static_cast<double>(logits.numel()));
       const at::Tensor top = std::get<0>(logits.topk(2)).flatten();
