@@ -142,6 +142,17 @@ TEST(KvCache, FormulaAndAllocationAgreeToTheByte) {
   // int4 at 512 tokens: 384 encoded at 4.5 bits, 128 in 16.
   const CacheShape shape = CacheShape::Uniform(1, 1, 1, 64);
   EXPECT_EQ(KvBytes(ParseSpec("int4-hqq"), shape, 512, at::kBFloat16), 2 * 64 * (384 * 9 / 16 + 128 * 2));
+  // Of 4 sinks, 384 encoded and 124 residual tokens, what windows show.
+  const auto seen = [&](const std::string& text, int64_t window) {
+    return KvLayerBytesSeen(ParseSpec(text), shape, 0, 512, window, at::kBFloat16);
+  };
+  EXPECT_EQ(seen("int4-hqq@sinks=4", 100), 2 * 64 * 100 * 2);
+  EXPECT_EQ(seen("int4-hqq@sinks=4", 140), 2 * 64 * (16 * 9 / 16 + 124 * 2));
+  EXPECT_EQ(seen("int4-hqq@sinks=4", 510), 2 * 64 * (384 * 9 / 16 + 126 * 2));
+  EXPECT_EQ(seen("int4-hqq+none@sinks=4", 140), 64 * (16 * 9 / 16 + 124 * 2 + 140 * 2));
+  for (const int64_t window : {0, 512, 1000}) {
+    EXPECT_EQ(seen("int4-hqq", window), KvLayerBytes(ParseSpec("int4-hqq"), shape, 0, 512, at::kBFloat16));
+  }
 }
 
 TEST(KvCache, HoldsWhatItWasAskedForAndNoMore) {

@@ -1,5 +1,5 @@
 // decode: new tokens per second at a context, greedy, one at a time; the prefill is outside the timer.
-// Limit: the bytes one step must read, weights and stored KV cache, over the read bandwidth measured in
+// Limit: the bytes one step must read, weights and stored KV cache (as far as a sliding window shows it), over the read bandwidth measured in
 // the same run (peak_fraction). In a pipeline over several GPUs the stages of a step work one after the other, so the
 // limit is the sum of their times: one GPU's bandwidth, not that of all.
 //
@@ -21,7 +21,8 @@ at::Tensor Next(const Model& model, const at::Tensor& hidden) {
   return model.Logits(hidden.narrow(1, hidden.size(1) - 1, 1)).argmax(-1);
 }
 
-// What one step must read, and the share of the read bandwidth that is.
+// What one step must read, and the share of the read bandwidth that is: of the cache what each layer's window shows it,
+// again for every layer that reads it.
 void AddLimit(Counters& counters, const Model& model, const Spec& spec, int64_t batch,
               int64_t tokens, double seconds_per_step) {
   const CacheShape shape = model.cache_shape(batch);
@@ -29,8 +30,10 @@ void AddLimit(Counters& counters, const Model& model, const Spec& spec, int64_t 
   double bytes = 0, limit = 0;
   for (const at::Device device : model.devices()) {
     int64_t here = model.WeightBytes(device);
-    for (size_t layer = 0; layer < cache_devices.size(); ++layer) {
-      if (cache_devices[layer] == device) here += KvLayerBytes(spec, shape, layer, tokens, model.dtype());
+    for (size_t layer = 0; layer < model.config().layers.size(); ++layer) {
+      const auto cached = static_cast<size_t>(model.cache_layer(static_cast<int64_t>(layer)));
+      if (cache_devices[cached] != device) continue;
+      here += KvLayerBytesSeen(spec, shape, cached, tokens, model.config().layers[layer].sliding_window, model.dtype());
     }
     bytes += static_cast<double>(here);
     limit += static_cast<double>(here) / ReadBandwidth(device);
