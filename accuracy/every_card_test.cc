@@ -17,6 +17,9 @@
 #include "kernels/runtime/launch.h"
 
 namespace kvq {
+
+void PrintTo(const DeviceShape& card, std::ostream* out) { *out << card.block_shared / 1024 << " KiB a block"; }
+
 namespace {
 
 // A100, RTX 3090, RTX 4090, H100, B200, RTX 5090; limits: CUDA C++ Programming Guide, table of compute capabilities.
