@@ -197,6 +197,8 @@ TEST_F(KvqbenchGpu, MeasuresTimesMemoryAndPower) {
 TEST_F(KvqbenchGpu, CompilesAKernelOnce) {
   KVQ_NEEDS_CUDA();
   const std::string before = StrCat("export KVQ_CACHE=", (dir_ / "cache").string(), ";");
+  fs::create_directories(dir_ / "cache");  // with NVIDIA's libraries, where ci/setup brought them
+  fs::create_directory_symlink(CacheDir() + "/nvidia", dir_ / "cache/nvidia");
   const std::string arguments = "--models=qwen2-0.5b --device=cuda --backends=fused --schemes=int8-hqq+int4-hqq --contexts=512 "
                                 "--runs=1 --max-runs=1 --decode-tokens=4 --benchmark_filter='^decode/'";
   const auto seconds = [&](Outcome& outcome) {
@@ -211,7 +213,7 @@ TEST_F(KvqbenchGpu, CompilesAKernelOnce) {
   EXPECT_NE(first.err.find("kvqbench: compiling "), std::string::npos) << first.err;
   EXPECT_NE(first.err.find(" for sm_"), std::string::npos) << first.err;
   EXPECT_EQ(second.err.find("compiling"), std::string::npos) << second.err;
-  EXPECT_LT(first_s - second_s, 20);
+  EXPECT_LT(first_s - second_s, 20) << "what a user waits for at a spec's first use";
   EXPECT_NE(first.out.find("fused_decode_int8+int4 (sm_"), std::string::npos) << first.out;
 }
 

@@ -26,7 +26,7 @@ struct SequenceLength {
 // lengths, and what the pointers point to. The launch is sized by the capacities.
 struct DecodeAttentionArgs {
   DType dtype = DType::kFloat16;  // of queries, out and all dense tokens: float16 or bfloat16
-  int64_t query_heads = 0;        // 1 to 16 a KV head
+  int64_t query_heads = 0;        // a whole number a KV head
   const void* queries = nullptr;  // [batch, query_heads, head_dim], contiguous, 16-byte aligned
   void* out = nullptr;            // likewise
   float scale = 1;                // of the logits, above 0: usually head_dim^-0.5

@@ -13,6 +13,7 @@
 #include <set>
 #include <sstream>
 #include <stdexcept>
+#include <system_error>
 #include <thread>
 
 #include "kernels/error.h"
@@ -41,7 +42,7 @@ struct Nvrtc {
   int (*log)(Program, char*);
   int (*cubin_size)(Program, size_t*);
   int (*cubin)(Program, char*);
-  std::string version_text;
+  std::string version_text, build;  // build: tells one patch from another
 };
 
 Nvrtc LoadNvrtc() {
@@ -54,13 +55,13 @@ Nvrtc LoadNvrtc() {
     if (why.empty()) why = dlerror();
   }
   if (library == nullptr) {
-    throw std::runtime_error(StrCat("kernels are compiled by NVRTC, which does not load (", why,
-                                    "): the CUDA Toolkit 13 has it, or ci/setup --nvrtc brings it"));
+    throw InputError("kernels are compiled by NVRTC, which does not load (", why,
+                     "): the CUDA Toolkit 13 has it, or ci/setup brings it (without a GPU: ci/setup --nvrtc)");
   }
   Nvrtc n;
   const auto find = [&](auto& function, const char* name) {
     function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(library, name));
-    if (function == nullptr) throw std::runtime_error(StrCat(file, ": has no ", name));
+    if (function == nullptr) throw InputError(file, ": has no ", name, "; NVRTC of CUDA 13 would be right");
   };
   find(n.version, "nvrtcVersion");
   find(n.error_string, "nvrtcGetErrorString");
@@ -76,6 +77,11 @@ Nvrtc LoadNvrtc() {
   int major = 0, minor = 0;
   n.version(&major, &minor);
   n.version_text = StrCat(major, ".", minor);
+  // The interface has no number of a patch.
+  Dl_info info;
+  std::error_code error;
+  n.build = n.version_text;
+  if (dladdr(reinterpret_cast<void*>(n.compile), &info) != 0) n.build += StrCat(" ", fs::file_size(info.dli_fname, error));
   return n;
 }
 
@@ -110,7 +116,7 @@ const std::string& SourceText(const std::string& path) {
 
 // `path` and all that it includes of this project, each once.
 void AddClosure(const std::string& path, std::set<std::string>& closure) {
-  if (Sources().find(path) == Sources().end()) return;  // for the host alone, as kernels/error.h
+  if (Sources().find(path) == Sources().end()) return;  // not ours
   if (!closure.insert(path).second) return;
   std::istringstream lines(SourceText(path));
   for (std::string line; std::getline(lines, line);) {
@@ -138,7 +144,7 @@ std::string ProgramText(const KernelInstance& instance) {
 std::string KeyOf(const KernelInstance& instance, int arch) {
   std::set<std::string> closure = {"kernels/runtime/standard.h"};
   for (const std::string& source : instance.sources) AddClosure(source, closure);
-  std::string all = StrCat("1\n", TheNvrtc().version_text, "\n", instance.name, "\n", ProgramText(instance));
+  std::string all = StrCat("1\n", TheNvrtc().build, "\n", instance.name, "\n", ProgramText(instance));
   for (const std::string& option : Options(arch)) all += option + "\n";
   for (const std::string& path : closure) all += StrCat(path, "\n", SourceText(path).size(), "\n", SourceText(path));
   return Sha256(all);
@@ -262,10 +268,11 @@ CompiledKernel CompileNow(const KernelInstance& instance, int arch) {
   nvrtc.log_size(program, &size);
   std::string log(size, '\0');
   nvrtc.log(program, log.data());
+  while (!log.empty() && log.back() == '\0') log.pop_back();
   if (error != 0) {
     const size_t at = log.find("error");
     const size_t begin = at == std::string::npos ? 0 : log.rfind('\n', at) + 1;
-    throw std::runtime_error(StrCat(instance.name, " for sm_", arch, " does not compile: ",
+    throw std::runtime_error(StrCat(instance.name, " for sm_", arch, " does not compile: ", nvrtc.error_string(error), ": ",
                                     log.substr(begin, log.find('\n', begin) - begin)));
   }
   CompiledKernel kernel;
@@ -332,7 +339,10 @@ std::vector<CompiledKernel> CompileKernels(const std::vector<KernelInstance>& in
   };
   const size_t threads = std::min<size_t>(missing.size(), std::max(1u, std::thread::hardware_concurrency()));
   std::vector<std::thread> pool;
-  for (size_t i = 1; i < threads; ++i) pool.emplace_back(work);
+  try {
+    for (size_t i = 1; i < threads; ++i) pool.emplace_back(work);
+  } catch (const std::system_error&) {  // by those that there are
+  }
   work();
   for (std::thread& thread : pool) thread.join();
   if (failure) std::rethrow_exception(failure);

@@ -2,11 +2,11 @@
 //
 // A fused kernel is one template over codecs, head_dim, query heads, tile: its instances number in the thousands, a run
 // needs a dozen, and cards differ in what a block may hold. So nothing is compiled ahead. The sources are those of this
-// build (embedded as text); NVRTC is loaded when something has to be compiled, from the CUDA Toolkit, from PyPI's package
-// (ci/setup), or wherever the loader finds it. It needs neither a GPU nor a driver.
+// build (embedded as text); NVRTC is loaded when a kernel is wanted, from wherever the loader finds it, from the CUDA
+// Toolkit, or from PyPI's package (ci/setup). It needs neither a GPU nor a driver.
 //
 // The folder is $KVQ_CACHE/kernels, one file an instance and architecture, named by a hash of everything that went into
-// it: the sources it includes, the options, the architecture, NVRTC's version. Files are written beside and renamed; one
+// it: the sources it includes, the options, the architecture, NVRTC's build. Files are written beside and renamed; one
 // that does not have the bytes it was written with is compiled anew; the least recently used ones go where together they
 // are larger than kCacheBytes.
 #pragma once
@@ -41,7 +41,7 @@ struct CompiledKernel {
 inline constexpr int64_t kCacheBytes = int64_t{512} << 20;
 
 // For sm_<arch>, e.g. 90. From the folder, or compiled. Throws std::runtime_error with the compiler's first error, and
-// where something must be compiled and NVRTC is not there, with what would bring it.
+// InputError where NVRTC is not there, with what would bring it.
 CompiledKernel CompileKernel(const KernelInstance& instance, int arch);
 
 // The same for several, on as many threads as there are processors.

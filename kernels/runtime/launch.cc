@@ -16,20 +16,6 @@ namespace {
 thread_local const DeviceShape* pretended = nullptr;
 thread_local std::vector<KernelLaunch>* gathered = nullptr;
 
-// KVQ_SHARED_LIMIT, or what there is.
-void LimitShared(DeviceShape& shape) {
-  const char* text = std::getenv("KVQ_SHARED_LIMIT");
-  if (text == nullptr || *text == '\0') return;
-  int limit = 0;
-  const char* end = text + std::strlen(text);
-  const auto [at, error] = std::from_chars(text, end, limit);
-  if (error != std::errc() || at != end || limit < 48 << 10) {
-    throw InputError("KVQ_SHARED_LIMIT: '", text, "' is no number of bytes from 49152 on; 101376 is an RTX 4090's limit");
-  }
-  shape.block_shared = std::min(shape.block_shared, limit);
-  shape.shared = std::min(shape.shared, limit + 1024);  // the driver keeps 1 KiB a block
-}
-
 DeviceShape ReadShape() {
   DeviceShape s;
   int device = 0, major = 0, minor = 0;
@@ -43,7 +29,10 @@ DeviceShape ReadShape() {
   }
   s.arch = 10 * major + minor;
   if (s.arch < 80) throw InputError("kernels want a GPU of compute capability 8.0 (sm_80) or later, this one has ", major, ".", minor);
-  LimitShared(s);
+  if (const auto limit = ParseSharedLimit(std::getenv("KVQ_SHARED_LIMIT"))) {
+    s.block_shared = std::min(s.block_shared, *limit);
+    s.shared = std::min(s.shared, *limit + 1024);  // the driver keeps 1 KiB a block
+  }
   return s;
 }
 
@@ -97,6 +86,17 @@ const DeviceShape& CurrentDevice() {
   return shape;
 }
 
+std::optional<int> ParseSharedLimit(const char* text) {
+  if (text == nullptr || *text == '\0') return std::nullopt;
+  int limit = 0;
+  const char* end = text + std::strlen(text);
+  const auto [at, error] = std::from_chars(text, end, limit);
+  if (error != std::errc() || at != end || limit < 96 << 10) {
+    throw InputError("KVQ_SHARED_LIMIT: '", text, "' is no number of bytes from 98304 on; 101376 is an RTX 4090's limit");
+  }
+  return limit;
+}
+
 int64_t LoadedCount() { return loaded_count; }
 
 std::string KernelsText() {
@@ -120,6 +120,7 @@ std::vector<KernelLaunch> Gather(const DeviceShape& device, const std::function<
 bool Gathering() { return gathered != nullptr; }
 
 void Prepare(const std::function<void()>& work) {
+  if (Gathering()) return work();
   std::vector<KernelInstance> missing;
   const std::vector<KernelLaunch> launches = Gather(CurrentDevice(), work);
   const std::lock_guard lock(loaded_mutex);

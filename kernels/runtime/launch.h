@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -30,9 +31,12 @@ struct DeviceShape {
 };
 
 // Of the current device, whose kind all GPUs of a machine are taken to be. KVQ_SHARED_LIMIT=BYTES makes it a card with
-// that limit of a block. Throws InputError where the variable is no number of bytes from 48 KiB on, or the device is older
+// that limit of a block. Throws InputError where the variable is not what ParseSharedLimit takes, or the device is older
 // than sm_80.
 const DeviceShape& CurrentDevice();
+
+// The value of KVQ_SHARED_LIMIT: bytes, 96 KiB or more (no card from sm_80 on has less); nothing where it is empty or null.
+std::optional<int> ParseSharedLimit(const char* text);
 
 // One launch, as it is asked for.
 struct KernelLaunch {
@@ -63,8 +67,8 @@ void Prepare(const std::function<void()>& work);
 int64_t LoadedCount();
 
 // Arguments are copied as they are, so they must have the kernel's types to the byte; their sizes are checked at the first
-// launch. Compiles where that has not been done. Throws std::runtime_error, naming `what`, where the launch
-// fails.
+// launch. Compiles where that has not been done. Throws std::runtime_error or OutOfMemory, naming `what`, where the launch
+// fails, and what CurrentDevice and CompileKernel throw.
 void LaunchRaw(const char* what, const KernelLaunch& launch, void* stream, const std::vector<size_t>& sizes, void** arguments);
 
 template <typename... Arguments>
