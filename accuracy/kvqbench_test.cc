@@ -97,6 +97,7 @@ TEST_F(Kvqbench, MeasuresEverythingOnATinyModel) {
   const auto runs = ByName(text);
   ASSERT_EQ(runs.size(), 20u);  // sensitivity runs only where the filter names it
   const auto context = nlohmann::json::parse(text)["context"];
+  EXPECT_EQ(context["executable"], "kvqbench");  // whatever folder it was started from
   for (const char* fact : {"kvqbench_commit", "kvqbench_build", "model " , "corpus_sha256", "seed", "dtype", "threads", "libtorch"}) {
     EXPECT_NE(context.dump().find(fact), std::string::npos) << fact;
   }
