@@ -1,5 +1,5 @@
-// Every kernel that ships, compiled for every card it ships to, without a GPU: no register may spill, and what a block
-// asks for must be there. What runs is what the functions of kernels/ would launch on such a card (Gather).
+// Every kernel that ships, compiled for every card it ships to, without a GPU: no thread may want memory of its own (for
+// registers that do not fit, or what is indexed as it runs), and what a block asks for must be there. What runs is what the functions of kernels/ would launch on such a card (Gather).
 #include <gtest/gtest.h>
 
 #include <chrono>
@@ -172,7 +172,8 @@ void ExpectFits(const DeviceShape& card, const Launches& launches) {
   size_t i = 0;
   for (const auto& [name, launch] : launches) {
     const CompiledKernel& kernel = compiled[i++];
-    EXPECT_EQ(kernel.spill_bytes, 0) << name << " for sm_" << card.arch;
+    // cosf and sinf have an array for angles that no context reaches.
+    EXPECT_LE(kernel.local_bytes, name.starts_with("kvq::step::BeginKernel") ? 32 : 0) << name << " for sm_" << card.arch;
     EXPECT_LE(kernel.shared_bytes + static_cast<int64_t>(launch.shared_bytes), card.block_shared) << name;
     EXPECT_GT(kernel.registers, 0) << name;
     EXPECT_LE(kernel.registers * launch.threads, 65536) << name;  // of a multiprocessor

@@ -91,11 +91,17 @@ Plan PlanTiles(const Codec& keys, const Codec& values, const DecodeAttentionArgs
     break;
   }
   if (warps == 0) throw InputError("decode attention: tiles of ", token, " bytes a token do not fit into ", room, " bytes of shared memory");
+  const auto groups = [&](const Codec& codec, const CodecParams& params) {
+    return codec.planes == nullptr ? 0 : dim / params.group_size;
+  };
+  const int64_t key_groups = groups(keys, args.key_params), value_groups = groups(values, args.value_params);
+  const bool narrow = std::max(key_groups, value_groups) > 2;  // each group of a token wants registers
   const int tile =
-      !dense && warps * stages * up(32 * token) <= kInFlight && shared_bytes(warps, stages, 32) <= room ? 32 : 16;
-  // What leaves room for a block of the product that follows, which then fetches its weights meanwhile. Larger shapes
-  // could not do without.
-  const int registers = warps == 8 && head_tiles == 1 && dim <= 128 ? 184 : 255;
+      !dense && !narrow && warps * stages * up(32 * token) <= kInFlight && shared_bytes(warps, stages, 32) <= room ? 32 : 16;
+  // What leaves room for a block of the product that follows, which then fetches its weights meanwhile. Where it would be
+  // too few for the kernel, which EveryCard tells, it gets what there is.
+  const bool few = warps == 8 && head_tiles == 1 && parts == 1 && dim <= 128 && value_groups * values.bits <= 16;
+  const int registers = few ? 184 : 255;
   Plan plan;
   plan.instance = {{"kernels/device/attention.cuh", keys.device.source, values.device.source},
                    InstanceName("kvq::decode_attention::Kernel",

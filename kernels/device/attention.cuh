@@ -145,7 +145,6 @@ struct Ring {
   const std::byte* values;
   const std::byte* meta[kMetaCopies > 0 ? kMetaCopies : 1];
   int first;   // of the warp's tiles
-  int next;    // that tile
   int end;     // behind the block's last tile
   int tokens;  // encoded ones of this sequence
   int hidden;  // of them, by a window
@@ -168,7 +167,7 @@ struct Ring {
     }
     const int all = (tokens + C::kTile - 1) / C::kTile - before;
     const auto cut = [&](int i) { return before + static_cast<int>(static_cast<int64_t>(all) * i / splits); };
-    first = next = cut(split) + static_cast<int>(threadIdx.x) / 32, end = cut(split + 1);
+    first = cut(split) + static_cast<int>(threadIdx.x) / 32, end = cut(split + 1);
     const int lane = threadIdx.x % 32;
     key_place = PlaceOf<K>(lane), value_place = PlaceOf<V>(lane);
     const auto at = [&](const KvView& view, int plane, int token_bytes) {
@@ -191,8 +190,8 @@ struct Ring {
   }
 
   template <bool kWhole>
-  __device__ __forceinline__ void CopyTile(ptx::Shared to) const {
-    const int lane = threadIdx.x % 32, left = tokens - next * C::kTile;
+  __device__ __forceinline__ void CopyTile(int tile, ptx::Shared to) const {
+    const int lane = threadIdx.x % 32, left = tokens - tile * C::kTile;
     const auto copy = [&](ptx::Shared shared, const std::byte* global, int token) {
       if constexpr (kWhole) {
         ptx::CopyAsync(shared, global);
@@ -221,15 +220,14 @@ struct Ring {
     }
   }
 
-  // Begins to copy the next tile; an empty group where there is none.
-  __device__ __forceinline__ void Fetch(int stage) {
-    if (next < end) {
-      if ((next + 1) * C::kTile <= tokens) {
-        CopyTile<true>(tiles + stage * C::kTileBytes);
+  // Begins to copy a tile, kWarps behind the one before; an empty group where there is none.
+  __device__ __forceinline__ void Fetch(int tile, int stage) {
+    if (tile < end) {
+      if ((tile + 1) * C::kTile <= tokens) {
+        CopyTile<true>(tile, tiles + stage * C::kTileBytes);
       } else {
-        CopyTile<false>(tiles + stage * C::kTileBytes);
+        CopyTile<false>(tile, tiles + stage * C::kTileBytes);
       }
-      next += C::kWarps;
       keys += C::kWarps * C::kTile * K::kRow;
       values += C::kWarps * C::kTile * V::kRow;
 #pragma unroll
@@ -244,12 +242,12 @@ struct Ring {
   // Begins to copy as many tiles as the ring takes but one.
   __device__ __forceinline__ void Start() {
 #pragma unroll
-    for (int stage = 0; stage < C::kStages - 1; ++stage) Fetch(stage);
+    for (int stage = 0; stage < C::kStages - 1; ++stage) Fetch(first + stage * C::kWarps, stage);
   }
 
   // Whether what Start copies is all older than the newest token.
   __device__ __forceinline__ bool StartsOld() const {
-    return (next + (C::kStages - 2) * C::kWarps + 1) * C::kTile < tokens;
+    return (first + (C::kStages - 2) * C::kWarps + 1) * C::kTile < tokens;
   }
 
   // After Start: calls attend(tile, tokens in it, hidden ones of them) for tiles first, first + kWarps, ... below end.
@@ -261,7 +259,7 @@ struct Ring {
     for (int index = first; index < end; index += C::kWarps) {
       ptx::CopyWait<C::kStages - 2>();
       __syncwarp();  // all lanes' copies have arrived, and all lanes are done with the tile before
-      Fetch(free);
+      Fetch(index + (C::kStages - 1) * C::kWarps, free);
       attend(tile, min(tokens - index * C::kTile, C::kTile), C::kWindow ? max(hidden - index * C::kTile, 0) : 0);
       free = free + 1 == C::kStages ? 0 : free + 1;
       tile = tile + C::kTileBytes == tiles + C::kStages * C::kTileBytes ? tiles : tile + C::kTileBytes;

@@ -203,17 +203,16 @@ __device__ void PrepareQueries(const DecodeAttentionArgs& args, int t, Queries<C
       }
     }
     // The sums over a group's channels: products with codes that are all 1.
+    float sum[4];
 #pragma unroll
-    for (int group = 0; group < C::K::kGroups; ++group) {
-      float sum[4] = {0, 0, 0, 0};
+    for (int step = 0; step < C::kSteps; ++step) {
+      if (step * 16 % C::K::kGroup == 0) sum[0] = sum[1] = sum[2] = sum[3] = 0;
+      const uint32_t ones[2] = {0x00010001u << C::K::FieldShift(2 * (step % C::K::kWordSteps)),
+                                0x00010001u << C::K::FieldShift(2 * (step % C::K::kWordSteps) + 1)};
+      ptx::MmaHalf(sum, ones[0], ones[0], ones[1], ones[1], q.b[ht][step][0], q.b[ht][step][1]);
+      if ((step + 1) * 16 % C::K::kGroup != 0) continue;
 #pragma unroll
-      for (int step = group * C::K::kGroup / 16; step < (group + 1) * C::K::kGroup / 16; ++step) {
-        const uint32_t ones[2] = {0x00010001u << C::K::FieldShift(2 * (step % C::K::kWordSteps)),
-                                  0x00010001u << C::K::FieldShift(2 * (step % C::K::kWordSteps) + 1)};
-        ptx::MmaHalf(sum, ones[0], ones[0], ones[1], ones[1], q.b[ht][step][0], q.b[ht][step][1]);
-      }
-#pragma unroll
-      for (int i = 0; i < 2; ++i) q.sum[ht][i][group] = sum[i];
+      for (int i = 0; i < 2; ++i) q.sum[ht][i][step * 16 / C::K::kGroup] = sum[i];
     }
     // From lanes of head g to lanes of heads 2 t and 2 t + 1.
     const float down = __uint_as_float(static_cast<uint32_t>(127 - up) << 23);

@@ -144,15 +144,15 @@ std::string ProgramText(const KernelInstance& instance) {
 std::string KeyOf(const KernelInstance& instance, int arch) {
   std::set<std::string> closure = {"kernels/runtime/standard.h"};
   for (const std::string& source : instance.sources) AddClosure(source, closure);
-  std::string all = StrCat("1\n", TheNvrtc().build, "\n", instance.name, "\n", ProgramText(instance));
+  std::string all = StrCat("2\n", TheNvrtc().build, "\n", instance.name, "\n", ProgramText(instance));
   for (const std::string& option : Options(arch)) all += option + "\n";
   for (const std::string& path : closure) all += StrCat(path, "\n", SourceText(path).size(), "\n", SourceText(path));
   return Sha256(all);
 }
 
-// A file: one line with the hash of what follows; a line of symbol, registers, spills, shared bytes; the machine code.
+// A file: one line with the hash of what follows; a line of symbol, registers, local bytes, shared bytes; the machine code.
 std::string Pack(const CompiledKernel& kernel) {
-  const std::string rest = StrCat(kernel.symbol, " ", kernel.registers, " ", kernel.spill_bytes, " ",
+  const std::string rest = StrCat(kernel.symbol, " ", kernel.registers, " ", kernel.local_bytes, " ",
                                   kernel.shared_bytes, "\n", kernel.cubin);
   return StrCat(Sha256(rest), "\n", rest);
 }
@@ -162,7 +162,7 @@ bool Unpack(const std::string& file, CompiledKernel& kernel) {
   if (first == std::string::npos || second == std::string::npos) return false;
   if (Sha256(std::string_view(file).substr(first + 1)) != file.substr(0, first)) return false;
   std::istringstream facts(file.substr(first + 1, second - first - 1));
-  facts >> kernel.symbol >> kernel.registers >> kernel.spill_bytes >> kernel.shared_bytes;
+  facts >> kernel.symbol >> kernel.registers >> kernel.local_bytes >> kernel.shared_bytes;
   kernel.cubin = file.substr(second + 1);
   return !facts.fail();
 }
@@ -286,7 +286,7 @@ CompiledKernel CompileNow(const KernelInstance& instance, int arch) {
   log = log.substr(std::min(log.find("'" + kernel.symbol + "'"), log.size()));
   log = log.substr(0, log.find("Compiling entry function"));
   kernel.registers = static_cast<int>(NumberBefore(log, " registers"));
-  kernel.spill_bytes = static_cast<int>(NumberBefore(log, " bytes spill stores") + NumberBefore(log, " bytes spill loads"));
+  kernel.local_bytes = static_cast<int>(NumberBefore(log, " bytes stack frame"));
   kernel.shared_bytes = NumberBefore(log, " bytes smem");
   return kernel;
 }

@@ -34,7 +34,7 @@ struct CompiledKernel {
   std::string cubin;
   std::string symbol;     // of the kernel in it
   int registers = 0;      // a thread
-  int spill_bytes = 0;    // stores and loads of registers that did not fit
+  int local_bytes = 0;    // of a thread's own memory: registers that did not fit, what is indexed as it runs
   int64_t shared_bytes = 0;  // static
 };
 

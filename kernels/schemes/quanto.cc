@@ -173,9 +173,9 @@ template <int kBits>
 void DecodeCuda(const CodecParams& params, const KvView& in, int64_t first_token, const DenseView& out,
                 void* stream) {
   const auto rows = static_cast<uint32_t>((out.tokens + kDecodeTokens - 1) / kDecodeTokens);
-  const dim3 grid(GridFor(rows * (out.head_dim / 8)), static_cast<unsigned>(out.heads), static_cast<unsigned>(out.batch));
+  const dim3 grid(GridFor(rows * (out.head_dim / 16)), static_cast<unsigned>(out.heads), static_cast<unsigned>(out.batch));
   Launch("quanto decode", KernelOf("kvq::quanto::DecodeKernel", kBits, out.dtype, params.group_size, grid), stream, in,
-         first_token, out, IsWide(out), rows);
+         first_token, out, IsWide(out), rows, Divisor(out.head_dim / 16));
 }
 
 // ---- the rows
@@ -300,23 +300,43 @@ struct Eights {
   }
 };
 
-// A thread encodes 16 neighbouring channels of a token: two fields of each chunk's word (code_row.h). The threads of a
-// word hand each other what they have of it, so that each stores whole ones. Sequence and head are the block's z and y:
-// division is slow.
+// Of the 8 / kBits threads that share a word of each chunk (code_row.h) each has two of its fields: what a warp loads and
+// stores at a time are then whole sectors of memory, 32 bytes. Where a word's channels are two groups, both fields are of
+// one.
+template <int kBits, int n>
+struct TwoFields {
+  static constexpr int kThreads = 8 / kBits;
+  static constexpr bool kApart = n >= kRunChannels<kBits>;
+  static constexpr int kFirst = kApart ? 1 : 2, kNext = kApart ? kThreads : 1;  // field = thread kFirst + part kNext
+  uint32_t word, thread;
+
+  // `place`: of a thread among those of a token.
+  __device__ __forceinline__ explicit TwoFields(uint32_t place) : word(place / kThreads), thread(place % kThreads) {}
+  __device__ __forceinline__ uint32_t Channel(int part) const {
+    return word * kRunChannels<kBits> + 8 * (thread * kFirst + part * kNext);
+  }
+  __device__ __forceinline__ uint32_t Shift() const { return thread * (kFirst * kBits); }  // of part 0
+  static constexpr int PartShift(int part) { return part * kNext * kBits; }                // and on top of that
+};
+
+// A thread encodes two fields. The threads of a word hand each other what they have of it, so that each stores whole ones.
+// Sequence and head are the block's z and y: division is slow.
 template <int kBits, DType kType, int n>
 __global__ void __launch_bounds__(256)
     EncodeKernel(DenseView x, int64_t first_token, KvView out, bool wide, const Divisor threads_of_token) {
+  using Fields = TwoFields<kBits, n>;
   constexpr float m = kMaxCode<kBits>;
   constexpr uint32_t kMask = 0x00010001u * ((1 << kBits) - 1);
-  constexpr int kGroupThreads = n / 16, kWordThreads = 8 / kBits;
+  constexpr int kGroupThreads = n / 16;
   const auto [token, place] = threads_of_token.Of(blockIdx.x * 256 + threadIdx.x);
   const bool in_range = token < x.tokens;  // those past the end take part in the shuffles below
   const uint32_t t = in_range ? token : 0, g = place / kGroupThreads, lane = place % kGroupThreads;
   const int64_t b = blockIdx.z, h = blockIdx.y;
-  const int64_t offset = Offset(x, b, h, t, place * 16);
+  const Fields fields(place);
+  const int64_t offset = Offset(x, b, h, t, 0);
   Eights<kType, 2> eights;
 #pragma unroll
-  for (int part = 0; part < 2; ++part) eights.Load(part, x, offset + part * 8, wide);
+  for (int part = 0; part < 2; ++part) eights.Load(part, x, offset + fields.Channel(part), wide);
   const GroupRange range = eights.Range(kGroupThreads);
   float scale, shift;
   ScaleAndShift<kType>(range, m, scale, shift);
@@ -335,7 +355,8 @@ __global__ void __launch_bounds__(256)
         if constexpr (kType != DType::kFloat32) {
           float low, high;
           UnpackTwo<kType>(AddTwo<kType>(eights.words[part][i], shifts), low, high);
-          words[i] |= (AddTwo<kType>(PackTwo<kType>(low * inverse, high * inverse), kBias) & kMask) << (part * kBits);
+          words[i] |= (AddTwo<kType>(PackTwo<kType>(low * inverse, high * inverse), kBias) & kMask)
+                      << Fields::PartShift(part);
         }
       }
     }
@@ -347,68 +368,73 @@ __global__ void __launch_bounds__(256)
         float low, high;
         eights.Two(part, 2 * i, low, high);
         const auto code = [&](float value) { return static_cast<uint32_t>(CodeOf<kType>(value, m, scale, shift)); };
-        words[i] |= (code(low) | code(high) << 16) << (part * kBits);
+        words[i] |= (code(low) | code(high) << 16) << Fields::PartShift(part);
       }
     }
   }
-  const uint32_t thread = place % kWordThreads;
-  uint32_t chunk = 0;  // of words[0], in the end
 #pragma unroll
-  for (int i = 0; i < 4; ++i) words[i] <<= thread * 2 * kBits;
+  for (int i = 0; i < 4; ++i) words[i] <<= fields.Shift();
+  // Each keeps the words of chunks thread, thread + kThreads, ...
 #pragma unroll
-  for (int lanes = kWordThreads / 2, left = 2; lanes > 0; lanes /= 2, left /= 2) {
-    const bool upper = (thread & lanes) != 0;
+  for (int lanes = 1, left = 2; lanes < Fields::kThreads; lanes *= 2, left /= 2) {
+    const bool odd = (fields.thread & lanes) != 0;
 #pragma unroll
     for (int i = 0; i < left; ++i) {
-      const uint32_t other = __shfl_xor_sync(~0u, upper ? words[i] : words[i + left], lanes);
-      words[i] = (upper ? words[i + left] : words[i]) | other;
+      const uint32_t other = __shfl_xor_sync(~0u, odd ? words[2 * i] : words[2 * i + 1], lanes);
+      words[i] = (odd ? words[2 * i + 1] : words[2 * i]) | other;
     }
-    chunk += upper ? left : 0;
   }
   if (!in_range) return;
   const int64_t slot = TokenBase(out) + first_token + t;
-  uint32_t* row = reinterpret_cast<uint32_t*>(CodeRow<kBits>(out, b, h, slot));
-  const uint32_t chunk_words = threads_of_token.divisor / kWordThreads, word = place / kWordThreads;
+  uint32_t* row = reinterpret_cast<uint32_t*>(CodeRow<kBits>(out, b, h, slot)) + fields.word;
+  const uint32_t chunk_words = threads_of_token.divisor / Fields::kThreads;
 #pragma unroll
-  for (int i = 0; i < 4 / kWordThreads; ++i) row[(chunk + i) * chunk_words + word] = words[i];
-  // The group's first two threads store a number each.
-  if (lane < 2) *(MetadataRow(out, lane == 0 ? 1 : 2, n, b, h, slot) + g) = FloatToHalf(lane == 0 ? scale : shift);
+  for (int i = 0; i < 4 / Fields::kThreads; ++i) row[(i * Fields::kThreads + fields.thread) * chunk_words] = words[i];
+  // The group's first two threads store a number each. (Which plane is not asked by an index: `out` would be copied into
+  // every thread's memory.)
+  uint16_t *scales = MetadataRow(out, 1, n, b, h, slot) + g, *shifts = MetadataRow(out, 2, n, b, h, slot) + g;
+  if (lane < 2) *(lane == 0 ? scales : shifts) = FloatToHalf(lane == 0 ? scale : shift);
 }
 
-// A thread decodes eight neighbouring channels, a field of a word of each chunk, of kDecodeTokens tokens that are
-// `rows` apart.
+// A thread decodes two fields of kDecodeTokens tokens that are `rows` apart.
 template <int kBits, DType kType, int n>
-__global__ void __launch_bounds__(256) DecodeKernel(KvView in, int64_t first_token, DenseView out, bool wide, uint32_t rows) {
-  constexpr int kFields = 16 / kBits;
-  const uint32_t eights = static_cast<uint32_t>(out.head_dim) / 8, words = eights / kFields;
-  const uint32_t index = blockIdx.x * 256 + threadIdx.x, first = index / eights, eight = index % eights;
-  const int64_t b = blockIdx.z, h = blockIdx.y;
+__global__ void __launch_bounds__(256)
+    DecodeKernel(KvView in, int64_t first_token, DenseView out, bool wide, uint32_t rows, const Divisor threads_of_token) {
+  using Fields = TwoFields<kBits, n>;
+  const auto [first, place] = threads_of_token.Of(blockIdx.x * 256 + threadIdx.x);
   if (first >= rows) return;
+  const int64_t b = blockIdx.z, h = blockIdx.y;
+  const Fields fields(place);
+  const uint32_t chunk_words = threads_of_token.divisor / Fields::kThreads, g = place / (n / 16);
   uint32_t chunks[kDecodeTokens][4];
   float scales[kDecodeTokens], shifts[kDecodeTokens];
 #pragma unroll
   for (int i = 0; i < kDecodeTokens; ++i) {
     const uint32_t t = first + i * rows;
     if (t >= out.tokens) break;
-    const uint32_t* row = reinterpret_cast<const uint32_t*>(CodeRow<kBits>(in, b, h, first_token + t)) + eight / kFields;
+    const uint32_t* row = reinterpret_cast<const uint32_t*>(CodeRow<kBits>(in, b, h, first_token + t)) + fields.word;
 #pragma unroll
-    for (int chunk = 0; chunk < 4; ++chunk) chunks[i][chunk] = row[chunk * words];
-    scales[i] = HalfToFloat(MetadataRow(in, 1, n, b, h, first_token + t)[eight * 8 / n]);
-    shifts[i] = HalfToFloat(MetadataRow(in, 2, n, b, h, first_token + t)[eight * 8 / n]);
+    for (int chunk = 0; chunk < 4; ++chunk) chunks[i][chunk] = row[chunk * chunk_words];
+    scales[i] = HalfToFloat(MetadataRow(in, 1, n, b, h, first_token + t)[g]);
+    shifts[i] = HalfToFloat(MetadataRow(in, 2, n, b, h, first_token + t)[g]);
   }
 #pragma unroll
   for (int i = 0; i < kDecodeTokens; ++i) {
     const uint32_t t = first + i * rows;
     if (t >= out.tokens) break;
-    float values[8];
+    const int64_t offset = Offset(out, b, h, t, 0);
 #pragma unroll
-    for (int chunk = 0; chunk < 4; ++chunk) {
-      const uint32_t word = chunks[i][chunk] >> (eight % kFields * kBits);
-      float low = scales[i] * CodeToFloat(word, 0, kBits), high = scales[i] * CodeToFloat(word, 16, kBits);
-      RoundTwo<kType>(low, high);
-      values[2 * chunk] = low - shifts[i], values[2 * chunk + 1] = high - shifts[i];
+    for (int part = 0; part < 2; ++part) {
+      float values[8];
+#pragma unroll
+      for (int chunk = 0; chunk < 4; ++chunk) {
+        const uint32_t word = chunks[i][chunk] >> fields.Shift() >> Fields::PartShift(part);
+        float low = scales[i] * CodeToFloat(word, 0, kBits), high = scales[i] * CodeToFloat(word, 16, kBits);
+        RoundTwo<kType>(low, high);
+        values[2 * chunk] = low - shifts[i], values[2 * chunk + 1] = high - shifts[i];
+      }
+      StoreEight<kType>(out, offset + fields.Channel(part), wide, values);
     }
-    StoreEight<kType>(out, Offset(out, b, h, t, eight * 8), wide, values);
   }
 }
 
