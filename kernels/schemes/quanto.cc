@@ -86,8 +86,6 @@ struct Row {
 
 KVQ_HD inline int64_t Rows(const DenseView& x) { return x.batch * x.heads * x.tokens; }
 
-inline constexpr int kDecodeTokens = 4;  // of a thread that decodes
-
 #ifndef __CUDACC__
 namespace {
 
@@ -152,11 +150,11 @@ void Decode(const CodecParams& params, const KvView& in, int64_t first_token, co
   });
 }
 
-// ---- CUDA: what is launched
+// ---- CUDA: what is launched, a thread for 16 channels
 
-KernelLaunch KernelOf(const char* name, int bits, DType type, int64_t group, dim3 grid) {
-  return {.instance = {{"kernels/schemes/quanto.cc"}, InstanceName(name, bits, TypeName(type), group)},
-          .grid = grid,
+KernelLaunch KernelOf(const char* name, int bits, int64_t group, const DenseView& x) {
+  return {.instance = {{"kernels/schemes/quanto.cc"}, InstanceName(name, bits, TypeName(x.dtype), group)},
+          .grid = {GridFor(x.tokens * x.head_dim / 16), static_cast<unsigned>(x.heads), static_cast<unsigned>(x.batch)},
           .threads = 256,
           .early = false};
 }
@@ -164,18 +162,15 @@ KernelLaunch KernelOf(const char* name, int bits, DType type, int64_t group, dim
 template <int kBits>
 void EncodeCuda(const CodecParams& params, const DenseView& x, int64_t first_token, const KvView& out,
                 void* stream) {
-  const dim3 grid(GridFor(x.tokens * x.head_dim / 16), static_cast<unsigned>(x.heads), static_cast<unsigned>(x.batch));
-  Launch("quanto encode", KernelOf("kvq::quanto::EncodeKernel", kBits, x.dtype, params.group_size, grid), stream, x,
+  Launch("quanto encode", KernelOf("kvq::quanto::EncodeKernel", kBits, params.group_size, x), stream, x,
          first_token, out, IsWide(x), Divisor(x.head_dim / 16));
 }
 
 template <int kBits>
 void DecodeCuda(const CodecParams& params, const KvView& in, int64_t first_token, const DenseView& out,
                 void* stream) {
-  const auto rows = static_cast<uint32_t>((out.tokens + kDecodeTokens - 1) / kDecodeTokens);
-  const dim3 grid(GridFor(rows * (out.head_dim / 16)), static_cast<unsigned>(out.heads), static_cast<unsigned>(out.batch));
-  Launch("quanto decode", KernelOf("kvq::quanto::DecodeKernel", kBits, out.dtype, params.group_size, grid), stream, in,
-         first_token, out, IsWide(out), rows, Divisor(out.head_dim / 16));
+  Launch("quanto decode", KernelOf("kvq::quanto::DecodeKernel", kBits, params.group_size, out), stream, in,
+         first_token, out, IsWide(out), Divisor(out.head_dim / 16));
 }
 
 // ---- the rows
@@ -396,45 +391,34 @@ __global__ void __launch_bounds__(256)
   if (lane < 2) *(lane == 0 ? scales : shifts) = FloatToHalf(lane == 0 ? scale : shift);
 }
 
-// A thread decodes two fields of kDecodeTokens tokens that are `rows` apart.
+// A thread decodes two fields.
 template <int kBits, DType kType, int n>
 __global__ void __launch_bounds__(256)
-    DecodeKernel(KvView in, int64_t first_token, DenseView out, bool wide, uint32_t rows, const Divisor threads_of_token) {
+    DecodeKernel(KvView in, int64_t first_token, DenseView out, bool wide, const Divisor threads_of_token) {
   using Fields = TwoFields<kBits, n>;
-  const auto [first, place] = threads_of_token.Of(blockIdx.x * 256 + threadIdx.x);
-  if (first >= rows) return;
-  const int64_t b = blockIdx.z, h = blockIdx.y;
+  const auto [t, place] = threads_of_token.Of(blockIdx.x * 256 + threadIdx.x);
+  if (t >= out.tokens) return;
+  const int64_t b = blockIdx.z, h = blockIdx.y, slot = first_token + t;
   const Fields fields(place);
+  const uint32_t* row = reinterpret_cast<const uint32_t*>(CodeRow<kBits>(in, b, h, slot)) + fields.word;
   const uint32_t chunk_words = threads_of_token.divisor / Fields::kThreads, g = place / (n / 16);
-  uint32_t chunks[kDecodeTokens][4];
-  float scales[kDecodeTokens], shifts[kDecodeTokens];
+  uint32_t words[4];
 #pragma unroll
-  for (int i = 0; i < kDecodeTokens; ++i) {
-    const uint32_t t = first + i * rows;
-    if (t >= out.tokens) break;
-    const uint32_t* row = reinterpret_cast<const uint32_t*>(CodeRow<kBits>(in, b, h, first_token + t)) + fields.word;
+  for (int chunk = 0; chunk < 4; ++chunk) words[chunk] = row[chunk * chunk_words] >> fields.Shift();
+  const float scale = HalfToFloat(MetadataRow(in, 1, n, b, h, slot)[g]);
+  const float shift = HalfToFloat(MetadataRow(in, 2, n, b, h, slot)[g]);
+  const int64_t offset = Offset(out, b, h, t, 0);
 #pragma unroll
-    for (int chunk = 0; chunk < 4; ++chunk) chunks[i][chunk] = row[chunk * chunk_words];
-    scales[i] = HalfToFloat(MetadataRow(in, 1, n, b, h, first_token + t)[g]);
-    shifts[i] = HalfToFloat(MetadataRow(in, 2, n, b, h, first_token + t)[g]);
-  }
+  for (int part = 0; part < 2; ++part) {
+    float values[8];
 #pragma unroll
-  for (int i = 0; i < kDecodeTokens; ++i) {
-    const uint32_t t = first + i * rows;
-    if (t >= out.tokens) break;
-    const int64_t offset = Offset(out, b, h, t, 0);
-#pragma unroll
-    for (int part = 0; part < 2; ++part) {
-      float values[8];
-#pragma unroll
-      for (int chunk = 0; chunk < 4; ++chunk) {
-        const uint32_t word = chunks[i][chunk] >> fields.Shift() >> Fields::PartShift(part);
-        float low = scales[i] * CodeToFloat(word, 0, kBits), high = scales[i] * CodeToFloat(word, 16, kBits);
-        RoundTwo<kType>(low, high);
-        values[2 * chunk] = low - shifts[i], values[2 * chunk + 1] = high - shifts[i];
-      }
-      StoreEight<kType>(out, offset + fields.Channel(part), wide, values);
+    for (int chunk = 0; chunk < 4; ++chunk) {
+      const uint32_t word = words[chunk] >> Fields::PartShift(part);
+      float low = scale * CodeToFloat(word, 0, kBits), high = scale * CodeToFloat(word, 16, kBits);
+      RoundTwo<kType>(low, high);
+      values[2 * chunk] = low - shift, values[2 * chunk + 1] = high - shift;
     }
+    StoreEight<kType>(out, offset + fields.Channel(part), wide, values);
   }
 }
 
