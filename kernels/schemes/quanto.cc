@@ -307,11 +307,10 @@ struct TwoFields {
 
   // `place`: of a thread among those of a token.
   __device__ __forceinline__ explicit TwoFields(uint32_t place) : word(place / kThreads), thread(place % kThreads) {}
-  __device__ __forceinline__ uint32_t Channel(int part) const {
-    return word * kRunChannels<kBits> + 8 * (thread * kFirst + part * kNext);
-  }
+  __device__ __forceinline__ uint32_t Channel() const { return word * kRunChannels<kBits> + 8 * thread * kFirst; }  // of part 0
+  static constexpr int PartChannel(int part) { return 8 * part * kNext; }  // and on top of that
   __device__ __forceinline__ uint32_t Shift() const { return thread * (kFirst * kBits); }  // of part 0
-  static constexpr int PartShift(int part) { return part * kNext * kBits; }                // and on top of that
+  static constexpr int PartShift(int part) { return part * kNext * kBits; }
 };
 
 // A thread encodes two fields. The threads of a word hand each other what they have of it, so that each stores whole ones.
@@ -328,10 +327,10 @@ __global__ void __launch_bounds__(256)
   const uint32_t t = in_range ? token : 0, g = place / kGroupThreads, lane = place % kGroupThreads;
   const int64_t b = blockIdx.z, h = blockIdx.y;
   const Fields fields(place);
-  const int64_t offset = Offset(x, b, h, t, 0);
+  const int64_t offset = Offset(x, b, h, t, fields.Channel()), slot = TokenBase(out) + first_token + t;
   Eights<kType, 2> eights;
 #pragma unroll
-  for (int part = 0; part < 2; ++part) eights.Load(part, x, offset + fields.Channel(part), wide);
+  for (int part = 0; part < 2; ++part) eights.Load(part, x, offset + Fields::PartChannel(part), wide);
   const GroupRange range = eights.Range(kGroupThreads);
   float scale, shift;
   ScaleAndShift<kType>(range, m, scale, shift);
@@ -343,15 +342,20 @@ __global__ void __launch_bounds__(256)
     constexpr uint32_t kBias = kType == DType::kFloat16 ? 0x64006400 : 0x43004300;
     const float inverse = 1.0f / scale;
     const uint32_t shifts = PackTwo<kType == DType::kFloat32 ? DType::kFloat16 : kType>(shift, shift);
-#pragma unroll
-    for (int part = 0; part < 2; ++part) {
+    if constexpr (kType != DType::kFloat32) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if constexpr (kType != DType::kFloat32) {
+        uint32_t codes[2];  // of each part: in the low byte of each half
+#pragma unroll
+        for (int part = 0; part < 2; ++part) {
           float low, high;
           UnpackTwo<kType>(AddTwo<kType>(eights.words[part][i], shifts), low, high);
-          words[i] |= (AddTwo<kType>(PackTwo<kType>(low * inverse, high * inverse), kBias) & kMask)
-                      << Fields::PartShift(part);
+          codes[part] = AddTwo<kType>(PackTwo<kType>(low * inverse, high * inverse), kBias);
+        }
+        if constexpr (Fields::PartShift(1) == 8) {
+          words[i] = ptx::PickBytes(codes[0], codes[1], 0x6240);
+        } else {
+          words[i] = codes[0] & kMask | (codes[1] & kMask) << Fields::PartShift(1);
         }
       }
     }
@@ -380,7 +384,6 @@ __global__ void __launch_bounds__(256)
     }
   }
   if (!in_range) return;
-  const int64_t slot = TokenBase(out) + first_token + t;
   uint32_t* row = reinterpret_cast<uint32_t*>(CodeRow<kBits>(out, b, h, slot)) + fields.word;
   const uint32_t chunk_words = threads_of_token.divisor / Fields::kThreads;
 #pragma unroll
@@ -407,7 +410,7 @@ __global__ void __launch_bounds__(256)
   for (int chunk = 0; chunk < 4; ++chunk) words[chunk] = row[chunk * chunk_words] >> fields.Shift();
   const float scale = HalfToFloat(MetadataRow(in, 1, n, b, h, slot)[g]);
   const float shift = HalfToFloat(MetadataRow(in, 2, n, b, h, slot)[g]);
-  const int64_t offset = Offset(out, b, h, t, 0);
+  const int64_t offset = Offset(out, b, h, t, fields.Channel());
 #pragma unroll
   for (int part = 0; part < 2; ++part) {
     float values[8];
@@ -418,7 +421,7 @@ __global__ void __launch_bounds__(256)
       RoundTwo<kType>(low, high);
       values[2 * chunk] = low - shift, values[2 * chunk + 1] = high - shift;
     }
-    StoreEight<kType>(out, offset + fields.Channel(part), wide, values);
+    StoreEight<kType>(out, offset + Fields::PartChannel(part), wide, values);
   }
 }
 
