@@ -101,7 +101,7 @@ Plan PlanTiles(const Codec& keys, const Codec& values, const DecodeAttentionArgs
   // What leaves room for a block of the product that follows, which then fetches its weights meanwhile. Where it would be
   // too few for the kernel, which EveryCard tells, it gets what there is.
   const bool few = warps == 8 && head_tiles == 1 && parts == 1 && dim <= 128 && value_groups * values.bits <= 16;
-  const int registers = few ? 184 : 255;
+  const int registers = !few ? 255 : CurrentDevice().arch < 120 ? 184 : 192;
   Plan plan;
   plan.instance = {{"kernels/device/attention.cuh", keys.device.source, values.device.source},
                    InstanceName("kvq::decode_attention::Kernel",
