@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -58,6 +59,9 @@ struct Codec {
 
   // What fused attention reads it with.
   DeviceCodec device;
+  // Set where planes are codes in the rows of code_row.h, fp16 scales and fp16 zeros of groups along channels, which
+  // attention on the host reads.
+  std::optional<Zero> affine;
 
   // Error budget: nmse on independent standard-normal values, and where the number comes from.
   double nmse_budget = 0;

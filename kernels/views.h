@@ -37,6 +37,12 @@ struct KvView {
   const int32_t* token_base = nullptr;
 };
 
+// What a code becomes: what a zero point is taken from.
+enum class Zero : uint8_t {
+  kOfCodes,   // (code - zero) scale
+  kOfValues,  // scale code - zero
+};
+
 // What a spec may change about a scheme (`@group=32`).
 struct CodecParams {
   int64_t group_size = 0;  // elements that share a scale

@@ -16,17 +16,13 @@
 #pragma once
 
 #include "kernels/device/ptx.cuh"
+#include "kernels/views.h"
 
 namespace kvq {
 
 struct Dense16 {
   static constexpr bool kDense = true;
   static constexpr int kBits = 16, kGroup = 0, kPlanes = 0;
-};
-
-enum class Zero {
-  kOfCodes,   // decoded: (code - zero) scale
-  kOfValues,  // decoded: scale code - zero
 };
 
 // Codes of 8, 4 or 2 bits in groups along channels. A field at the bottom of a float16 is the subnormal number

@@ -329,6 +329,7 @@ Codec MakeCodec() {
                       return InstanceName("kvq::AffineCodes", kBits, params.group_size, "kvq::Zero::kOfCodes");
                     }};
   }
+  if constexpr (!kAcross) codec.affine = Zero::kOfCodes;
   SetUniformBudget(codec);
   return codec;
 }

@@ -196,6 +196,7 @@ Codec MakeCodec() {
   codec.device = {.label = kBits == 4 ? "int4_quanto" : "int2_quanto", .type = [](const CodecParams& params) {
                     return InstanceName("kvq::AffineCodes", kBits, params.group_size, "kvq::Zero::kOfValues");
                   }};
+  codec.affine = Zero::kOfValues;
   SetUniformBudget(codec);
   return codec;
 }

@@ -1,0 +1,162 @@
+// The host's kernels of a decoding step against float64.
+#include <array>
+#include <cmath>
+
+#include "accuracy/encoded.h"
+#include "fixtures/cache/spec.h"
+#include "kernels/error.h"
+#include "kernels/host/step.h"
+
+namespace kvq {
+namespace {
+
+using at::Tensor;
+// Half the distance of neighbours at 1; of float32 only the sums' own error is seen.
+double Roundoff(at::ScalarType type) { return type == at::kHalf ? 0x1p-11 : type == at::kBFloat16 ? 0x1p-8 : 0x1p-24; }
+
+// A sum of n products in float32 is off by at most n roundoffs of the sum of their magnitudes.
+TEST(Host, ProductsEqualFloat64) {
+  const c10::InferenceMode guard;
+  at::manual_seed(3);
+  for (const at::ScalarType type : {at::kFloat, at::kHalf, at::kBFloat16}) {
+    for (const auto& [out, in] : std::vector<std::pair<int64_t, int64_t>>{{1, 8}, {33, 64}, {100, 1000}, {67, 577}, {40, 4096}}) {
+      const Tensor weight = at::randn({out, in}).to(type);
+      for (const int64_t rows : {1, 2, 3, 4, 5, 8, 9}) {
+        const Tensor x = at::randn({rows, in}).to(type);
+        const Tensor w64 = weight.to(at::kDouble), x64 = x.to(at::kDouble);
+        const Tensor exact = at::matmul(x64, w64.t());
+        const Tensor allowed = exact.abs() * Roundoff(type) +
+                               at::matmul(x64.abs(), w64.abs().t()) * (static_cast<double>(in) * 0x1p-24);
+        Tensor stored = at::full({rows, out}, NAN, x.options());
+        ProductArgs args;
+        args.dtype = DTypeOf(type), args.rows = rows, args.in = in, args.out = out;
+        args.weight = weight.data_ptr(), args.x = x.data_ptr(), args.stored = stored.data_ptr();
+        host::Product(args);
+        EXPECT_TRUE((stored.to(at::kDouble) - exact).abs().le(allowed).all().item<bool>())
+            << type << " " << out << " x " << in << ", " << rows << " rows";
+      }
+    }
+  }
+}
+
+struct Side {
+  Tensor sinks, residual, dense;  // dense: all tokens where the side is, else undefined
+  EncodedTensors encoded;
+  Tensor decoded;  // what attention should see of the encoded ones, float64
+};
+
+constexpr int64_t kKvHeads = 2, kSinks = 8, kResidual = 40;
+
+Side MakeSide(const Codec& codec, bool other_dense, int64_t group, int64_t dim, at::ScalarType type,
+              const SequenceLength& length) {
+  const int64_t capacity = (length.encoded + 15) / 8 * 8;
+  const auto normal = [&](int64_t tokens) { return at::randn({2, kKvHeads, tokens, dim}).to(type); };
+  Side side;
+  side.sinks = normal(kSinks), side.residual = normal(kResidual);
+  const Tensor tokens = normal(capacity);
+  if (codec.encode == nullptr) {
+    side.decoded = tokens.to(at::kDouble);
+    side.dense = at::cat({tokens, normal(kResidual)}, 2);
+    side.dense.narrow(2, length.encoded, side.dense.size(2) - length.encoded).fill_(NAN);
+    if (!other_dense) side.dense.narrow(2, length.encoded, kResidual).copy_(side.residual);
+    return side;
+  }
+  const CodecParams params{.group_size = group};
+  side.encoded = Encode(codec, params, tokens, 1);
+  Tensor decoded = at::empty(tokens.sizes(), at::kFloat);
+  DecodeTensor(codec, params, side.encoded, 0, decoded);
+  side.decoded = decoded.to(at::kDouble);
+  return side;
+}
+
+void CheckAttention(const std::string& spec, int64_t dim, int64_t group, int64_t ratio, at::ScalarType type,
+                    const SequenceLength& length, int32_t window) {
+  const SchemePair pair = ParseSpec(spec).schemes;
+  const Codec &key_codec = pair.keys->keys, &value_codec = pair.values->values;
+  for (const Codec* codec : {&key_codec, &value_codec}) {
+    if (codec->planes == nullptr) continue;
+    try {
+      codec->planes(kKvHeads, dim, {.group_size = group});
+    } catch (const InputError&) {
+      return;  // a shape that the scheme refuses
+    }
+  }
+  const bool keys_dense = key_codec.encode == nullptr, values_dense = value_codec.encode == nullptr;
+  const Side keys = MakeSide(key_codec, values_dense, group, dim, type, length);
+  const Side values = MakeSide(value_codec, keys_dense, group, dim, type, length);
+  const Tensor queries = at::randn({2, kKvHeads, ratio, dim}).to(type);
+  const double scale = 1 / std::sqrt(static_cast<double>(dim));
+  const int64_t tokens = length.sinks + length.encoded + length.residual;
+  const int64_t hidden = window > 0 ? std::max<int64_t>(tokens - window, 0) : 0;
+  const auto all = [&](const Side& side) {
+    return at::cat({side.sinks.narrow(2, 0, length.sinks).to(at::kDouble), side.decoded.narrow(2, 0, length.encoded),
+                    side.residual.narrow(2, 0, length.residual).to(at::kDouble)}, 2)
+        .narrow(2, hidden, tokens - hidden);
+  };
+  Tensor expected = at::zeros({2, kKvHeads, ratio, dim}, at::kDouble), allowed = at::zeros_like(expected);
+  if (tokens > 0) {
+    const Tensor logits = at::matmul(queries.to(at::kDouble), all(keys).transpose(2, 3)) * scale;
+    const Tensor p = at::softmax(logits, -1);
+    expected = at::matmul(p, all(values));
+    // A logit is a float32 sum of dim products (some roundoffs of their magnitudes, in powers of two), and what it is off by
+    // is a share of p; the output is a float32 sum, and rounded once.
+    const Tensor magnitudes = at::matmul(queries.to(at::kDouble).abs(), all(keys).abs().transpose(2, 3)) * scale;
+    const Tensor share = magnitudes.max() * (static_cast<double>(dim) * 0x1p-23) + 1e-6;
+    allowed = expected.abs() * Roundoff(type) + at::matmul(p, all(values).abs()) * share * 2;
+  }
+  const Tensor lengths = at::tensor({length.sinks, length.encoded, length.residual}, at::kInt).repeat({2, 1});
+  const auto view = [&](const Side& side) {
+    if (!side.dense.defined()) return side.encoded.view();
+    KvView v;
+    v.batch = 2, v.heads = kKvHeads, v.head_dim = dim, v.capacity = side.dense.size(2);
+    v.planes[0] = static_cast<std::byte*>(side.dense.data_ptr());
+    v.plane_stride[0] = side.dense.stride(1) * side.dense.element_size();
+    return v;
+  };
+  const auto residual = [&](const Side& side, bool other_dense) {
+    return ViewOf(side.dense.defined() && !other_dense ? side.dense : side.residual);
+  };
+  Tensor out = at::full(queries.sizes(), NAN, queries.options());
+    host::DecodeAttention(key_codec, value_codec,
+                          {.dtype = DTypeOf(type), .query_heads = kKvHeads * ratio, .queries = queries.data_ptr(),
+                           .out = out.data_ptr(), .scale = static_cast<float>(scale), .keys = view(keys),
+                           .values = view(values), .key_params = {.group_size = group},
+                           .value_params = {.group_size = group}, .sink_keys = ViewOf(keys.sinks),
+                           .sink_values = ViewOf(values.sinks), .residual_keys = residual(keys, values_dense),
+                           .residual_values = residual(values, keys_dense), .window = window,
+                           .lengths = reinterpret_cast<const SequenceLength*>(lengths.data_ptr())},
+                          DTypeOf(type));
+    const Tensor error = (out.to(at::kDouble) - expected).abs();
+    EXPECT_TRUE(error.le(allowed + 1e-30).all().item<bool>())
+        << spec << " head_dim " << dim << " group " << group << " ratio " << ratio << " " << type << " tokens "
+        << length.sinks << "/" << length.encoded << "/" << length.residual << " window " << window << ": " << (error / (allowed + 1e-30)).max().item<double>() << " of what is allowed";
+}
+
+TEST(Host, AttentionEqualsFloat64OverDecodedTokens) {
+  if (!host::HasAvx2()) GTEST_SKIP() << "no AVX2";
+  const c10::InferenceMode guard;
+  at::manual_seed(5);
+  const std::vector<std::string> schemes = {"none", "int8-hqq", "int4-hqq", "int2-hqq", "int4-quanto", "int2-quanto"};
+  for (const std::string& scheme : schemes) {
+    for (const int64_t dim : {64, 80, 96, 128, 256}) {
+      for (const int64_t group : {32, 64, 128}) {
+        int i = 0;
+        for (const SequenceLength& length : std::vector<SequenceLength>{{0, 0, 1}, {3, 0, 0}, {0, 1, 5}, {4, 257, 40}, {0, 520, 7}}) {
+          const at::ScalarType type = std::array{at::kFloat, at::kHalf, at::kBFloat16}[(i + dim / 16) % 3];
+          CheckAttention(scheme, dim, group, std::array{1, 3, 4, 8}[++i % 4], type, length, 0);
+        }
+        CheckAttention(scheme, dim, group, 2, at::kHalf, {4, 257, 40}, 100);
+        CheckAttention(scheme, dim, group, 2, at::kFloat, {4, 257, 40}, 30);
+      }
+    }
+  }
+  for (const std::string& keys : schemes) {
+    for (const std::string& values : schemes) {
+      CheckAttention(keys + "+" + values, 128, 64, 3, at::kFloat, {4, 257, 40}, 0);
+      CheckAttention(keys + "+" + values, 64, 64, 3, at::kBFloat16, {4, 257, 40}, 120);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace kvq
