@@ -1,10 +1,16 @@
 // How the measurements repeat, and how they count a CPU's energy.
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <filesystem>
 #include <fstream>
+#include <thread>
 
 #include "accuracy/golden.h"
 #include "accuracy/statistics.h"
 #include "benchmarks/options.h"
+#include "fixtures/machine/host_load.h"
 #include "fixtures/machine/rapl.h"
 
 namespace kvq {
@@ -66,6 +72,47 @@ TEST(Measuring, RepeatsUntilTheMedianIsSure) {
   EXPECT_EQ(counters.count("ci95_fraction"), 0u);
   // --runs is the least, whatever the rest says.
   EXPECT_EQ(Repeat({"--runs=8", "--max-runs=1", "--max-seconds=0"}, [](size_t) { return 2.0; }, counters).size(), 8u);
+}
+
+TEST(Measuring, ReadsWhatProcessorsDid) {
+  EXPECT_EQ(BusySeconds("cpu  100 20 30 4000 500 6 7 8 9 0\ncpu0 1 2 3\n", 100), 1.71);
+  EXPECT_EQ(BusySeconds("", 100), std::nullopt);
+  EXPECT_EQ(BusySeconds("intr 1 2 3 4 5 6 7 8 9", 100), std::nullopt);
+}
+
+// Others that take all processors, for as long as this lives.
+class Neighbours {
+ public:
+  Neighbours() {
+    for (unsigned i = 0; i < std::max(1u, std::thread::hardware_concurrency()); ++i) {
+      const pid_t child = fork();
+      if (child == 0) {
+        for (volatile int spin = 0;; spin = spin + 1) {
+          if (getppid() == 1) _exit(0);
+        }
+      }
+      children_.push_back(child);
+    }
+  }
+  ~Neighbours() {
+    for (const pid_t child : children_) kill(child, SIGKILL), waitpid(child, nullptr, 0);
+  }
+
+ private:
+  std::vector<pid_t> children_;
+};
+
+TEST(Measuring, ADisturbedTimeSaysSo) {
+  benchmark::UserCounters counters;
+  const Neighbours neighbours;
+  const auto work = [](size_t) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(60));
+    return 2.0;  // always the same, as a time is that a steady neighbour makes longer
+  };
+  EXPECT_EQ(Repeat({"--runs=3", "--max-runs=8"}, work, counters).size(), 8u) << "taken again as often as it may be";
+  EXPECT_EQ(counters["disturbed"], 1);
+  EXPECT_GT(counters["foreign_processors"], MostForeignProcessors());
+  EXPECT_EQ(counters.count("ci95_fraction"), 0u) << "never certain";
 }
 
 // What ci/report warns of (ci/page.py), and a reader sees in the label.

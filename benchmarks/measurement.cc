@@ -6,6 +6,7 @@
 #include <random>
 
 #include "accuracy/statistics.h"
+#include "fixtures/machine/host_load.h"
 #include "fixtures/machine/out_of_memory.h"
 #include "kernels/error.h"
 #include "kernels/runtime/launch.h"
@@ -185,34 +186,68 @@ std::vector<double> Samples(Session& session, benchmark::State& state,
                             const std::function<double()>& sample) {
   const Options& o = session.options();
   session.WarmUpForModel();
-  std::vector<double> seconds;
+  // On a CPU, what others take of it is looked at where a tenth of a second has passed: samples since then were quiet, or
+  // are taken again as long as there is time. Nothing is certain of disturbed ones.
+  constexpr double kLook = 0.1;
+  const bool watched = session.device().is_cpu();
+  std::vector<double> quiet, unseen, disturbed;
+  ForeignLoad all, since;
   Counters median;
   std::optional<double> half_width;
+  const auto look = [&](bool last) {
+    const bool seen = since.Seconds() >= kLook;
+    if (unseen.empty() || !(seen || last)) return;
+    const ForeignLoad& of = seen ? since : all;
+    const bool foreign = watched && of.Seconds() >= kLook && of.Processors().value_or(0) > MostForeignProcessors();
+    std::vector<double>& to = foreign ? disturbed : quiet;
+    to.insert(to.end(), unseen.begin(), unseen.end());
+    unseen.clear();
+    since.Restart();
+  };
   for (auto _ : state) {
-    const auto start = std::chrono::steady_clock::now();
     const auto go_on = [&] {
-      const auto n = static_cast<int64_t>(seconds.size());
-      if (n < o.runs) return true;
-      const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
-      const bool sure = half_width && *half_width < 0.01;
-      return !sure && n < o.max_runs && elapsed.count() < static_cast<double>(o.max_seconds);
+      look(/*last=*/false);
+      const auto good = static_cast<int64_t>(quiet.size() + unseen.size());
+      const auto taken = good + static_cast<int64_t>(disturbed.size());
+      if (taken < o.runs) return true;
+      if (taken >= o.max_runs || all.Seconds() >= static_cast<double>(o.max_seconds)) return false;
+      return good < o.runs || !(half_width && *half_width < 0.01);
     };
     while (go_on()) {
       const int64_t loaded = LoadedCount();
       const double one = sample();
-      if (LoadedCount() != loaded) continue;  // a kernel was compiled or loaded in it
-      seconds.push_back(one);
+      if (LoadedCount() != loaded) {  // a kernel was compiled or loaded in it
+        since.Restart();
+        continue;
+      }
+      unseen.push_back(one);
+      std::vector<double> so_far = quiet;
+      so_far.insert(so_far.end(), unseen.begin(), unseen.end());
       median.clear();
-      AddSpread(median, "seconds", seconds);
-      if (const auto interval = MedianInterval(seconds)) {
+      AddSpread(median, "seconds", so_far);
+      half_width.reset();
+      if (const auto interval = MedianInterval(so_far)) {
         half_width = (interval->high - interval->low) / 2 / median.front().second;
       }
     }
+    look(/*last=*/true);
+    const bool enough = static_cast<int64_t>(quiet.size()) >= o.runs;
+    if (!enough) quiet.insert(quiet.end(), disturbed.begin(), disturbed.end());
+    median.clear();
+    AddSpread(median, "seconds", quiet);
     state.SetIterationTime(median.front().second);
+    if (watched) {
+      if (const std::optional<double> foreign = all.Processors()) state.counters["foreign_processors"] = *foreign;
+      state.counters["disturbed"] = enough ? 0 : 1;
+      if (!enough) {
+        half_width.reset();
+        session.AddNote(StrCat("disturbed: others took processors, ", disturbed.size(), " of ", quiet.size(), " samples"));
+      }
+    }
   }
-  state.counters["samples"] = static_cast<double>(seconds.size());
+  state.counters["samples"] = static_cast<double>(quiet.size());
   if (half_width) state.counters["ci95_fraction"] = *half_width;
-  return seconds;
+  return quiet;
 }
 
 void AddGpuState(Session& session, const GpuSummary& seen, Counters& counters) {

@@ -173,8 +173,10 @@ void AddSpread(Counters& counters, const std::string& name, std::vector<double> 
 // Takes samples, each the seconds of one repetition, until their median is sure: at least --runs of them, then until
 // half of its 95 % interval is below 1 % of it, --max-runs are taken or --max-seconds have passed. All within one
 // iteration of the state, whose time is the median. Before the first sample of a model its GPUs work for two seconds, or
-// what is measured first would look faster than it is. Counters: samples, ci95_fraction (half the interval over the
-// median; not there for fewer than six).
+// what is measured first would look faster than it is. On a CPU samples during which others used the processors are taken
+// again while --max-runs and --max-seconds allow. Counters: samples, ci95_fraction (half the interval over the
+// median; not there for fewer than six); on a CPU foreign_processors, and disturbed, 1 where quiet samples are fewer than
+// --runs: then all count, and nothing is certain.
 std::vector<double> Samples(Session& session, benchmark::State& state,
                             const std::function<double()>& sample);
 

@@ -105,7 +105,7 @@ def warnings(results, missing=()):
             busy.append(f"{file.path}: load {load[0]:.1f} on {cores} cores")
         if file.facts.get("cpu_scaling_enabled"):
             scaled.append(file.path)
-    spread, single, noise, zero, throttled, shared, overflow, unfused = [], [], [], [], [], [], [], []
+    spread, single, noise, zero, throttled, disturbed, shared, overflow, unfused = ([] for _ in range(9))
     for cell in current:
         for key, value in cell.values.items():
             if key.endswith("tokens_per_s") and value:
@@ -115,6 +115,8 @@ def warnings(results, missing=()):
                         f"{name(cell)}: {key.split('.')[0]} {low:.1f} to {high:.1f}, median {value:.1f} tokens/s")
             if key.rsplit(".", 1)[-1].startswith("throttled") and value and "/" not in key:
                 throttled.append(f"{name(cell)}: {key}{why(cell, key, 'throttled')}")
+            if key.endswith(".disturbed") and value:
+                disturbed.append(f"{name(cell)}: {key.split('.')[0]}{why(cell, key, 'disturbed')}")
             if key.endswith(".foreign_processes") and value:
                 shared.append(f"{name(cell)}: {key.split('.')[0]}{why(cell, key, 'foreign processes')}")
             if key.endswith(".samples") and value == 1:
@@ -140,6 +142,7 @@ def warnings(results, missing=()):
         ("Failed", "These cells were tried and have no number.", [f"{name(c)}: {m}: {r}" for c, m, r in failed]),
         ("Not read", "These files are left out.", [f"{path}: {reason}" for path, reason in results.refused]),
         ("Throttled", "The device ran below its clock; these times are too long.", throttled),
+        ("Disturbed", "Others used the processor meanwhile; these times may be several times too long.", disturbed),
         ("Shared GPU", "Other processes were on it; its times may be too long.", shared),
         ("Busy machine", "Others used the processor when the run began; its times are too long.", busy),
         ("Changing clock", "The processor may change its clock; times vary with it.", scaled),
