@@ -294,6 +294,66 @@ class GgufToHf(InFolder):
         write_gguf(self.path("m.gguf"), change=with_value("llama.expert_count", 0))
         self.assertEqual(self.convert().stderr, "")
 
+    def test_sentencepiece(self):
+        bytes_at = 10
+        tokens = ["<unk>", "<s>", "</s>", "  ", "[INST]", "▁", "a", "▁a", "b", "ab"] + [f"<0x{i:02X}>" for i in range(256)]
+        tokens += [f"[PAD{i}]" for i in range(len(tokens), VOCAB)]
+        types = [2, 3, 3, 4, 4] + [1] * 5 + [6] * 256 + [5] * (VOCAB - bytes_at - 256)
+        def change(scores, types):
+            def apply(writer):
+                for key in ("model", "pre", "tokens", "token_type", "merges"):
+                    writer.kv_data[0].pop("tokenizer.ggml." + key)
+                writer.add_tokenizer_model("llama")
+                writer.add_token_list(tokens)
+                writer.add_token_types(types)
+                writer.add_token_scores(scores)
+            return apply
+        scores = [-float(i) for i in range(VOCAB)]
+        write_gguf(self.path("m.gguf"), change=change(scores, types))
+        self.assertEqual(self.convert().stderr, "")
+        with open(self.path("out", "tokenizer.model"), "rb") as file:
+            model = file.read()
+        self.assertIn("▁▁".encode(), model)  # llama.cpp's converter has made spaces of user-defined ones
+        self.assertIn(b"<0xFF>", model)
+        self.assertNotIn(b"[PAD", model)
+        with open(self.path("out", "tokenizer_config.json"), encoding="utf-8") as file:
+            config = json.load(file)
+        # EOS is <unk> by the id that the file gives, BOS the format's own.
+        self.assertEqual((config["bos_token"], config["eos_token"], config["unk_token"], config["add_bos_token"]),
+                         ("<s>", "<unk>", "<unk>", True))
+        shutil.rmtree(self.path("out"))
+        for name, (bad, words) in {
+                "lost scores": (change([-1000.0] * VOCAB, types), "scores are all equal"),
+                "fewer scores": (change(scores[1:], types), f"has {VOCAB - 1} scores"),
+                "fewer types": (change(scores, types[1:]), "not as many as token types"),
+                "a hole": (change(scores, types[:6] + [5] + types[7:]), "token 'a' is unused"),
+        }.items():
+            with self.subTest(name):
+                write_gguf(self.path("m.gguf"), change=bad)
+                self.refused(self.convert(), words)
+
+    def test_bos_that_is_a_word(self):
+        """Ids of config.json can be of another tokenizer."""
+        write_gguf(self.path("m.gguf"), change=with_value("tokenizer.ggml.bos_token_id", 5))
+        self.assertEqual(self.convert().stderr, "")
+        with open(self.path("out", "tokenizer.json"), encoding="utf-8") as file:
+            self.assertEqual([token["id"] for token in json.load(file)["added_tokens"]], [0])
+        def change(writer):
+            with_value("tokenizer.ggml.bos_token_id", 5)(writer)
+            with_value("tokenizer.ggml.add_bos_token", True)(writer)
+        shutil.rmtree(self.path("out"))
+        write_gguf(self.path("m.gguf"), change=change)
+        self.refused(self.convert(), "bos_token_id is no special token")
+        write_gguf(self.path("m.gguf"), change=lambda writer: (
+            with_value("tokenizer.ggml.add_eos_token", True)(writer), with_value("tokenizer.ggml.pre", "llama-bpe")(writer),
+            with_value("tokenizer.ggml.bos_token_id", 0)(writer)))
+        self.assertEqual(self.convert().stderr, "")
+        with open(self.path("out", "tokenizer.json"), encoding="utf-8") as file:
+            tokenizer = json.load(file)
+        special, text = {"SpecialToken": {"id": "<|end|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+        self.assertEqual(tokenizer["post_processor"]["single"], [special, text, special])
+        self.assertTrue(tokenizer["model"]["ignore_merges"])
+
     def test_refuses_big_endian(self):
         write_gguf(self.path("m.gguf"), endianess=gguf.GGUFEndian.BIG)
         self.refused(self.convert(), "m.gguf: is big-endian", "gguf_convert_endian")

@@ -84,8 +84,9 @@ MEANINGLESS_VALUES = {"expert_count": 0, "expert_used_count": 0, "attention.caus
 class Family:
     """What one general.architecture is."""
 
-    def __init__(self, model_class, layer=LAYER, keys=KEYS, flags=(), biases=(), norm_offset=0, permuted=False):
-        self.model_class, self.layer, self.keys = model_class, layer, keys
+    def __init__(self, model_type, model_class, layer=LAYER, keys=KEYS, flags=(), biases=(), norm_offset=0, permuted=False):
+        self.model_type, self.model_class = model_type, model_class  # of config.json
+        self.layer, self.keys = layer, keys
         self.flags = flags  # (key of config.json, the modules that all have a bias where it is true)
         self.biases = biases  # the modules that always have one
         self.norm_offset = norm_offset  # that llama.cpp has added to every norm weight
@@ -94,10 +95,10 @@ class Family:
 
 ATTENTION_BIAS, MLP_BIAS = ("attention_bias", ATTENTION), ("mlp_bias", MLP)
 FAMILIES = {
-    "llama": Family("LlamaForCausalLM", flags=(ATTENTION_BIAS, MLP_BIAS), permuted=True),
-    "qwen2": Family("Qwen2ForCausalLM", biases=("attn_q", "attn_k", "attn_v")),
-    "qwen3": Family("Qwen3ForCausalLM", {**LAYER, **HEAD_NORMS}, flags=(ATTENTION_BIAS,)),
-    "gemma3": Family("Gemma3ForCausalLM", {**LAYER, **HEAD_NORMS, **GEMMA_NORMS}, KEYS | GEMMA_KEYS,
+    "llama": Family("llama", "LlamaForCausalLM", flags=(ATTENTION_BIAS, MLP_BIAS), permuted=True),
+    "qwen2": Family("qwen2", "Qwen2ForCausalLM", biases=("attn_q", "attn_k", "attn_v")),
+    "qwen3": Family("qwen3", "Qwen3ForCausalLM", {**LAYER, **HEAD_NORMS}, flags=(ATTENTION_BIAS,)),
+    "gemma3": Family("gemma3_text", "Gemma3ForCausalLM", {**LAYER, **HEAD_NORMS, **GEMMA_NORMS}, KEYS | GEMMA_KEYS,
                      flags=(ATTENTION_BIAS,), norm_offset=1),
 }
 
@@ -112,10 +113,10 @@ def sequence(*stages):
     return {"type": "Sequence", "pretokenizers": list(stages)}
 
 
-def split(*patterns):
-    """Each pattern's matches apart, then bytes as letters."""
+def split(*patterns, behind=()):
+    """Each pattern's matches apart, then bytes as letters; `behind`: stages between."""
     return sequence(*({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-                      for pattern in patterns), {**BYTE_LEVEL, "use_regex": False})
+                      for pattern in patterns), *behind, {**BYTE_LEVEL, "use_regex": False})
 
 
 def gpt4(digits):
@@ -137,6 +138,8 @@ QWEN2 = {"pre_tokenizer": split(gpt4("")), "normalizer": NFC}
 PRE_TOKENIZERS = {
     "gpt-2": GPT2, "smollm": DIGITS_APART, "starcoder": DIGITS_APART, "refact": DIGITS_APART,
     "llama-bpe": LLAMA3, "llama3": LLAMA3, "llama-v3": LLAMA3, "qwen2": QWEN2, "deepseek-r1-qwen": QWEN2,
+    "deepseek-coder": {"pre_tokenizer": split(r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+",
+                                              "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+", behind=[DIGITS])},
     "tekken": {"pre_tokenizer": split(TEKKEN), "ignore_merges": True, "add_bos": True},
 }
 SPACE = "\u2581"  # of SentencePiece
@@ -273,7 +276,7 @@ def make_config(model):
     tokens = model.need("tokenizer.ggml.tokens")
     config = {
         "architectures": [model.family.model_class],
-        "model_type": model.architecture,
+        "model_type": model.family.model_type,
         "num_hidden_layers": model.whole("block_count"),
         "hidden_size": hidden,
         "intermediate_size": model.whole("feed_forward_length"),
@@ -387,12 +390,15 @@ class Vocabulary:
                 continue
             if not 0 <= i < len(self.tokens):
                 raise InputError(f"{key} {i} is not a token")
-            self.special[name] = self.tokens[i]
-            if self.types[i] == NORMAL and name != "unknown":
-                self.types[i] = CONTROL
+            # An id of config.json may be a word's: that one is not looked for in texts as if it were special.
+            if name == "unknown" or self.types[i] in (CONTROL, UNKNOWN, USER_DEFINED):
+                self.special[name] = self.tokens[i]
 
     def adds(self, model, name, default):
-        return bool(model.get(f"tokenizer.ggml.add_{name}_token", default)) and name in self.special
+        added = bool(model.get(f"tokenizer.ggml.add_{name}_token", default))
+        if added and name not in self.special:
+            raise InputError(f"tokenizer.ggml.{name}_token_id is no special token, but is to stand at an end of every text")
+        return added
 
 
 def make_tokenizer(model):
@@ -479,8 +485,9 @@ def field(number, value):
 
 def sentencepiece(model):
     """tokenizer.model: GGUF has its pieces, scores and types as they were."""
-    vocabulary = Vocabulary(model, {"bos": 1, "eos": 2, "unknown": 0})
-    tokens, types = vocabulary.tokens, vocabulary.types
+    types = model.get("tokenizer.ggml.token_type", [])
+    vocabulary = Vocabulary(model, {"bos": 1, "eos": 2, "unknown": types.index(UNKNOWN) if UNKNOWN in types else 0})
+    tokens, types, unknown = vocabulary.tokens, vocabulary.types, vocabulary.special["unknown"]
     scores = model.need("tokenizer.ggml.scores")
     count = len(tokens)
     while count and types[count - 1] == UNUSED:  # fills the embedding up
@@ -497,18 +504,20 @@ def sentencepiece(model):
     for token, score, kind in zip(tokens[:count], scores, types):
         if kind == USER_DEFINED and not token.strip(" "):
             token = token.replace(" ", SPACE)  # llama.cpp's converter turned it round
+        if token == unknown or kind == UNKNOWN:  # there is one
+            kind = UNKNOWN if token == unknown else CONTROL
         pieces.append(field(1, field(1, token.encode()) + field(2, float(score)) + field(3, kind)))
-    special = {name: token.encode() for name, token in vocabulary.special.items()}
     prefix = bool(model.get("tokenizer.ggml.add_space_prefix", True))
     trainer = (field(3, 2)  # BPE
                + field(35, int(BYTE in types))
-               + field(45, special["unknown"]) + field(46, special["bos"]) + field(47, special["eos"]))
+               + b"".join(field(number, vocabulary.special[name].encode())
+                          for number, name in ((45, "unknown"), (46, "bos"), (47, "eos")) if name in vocabulary.special))
     normalizer = field(3, int(prefix)) + field(4, 0) + field(5, 1)  # spaces stay, as SPACE
     return {"tokenizer.model": b"".join(pieces) + field(2, trainer) + field(3, normalizer)}, {
         "tokenizer_class": "GemmaTokenizer" if model.architecture == "gemma3" else "LlamaTokenizer",
         "add_bos_token": vocabulary.adds(model, "bos", True), "add_eos_token": vocabulary.adds(model, "eos", False),
-        "bos_token": vocabulary.special["bos"], "eos_token": vocabulary.special["eos"],
-        "unk_token": vocabulary.special["unknown"],
+        "bos_token": vocabulary.special.get("bos"), "eos_token": vocabulary.special.get("eos"),
+        "unk_token": unknown,
         "add_prefix_space": prefix, "legacy": True,
     }
 
