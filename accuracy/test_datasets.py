@@ -1,8 +1,10 @@
 #!/usr/bin/python3
 """Tests of datasets/: the fetcher, the GGUF converter, the reader of R files."""
 
+import contextlib
 import gzip
 import hashlib
+import io
 import json
 import os
 import runpy
@@ -22,6 +24,7 @@ GGUF_WHEEL = os.path.join(CACHE, "downloads", "gguf-0.19.0-py3-none-any.whl")
 sys.path[:0] = [DATASETS, GGUF_WHEEL]
 
 import gguf  # noqa: E402
+import gguf_to_hf  # noqa: E402
 import numpy as np  # noqa: E402
 import r_text  # noqa: E402
 
@@ -170,8 +173,21 @@ def read_safetensors(path):
 
 
 class GgufToHf(InFolder):
-    def convert(self):
-        return self.run_tool(os.path.join(DATASETS, "gguf_to_hf.py"), self.path("m.gguf"), self.path("out"))
+    def convert(self, name="m.gguf"):
+        """As the command would, without another Python: there are a hundred."""
+        errors = io.StringIO()
+        with unittest.mock.patch.object(sys, "argv", ["gguf_to_hf.py", self.path(name), self.path("out")]), \
+                contextlib.redirect_stderr(errors):
+            code = gguf_to_hf.main()
+        return subprocess.CompletedProcess([], code, "", errors.getvalue())
+
+    def test_command(self):
+        def convert():
+            return self.run_tool(os.path.join(DATASETS, "gguf_to_hf.py"), self.path("m.gguf"), self.path("out"))
+        self.refused(convert(), "m.gguf: cannot be read")
+        write_gguf(self.path("m.gguf"))
+        done = convert()
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
 
     def config(self):
         self.assertEqual(self.convert().stderr, "")
@@ -222,16 +238,14 @@ class GgufToHf(InFolder):
         weights = write_gguf(self.path("m.gguf"), split_max_tensors=4)
         parts = sorted(os.listdir(self.folder))
         self.assertEqual(parts, [f"m-{i:05}-of-00003.gguf" for i in (1, 2, 3)])
-        def convert(part):
-            return self.run_tool(os.path.join(DATASETS, "gguf_to_hf.py"), self.path(part), self.path("out"))
-        self.refused(convert(parts[1]), "m-00002-of-00003.gguf: ", "give ", parts[0])
-        self.assertEqual(convert(parts[0]).stderr, "")
+        self.refused(self.convert(parts[1]), "m-00002-of-00003.gguf: ", "give ", parts[0])
+        self.assertEqual(self.convert(parts[0]).stderr, "")
         tensors, _ = read_safetensors(self.path("out", "model.safetensors"))
         self.assertEqual(len(tensors), len(weights))
         np.testing.assert_array_equal(tensors["model.layers.0.mlp.down_proj.weight"], weights["blk.0.ffn_down"])
         shutil.rmtree(self.path("out"))
         os.remove(self.path(parts[2]))
-        self.refused(convert(parts[0]), parts[2], "cannot be read")
+        self.refused(self.convert(parts[0]), parts[2], "cannot be read")
         os.rename(self.path(parts[0]), self.path("m.gguf"))
         self.refused(self.convert(), "one of 3 parts", "NAME-00001-of-00003.gguf")
 

@@ -77,8 +77,7 @@ GEMMA_KEYS = {
     "attention.sliding_window", "attention.sliding_window_pattern", "rope.freq_base_swa", "final_logit_softcapping",
 }
 MEANINGLESS_KEYS = {"rope.scaling.finetuned", "tensor_data_layout", "mm.tokens_per_image"}
-MEANINGLESS_VALUES = {"expert_count": 0, "expert_used_count": 0, "attention.causal": True,
-                      "rope.scaling.attn_factor": 1.0, "rope.scaling.yarn_attn_factor": 1.0}
+MEANINGLESS_VALUES = {"expert_count": 0, "expert_used_count": 0, "attention.causal": True, "rope.scaling.attn_factor": 1.0}
 
 
 class Family:
