@@ -1,4 +1,4 @@
-// What the tests share: golden files, the inputs they were made from, and whether there is a GPU.
+// What the tests share: golden files, the inputs they were made from, the environment, and whether there is a GPU.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <fstream>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -45,6 +46,24 @@ inline std::vector<float> GoldenNumbers(int64_t count, uint64_t seed, const std:
   }
   return out;
 }
+
+// Sets environment variables for as long as the object lives; null: takes them away.
+class Environment {
+ public:
+  Environment(std::initializer_list<std::pair<const char*, const char*>> variables) {
+    for (const auto& [name, value] : variables) {
+      const char* old = std::getenv(name);
+      old_.emplace_back(name, old != nullptr ? std::optional<std::string>(old) : std::nullopt);
+      value != nullptr ? setenv(name, value, 1) : unsetenv(name);
+    }
+  }
+  ~Environment() {
+    for (const auto& [name, old] : old_) old ? setenv(name.c_str(), old->c_str(), 1) : unsetenv(name.c_str());
+  }
+
+ private:
+  std::vector<std::pair<std::string, std::optional<std::string>>> old_;
+};
 
 // Skips the test where there is no GPU, with the reason; with KVQ_REQUIRE_CUDA=1 fails it instead.
 #define KVQ_NEEDS_CUDA()                                                     \

@@ -86,6 +86,19 @@ TEST_F(Kvqbench, ListsWhatItWouldRun) {
   }
 }
 
+TEST_F(Kvqbench, NamesAModelOfTheHuggingFaceCacheByItsLastPart) {
+  const fs::path snapshots = dir_ / "hub/models--owner--small/snapshots";
+  fs::create_directories(snapshots);
+  fs::create_directory_symlink(dir_ / "tiny", snapshots / "0123");
+  fs::create_directory_symlink(dir_ / "tiny", dir_ / "small");
+  const std::string cache = StrCat("HF_HUB_CACHE=", (dir_ / "hub").string());
+  const std::string rest = " --schemes=none --contexts=32 --benchmark_filter=kv_size --benchmark_list_tests";
+  const Outcome outcome = Execute("--models=owner/small" + rest, cache);
+  EXPECT_EQ(outcome.out, "kv_size/small/sdpa/none/ctx:32/batch:1\n") << outcome.err;
+  ExpectRefused(Execute(StrCat("--models=owner/small,", (dir_ / "small").string(), rest), cache), {"would both be named 'small'"});
+  ExpectRefused(Execute("--models=owner/large" + rest, cache), {"models--owner--large", "hf download owner/large"});
+}
+
 TEST_F(Kvqbench, MeasuresEverythingOnATinyModel) {
   const fs::path file = dir_ / "out.json";
   const Outcome outcome = Execute(Tiny() + " --schemes=none --backends=eager,sdpa --contexts=64 --batch=2 --windows=3 --runs=2 "

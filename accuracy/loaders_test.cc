@@ -5,6 +5,7 @@
 #include <filesystem>
 #include <fstream>
 
+#include "accuracy/golden.h"
 #include "fixtures/dataset.h"
 #include "fixtures/model_config.h"
 #include "fixtures/safetensors.h"
@@ -212,10 +213,65 @@ TEST(Dataset, ModelsByNameAndPath) {
   EXPECT_NE(find("./no/such/dir").find("not a directory"), std::string::npos);
   const fs::path dir = Folder();
   EXPECT_EQ(FindModel(dir.string()).dir, dir.string());
-  const std::string cache = getenv("KVQ_CACHE") ? getenv("KVQ_CACHE") : "";
-  setenv("KVQ_CACHE", dir.c_str(), 1);
+  const Environment cache{{"KVQ_CACHE", dir.c_str()}};
   EXPECT_NE(find("smollm2-135m").find("datasets/fetch smollm2-135m"), std::string::npos);
-  cache.empty() ? unsetenv("KVQ_CACHE") : setenv("KVQ_CACHE", cache.c_str(), 1);
+}
+
+// The layout of the Hugging Face cache: files are links to blobs.
+TEST(Dataset, ModelsInTheHuggingFaceCache) {
+  const fs::path cache = Folder() / "cache", repository = cache / "models--owner--tiny.v2", source = GoldenPath("models/llama-mha");
+  const auto snapshot = [&](const std::string& revision) {
+    const fs::path dir = repository / "snapshots" / revision;
+    fs::create_directories(dir);
+    fs::create_directories(repository / "blobs");
+    for (const auto& entry : fs::directory_iterator(source)) {
+      const std::string name = entry.path().filename().string(), blob = Sha256(revision + name);
+      fs::copy_file(entry.path(), repository / "blobs" / blob);
+      fs::create_symlink(fs::path("../../blobs") / blob, dir / name);
+    }
+    return dir;
+  };
+  const Environment hub{{"HF_HUB_CACHE", cache.c_str()}};
+  const std::string name = "owner/tiny.v2";
+  const auto find = [&] { return Message([&] { FindModel(name); }); };
+  EXPECT_NE(find().find("owner/tiny.v2 is not a directory, and " + repository.string()), std::string::npos) << find();
+  EXPECT_NE(find().find("hf download owner/tiny.v2"), std::string::npos) << find();
+  fs::create_directories(repository / "snapshots" / "0none");  // nothing of the model was wanted
+  EXPECT_NE(find().find("no snapshot"), std::string::npos);
+  const fs::path older = snapshot("1111"), newer = snapshot("0000");
+  fs::last_write_time(older, fs::last_write_time(newer) - std::chrono::hours(1));
+  EXPECT_EQ(FindModel(name).dir, newer.string());
+  EXPECT_EQ(FindModel(name).name, name);
+  fs::create_directories(repository / "refs");
+  Write(repository / "refs" / "main", "1111");
+  EXPECT_EQ(FindModel(name).dir, older.string());
+  Write(repository / "refs" / "main", "2222");  // which is not there
+  EXPECT_EQ(FindModel(name).dir, newer.string());
+  {
+    const std::string home = cache.parent_path();
+    const Environment other{{"HF_HUB_CACHE", nullptr}, {"HUGGINGFACE_HUB_CACHE", nullptr}, {"HF_HOME", home.c_str()}};
+    EXPECT_NE(find().find((cache.parent_path() / "hub/models--owner").string()), std::string::npos) << find();
+    fs::create_directory_symlink(cache, cache.parent_path() / "hub");
+    EXPECT_NE(FindModel(name).dir.find("/hub/"), std::string::npos);
+  }
+  {
+    const Environment none{{"HF_HUB_CACHE", nullptr}, {"HUGGINGFACE_HUB_CACHE", nullptr}, {"HF_HOME", nullptr},
+                           {"XDG_CACHE_HOME", nullptr}, {"HOME", "/home/nobody"}};
+    EXPECT_NE(find().find("/home/nobody/.cache/huggingface/hub/models--owner--tiny.v2"), std::string::npos) << find();
+  }
+  // Through the links it is the same model, by its name and by its path.
+  for (const std::string& way : {name, newer.string(), newer.string() + "/"}) {
+    const ModelFiles files = FindModel(way);
+    EXPECT_EQ(files.config().vocab_size, 420);
+    EXPECT_EQ(Safetensors::Open(files.dir).entries().size(), Safetensors::Open(source.string()).entries().size());
+    EXPECT_EQ(ModelSha256(files), ModelSha256(FindModel(source.string())));
+  }
+  // What lies at a path comes first.
+  const fs::path before = fs::current_path();
+  fs::current_path(cache.parent_path());
+  fs::create_directories(name);
+  EXPECT_EQ(FindModel(name).dir, name);
+  fs::current_path(before);
 }
 
 TEST(Sha256, KnownDigestsAndFilesThatChange) {

@@ -224,20 +224,6 @@ TEST(PipelineGpu, TheStopwatchSeesWorkOfTheSecondGpu) {
 
 // ---- which GPUs
 
-// Sets environment variables for as long as it lives.
-class Environment {
- public:
-  Environment(std::initializer_list<std::pair<const char*, const char*>> variables) : variables_(variables) {
-    for (const auto& [name, value] : variables_) setenv(name, value, 1);
-  }
-  ~Environment() {
-    for (const auto& [name, value] : variables_) unsetenv(name);
-  }
-
- private:
-  const std::vector<std::pair<const char*, const char*>> variables_;
-};
-
 std::string RefusalOf(const std::string& device) {
   try {
     ParseGpus(device);

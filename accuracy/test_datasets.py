@@ -1,11 +1,14 @@
 #!/usr/bin/python3
 """Tests of datasets/: the fetcher, the GGUF converter, the reader of R files."""
 
+import contextlib
 import gzip
 import hashlib
+import io
 import json
 import os
 import runpy
+import shutil
 import struct
 import subprocess
 import sys
@@ -21,6 +24,7 @@ GGUF_WHEEL = os.path.join(CACHE, "downloads", "gguf-0.19.0-py3-none-any.whl")
 sys.path[:0] = [DATASETS, GGUF_WHEEL]
 
 import gguf  # noqa: E402
+import gguf_to_hf  # noqa: E402
 import numpy as np  # noqa: E402
 import r_text  # noqa: E402
 
@@ -79,13 +83,14 @@ class RText(InFolder):
             r_text.Unserializer(b"X\n" + struct.pack(">iii", 2, 0, 0) + struct.pack(">ii", 16, 9)).value()
 
 
-HIDDEN, FF, VOCAB, HEADS, KV_HEADS = 64, 96, 300, 4, 2
+HIDDEN, FF, VOCAB, HEADS, KV_HEADS = 64, 256, 300, 4, 2  # rows of 256 take every type's blocks
 
 
 def write_gguf(path, kind=gguf.GGMLQuantizationType.F32, architecture="llama", pre="smollm", tied=True,
-               leave_out=None, wrong_shape=None):
-    """A small model of random weights; returns them in Hugging Face's order and names."""
-    writer = gguf.GGUFWriter(path, architecture)
+               leave_out=None, wrong_shape=None, change=None, only=None, **options):
+    """A small model of random weights; returns them in Hugging Face's order and GGUF's names. `change` is called with the
+    writer; `only`: the one tensor that is of `kind`; options are the writer's."""
+    writer = gguf.GGUFWriter(path, architecture, **options)
     writer.add_block_count(1)
     writer.add_embedding_length(HIDDEN)
     writer.add_feed_forward_length(FF)
@@ -117,14 +122,19 @@ def write_gguf(path, kind=gguf.GGMLQuantizationType.F32, architecture="llama", p
         values = random.standard_normal(shape).astype(np.float32)
         if name == wrong_shape:
             values = values[:-32]
-        quantize = len(shape) == 2 and kind != gguf.GGMLQuantizationType.F32
-        if quantize:
-            data = gguf.quants.quantize(values, kind)
+        if name == only or only is None and len(shape) == 2 and kind != gguf.GGMLQuantizationType.F32:
+            try:
+                data = gguf.quants.quantize(values, kind)
+            except NotImplementedError:  # any bytes mean something
+                size = gguf.quants.quant_shape_to_byte_shape(values.shape, kind)
+                data = random.integers(0, 256, size, np.uint8)
             values = gguf.quants.dequantize(data, kind)
             writer.add_tensor(name + ".weight", data, raw_dtype=kind)
         else:
             writer.add_tensor(name + ".weight", values)
         weights[name] = values
+    if change:
+        change(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -132,27 +142,72 @@ def write_gguf(path, kind=gguf.GGMLQuantizationType.F32, architecture="llama", p
     return weights
 
 
+def without(key):
+    """A change that leaves a metadata field out."""
+    return lambda writer: writer.kv_data[0].pop(key)
+
+
+def with_value(key, value, kind=None):
+    """A change that adds one, or gives it another value."""
+    def change(writer):
+        writer.kv_data[0].pop(key, None)
+        writer.add_key_value(key, value, kind or gguf.GGUFValueType.get_type(value))
+    return change
+
+
 def read_safetensors(path):
+    """{name: values as float32}, and {name: type}."""
     with open(path, "rb") as file:
         header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
         data = file.read()
-    return {name: np.frombuffer(data[slice(*entry["data_offsets"])], "<f4").reshape(entry["shape"])
-            for name, entry in header.items() if name != "__metadata__"}
+    header.pop("__metadata__")
+    tensors = {}
+    for name, entry in header.items():
+        raw = data[slice(*entry["data_offsets"])]
+        if entry["dtype"] == "BF16":
+            values = (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
+        else:
+            values = np.frombuffer(raw, {"F32": "<f4", "F16": "<f2"}[entry["dtype"]]).astype("<f4")
+        tensors[name] = values.reshape(entry["shape"])
+    return tensors, {name: entry["dtype"] for name, entry in header.items()}
 
 
 class GgufToHf(InFolder):
-    def convert(self):
-        return self.run_tool(os.path.join(DATASETS, "gguf_to_hf.py"), self.path("m.gguf"), self.path("out"))
+    def convert(self, name="m.gguf"):
+        """As the command would, without another Python: there are a hundred."""
+        errors = io.StringIO()
+        with unittest.mock.patch.object(sys, "argv", ["gguf_to_hf.py", self.path(name), self.path("out")]), \
+                contextlib.redirect_stderr(errors):
+            code = gguf_to_hf.main()
+        return subprocess.CompletedProcess([], code, "", errors.getvalue())
 
-    def test_every_type_that_can_be_written_here(self):
-        kinds = [gguf.GGMLQuantizationType[k] for k in ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")]
+    def test_command(self):
+        def convert():
+            return self.run_tool(os.path.join(DATASETS, "gguf_to_hf.py"), self.path("m.gguf"), self.path("out"))
+        self.refused(convert(), "m.gguf: cannot be read")
+        write_gguf(self.path("m.gguf"))
+        done = convert()
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+
+    def config(self):
+        self.assertEqual(self.convert().stderr, "")
+        with open(self.path("out", "config.json"), encoding="utf-8") as file:
+            config = json.load(file)
+        shutil.rmtree(self.path("out"))
+        return config
+
+    def test_types_and_order(self):
+        kinds = [gguf.GGMLQuantizationType[k] for k in ("F32", "F16", "BF16", "Q4_0", "Q8_0")]
         for kind in kinds:
             with self.subTest(kind=kind.name):
                 self.setUp()
                 weights = write_gguf(self.path("m.gguf"), kind)
                 self.assertEqual(self.convert().returncode, 0)
-                tensors = read_safetensors(self.path("out", "model.safetensors"))
+                tensors, types = read_safetensors(self.path("out", "model.safetensors"))
                 self.assertEqual(len(tensors), len(weights))
+                self.assertEqual(types["model.norm.weight"], "F32")
+                self.assertEqual(types["model.layers.0.mlp.up_proj.weight"],
+                                 kind.name if kind.name in ("F16", "BF16") else "F32")
                 np.testing.assert_array_equal(tensors["model.layers.0.mlp.down_proj.weight"], weights["blk.0.ffn_down"])
                 # Row 2 i of a head holds channel i, row 2 i + 1 channel i + head_dim / 2.
                 for name, heads in (("q", HEADS), ("k", KV_HEADS)):
@@ -160,6 +215,162 @@ class GgufToHf(InFolder):
                     theirs = weights[f"blk.0.attn_{name}"].reshape(heads, -1, 2, HIDDEN)
                     np.testing.assert_array_equal(ours[:, 0], theirs[:, :, 0])
                     np.testing.assert_array_equal(ours[:, 1], theirs[:, :, 1])
+
+    def test_every_type_that_the_package_dequantizes(self):
+        tried = 0
+        for kind in gguf.GGMLQuantizationType:
+            try:
+                gguf.quants.dequantize(np.zeros(gguf.GGML_QUANT_SIZES[kind][1], np.uint8), kind)
+            except NotImplementedError:
+                continue
+            tried += 1
+            with self.subTest(kind=kind.name):
+                self.setUp()
+                with np.errstate(all="ignore"):  # some bytes are NaN
+                    weights = write_gguf(self.path("m.gguf"), kind, only="blk.0.ffn_down")
+                    done = self.convert()
+                self.assertEqual(done.returncode, 0, done.stderr)
+                tensors, _ = read_safetensors(self.path("out", "model.safetensors"))
+                np.testing.assert_array_equal(tensors["model.layers.0.mlp.down_proj.weight"], weights["blk.0.ffn_down"])
+        self.assertGreater(tried, 20)
+
+    def test_split_files(self):
+        weights = write_gguf(self.path("m.gguf"), split_max_tensors=4)
+        parts = sorted(os.listdir(self.folder))
+        self.assertEqual(parts, [f"m-{i:05}-of-00003.gguf" for i in (1, 2, 3)])
+        self.refused(self.convert(parts[1]), "m-00002-of-00003.gguf: ", "give ", parts[0])
+        self.assertEqual(self.convert(parts[0]).stderr, "")
+        tensors, _ = read_safetensors(self.path("out", "model.safetensors"))
+        self.assertEqual(len(tensors), len(weights))
+        np.testing.assert_array_equal(tensors["model.layers.0.mlp.down_proj.weight"], weights["blk.0.ffn_down"])
+        shutil.rmtree(self.path("out"))
+        os.remove(self.path(parts[2]))
+        self.refused(self.convert(parts[0]), parts[2], "cannot be read")
+        os.rename(self.path(parts[0]), self.path("m.gguf"))
+        self.refused(self.convert(), "one of 3 parts", "NAME-00001-of-00003.gguf")
+
+    def test_rope_scaling(self):
+        base = "llama.rope.scaling."
+        def scaled(**fields):
+            def change(writer):
+                for key, value in fields.items():
+                    with_value(base + key, value)(writer)
+            return change
+        write_gguf(self.path("m.gguf"), change=scaled(type="linear", factor=4.0))
+        self.assertEqual(self.config()["rope_scaling"], {"rope_type": "linear", "factor": 4.0})
+        write_gguf(self.path("m.gguf"), change=scaled(type="longrope"))
+        self.refused(self.convert(), "longrope")
+        # Llama 3's, as llama.cpp's converter computes it from other numbers than the published ones.
+        def llama3(divisors):
+            return lambda writer: writer.add_tensor("rope_freqs.weight", divisors.astype(np.float32))
+        waves = 2 * np.pi * 10000 ** (np.arange(8) / 8)
+        share = np.clip((300 / waves - 1) / 3, 0, 1)
+        divisors = 1 / ((1 - share) / 32 + share)
+        self.assertGreater(len(set(divisors)), 2)
+        write_gguf(self.path("m.gguf"), change=llama3(divisors))
+        self.assertEqual(self.config()["rope_scaling"],
+                         {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                          "original_max_position_embeddings": 300})
+        write_gguf(self.path("m.gguf"), change=llama3(np.ones(8)))
+        self.assertNotIn("rope_scaling", self.config())
+        for other in (np.arange(1, 9), divisors[:4], np.full(8, np.nan), np.zeros(8)):
+            write_gguf(self.path("m.gguf"), change=llama3(other))
+            self.refused(self.convert(), "rope_freqs.weight")
+
+    def test_refuses_what_it_does_not_know(self):
+        types = gguf.GGUFValueType
+        cases = {
+            "experts": (with_value("llama.expert_count", 8), "llama.expert_count (8)"),
+            "a key that it has never heard of": (with_value("llama.attention.scale", 0.5), "llama.attention.scale"),
+            "half-turned heads": (with_value("llama.rope.dimension_count", 8), "rope.dimension_count is 8"),
+            "layers that differ": (with_value("llama.feed_forward_length", [FF, 8]), "differs from layer to layer"),
+            "a text for a number": (with_value("llama.block_count", "one"), "block_count is 'one'"),
+            "no layers": (with_value("llama.block_count", 0), "block_count is 0"),
+            "a number that is none": (with_value("llama.rope.freq_base", float("nan"), types.FLOAT32), "freq_base is nan"),
+            "a bias of one layer's one matrix": (lambda writer: writer.add_tensor("blk.0.attn_v.bias", np.ones(32, np.float32)),
+                                                 "blk.0.attn_k.bias is missing"),
+            "one more tensor": (lambda writer: writer.add_tensor("blk.0.ffn_norm.scale", np.ones(3, np.float32)),
+                                "blk.0.ffn_norm.scale belongs to no layer"),
+            "numbers of 64 bits": (lambda writer: writer.add_tensor("output.weight", np.ones((VOCAB, HIDDEN))), "type F64"),
+            "another tokenizer": (with_value("tokenizer.ggml.model", "bert"), "tokenizer model 'bert'"),
+            "EOS that is no token": (with_value("tokenizer.ggml.eos_token_id", VOCAB), f"eos_token_id {VOCAB} is not a token"),
+            "SentencePiece without scores": (with_value("tokenizer.ggml.model", "llama"), "tokenizer.ggml.scores"),
+        }
+        for key in ("general.architecture", "llama.block_count", "llama.context_length", "llama.attention.head_count",
+                    "llama.embedding_length", "llama.feed_forward_length", "llama.attention.layer_norm_rms_epsilon",
+                    "tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.ggml.tokens", "tokenizer.ggml.merges"):
+            cases["without " + key] = (without(key), f"metadata field {key} is missing")
+        for name, (change, words) in cases.items():
+            with self.subTest(name):
+                write_gguf(self.path("m.gguf"), change=change)
+                self.refused(self.convert(), "m.gguf: ", words)
+                self.assertEqual(os.listdir(self.folder), ["m.gguf"])
+        write_gguf(self.path("m.gguf"), change=with_value("llama.expert_count", 0))
+        self.assertEqual(self.convert().stderr, "")
+
+    def test_sentencepiece(self):
+        bytes_at = 10
+        tokens = ["<unk>", "<s>", "</s>", "  ", "[INST]", "▁", "a", "▁a", "b", "ab"] + [f"<0x{i:02X}>" for i in range(256)]
+        tokens += [f"[PAD{i}]" for i in range(len(tokens), VOCAB)]
+        types = [2, 3, 3, 4, 4] + [1] * 5 + [6] * 256 + [5] * (VOCAB - bytes_at - 256)
+        def change(scores, types):
+            def apply(writer):
+                for key in ("model", "pre", "tokens", "token_type", "merges"):
+                    writer.kv_data[0].pop("tokenizer.ggml." + key)
+                writer.add_tokenizer_model("llama")
+                writer.add_token_list(tokens)
+                writer.add_token_types(types)
+                writer.add_token_scores(scores)
+            return apply
+        scores = [-float(i) for i in range(VOCAB)]
+        write_gguf(self.path("m.gguf"), change=change(scores, types))
+        self.assertEqual(self.convert().stderr, "")
+        with open(self.path("out", "tokenizer.model"), "rb") as file:
+            model = file.read()
+        self.assertIn("▁▁".encode(), model)  # llama.cpp's converter has made spaces of user-defined ones
+        self.assertIn(b"<0xFF>", model)
+        self.assertNotIn(b"[PAD", model)
+        with open(self.path("out", "tokenizer_config.json"), encoding="utf-8") as file:
+            config = json.load(file)
+        # EOS is <unk> by the id that the file gives, BOS the format's own.
+        self.assertEqual((config["bos_token"], config["eos_token"], config["unk_token"], config["add_bos_token"]),
+                         ("<s>", "<unk>", "<unk>", True))
+        shutil.rmtree(self.path("out"))
+        for name, (bad, words) in {
+                "lost scores": (change([-1000.0] * VOCAB, types), "scores are all equal"),
+                "fewer scores": (change(scores[1:], types), f"has {VOCAB - 1} scores"),
+                "fewer types": (change(scores, types[1:]), "not as many as token types"),
+                "a hole": (change(scores, types[:6] + [5] + types[7:]), "token 'a' is unused"),
+        }.items():
+            with self.subTest(name):
+                write_gguf(self.path("m.gguf"), change=bad)
+                self.refused(self.convert(), words)
+
+    def test_bos_that_is_a_word(self):
+        """Ids of config.json can be of another tokenizer."""
+        write_gguf(self.path("m.gguf"), change=with_value("tokenizer.ggml.bos_token_id", 5))
+        self.assertEqual(self.convert().stderr, "")
+        with open(self.path("out", "tokenizer.json"), encoding="utf-8") as file:
+            self.assertEqual([token["id"] for token in json.load(file)["added_tokens"]], [0])
+        def change(writer):
+            with_value("tokenizer.ggml.bos_token_id", 5)(writer)
+            with_value("tokenizer.ggml.add_bos_token", True)(writer)
+        shutil.rmtree(self.path("out"))
+        write_gguf(self.path("m.gguf"), change=change)
+        self.refused(self.convert(), "bos_token_id is no special token")
+        write_gguf(self.path("m.gguf"), change=lambda writer: (
+            with_value("tokenizer.ggml.add_eos_token", True)(writer), with_value("tokenizer.ggml.pre", "llama-bpe")(writer),
+            with_value("tokenizer.ggml.bos_token_id", 0)(writer)))
+        self.assertEqual(self.convert().stderr, "")
+        with open(self.path("out", "tokenizer.json"), encoding="utf-8") as file:
+            tokenizer = json.load(file)
+        special, text = {"SpecialToken": {"id": "<|end|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+        self.assertEqual(tokenizer["post_processor"]["single"], [special, text, special])
+        self.assertTrue(tokenizer["model"]["ignore_merges"])
+
+    def test_refuses_big_endian(self):
+        write_gguf(self.path("m.gguf"), endianess=gguf.GGUFEndian.BIG)
+        self.refused(self.convert(), "m.gguf: is big-endian", "gguf_convert_endian")
 
     def test_config_and_tokenizer(self):
         write_gguf(self.path("m.gguf"), tied=False)
@@ -178,7 +389,7 @@ class GgufToHf(InFolder):
         cases = {
             "architecture": (dict(architecture="rwkv"), "architecture 'rwkv' is not supported"),
             "pre-tokenizer": (dict(pre="klingon"), "pre-tokenizer 'klingon'"),
-            "missing tensor": (dict(leave_out="blk.0.attn_k"), "self_attn.k_proj"),
+            "missing tensor": (dict(leave_out="blk.0.attn_k"), "blk.0.attn_k.weight is missing"),
             "wrong shape": (dict(wrong_shape="blk.0.ffn_up"), "ffn_up"),
         }
         for name, (arguments, words) in cases.items():

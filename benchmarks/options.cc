@@ -73,7 +73,7 @@ std::vector<Flag> Flags(Options& o) {
                 }};
   };
   return {
-      texts("models", "catalogue names, published shapes, or paths of Hugging Face directories", o.models),
+      texts("models", "catalogue names, published shapes, paths of Hugging Face directories or GGUF files, owner/name in the Hugging Face cache", o.models),
       texts("schemes", "specs: SCHEME[+SCHEME][@key=value]...", o.schemes),
       texts("backends", "who computes attention", o.backends),
       numbers("contexts", "tokens of context; the window of perplexity", o.contexts),
