@@ -96,7 +96,7 @@ Model Varied(const ModelConfig& config, uint64_t seed, at::ScalarType type) {
 }
 
 std::string RefusalOf(const Model& model, const std::string& spec) {
-  KvCache cache(ParseSpec(spec), model.cache_shape(1), 64, model.dtype(), model.device());
+  KvCache cache = model.NewCache(ParseSpec(spec), 1, 64);
   try {
     DecodeGraph graph(model, cache);
   } catch (const InputError& error) {
@@ -115,6 +115,9 @@ TEST(DecodeGraph, SaysWhatItRefuses) {
     EXPECT_NE(text.find(part), std::string::npos) << text;
   };
   says(golden("llama-mha", "none", at::kFloat), "float16 and bfloat16");
+  const std::unique_ptr<Model> mixed = LoadModel(GoldenPath("models/llama-mha"), at::kHalf, at::kCPU);
+  mixed->set_kv_dtype(at::kBFloat16);
+  says(RefusalOf(*mixed, "none"), "compute in, Half, and --kv-dtype is BFloat16");
   for (const char* known : {"llama-mha", "mistral-window", "qwen2-window", "qwen3-bias", "gpt2", "gemma3-dim256",
                             "gemma3-local", "gemma4-plain", "gemma4-shared"}) {
     says(golden(known), "needs a GPU");

@@ -11,15 +11,16 @@ Counters KvSize(Session& session, const Cell& cell, benchmark::State& state) {
   const CacheShape shape = CacheShapeOf(config, cell.batch);
   const std::vector<at::Device> devices = CacheDevicesOf(config, session.devices());
   const Spec spec = ParseSpec(cell.spec);
+  const at::ScalarType dtype = session.kv_dtype(cell.model);
   int64_t allocated = 0;
   for (auto _ : state) {
     const double seconds = Time(session.devices(), [&] {
-      KvCache cache(spec, shape, cell.context, session.dtype(), devices);
+      KvCache cache(spec, shape, cell.context, dtype, devices);
       if (spec.policy == Policy::kHf) {  // its tensors are made when tokens come
         for (size_t layer = 0; layer < shape.layers.size(); ++layer) {
           const KvShape& of = shape.layers[layer];
           const at::Tensor x = at::zeros({shape.batch, of.kv_heads, cell.context, of.head_dim},
-                                         at::TensorOptions(session.dtype()).device(devices[layer]));
+                                         at::TensorOptions(dtype).device(devices[layer]));
           cache.Update(static_cast<int64_t>(layer), x, x);
         }
       }
@@ -27,12 +28,12 @@ Counters KvSize(Session& session, const Cell& cell, benchmark::State& state) {
     });
     state.SetIterationTime(seconds);
   }
-  const int64_t reserved = KvBytesReserved(spec, shape, cell.context, session.dtype());
+  const int64_t reserved = KvBytesReserved(spec, shape, cell.context, dtype);
   if (allocated != reserved) {
     throw std::runtime_error("kv_size: the formula says " + std::to_string(reserved) +
                              " bytes, the tensors have " + std::to_string(allocated));
   }
-  const int64_t bytes = KvBytes(spec, shape, cell.context, session.dtype());
+  const int64_t bytes = KvBytes(spec, shape, cell.context, dtype);
   const double elements = static_cast<double>(shape.TokenElements() * cell.context);
   return {{"kv_bytes", static_cast<double>(bytes)},
           {"kv_bytes_allocated", static_cast<double>(allocated)},

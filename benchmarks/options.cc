@@ -87,6 +87,8 @@ std::vector<Flag> Flags(Options& o) {
            o.protocol),
       text("device", "cpu; cuda: the GPU that ctest allots, or the first; cuda:1: that one; cuda:0,1: layers over both", o.device),
       text("dtype", "float32, float16, bfloat16; auto: the faster one here (CUDA: float16)", o.dtype),
+      text("kv-dtype", "what tokens that are not encoded are stored in; auto: 16 bits unless --dtype names float32, see below",
+           o.kv_dtype),
       number("seed", "of everything random", o.seed, 0),
       number("runs", "timed repetitions of prefill, decode, power, quantize, dequantize, at least", o.runs, 1),
       number("max-runs", "and at most, until the median is known to 1 % (95 % interval)", o.max_runs, 1),
@@ -216,6 +218,10 @@ std::string HelpText() {
     help << "  " << std::left << std::setw(16) << measurement.name << measurement.study << "\n";
   }
   help << "  the others do the same under both; @policy=hf makes a spec encode as its library did\n";
+  help << "\n--kv-dtype=auto: dense tokens (the newest, the sinks, all of `none`) are stored in what --dtype names. With\n"
+          "  --dtype=auto, on CUDA in what it computes in; on a CPU, whatever that computes in, in the model's own type (of\n"
+          "  config.json, else of its tensors) if it has 16 bits, in bfloat16 for a model in float32, in float16 for a published\n"
+          "  shape. So kv_bytes and bits_per_element are the same on every machine\n";
   help << "\nmodels on random weights, by their published shapes\n";
   for (const PublishedShape& shape : PublishedShapes()) {
     help << "  " << std::left << std::setw(16) << shape.name << shape.source << "\n";
@@ -226,7 +232,7 @@ std::string HelpText() {
     if (!scheme.refused.empty()) {
       help << "refused: " << scheme.refused << "\n";
     } else if (scheme.stores_dense()) {
-      help << "the model's own type, nothing encoded\n";
+      help << "nothing encoded: all tokens as --kv-dtype says\n";
     } else {
       help << "keys: " << scheme.keys.grouping << "; values: " << scheme.values.grouping << "\n";
     }
