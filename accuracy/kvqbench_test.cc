@@ -87,6 +87,16 @@ TEST_F(Kvqbench, ListsWhatItWouldRun) {
   }
 }
 
+TEST_F(Kvqbench, HelpKeepsItsColumnsApart) {
+  const std::string help = Execute("--help").out;
+  const auto apart = [&](const std::string& name) { EXPECT_NE(help.find("\n  " + name + "  "), std::string::npos) << name; };
+  for (const Measurement& measurement : Measurements()) apart(measurement.name);
+  for (const Scheme& scheme : Schemes()) apart(scheme.name);
+  for (const PublishedShape& shape : PublishedShapes()) apart(shape.name);
+  for (const Backend& backend : Backends()) apart(backend.name);
+  for (const char* flag : {"--dtype", "--kv-dtype", "--prefill-chunk", "--vram-diag"}) apart(flag);
+}
+
 TEST_F(Kvqbench, MeasuresEverythingOnATinyModel) {
   const fs::path file = dir_ / "out.json";
   const Outcome outcome = Execute(Tiny() + " --schemes=none --backends=eager,sdpa --contexts=64 --batch=2 --windows=3 --runs=2 "
