@@ -97,6 +97,24 @@ TEST_F(Kvqbench, HelpKeepsItsColumnsApart) {
   for (const char* flag : {"--dtype", "--kv-dtype", "--prefill-chunk", "--vram-diag"}) apart(flag);
 }
 
+// Of encoded tokens alone: what a scheme's header comment says, whatever stays dense.
+TEST_F(Kvqbench, CountsTheBitsOfEncodedTokens) {
+  WidenHeads(dir_ / "tiny");
+  const auto runs = ByName(Execute(Tiny() + " --contexts=32 --dtype=float32 --benchmark_filter=^kv_size/ --benchmark_format=json "
+                                   "--schemes=none,int8-hqq,int4-hqq,int4-hqq@group=32,int2-hqq-kivi,int4-hqq+none,"
+                                   "int8-hqq+int4-hqq@layers=0-0:none").out);
+  const auto bits = [&](const std::string& spec) {
+    return runs.at(StrCat("kv_size/tiny/sdpa/", spec, "/ctx:32/batch:1")).value("encoded_bits_per_element", -1.0);
+  };
+  EXPECT_EQ(bits("none"), -1) << "nothing is encoded";
+  EXPECT_EQ(bits("int8-hqq"), 8.5);
+  EXPECT_EQ(bits("int4-hqq"), 4.5) << "though all 32 tokens are in the residual";
+  EXPECT_EQ(bits("int4-hqq@group=32"), 5);
+  EXPECT_EQ(bits("int2-hqq-kivi"), 2.5);
+  EXPECT_EQ(bits("int4-hqq+none"), 4.5);
+  EXPECT_EQ(bits("int8-hqq+int4-hqq@layers=0-0:none"), (8.5 + 4.5) / 2);
+}
+
 TEST_F(Kvqbench, MeasuresEverythingOnATinyModel) {
   const fs::path file = dir_ / "out.json";
   const Outcome outcome = Execute(Tiny() + " --schemes=none --backends=eager,sdpa --contexts=64 --batch=2 --windows=3 --runs=2 "

@@ -1,10 +1,29 @@
 // kv_size: what the KV cache of a context takes, all metadata counted: by formula from the scheme's
 // planes, and as the cache's tensors really allocate it. The two must agree to the byte, or there is no
 // number. kv_bytes is what `context` tokens occupy; a residual that is not full yet is allocated whole.
+// encoded_bits_per_element is of encoded tokens alone, their metadata included: what bits_per_element comes near to in a
+// long context (4.5 for 4-bit codes in groups of 64 that share two fp16 numbers).
 #include "benchmarks/measurement.h"
 
 namespace kvq {
 namespace {
+
+// Over the keys and values that are encoded at all; nothing where none are.
+std::optional<double> EncodedBits(const Spec& spec, const CacheShape& shape) {
+  double bits = 0, elements = 0;  // of one token
+  for (size_t layer = 0; layer < shape.layers.size(); ++layer) {
+    const KvShape& of = shape.layers[layer];
+    const SchemePair pair = spec.At(static_cast<int64_t>(layer));
+    for (const Codec* codec : {&pair.keys->keys, &pair.values->values}) {
+      if (codec->encode == nullptr) continue;
+      for (const Plane& plane : codec->planes(of.kv_heads, of.head_dim, spec.Params(*codec))) {
+        bits += 8.0 * static_cast<double>(of.kv_heads * plane.bytes) / static_cast<double>(plane.tokens);
+      }
+      elements += static_cast<double>(of.kv_heads * of.head_dim);
+    }
+  }
+  return elements > 0 ? std::optional(bits / elements) : std::nullopt;
+}
 
 Counters KvSize(Session& session, const Cell& cell, benchmark::State& state) {
   const ModelConfig config = FindModel(cell.model).config();
@@ -35,12 +54,15 @@ Counters KvSize(Session& session, const Cell& cell, benchmark::State& state) {
   }
   const int64_t bytes = KvBytes(spec, shape, cell.context, dtype);
   const double elements = static_cast<double>(shape.TokenElements() * cell.context);
-  return {{"kv_bytes", static_cast<double>(bytes)},
-          {"kv_bytes_allocated", static_cast<double>(allocated)},
-          {"bits_per_element", 8.0 * static_cast<double>(bytes) / elements},
-          {"encoded_tokens", static_cast<double>(spec.stores_dense()            ? 0
-                                                 : spec.policy == Policy::kHf ? cell.context
-                                                                              : EncodedTokens(spec, cell.context))}};
+  Counters counters = {{"kv_bytes", static_cast<double>(bytes)},
+                       {"kv_bytes_allocated", static_cast<double>(allocated)},
+                       {"bits_per_element", 8.0 * static_cast<double>(bytes) / elements}};
+  if (const auto bits = EncodedBits(spec, shape)) counters.emplace_back("encoded_bits_per_element", *bits);
+  const int64_t encoded_tokens = spec.stores_dense()            ? 0
+                                 : spec.policy == Policy::kHf ? cell.context
+                                                              : EncodedTokens(spec, cell.context);
+  counters.emplace_back("encoded_tokens", static_cast<double>(encoded_tokens));
+  return counters;
 }
 
 const RegisterMeasurement kKvSize{
