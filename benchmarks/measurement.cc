@@ -164,7 +164,9 @@ const std::vector<std::pair<at::Tensor, at::Tensor>>& Session::captured_cache(co
   std::vector<std::vector<at::Tensor>> keys(cache.shape().layers.size()), values(keys.size());
   Feed(of, context_ids(cell), cache, FindBackend(cell.backend), prefill_chunk(cell.batch), 0,
        [&](const LayerView& view) {
-         const auto stored = [&](const at::Tensor& x) { return x.to(of.kv_dtype(), /*non_blocking=*/false, /*copy=*/true); };
+         const auto stored = [&](const at::Tensor& x) {
+           return x.to(of.kv_dtype(), /*non_blocking=*/false, /*copy=*/true);
+         };
          keys[view.cached_layer].push_back(stored(view.keys));
          values[view.cached_layer].push_back(stored(view.values));
        });

@@ -87,7 +87,8 @@ std::vector<Flag> Flags(Options& o) {
            o.protocol),
       text("device", "cpu; cuda: the GPU that ctest allots, or the first; cuda:1: that one; cuda:0,1: layers over both", o.device),
       text("dtype", "float32, float16, bfloat16; auto: the faster one here (CUDA: float16)", o.dtype),
-      text("kv-dtype", "what tokens that are not encoded are stored in; auto: 16 bits unless --dtype names float32, see below",
+      text("kv-dtype",
+           "what tokens that are not encoded are stored in; auto: 16 bits unless --dtype names float32, see below",
            o.kv_dtype),
       number("seed", "of everything random", o.seed, 0),
       number("runs", "timed repetitions of prefill, decode, power, quantize, dequantize, at least", o.runs, 1),
@@ -229,8 +230,8 @@ std::string HelpText() {
   help << Columns(rows) << "  the others do the same under both; @policy=hf makes a spec encode as its library did\n";
   help << "\n--kv-dtype=auto: dense tokens (the newest, the sinks, all of `none`) are stored in what --dtype names. With\n"
           "  --dtype=auto, on CUDA in what it computes in; on a CPU, whatever that computes in, in the model's own type (of\n"
-          "  config.json, else of its tensors) if it has 16 bits, in bfloat16 for a model in float32, in float16 for a published\n"
-          "  shape. So kv_bytes and bits_per_element are the same on every machine\n";
+          "  config.json, else of its tensors) if it has 16 bits, in bfloat16 for a model in float32, in float16 for a\n"
+          "  published shape. So kv_bytes and bits_per_element are the same on every machine\n";
   rows.clear();
   for (const PublishedShape& shape : PublishedShapes()) rows.emplace_back(shape.name, shape.source);
   help << "\nmodels on random weights, by their published shapes\n" << Columns(rows) << "\nschemes\n";
