@@ -97,7 +97,7 @@ Model Varied(const ModelConfig& config, uint64_t seed, at::ScalarType type, at::
 }
 
 std::string RefusalOf(const Model& model, const std::string& spec) {
-  KvCache cache(ParseSpec(spec), model.cache_shape(1), 64, model.dtype(), model.device());
+  KvCache cache = model.NewCache(ParseSpec(spec), 1, 64);
   try {
     DecodeGraph graph(model, cache);
   } catch (const InputError& error) {
@@ -500,9 +500,10 @@ struct Case {
   std::string spec;
   int64_t batch;
   at::ScalarType type;
+  std::optional<at::ScalarType> kv_type = {};  // of the cache, where it is another
 
   std::string text() const {
-    return StrCat(config.model_type, " ", config.hidden_size, " ", spec, " batch ", batch, " ", type);
+    return StrCat(config.model_type, " ", config.hidden_size, " ", spec, " batch ", batch, " ", type, " in ", kv_type.value_or(type));
   }
 };
 
@@ -551,6 +552,10 @@ std::vector<Case> HostCases() {
     cases.push_back({mistral, std::string(spec) + "@residual=32", 1, at::kFloat});
   }
   cases.push_back({mistral, "none", 1, at::kHalf});
+  for (const char* spec : {"none", "int4-hqq@residual=32@sinks=4", "int8-hqq+none@residual=32"}) {
+    cases.push_back({mistral, spec, 2, at::kFloat, at::kBFloat16});
+    cases.push_back({mistral, spec, 2, at::kBFloat16, at::kHalf});
+  }
   return cases;
 }
 
@@ -562,8 +567,8 @@ void ExpectStepsEqualForward(const std::vector<Case>& cases, const std::vector<i
   for (const Case& c : cases) {
     const Model model = Varied(c.config, 7, c.type, device);
     const double tolerance = GraphTolerance(c.config, c.type);
-    KvCache plain(ParseSpec(c.spec), model.cache_shape(c.batch), 200, c.type, device);
-    KvCache cache(ParseSpec(c.spec), model.cache_shape(c.batch), 200, c.type, device);
+    KvCache plain(ParseSpec(c.spec), model.cache_shape(c.batch), 200, c.kv_type.value_or(c.type), device, c.type);
+    KvCache cache(ParseSpec(c.spec), model.cache_shape(c.batch), 200, c.kv_type.value_or(c.type), device, c.type);
     DecodeGraph graph(model, cache);
     for (const int64_t length : lengths) {
       SCOPED_TRACE(StrCat(c.text(), " after ", length, ": ", graph.kernels()));
@@ -597,7 +602,7 @@ void ExpectRunsOn(const std::vector<Case>& cases, at::Device device) {
     SCOPED_TRACE(c.text());
     const Spec spec = ParseSpec(c.spec);
     const Model model = Varied(c.config, 7, c.type, device);
-    KvCache cache(spec, model.cache_shape(c.batch), 200, c.type, device);
+    KvCache cache(spec, model.cache_shape(c.batch), 200, c.kv_type.value_or(c.type), device, c.type);
     DecodeGraph graph(model, cache);
     const auto prefill = [&] {
       cache.Clear();

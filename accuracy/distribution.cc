@@ -3,7 +3,7 @@
 // rotation, which mixes pairs of channels and hides what distinguishes them. Definitions are the
 // reference study's (accuracy/distribution.h).
 //
-// Keys and values are measured as they stream into an unquantized cache, in float64. Shares beyond
+// Keys and values are measured as they stream into an unquantized cache, in its type, computed in float64. Shares beyond
 // sigmas and the histogram need the mean and the deviation first: the text runs through the model a
 // second time, which costs a prefill, where holding the cache would cost its memory once more.
 //
@@ -179,13 +179,12 @@ Counters MeasureDistribution(Session& session, const Cell& cell, benchmark::Stat
     state.SetIterationTime(Time(session.devices(), [&] {
       layers = std::vector<Layer>(model.cache_shape(1).layers.size());
       for (const auto pass : {&Distribution::Add, &Distribution::Count}) {
-        KvCache cache(ParseSpec("none"), model.cache_shape(cell.batch), cell.context, model.dtype(),
-                      model.cache_devices());
+        KvCache cache = model.NewCache(ParseSpec("none"), cell.batch, cell.context);
         Feed(model, ids, cache, FindBackend(cell.backend), session.prefill_chunk(cell.batch), 0,
              [&](const LayerView& view) {
                Layer& layer = layers[view.cached_layer];
                for (size_t side = 0; side < kSides.size(); ++side) {
-                 (layer[side].*pass)(kSides[side].of(view));
+                 (layer[side].*pass)(kSides[side].of(view).to(model.kv_dtype()));
                }
              });
       }

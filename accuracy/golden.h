@@ -16,7 +16,7 @@
 namespace kvq {
 
 inline std::string GoldenPath(const std::string& name) {
-  return std::string(KVQ_SOURCE_DIR) + "/accuracy/golden/" + name;
+  return KVQ_SOURCE_DIR "/accuracy/golden/" + name;
 }
 
 inline nlohmann::json Golden(const std::string& name) {

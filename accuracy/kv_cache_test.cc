@@ -175,6 +175,66 @@ TEST(KvCache, CountsItsWork) {
   EXPECT_GT(cache.work().decode_s, 0);
 }
 
+// A model in float32 whose cache is of 16 bits: dense tokens and codes are those of a model that computes in the cache's
+// type, and what attention reads are they, in the model's.
+TEST(KvCache, HoldsTheSameWhateverTheModelComputesIn) {
+  const at::Tensor keys = Tokens(23, 8), values = Tokens(23, 9);
+  for (const at::ScalarType stored : {at::kHalf, at::kBFloat16}) {
+    for (const at::ScalarType computed : {at::kFloat, at::kHalf, at::kBFloat16}) {
+      for (const char* text : {"none", "int4-hqq@residual=4@sinks=3", "int2-hqq-kivi@residual=8", "int2-hqq@residual=0",
+                               "int4-quanto@residual=4", "none+int8-hqq@residual=4", "int4-hqq@residual=32",
+                               "int4-hqq@residual=4@layers=1-1:none", "int4-hqq@policy=hf@residual=4",
+                               "int4-hqq@policy=hf@residual=4@layers=1-1:none"}) {
+        SCOPED_TRACE(StrCat(text, " ", stored, " under ", computed));
+        const Spec spec = ParseSpec(text);
+        // A flush of hf encodes decoded numbers again, which two 16-bit types round in turn: codes may differ.
+        if (spec.policy == Policy::kHf && computed != at::kFloat) continue;
+        // What the model computed, and what it would have in the cache's type.
+        const at::Tensor k = keys.to(stored).to(computed), v = values.to(stored).to(computed);
+        KvCache own(spec, kShape, 23, stored, at::kCPU), other(spec, kShape, 23, stored, at::kCPU, computed);
+        int64_t at = 0;
+        for (const int64_t n : {10, 1, 1, 6, 3, 2}) {
+          for (int64_t layer = 0; layer < 2; ++layer) {
+            const auto part = [&](const at::Tensor& x) { return x.narrow(2, at, n); };
+            const auto theirs = own.Update(layer, part(k).to(stored), part(v).to(stored));
+            const auto ours = other.Update(layer, part(k), part(v));
+            for (const auto& [mine, right] : {std::pair(ours.first, theirs.first), std::pair(ours.second, theirs.second)}) {
+              ASSERT_EQ(mine.scalar_type(), computed);
+              ASSERT_EQ(mine.sizes(), right.sizes());
+              // Decoded numbers are rounded once or twice, or not at all.
+              const at::Tensor error = (mine.to(at::kDouble) - right.to(at::kDouble)).abs();
+              EXPECT_TRUE((error <= 0x1p-6 * right.to(at::kDouble).abs() + 0x1p-6 * right.abs().max()).all().item<bool>());
+            }
+            if (spec.stores_dense()) {
+              EXPECT_TRUE(ours.first.equal(k.narrow(2, 0, at + n).to(stored).to(computed)));
+            }
+          }
+          at += n;
+        }
+        EXPECT_EQ(own.AllocatedBytes(), other.AllocatedBytes());
+        EXPECT_EQ(other.dtype(), stored);
+        if (spec.policy == Policy::kHf) continue;
+        const int64_t sinks = spec.sink_tokens, encoded = EncodedTokens(spec, 23);
+        for (int64_t layer = 0; layer < 2; ++layer) {
+          const auto theirs = own.storage(layer), ours = other.storage(layer);
+          for (const auto& [mine, right] : {std::pair(ours.first, theirs.first), std::pair(ours.second, theirs.second)}) {
+            if (mine.encoded == nullptr) {
+              EXPECT_TRUE(mine.tokens.equal(right.tokens));
+              continue;
+            }
+            for (size_t p = 0; p < mine.encoded->planes.size(); ++p) {
+              EXPECT_TRUE(mine.encoded->planes[p].equal(right.encoded->planes[p])) << p;
+            }
+            EXPECT_TRUE(mine.sinks.equal(right.sinks));
+            const int64_t residual = 23 - sinks - encoded;
+            EXPECT_TRUE(mine.residual.narrow(2, 0, residual).equal(right.residual.narrow(2, 0, residual)));
+          }
+        }
+      }
+    }
+  }
+}
+
 // ---- policy hf
 
 TEST(KvCache, PolicyHfReturnsOriginalsFirstAndEncodesAgainOnAFlush) {

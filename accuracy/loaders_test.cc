@@ -136,6 +136,12 @@ TEST(ModelConfig, ReadsBothSpellings) {
   std::string five = kConfig;
   five.replace(five.find("\"rope_theta\":1000.0"), 19, R"("rope_parameters":{"rope_type":"default","rope_theta":500.0})");
   EXPECT_EQ(ParseModelConfig(five, "C").ropes[0].theta, 500);
+  EXPECT_EQ(config.dtype, "");
+  for (const char* key : {"dtype", "torch_dtype"}) {
+    std::string typed = kConfig;
+    typed.insert(1, std::string("\"") + key + "\":\"bfloat16\",");
+    EXPECT_EQ(ParseModelConfig(typed, "C").dtype, "bfloat16") << key;
+  }
 }
 
 TEST(ModelConfig, RefusesByName) {

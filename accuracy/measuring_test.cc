@@ -115,6 +115,25 @@ TEST(Measuring, ADisturbedTimeSaysSo) {
   EXPECT_EQ(counters.count("ci95_fraction"), 0u) << "never certain";
 }
 
+// What is stored, where --dtype=auto has been settled one way or the other.
+TEST(Measuring, TheTypeOfTheCacheIsNotThatOfTheMachine) {
+  const std::string shape = "mistral-7b", model = GoldenPath("models/llama-mha");  // names no type; in float32
+  for (const char* settled : {"float32", "bfloat16"}) {
+    const auto options = [](const std::vector<std::string>& flags) { return ParseCommandLine(flags).options; };
+    Session by_default(options({}), settled), named(options({"--dtype=float32"}), settled),
+        stored(options({"--kv-dtype=float16"}), settled),
+        both(options({"--dtype=float32", "--kv-dtype=bfloat16"}), settled);
+    EXPECT_EQ(by_default.dtype(), ParseDType("--dtype", settled));
+    EXPECT_EQ(by_default.kv_dtype(shape), at::kHalf);
+    EXPECT_EQ(by_default.kv_dtype(model), at::kBFloat16);
+    EXPECT_EQ(by_default.model(model).kv_dtype(), at::kBFloat16);
+    EXPECT_EQ(named.kv_dtype(shape), at::kFloat);
+    EXPECT_EQ(stored.kv_dtype(model), at::kHalf);
+    EXPECT_EQ(both.kv_dtype(model), at::kBFloat16);
+    EXPECT_EQ(KvBytes(ParseSpec("none"), CacheShapeOf(FindModel(shape).config(), 1), 4096, by_default.kv_dtype(shape)), 536870912);
+  }
+}
+
 // What ci/report warns of (ci/page.py), and a reader sees in the label.
 TEST(Measuring, AThrottledCellSaysWhy) {
   Session session{Options{}};

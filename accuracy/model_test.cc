@@ -217,8 +217,27 @@ TEST(Model, RefusesWhatItCannotRun) {
             std::string::npos);
   EXPECT_NE(with("\"silu\"", "\"gelu\"").find("hidden_act"), std::string::npos);
   EXPECT_THROW(FindBackend("flashier"), InputError);
-  EXPECT_THROW(ParseDType("int8"), InputError);
+  EXPECT_THROW(ParseDType("--dtype", "int8"), InputError);
   EXPECT_THROW(ParseDevices("tpu"), InputError);
+}
+
+TEST(Model, KnowsTheTypeOfItsCache) {
+  const auto of = [](const std::string& name) {
+    const std::string dir = GoldenPath("models/" + name);
+    return CacheTypeOf(LoadModelConfig(dir), dir);
+  };
+  EXPECT_EQ(of("llama-study"), at::kHalf);    // config.json says it
+  EXPECT_EQ(of("llama-mha"), at::kBFloat16);  // it does not; the tensors are float32
+  ModelConfig config = FindModel("mistral-7b").config();
+  EXPECT_EQ(CacheTypeOf(config, ""), at::kHalf) << "a shape that names none";
+  for (const auto& [name, type] : {std::pair("float32", at::kBFloat16), std::pair("bfloat16", at::kBFloat16),
+                                   std::pair("float16", at::kHalf)}) {
+    config.dtype = name;
+    EXPECT_EQ(CacheTypeOf(config, ""), type) << name;
+    EXPECT_EQ(CacheTypeOf(config, GoldenPath("models/llama-mha")), type) << name << " before what the tensors are";
+  }
+  config.dtype.clear();
+  EXPECT_EQ(CacheTypeOf(config, GoldenPath("models/llama-study")), at::kHalf) << "the tensors'";
 }
 
 TEST(ModelGpu, LogitsEqualTheCpus) {

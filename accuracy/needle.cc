@@ -36,8 +36,7 @@ std::vector<int32_t> Answer(Session& session, const Cell& cell, const Spec& spec
   const Model& model = session.model(cell.model);
   const Tokenizer& tokenizer = session.tokenizer(cell.model);
   const Backend& backend = FindBackend(cell.backend);
-  KvCache cache(spec, model.cache_shape(1),
-                static_cast<int64_t>(prompt.ids.size()) + kNewTokens, model.dtype(), model.cache_devices());
+  KvCache cache = model.NewCache(spec, 1, static_cast<int64_t>(prompt.ids.size()) + kNewTokens);
   at::Tensor hidden = Feed(model, IdTensor(prompt.ids, 1, model.device()), cache, backend, chunk,
                            spec.sink_tokens + chunk);
   std::vector<int32_t> answer;

@@ -26,8 +26,7 @@ namespace {
 const at::Tensor& Reference(const Work& work, const at::Tensor& ids, int64_t first_window) {
   at::Tensor& hidden = work.reference_states[first_window];
   if (!hidden.defined()) {
-    KvCache cache(ParseSpec("none"), work.model.cache_shape(ids.size(0)), ids.size(1),
-                  work.model.dtype(), work.model.cache_devices());
+    KvCache cache = work.model.NewCache(ParseSpec("none"), ids.size(0), ids.size(1));
     hidden = work.model.Forward(ids, cache, work.backend);
   }
   return hidden;
@@ -135,8 +134,7 @@ std::vector<double> StudyNll(const Work& work, const Spec& spec, const Window& w
                              bool quantized) {
   const at::Tensor ids = WindowIds(work, {window});
   const int64_t length = ids.size(1), overlap = window.score_from - window.begin;
-  KvCache cache(quantized ? spec : ParseSpec("none"), work.model.cache_shape(1), length,
-                work.model.dtype(), work.model.cache_devices());
+  KvCache cache = work.model.NewCache(quantized ? spec : ParseSpec("none"), 1, length);
   // Phase one is never scored, nor is phase two's first token: nothing before it is in its call.
   const int64_t phase2 = quantized ? overlap : 0;
   if (phase2 > 0) work.model.Forward(ids.narrow(1, 0, phase2), cache, work.backend);

@@ -265,6 +265,33 @@ TEST_F(LongRun, SameCommandMeasuresOnlyWhatIsMissingOrFailed) {
   EXPECT_EQ(json::parse(Text(file))["benchmarks"].size(), 12u);
 }
 
+// What --dtype=auto was settled to is not what somebody has named.
+TEST_F(LongRun, AnotherMachineGoesOnWithWhatAutoWas) {
+  const fs::path file = dir_ / "out.json";
+  const auto run = [&](const char* contexts) {
+    const Outcome outcome = Execute(Tiny() + " --schemes=none --benchmark_filter=^kv_size/ --contexts=" + contexts +
+                                    " --benchmark_out=" + file.string());
+    EXPECT_EQ(outcome.code, 0) << outcome.err;
+  };
+  run("48");
+  json there = json::parse(Text(file));
+  there["context"]["dtype"] = "Float";  // whatever it was here
+  std::ofstream(file) << there.dump(2);
+  run("48,64");
+  const json all = json::parse(Text(file));
+  EXPECT_EQ(all["context"]["dtype"], "Float");
+  EXPECT_EQ(all["context"]["kv_dtype tiny"], "BFloat16");
+  ASSERT_EQ(all["benchmarks"].size(), 2u);
+  for (const auto& entry : all["benchmarks"]) EXPECT_EQ(entry["bits_per_element"], 16);
+  // A build before --kv-dtype stored what it computed in.
+  json old = all;
+  old["context"].erase("kv_dtype tiny");
+  old["context"]["kvqbench_commit"] = "0123456789ab";
+  std::ofstream(file) << old.dump(2);
+  ExpectRefused(Execute(Tiny() + " --schemes=none --contexts=48,64 --patch=kv_size --benchmark_out=" + file.string()),
+                {"kv_dtype tiny=Float", "kv_dtype tiny=BFloat16"});
+}
+
 TEST_F(LongRun, ResultsOfAnotherKindAreNeverMixed) {
   const fs::path file = dir_ / "out.json";
   ASSERT_EQ(Execute(Small(file)).code, 0);
@@ -278,6 +305,7 @@ TEST_F(LongRun, ResultsOfAnotherKindAreNeverMixed) {
   refused("--runs=9", {"runs=3", "runs=9"});
   refused("--protocol=study", {"protocol=decode", "protocol=study"});
   refused("--dtype=bfloat16", {"dtype=Float", "dtype=BFloat16"});
+  refused("--kv-dtype=float16", {"kv_dtype tiny=Float", "kv_dtype tiny=Half"});
   refused("--benchmark_repetitions=2", {"no benchmark_flags", "--benchmark_repetitions=2"});
   std::ofstream(dir_ / "text.txt", std::ios::app) << "Another text.";
   refused("", {"corpus_sha256="});

@@ -52,8 +52,7 @@ at::Tensor Reference(const Work& work, const Spec& spec, const at::Tensor& ids, 
   const int64_t layers = static_cast<int64_t>(effects.size());
   const std::vector<int64_t> model_layer = work.model.config().CachedLayers();
   const auto cache_of = [&](const std::string& text) {
-    return std::make_unique<KvCache>(ParseSpec(text), work.model.cache_shape(ids.size(0)),
-                                     ids.size(1), work.model.dtype(), work.model.cache_devices());
+    return std::unique_ptr<KvCache>(new KvCache(work.model.NewCache(ParseSpec(text), ids.size(0), ids.size(1))));
   };
   const std::unique_ptr<KvCache> plain = cache_of("none");
   std::array<std::unique_ptr<KvCache>, kParts.size()> encoded;

@@ -132,7 +132,7 @@ TEST(StudyProtocolParity, PeakFormulaIsTheSlopeOfThePublishedPeaks) {
     for (const Published& published : peaks) {
       const auto peak = [&](int64_t tokens) {
         return static_cast<double>(StudyPeakBytes(ParseSpec(published.spec), CacheShapeOf(config, 1), tokens,
-                                                  config.vocab_size, config.hidden_size, at::kHalf));
+                                                  config.vocab_size, config.hidden_size, at::kHalf, at::kHalf));
       };
       const double slope = (published.peak_32768 - published.peak_4096) * 1048576 / 28672;
       EXPECT_NEAR((peak(32768) - peak(4096)) / 28672, slope, 73) << name << " " << published.spec;

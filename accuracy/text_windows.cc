@@ -54,8 +54,7 @@ void CompareLogits(const Work& work, const Spec& spec, const std::vector<Window>
   const int64_t length = ids.size(1), bos = static_cast<int64_t>(work.bos.size());
   // Position p predicts token p + 1: the first that counts is just before the first scored token.
   const int64_t first = windows[0].score_from - windows[0].begin + bos - 1;
-  KvCache cache(spec, work.model.cache_shape(ids.size(0)), length, work.model.dtype(),
-                work.model.cache_devices());
+  KvCache cache = work.model.NewCache(spec, ids.size(0), length);
   FeedAsDecoding(work.model, work.backend, spec, ids, cache,
                  [&](int64_t begin, const at::Tensor& hidden) {
                    const int64_t from = std::max(begin, first);

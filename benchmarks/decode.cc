@@ -33,7 +33,7 @@ void AddLimit(Counters& counters, const Model& model, const Spec& spec, int64_t 
     for (size_t layer = 0; layer < model.config().layers.size(); ++layer) {
       const auto cached = static_cast<size_t>(model.cache_layer(static_cast<int64_t>(layer)));
       if (cache_devices[cached] != device) continue;
-      here += KvLayerBytesSeen(spec, shape, cached, tokens, model.config().layers[layer].sliding_window, model.dtype());
+      here += KvLayerBytesSeen(spec, shape, cached, tokens, model.config().layers[layer].sliding_window, model.kv_dtype());
     }
     bytes += static_cast<double>(here);
     limit += static_cast<double>(here) / ReadBandwidth(device);
@@ -48,8 +48,7 @@ Counters StudyDecode(Session& session, const Cell& cell, benchmark::State& state
   const at::Tensor ids = StudyInput(session, cell);
   const int64_t new_tokens = session.options().decode_tokens;
   const Spec spec = ParseSpec(cell.spec);
-  KvCache cache(spec, model.cache_shape(cell.batch), ids.size(1) + new_tokens, model.dtype(),
-                model.cache_devices());
+  KvCache cache = model.NewCache(spec, cell.batch, ids.size(1) + new_tokens);
   const auto prefill = [&] {
     cache.Clear();
     StudyPrefill(model, ids, cache, backend);

@@ -10,8 +10,7 @@ Decoding::Decoding(Session& session, const Cell& cell, int64_t new_tokens)
       spec_(ParseSpec(cell.spec)),
       new_tokens_(new_tokens),
       ids_(session.context_ids(cell)),
-      cache_(spec_, model_.cache_shape(cell.batch), cell.context + new_tokens, model_.dtype(),
-             model_.cache_devices()) {
+      cache_(model_.NewCache(spec_, cell.batch, cell.context + new_tokens)) {
   if (!backend_.graph) return;
   try {
     graph_.emplace(model_, cache_);

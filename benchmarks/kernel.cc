@@ -80,6 +80,10 @@ struct Shape {
 Shape ShapeOf(const Cell& cell, Session& session) {
   if (!session.device().is_cuda()) throw Skip("single kernels are timed with --device=cuda; quantize and dequantize time a CPU's");
   if (session.dtype() == at::kFloat) throw Skip("kernels are timed on 16-bit numbers");
+  if (session.kv_dtype(cell.model) != session.dtype()) {
+    throw Skip(StrCat("these kernels read dense tokens in the type they compute in, ", session.dtype(), ", and --kv-dtype is ",
+                      session.kv_dtype(cell.model)));
+  }
   const ModelConfig config = FindModel(cell.model).config();
   const LayerConfig& layer = config.layers.front();
   return {cell.batch, config.num_heads, layer.num_kv_heads, layer.head_dim, cell.context};

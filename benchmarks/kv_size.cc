@@ -1,25 +1,45 @@
 // kv_size: what the KV cache of a context takes, all metadata counted: by formula from the scheme's
 // planes, and as the cache's tensors really allocate it. The two must agree to the byte, or there is no
 // number. kv_bytes is what `context` tokens occupy; a residual that is not full yet is allocated whole.
+// encoded_bits_per_element is of encoded tokens alone, their metadata included: what bits_per_element comes near to in a
+// long context (4.5 for 4-bit codes in groups of 64 that share two fp16 numbers).
 #include "benchmarks/measurement.h"
 
 namespace kvq {
 namespace {
+
+// Over the keys and values that are encoded at all; nothing where none are.
+std::optional<double> EncodedBits(const Spec& spec, const CacheShape& shape) {
+  double bits = 0, elements = 0;  // of one token
+  for (size_t layer = 0; layer < shape.layers.size(); ++layer) {
+    const KvShape& of = shape.layers[layer];
+    const SchemePair pair = spec.At(static_cast<int64_t>(layer));
+    for (const Codec* codec : {&pair.keys->keys, &pair.values->values}) {
+      if (codec->encode == nullptr) continue;
+      for (const Plane& plane : codec->planes(of.kv_heads, of.head_dim, spec.Params(*codec))) {
+        bits += 8.0 * static_cast<double>(of.kv_heads * plane.bytes) / static_cast<double>(plane.tokens);
+      }
+      elements += static_cast<double>(of.kv_heads * of.head_dim);
+    }
+  }
+  return elements > 0 ? std::optional(bits / elements) : std::nullopt;
+}
 
 Counters KvSize(Session& session, const Cell& cell, benchmark::State& state) {
   const ModelConfig config = FindModel(cell.model).config();
   const CacheShape shape = CacheShapeOf(config, cell.batch);
   const std::vector<at::Device> devices = CacheDevicesOf(config, session.devices());
   const Spec spec = ParseSpec(cell.spec);
+  const at::ScalarType dtype = session.kv_dtype(cell.model);
   int64_t allocated = 0;
   for (auto _ : state) {
     const double seconds = Time(session.devices(), [&] {
-      KvCache cache(spec, shape, cell.context, session.dtype(), devices);
+      KvCache cache(spec, shape, cell.context, dtype, devices);
       if (spec.policy == Policy::kHf) {  // its tensors are made when tokens come
         for (size_t layer = 0; layer < shape.layers.size(); ++layer) {
           const KvShape& of = shape.layers[layer];
           const at::Tensor x = at::zeros({shape.batch, of.kv_heads, cell.context, of.head_dim},
-                                         at::TensorOptions(session.dtype()).device(devices[layer]));
+                                         at::TensorOptions(dtype).device(devices[layer]));
           cache.Update(static_cast<int64_t>(layer), x, x);
         }
       }
@@ -27,19 +47,22 @@ Counters KvSize(Session& session, const Cell& cell, benchmark::State& state) {
     });
     state.SetIterationTime(seconds);
   }
-  const int64_t reserved = KvBytesReserved(spec, shape, cell.context, session.dtype());
+  const int64_t reserved = KvBytesReserved(spec, shape, cell.context, dtype);
   if (allocated != reserved) {
     throw std::runtime_error("kv_size: the formula says " + std::to_string(reserved) +
                              " bytes, the tensors have " + std::to_string(allocated));
   }
-  const int64_t bytes = KvBytes(spec, shape, cell.context, session.dtype());
+  const int64_t bytes = KvBytes(spec, shape, cell.context, dtype);
   const double elements = static_cast<double>(shape.TokenElements() * cell.context);
-  return {{"kv_bytes", static_cast<double>(bytes)},
-          {"kv_bytes_allocated", static_cast<double>(allocated)},
-          {"bits_per_element", 8.0 * static_cast<double>(bytes) / elements},
-          {"encoded_tokens", static_cast<double>(spec.stores_dense()            ? 0
-                                                 : spec.policy == Policy::kHf ? cell.context
-                                                                              : EncodedTokens(spec, cell.context))}};
+  Counters counters = {{"kv_bytes", static_cast<double>(bytes)},
+                       {"kv_bytes_allocated", static_cast<double>(allocated)},
+                       {"bits_per_element", 8.0 * static_cast<double>(bytes) / elements}};
+  if (const auto bits = EncodedBits(spec, shape)) counters.emplace_back("encoded_bits_per_element", *bits);
+  const int64_t encoded_tokens = spec.stores_dense()            ? 0
+                                 : spec.policy == Policy::kHf ? cell.context
+                                                              : EncodedTokens(spec, cell.context);
+  counters.emplace_back("encoded_tokens", static_cast<double>(encoded_tokens));
+  return counters;
 }
 
 const RegisterMeasurement kKvSize{

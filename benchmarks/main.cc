@@ -219,6 +219,7 @@ void AddContext(Session& session, const std::vector<std::string>& benchmark_flag
     benchmark::AddCustomContext("model " + model, "sha256:" + ModelSha256(files) +
                                                       (files.random_weights() ? ", random weights" : ""));
     benchmark::AddCustomContext("model_config " + ModelLabel(model), ModelConfigV2(files).dump());
+    benchmark::AddCustomContext("kv_dtype " + ModelLabel(model), c10::toString(session.kv_dtype(model)));
   }
   if (text) {
     benchmark::AddCustomContext("corpus", session.corpus().name);
@@ -258,7 +259,7 @@ std::string ContextText() {
 // The --dtype that means what a context calls it.
 std::string DTypeFlag(const std::string& name) {
   for (const char* flag : {"float32", "float16", "bfloat16"}) {
-    if (c10::toString(ParseDType(flag)) == name) return flag;
+    if (c10::toString(ParseDType("--dtype", flag)) == name) return flag;
   }
   return "auto";
 }
@@ -346,10 +347,8 @@ int Main(int argc, char** argv) {
     return 0;
   }
   ResultsFile results(line.output.out);
-  Options options = line.options;
   // What `auto` was when the file was begun: settled again, on a busy machine, it could be the other.
-  if (options.dtype == "auto") options.dtype = DTypeFlag(results.Fact("dtype"));
-  Session session(options);
+  Session session(line.options, DTypeFlag(results.Fact("dtype")));
 
   std::vector<std::string> words = line.rest;
   words.insert(words.begin(), "kvqbench");  // into the file's context; argv[0] would tell where this machine keeps it
@@ -373,7 +372,7 @@ int Main(int argc, char** argv) {
   }
   AddContext(session, line.rest);
   // Behind the probes, which take more than a small limit leaves.
-  if (options.memory_limit > 0) LimitMemory(session.devices(), options.memory_limit << 20);
+  if (line.options.memory_limit > 0) LimitMemory(session.devices(), line.options.memory_limit << 20);
   results.Join(ContextText(), !line.output.patch.empty());
   std::vector<std::string> names;
   for (const auto& [measurement, cell] : cells) names.push_back(CellName(*measurement, cell));

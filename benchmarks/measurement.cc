@@ -37,9 +37,11 @@ RegisterMeasurement::RegisterMeasurement(Measurement measurement) {
   Table().push_back(std::move(measurement));
 }
 
-Session::Session(Options options)
+Session::Session(Options options, const std::string& settled)
     : options_(std::move(options)), devices_(ParseDevices(options_.device)) {
-  if (options_.dtype != "auto") dtype_ = ParseDType(options_.dtype);
+  const std::string& dtype = options_.dtype == "auto" ? settled : options_.dtype;
+  if (dtype != "auto") dtype_ = ParseDType("--dtype", dtype);
+  if (options_.kv_dtype != "auto") named_kv_dtype_ = ParseDType("--kv-dtype", options_.kv_dtype);
   if (!device().is_cuda()) return;
   try {
     for (const at::Device gpu : devices_) nvml_.push_back(std::make_unique<Nvml>(PciBusId(gpu.index())));
@@ -80,6 +82,15 @@ at::ScalarType Session::dtype() {
   return *dtype_;
 }
 
+at::ScalarType Session::kv_dtype(const std::string& model) {
+  if (named_kv_dtype_) return *named_kv_dtype_;
+  if (options_.dtype != "auto" || device().is_cuda()) return dtype();
+  const auto known = kv_dtypes_.find(model);
+  if (known != kv_dtypes_.end()) return known->second;
+  const ModelFiles files = FindModel(model);
+  return kv_dtypes_[model] = CacheTypeOf(files.config(), files.dir);
+}
+
 // On a CPU the caches decide. On a GPU a product wants some thousand rows, and more buy nothing: 8192 tokens of a 7B
 // model keep their temporaries below half a GiB, and few calls decode the history.
 int64_t Session::prefill_chunk(int64_t batch) const {
@@ -97,6 +108,7 @@ const Model& Session::model(const std::string& name) {
                         ? std::make_unique<Model>(files.config(), Weights::Random(static_cast<uint64_t>(options_.seed),
                                                                                  dtype(), device()), devices_)
                         : LoadModel(files.dir, dtype(), devices_)};
+    model_.second->set_kv_dtype(kv_dtype(name));
   }
   return *model_.second;
 }
@@ -149,12 +161,15 @@ const std::vector<std::pair<at::Tensor, at::Tensor>>& Session::captured_cache(co
   if (captured_.first == key) return captured_.second;
   captured_ = {};
   const Model& of = model(cell.model);
-  KvCache cache(ParseSpec("none"), of.cache_shape(cell.batch), cell.context, of.dtype(), of.cache_devices());
+  KvCache cache = of.NewCache(ParseSpec("none"), cell.batch, cell.context);
   std::vector<std::vector<at::Tensor>> keys(cache.shape().layers.size()), values(keys.size());
   Feed(of, context_ids(cell), cache, FindBackend(cell.backend), prefill_chunk(cell.batch), 0,
        [&](const LayerView& view) {
-         keys[view.cached_layer].push_back(view.keys.clone());
-         values[view.cached_layer].push_back(view.values.clone());
+         const auto stored = [&](const at::Tensor& x) {
+           return x.to(of.kv_dtype(), /*non_blocking=*/false, /*copy=*/true);
+         };
+         keys[view.cached_layer].push_back(stored(view.keys));
+         values[view.cached_layer].push_back(stored(view.values));
        });
   std::vector<std::pair<at::Tensor, at::Tensor>> captured;
   for (size_t layer = 0; layer < keys.size(); ++layer) {

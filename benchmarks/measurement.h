@@ -33,7 +33,7 @@ struct Options {
   int64_t stride = 0;  // 0: the protocol's own
   std::string protocol = "decode";
   std::string device = "cpu";
-  std::string dtype = "auto";
+  std::string dtype = "auto", kv_dtype = "auto";
   int64_t seed = 42;
   int64_t runs = 3, max_runs = 30, max_seconds = 10;  // see Samples
   int64_t decode_tokens = 128;
@@ -57,7 +57,8 @@ class Skip : public std::runtime_error {
 // What the cells of a run share: the loaded model, the text, the flags. Keeps the last of each.
 class Session {
  public:
-  explicit Session(Options options);
+  // `settled` is what --dtype=auto came to before, where that is known ("auto": it is not).
+  explicit Session(Options options, const std::string& settled = "auto");
 
   const Options& options() const { return options_; }
   at::Device device() const { return devices_.front(); }
@@ -68,6 +69,9 @@ class Session {
   // The attention that really ran, for the label of the result: the cell's backend, unless a measurement knows more.
   std::string ran;
   at::ScalarType dtype();  // `auto` is settled by measuring both at the first use
+  // What the model's caches store dense tokens in. --kv-dtype=auto: what --dtype names; where it names none, what a GPU
+  // computes in, and on a CPU, whatever it computes in, CacheTypeOf: so sizes do not depend on the machine.
+  at::ScalarType kv_dtype(const std::string& model);
 
   const Model& model(const std::string& name);
   void WarmUpForModel();  // once for the model that was used last, see Samples
@@ -81,7 +85,7 @@ class Session {
   // weights random tokens of --seed. Throws Skip where the corpus is shorter.
   at::Tensor context_ids(const Cell& cell);
   // Keys and values of each layer of the cache as the unquantized model computes them on context_ids,
-  // [batch, kv_heads, context, head_dim], before any cache.
+  // [batch, kv_heads, context, head_dim], as a cache stores dense ones.
   const std::vector<std::pair<at::Tensor, at::Tensor>>& captured_cache(const Cell& cell);
 
   // Hidden states of the unquantized model over whole windows of a text, by a window's first token. `key` says what
@@ -122,7 +126,8 @@ class Session {
  private:
   Options options_;
   std::vector<at::Device> devices_;
-  std::optional<at::ScalarType> dtype_;
+  std::optional<at::ScalarType> dtype_, named_kv_dtype_;
+  std::map<std::string, at::ScalarType> kv_dtypes_;  // of models, where none is named
   std::pair<std::string, std::unique_ptr<Model>> model_;
   std::string warm_for_;  // the model
   std::pair<std::string, std::unique_ptr<Tokenizer>> tokenizer_;

@@ -65,15 +65,14 @@ Counters Study(Session& session, const Cell& cell, const Model& model, const at:
   const int64_t n = ids.size(1);
   std::vector<std::unique_ptr<KvCache>> caches;  // the original, its copy, the one that decodes
   for (int i = 0; i < 3; ++i) {
-    caches.push_back(
-        std::make_unique<KvCache>(spec, shape, n + kSteps, model.dtype(), model.cache_devices()));
+    caches.emplace_back(new KvCache(model.NewCache(spec, cell.batch, n + kSteps)));
     StudyPrefill(model, ids, *caches.back(), backend);
   }
   Steps(model, ids.narrow(1, n - 1, 1), *caches.back(), backend);
   Diagnose(session, "after the last step, three caches", caches[0].get());
   return {{"study_peak_bytes",
            static_cast<double>(StudyPeakBytes(spec, shape, n, model.config().vocab_size,
-                                              model.config().hidden_size, model.dtype()))},
+                                              model.config().hidden_size, model.kv_dtype(), model.dtype()))},
           {"kv_bytes_allocated", static_cast<double>(caches[0]->AllocatedBytes())},
           {"scratch_bytes", static_cast<double>(caches[0]->ScratchBytes())}};
 }

@@ -1,8 +1,8 @@
 #include "benchmarks/options.h"
 
+#include <algorithm>
 #include <charconv>
 #include <functional>
-#include <iomanip>
 #include <sstream>
 
 #include "kernels/error.h"
@@ -87,6 +87,9 @@ std::vector<Flag> Flags(Options& o) {
            o.protocol),
       text("device", "cpu; cuda: the GPU that ctest allots, or the first; cuda:1: that one; cuda:0,1: layers over both", o.device),
       text("dtype", "float32, float16, bfloat16; auto: the faster one here (CUDA: float16)", o.dtype),
+      text("kv-dtype",
+           "what tokens that are not encoded are stored in; auto: 16 bits unless --dtype names float32, see below",
+           o.kv_dtype),
       number("seed", "of everything random", o.seed, 0),
       number("runs", "timed repetitions of prefill, decode, power, quantize, dequantize, at least", o.runs, 1),
       number("max-runs", "and at most, until the median is known to 1 % (95 % interval)", o.max_runs, 1),
@@ -97,6 +100,16 @@ std::vector<Flag> Flags(Options& o) {
       number("memory-limit", "MiB that a run may take of each GPU, or have as a process on a CPU; 0: all there is",
              o.memory_limit, 0),
   };
+}
+
+// Two columns; the first is as wide as its widest entry, whatever is registered.
+using Rows = std::vector<std::pair<std::string, std::string>>;
+std::string Columns(const Rows& rows) {
+  size_t widest = 0;
+  for (const auto& [name, what] : rows) widest = std::max(widest, name.size());
+  std::string text;
+  for (const auto& [name, what] : rows) text += "  " + name + std::string(widest + 2 - name.size(), ' ') + what + "\n";
+  return text;
 }
 
 }  // namespace
@@ -193,50 +206,49 @@ std::string HelpText() {
           "usage: kvqbench [--benchmark_filter=REGEX] [flags]\n\n"
           "Each benchmark is named MEASUREMENT/MODEL/BACKEND/SPEC/ctx:N/batch:B; the filter picks "
           "among them.\n\nflags (default)\n";
+  Rows rows;
   for (const Flag& flag : Flags(defaults)) {
-    help << "  " << std::left << std::setw(16) << flag.name << flag.what;
-    if (!flag.value.empty()) help << " (" << flag.value << ")";
-    help << "\n";
+    rows.emplace_back(flag.name, flag.what + (flag.value.empty() ? "" : " (" + flag.value + ")"));
   }
-  help << "  --list-devices  lists what --device can name, and ends\n"
-          "  --vram-diag     memory lists the largest live blocks of GPU memory on stderr\n"
-          "  --benchmark_filter=REGEX, --benchmark_format=console|json, --benchmark_out=FILE.json,\n"
+  rows.emplace_back("--list-devices", "lists what --device can name, and ends");
+  rows.emplace_back("--vram-diag", "memory lists the largest live blocks of GPU memory on stderr");
+  help << Columns(rows)
+       << "  --benchmark_filter=REGEX, --benchmark_format=console|json, --benchmark_out=FILE.json,\n"
           "  --benchmark_list_tests, and the others of Google Benchmark\n"
           "  --patch=REGEX             measures only the matching benchmarks of FILE.json again, see below\n"
           "  --no-backup               without the copy FILE.json.bak that --patch makes\n"
           "  --summary-file=FILE       what was done, failed and skipped, and why, as plain text\n"
           "  --to-v2=DIR FILE.json...  measures nothing; converts results to the reference study's schema 2.0"
           "\n\nmeasurements\n";
+  rows.clear();
+  for (const Measurement& measurement : Measurements()) rows.emplace_back(measurement.name, measurement.what);
+  help << Columns(rows) << "\n--protocol=study: what the reference study did (defects included; accuracy/README.md)\n";
+  rows.clear();
   for (const Measurement& measurement : Measurements()) {
-    help << "  " << std::left << std::setw(16) << measurement.name << measurement.what << "\n";
+    if (!measurement.study.empty()) rows.emplace_back(measurement.name, measurement.study);
   }
-  help << "\n--protocol=study: what the reference study did (defects included; accuracy/README.md)\n";
-  for (const Measurement& measurement : Measurements()) {
-    if (measurement.study.empty()) continue;
-    help << "  " << std::left << std::setw(16) << measurement.name << measurement.study << "\n";
-  }
-  help << "  the others do the same under both; @policy=hf makes a spec encode as its library did\n";
-  help << "\nmodels on random weights, by their published shapes\n";
-  for (const PublishedShape& shape : PublishedShapes()) {
-    help << "  " << std::left << std::setw(16) << shape.name << shape.source << "\n";
-  }
-  help << "\nschemes\n";
+  help << Columns(rows) << "  the others do the same under both; @policy=hf makes a spec encode as its library did\n";
+  help << "\n--kv-dtype=auto: dense tokens (the newest, the sinks, all of `none`) are stored in what --dtype names. With\n"
+          "  --dtype=auto, on CUDA in what it computes in; on a CPU, whatever that computes in, in the model's own type (of\n"
+          "  config.json, else of its tensors) if it has 16 bits, in bfloat16 for a model in float32, in float16 for a\n"
+          "  published shape. So kv_bytes and bits_per_element are the same on every machine\n";
+  rows.clear();
+  for (const PublishedShape& shape : PublishedShapes()) rows.emplace_back(shape.name, shape.source);
+  help << "\nmodels on random weights, by their published shapes\n" << Columns(rows) << "\nschemes\n";
+  rows.clear();
   for (const Scheme& scheme : Schemes()) {
-    help << "  " << std::left << std::setw(18) << scheme.name;
-    if (!scheme.refused.empty()) {
-      help << "refused: " << scheme.refused << "\n";
-    } else if (scheme.stores_dense()) {
-      help << "the model's own type, nothing encoded\n";
-    } else {
-      help << "keys: " << scheme.keys.grouping << "; values: " << scheme.values.grouping << "\n";
-    }
+    rows.emplace_back(scheme.name, !scheme.refused.empty() ? "refused: " + scheme.refused
+                                   : scheme.stores_dense() ? "nothing encoded: all tokens as --kv-dtype says"
+                                                           : StrCat("keys: ", scheme.keys.grouping, "; values: ",
+                                                                    scheme.values.grouping));
   }
-  help << "  keys of a spec: @group=N @residual=N (128) @sinks=N (0) @policy=append|hf (append)\n"
+  help << Columns(rows)
+       << "  keys of a spec: @group=N @residual=N (128) @sinks=N (0) @policy=append|hf (append)\n"
           "  @layers=FIRST-LAST:SCHEME[+SCHEME]\n\nbackends\n";
-  for (const Backend& backend : Backends()) {
-    help << "  " << std::left << std::setw(16) << backend.name << backend.what << "\n";
-  }
-  help << "\nlong runs\n"
+  rows.clear();
+  for (const Backend& backend : Backends()) rows.emplace_back(backend.name, backend.what);
+  help << Columns(rows)
+       << "\nlong runs\n"
           "  FILE.json is complete after every benchmark: whatever ends a run, the same command goes on. What FILE has\n"
           "  is not measured again, only what failed. Other benchmarks may be added (models, schemes, backends,\n"
           "  contexts, batch, filter); but whatever else the context of FILE says must be the same: build, commit,\n"

@@ -12,8 +12,7 @@ Counters Prefill(Session& session, const Cell& cell, benchmark::State& state) {
   const Model& model = session.model(cell.model);
   const Backend& backend = FindBackend(cell.backend);
   const at::Tensor ids = session.context_ids(cell);
-  KvCache cache(ParseSpec(cell.spec), model.cache_shape(cell.batch), cell.context, model.dtype(),
-                model.cache_devices());
+  KvCache cache = model.NewCache(ParseSpec(cell.spec), cell.batch, cell.context);
   const int64_t chunk = session.prefill_chunk(cell.batch);
   const auto prefill = [&](int64_t tokens) {
     cache.Clear();

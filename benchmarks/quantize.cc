@@ -1,6 +1,6 @@
 // quantize, dequantize: the codec alone, on the model's own keys and values: what policy append encodes
-// of a context, all layers. gb_per_s counts the elements in the model's type and the encoded bytes, each
-// once. The shares say how much of a prefill and of a decoding step is spent there, in one run each.
+// of a context, all layers. gb_per_s counts the encoded bytes and the elements in the type that they are encoded
+// from or decoded into, the cache's and the model's own, each once. The shares say how much of a prefill and of a decoding step is spent there, in one run each.
 #include "benchmarks/measurement.h"
 #include "fixtures/cache/codec_tensors.h"
 
@@ -45,8 +45,7 @@ Shares MeasureShares(Session& session, const Cell& cell, const Spec& spec) {
   const Model& model = session.model(cell.model);
   const Backend& backend = FindBackend(cell.backend);
   const int64_t steps = 8;
-  KvCache cache(spec, model.cache_shape(cell.batch), cell.context + steps, model.dtype(),
-                model.cache_devices());
+  KvCache cache = model.NewCache(spec, cell.batch, cell.context + steps);
   cache.CountTime(true);
   at::Tensor hidden;
   const auto next = [&] {
@@ -71,11 +70,11 @@ Shares MeasureShares(Session& session, const Cell& cell, const Spec& spec) {
           decode.decode_s / decode_s};
 }
 
-// Bytes that encoding or decoding all jobs moves: elements in the model's type, and codes with metadata.
-double MovedBytes(const std::vector<Job>& jobs) {
+// Bytes that encoding or decoding all jobs moves: elements of `dtype`, and codes with metadata.
+double MovedBytes(const std::vector<Job>& jobs, at::ScalarType dtype) {
   int64_t bytes = 0;
   for (const Job& job : jobs) {
-    bytes += job.plain.numel() * job.plain.element_size() + job.encoded.nbytes();
+    bytes += job.plain.numel() * static_cast<int64_t>(c10::elementSize(dtype)) + job.encoded.nbytes();
   }
   return static_cast<double>(bytes);
 }
@@ -103,7 +102,7 @@ Counters Quantize(Session& session, const Cell& cell, benchmark::State& state) {
   };
   encode();
   const std::vector<double> seconds = Samples(session, state, [&] { return session.Time(encode); });
-  Counters counters = Rates(seconds, MovedBytes(jobs), session.devices());
+  Counters counters = Rates(seconds, MovedBytes(jobs, session.kv_dtype(cell.model)), session.devices());
   const Shares shares = MeasureShares(session, cell, spec);
   counters.emplace_back("share_of_prefill", shares.encode_prefill);
   counters.emplace_back("share_of_decode", shares.encode_step);
@@ -116,7 +115,7 @@ Counters Dequantize(Session& session, const Cell& cell, benchmark::State& state)
   std::vector<at::Tensor> decoded;
   for (const Job& job : jobs) {
     EncodeTensor(*job.codec, job.params, job.plain, 0, job.encoded);
-    decoded.push_back(at::empty(job.plain.sizes(), job.plain.options()));
+    decoded.push_back(at::empty(job.plain.sizes(), job.plain.options().dtype(session.dtype())));
   }
   const auto decode = [&] {
     for (size_t i = 0; i < jobs.size(); ++i) {
@@ -125,7 +124,7 @@ Counters Dequantize(Session& session, const Cell& cell, benchmark::State& state)
   };
   decode();
   const std::vector<double> seconds = Samples(session, state, [&] { return session.Time(decode); });
-  Counters counters = Rates(seconds, MovedBytes(jobs), session.devices());
+  Counters counters = Rates(seconds, MovedBytes(jobs, session.dtype()), session.devices());
   const Shares shares = MeasureShares(session, cell, spec);
   counters.emplace_back("share_of_prefill", shares.decode_prefill);
   counters.emplace_back("share_of_decode", shares.decode_step);

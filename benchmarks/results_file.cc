@@ -84,7 +84,7 @@ bool IsOfBuild(const std::string& fact) {
 
 // Of one model or the text: a run with another model brings its own.
 bool IsOfInput(const std::string& fact) {
-  return fact.rfind("model", 0) == 0 || fact.rfind("corpus", 0) == 0;
+  return fact.rfind("model", 0) == 0 || fact.rfind("corpus", 0) == 0 || fact.rfind("kv_dtype ", 0) == 0;
 }
 
 }  // namespace
@@ -236,6 +236,10 @@ void ResultsFile::Join(const std::string& head, bool patch) {
   std::string added;
   for (const auto& [fact, value] : ours.items()) {
     if (!must_match(fact)) continue;
+    if (fact.rfind("kv_dtype ", 0) == 0 && !theirs.contains(fact) && theirs.contains("model_config " + fact.substr(9))) {
+      const json computed = theirs.value("dtype", "");  // a build before --kv-dtype stored what it computed in
+      if (computed != value) Refuse(fact, &computed, &value);
+    }
     if (theirs.contains(fact)) {
       if (theirs.at(fact) != value) Refuse(fact, &theirs.at(fact), &value);
     } else if (!IsOfInput(fact)) {

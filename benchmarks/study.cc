@@ -29,8 +29,8 @@ at::Tensor StudyPrefill(const Model& model, const at::Tensor& ids, KvCache& cach
 }
 
 int64_t StudyPeakBytes(const Spec& spec, const CacheShape& shape, int64_t tokens,
-                       int64_t vocab_size, int64_t hidden_size, at::ScalarType dtype) {
-  return 3 * KvBytes(spec, shape, tokens, dtype) +
+                       int64_t vocab_size, int64_t hidden_size, at::ScalarType kv_dtype, at::ScalarType dtype) {
+  return 3 * KvBytes(spec, shape, tokens, kv_dtype) +
          shape.batch * tokens * (vocab_size + hidden_size) *
              static_cast<int64_t>(c10::elementSize(dtype));
 }

@@ -22,6 +22,6 @@ at::Tensor StudyPrefill(const Model& model, const at::Tensor& ids, KvCache& cach
 // the context for models without sliding windows and soft caps (accuracy/study_test.cc); temporary
 // tensors of the layers are not in it.
 int64_t StudyPeakBytes(const Spec& spec, const CacheShape& shape, int64_t tokens,
-                       int64_t vocab_size, int64_t hidden_size, at::ScalarType dtype);
+                       int64_t vocab_size, int64_t hidden_size, at::ScalarType kv_dtype, at::ScalarType dtype);
 
 }  // namespace kvq

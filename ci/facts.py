@@ -1,7 +1,8 @@
 """Facts of two sets of results that must not differ: what a cell takes, how wrong it is, which kernel ran.
 
 Each fact has one of three rules, by its name (RULES):
-exact       bytes, bits per element, numbers of tokens, digests, the kernel's name: equal, always.
+exact       bytes, bits per element, numbers of tokens, digests, the kernel's name: equal, on every machine; bytes of the
+            cache where its dense tokens have as many bits (STORED), of all that is read where the weights have, too (READ).
 arithmetic  errors and moments of keys and values (nmse, ...), computed from what the model and the codec gave: equal to
             the last bit (results have 17 digits) where the same arithmetic is promised, that is where device, CPU or
             GPU, instruction set, threads, libtorch and CUDA are those of OLD. So one code that differs by one is
@@ -13,19 +14,24 @@ interval    what has `_lo` and `_hi`, ppl, KLD, top-1, needle: NEW within OLD's 
             the same arithmetic is promised and the number differs, but stays inside, it is listed as MOVED.
 Everything else (times, rates, memory of a process) is no fact. Both ways count: a number that became better without
 being expected to is a defect, or wants a new baseline. Keys, values and answers follow from model, text, seed, type and
-protocol (SAME_INPUT): where these differ, only exact facts are compared, and the rest is listed as not compared.
+protocol (SAME_INPUT): where these differ, only exact facts are compared, and the rest is listed as not compared. What
+a rule depends on stands beside it; `dtype` is what the model computes in, kv_dtype what its dense tokens are stored in.
 """
 
 import math
 import re
 from dataclasses import dataclass
 
-RULES = [
-    (r"^kv_size\.", "exact"),
-    (r"[._](crc32|digest|bytes_per_token|encoded_tokens|kv_bytes)(_|$)", "exact"),
-    (r"^kernel[^.]*\.(bytes|flops|gflop)$", "exact"), (r"\.(windows|scored_tokens|needle_trials|gflop)$", "exact"),
-    (r"^(error|distribution|sensitivity)\.|[._](nmse|max_error)(_|$)", "arithmetic")]
-SAME_INPUT = ("model", "corpus_sha256", "protocol", "seed", "dtype")
+import results as reading
+
+SAME_INPUT = ("model", "corpus_sha256", "protocol", "seed", "dtype", "kv_dtype")
+STORED = ("kv_bits",)  # of a dense element
+READ = ("bits", "kv_bits")
+RULES = [  # the first that fits
+    (r"[._](crc32|digest|encoded_tokens)(_|$)", "exact", ()),
+    (r"^kv_size\.|[._]kv_bytes(_|$)", "exact", STORED), (r"[._]bytes_per_token(_|$)", "exact", READ),
+    (r"^kernel[^.]*\.(bytes|flops|gflop)$", "exact", READ), (r"\.(windows|scored_tokens|needle_trials|gflop)$", "exact", ()),
+    (r"^(error|distribution|sensitivity)\.|[._](nmse|max_error)(_|$)", "arithmetic", SAME_INPUT)]
 SAME_ARITHMETIC = ("device", "cpu", "gpu", "cpu_capability", "threads", "libtorch", "cuda_driver", "cuda_runtime")
 BAD = ("CHANGED", "LOST", "FAILED")  # these end in exit code 1
 INCOMPLETE = ("MISSING", "NOT COMPARED")
@@ -60,23 +66,29 @@ def sides(results):
         measurements = {name.split(".", 1)[0] for name in [*cell.values, *cell.texts, *cell.skipped]}
         facts = cell.files[-1].facts
         conditions = {name: facts.get(name) for name in SAME_INPUT + SAME_ARITHMETIC}
+        conditions["kv_dtype"] = reading.kv_dtype(facts, cell.model)
+        conditions["bits"], conditions["kv_bits"] = (
+            32 if conditions[name] == "Float" else 16 for name in ("dtype", "kv_dtype"))
         conditions["model"] = next((value for name, value in facts.items()  # by its name, or by its folder
                                     if re.fullmatch(f"model (.*/)?{re.escape(cell.model)}/?", name)), None)
         for measurement in sorted(measurements):
             name = f"{measurement}/{cell.model}/{cell.backend}/{cell.spec}/ctx:{cell.context}/batch:{cell.batch}"
             values = {key: value for key, value in cell.values.items() if key.startswith(measurement + ".")}
-            label = cell.texts.get(measurement + ".label", "").split("; ")[0]  # what ran, without the notes
+            # What ran, without the notes and the type, which is a condition of its own.
+            label = re.sub("^(cpu|cuda) (Float|Half|BFloat16),", r"\1,",
+                           cell.texts.get(measurement + ".label", "").split("; ")[0])
             found["" if one_run else cell.run, "" if one_device else cell.device, name] = Side(
                 values, label, cell.skipped.get(measurement, ""), conditions)
     return found
 
 
 def rule_of(name, values):
+    """(the rule, what must be the same); no rule where it is no fact."""
     plain = name.split("/", 1)[0]
-    for pattern, rule in RULES:
+    for pattern, rule, same in RULES:
         if re.search(pattern, plain):
-            return rule
-    return "interval" if plain == name and name + "_lo" in values and name + "_hi" in values else None
+            return rule, same
+    return ("interval" if plain == name and name + "_lo" in values and name + "_hi" in values else None), SAME_INPUT
 
 
 def two_digits(old, new):
@@ -92,7 +104,7 @@ def differing(old, new, names):
 
 def compare_fact(cell, name, old, new, same_arithmetic):
     """The Finding of one fact that both have, or None where it is no fact."""
-    rule, before, after = rule_of(name, old.values), old.values[name], new.values[name]
+    rule, before, after = rule_of(name, old.values)[0], old.values[name], new.values[name]
     fact = name.split(".", 1)[1]
     if rule is None:
         return None
@@ -122,19 +134,18 @@ def compare_cell(cell, old, new):
         if not new.skipped:
             return [Finding("NEW", cell, "", old.skipped, "measured")]
         return [Finding("SAME", cell, "", old.skipped, new.skipped, "measured in neither")]
-    findings, same_input = [], differing(old.conditions, new.conditions, SAME_INPUT)
+    findings, left_out = [], {}
     same_arithmetic = not differing(old.conditions, new.conditions, SAME_ARITHMETIC)
     if old.label != new.label:
         findings.append(Finding("CHANGED", cell, "kernel", old.label, new.label, "the kernel that ran"))
     elif old.label:
         findings.append(Finding("SAME", cell, "kernel", old.label, new.label))
-    left_out = False
     for name in old.values:
-        rule = rule_of(name, old.values)
+        rule, same = rule_of(name, old.values)
         if rule is None:
             continue
-        if same_input and rule != "exact":
-            left_out = True
+        if why := differing(old.conditions, new.conditions, same):
+            left_out.update(dict.fromkeys(why))
         elif name not in new.values:
             findings.append(Finding("LOST", cell, name.split(".", 1)[1], old.values[name], None,
                                     "not a number any more, or not measured"))
@@ -142,7 +153,7 @@ def compare_cell(cell, old, new):
             findings.append(compare_fact(cell, name, old, new, same_arithmetic))
     findings = [finding for finding in findings if finding]
     if left_out:
-        findings.append(Finding("NOT COMPARED", cell, "", why="; ".join(same_input)))
+        findings.append(Finding("NOT COMPARED", cell, "", why="; ".join(left_out)))
     return findings
 
 

@@ -38,8 +38,8 @@ def listed(values):
 # ---- what was measured on what
 
 # Facts of a run in the order in which they are shown; whatever else a file says of itself follows.
-FACTS = ["date", "gpu", "gpu_name", "cpu", "device", "driver", "dtype", "threads", "num_cpus", "kvqbench_commit",
-         "kvqbench_build", "libtorch", "cuda", "pytorch_version", "transformers_version", "cuda_version", "corpus",
+FACTS = ["date", "gpu", "gpu_name", "cpu", "device", "driver", "dtype", "kv_dtype", "threads", "num_cpus",
+         "kvqbench_commit", "kvqbench_build", "libtorch", "cuda", "pytorch_version", "transformers_version", "cuda_version", "corpus",
          "corpus_sha256", "ppl_dataset", "ppl_tokens", "protocol", "seed", "read_gb_per_s", "vram_total_mb"]
 NOT_SHOWN = {"kv_quant", "combo_elapsed_s", "experiment_id", "merged_from", "executable", "json_schema_version",
              "library_version"}
@@ -58,7 +58,7 @@ def facts_of(results, run):
     if len(found.get("measured", [])) > 1:
         found["measured"] = [f"{min(found['measured'])} to {max(found['measured'])}"]
     order = {key: i for i, key in enumerate(["measured"] + FACTS)}
-    return dict(sorted(found.items(), key=lambda item: (order.get(item[0], 99), item[0])))
+    return dict(sorted(found.items(), key=lambda item: (order.get(item[0].split(" ")[0], 99), item[0])))
 
 
 def measured_section(results):

@@ -157,6 +157,11 @@ def wilson(successes, trials):
 
 # ---- kvqbench
 
+def kv_dtype(facts, model):
+    """What a model's dense tokens were stored in: what was computed in, before that could be another type."""
+    return facts.get(f"kv_dtype {model}", facts.get("dtype"))
+
+
 def add_benchmarks(results, file, data):
     context = data["context"]
     device = context.get("gpu") or context.get("cpu") or context.get("device") or "?"
@@ -177,7 +182,7 @@ def add_benchmarks(results, file, data):
         name = NAME.match(run["name"])
         measurement = name["measurement"]
         cell = results.cell(file, device, *(name[part] for part in ("model", "backend", "spec", "context", "batch")))
-        file.keys.add((name[0], device, context.get("protocol"), context.get("dtype")))
+        file.keys.add((name[0], device, context.get("protocol"), context.get("dtype"), kv_dtype(context, name["model"])))
         if run.get("error_occurred") or run.get("skipped"):
             cell.skipped[measurement] = run.get("error_message") or run.get("skip_message") or "no reason given"
             continue

@@ -8,7 +8,7 @@ import os
 import re
 from dataclasses import dataclass
 
-from results import MIB, decode_ms_per_token
+from results import MIB, decode_ms_per_token, kv_dtype
 
 # ---- names
 
@@ -275,8 +275,10 @@ def markdown(results, cells=None):
     cells = results.current() if cells is None else cells
     for (_, device, model, backend, context, batch), group in groups_of(cells).items():
         facts = group[0].files[-1].facts
+        stored = kv_dtype(facts, model)
+        types = " with KV in ".join(dict.fromkeys(filter(None, (facts.get("dtype"), stored))))
         where = ", ".join(filter(None, [
-            f"{model}, {backend}, context {context}, batch {batch}; {facts['dtype'] + ' on ' if 'dtype' in facts else ''}"
+            f"{model}, {backend}, context {context}, batch {batch}; {types + ' on ' if types else ''}"
             f"{device}", f"text: {facts['corpus']}" if "corpus" in facts else ""]))
         columns = columns_of(group)
         lines += ["", where, ""] + aligned(["spec"] + [column.heading for column in columns], [

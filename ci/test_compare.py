@@ -315,6 +315,31 @@ class Facts(Folder):
         code, out = self.changed(lambda runs: runs["kv_size"].update(kv_bytes=1.0), context={"seed": "1"})
         self.assertEqual(code, 1)  # bytes follow from no input
 
+    def test_another_type_to_compute_in(self):
+        def edit(runs):
+            runs["error"]["nmse_k"] *= 2
+            runs["decode"]["bytes_per_token"] *= 2
+        def changed(stored, edit=edit):
+            def with_label(runs):
+                edit(runs)
+                runs["kv_size"]["label"] = runs["kv_size"]["label"].replace("BFloat16", "Float")
+            context = {"dtype": "Float", "cpu_capability": "AVX2", **({"kv_dtype smollm2-135m": stored} if stored else {})}
+            return self.changed(with_label, context=context)
+        for stored in ("BFloat16", "Half"):  # as many bits
+            code, out = changed(stored)
+            self.assertEqual(code, 0, out)
+            self.assertNotRegex(out, r"NOT COMPARED +kv_size/")
+            self.assertRegex(out, r"NOT COMPARED +error/\S+int4-hqq/.*dtype BFloat16 -> Float")
+            self.assertRegex(out, r"NOT COMPARED +decode/\S+int4-hqq/.*bits 16 -> 32")
+            code, out = changed(stored, lambda runs: runs["kv_size"].update(kv_bytes=1.0))
+            self.assertEqual(code, 1)
+            self.assertRegex(out, r"CHANGED +kv_size/\S+int4-hqq/\S+ kv_bytes ")
+        for stored in ("Float", None):  # None: results of a time when that was what is computed in
+            code, out = changed(stored, lambda runs: runs["kv_size"].update(kv_bytes=1.0))
+            self.assertEqual(code, 0, out)
+            self.assertRegex(out, r"NOT COMPARED +kv_size/\S+int4-hqq/.*kv_bits 16 -> 32")
+            self.assertRegex(out, "kv_dtype BFloat16 -> Float")
+
     def test_announced_changes(self):
         edit = lambda runs: runs["kv_size"].update(kv_bytes=1.0)  # noqa: E731
         code, out = self.changed(edit, "--accept=^kv_size/.*/int4-hqq/.* kv_bytes$")
