@@ -1,5 +1,7 @@
 // The command as its users run it: what it prints, what it refuses, and that it leaves nothing half-written.
 #include <gtest/gtest.h>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
 
 #include <chrono>
 #include <cmath>
@@ -45,6 +47,10 @@ TEST_F(Kvqbench, RefusesBadInputInOneLine) {
   ExpectRefused(Execute(tiny + " --schemes=none --contexts=32 --benchmark_filter='('"), {"--benchmark_filter", "regular expression"});
   ExpectRefused(Execute(tiny + " --schemes=none --contexts=32 --benchmark_format=xml"), {"--benchmark_format"});
   ExpectRefused(Execute(tiny + " --schemes=none --contexts=32 --benchmark_out=/no/such/dir/x.json"), {"--benchmark_out", "/no/such/dir"});
+  ExpectRefused(Execute(tiny + " --schemes=none --contexts=32 --summary-file=/no/such/dir/x.txt"), {"--summary-file", "/no/such/dir"});
+  ExpectRefused(Execute("--models=./" + std::string(5000, 'a')), {"File name too long"});
+  ExpectRefused(Execute(tiny + " --schemes=none --contexts=32 --benchmark_out=" + (dir_ / "\xff.json").string()),
+                {"--benchmark_out", "UTF-8"});
   ExpectRefused(Execute(tiny + " --schemes=none --contexts=32 --corpus-file=/no/such/file"), {"--corpus-file", "is not there"});
   std::ofstream(dir_ / "empty.txt");
   ExpectRefused(Execute(tiny + " --schemes=none --contexts=32 --corpus-file=" + (dir_ / "empty.txt").string()), {"empty.txt", "empty"});
@@ -67,6 +73,46 @@ TEST_F(Kvqbench, RefusesBrokenModelsInOneLine) {
 TEST_F(Kvqbench, RefusesATokenizerOfAnotherModel) {
   fs::copy(GoldenPath("models/llama-gqa3"), dir_ / "tiny", fs::copy_options::recursive | fs::copy_options::overwrite_existing);
   ExpectRefused(Execute(Tiny() + " --schemes=none --contexts=32"), {"420 tokens", "vocab_size 61"});
+}
+
+// ---- files that are none
+
+TEST_F(Kvqbench, OnlyRegularFilesAreReplacedOrRead) {
+  const std::string flags = Tiny() + " --schemes=none --contexts=32 --benchmark_filter=kv_size ";
+  const fs::path pipe = dir_ / "pipe";
+  ASSERT_EQ(mkfifo(pipe.c_str(), 0600), 0);
+  ExpectRefused(Execute(flags + "--benchmark_out=" + pipe.string()), {"--benchmark_out", pipe.string(), "a pipe"});
+  EXPECT_EQ(fs::status(pipe).type(), fs::file_type::fifo);
+  ExpectRefused(Execute(flags + "--benchmark_out=/dev/stdout"), {"--benchmark_out", "--benchmark_format=json"});
+  ExpectRefused(Execute(flags + "--corpus-file=" + pipe.string()), {pipe.string(), "no regular file"});
+  ExpectRefused(Execute("--to-v2=" + (dir_ / "v2").string() + " " + pipe.string()), {pipe.string(), "no regular file"});
+  // A summary is only written: what takes text gets it, at the end, and stays what it is.
+  const Outcome shown = Execute(flags + "--summary-file=/dev/stdout");
+  EXPECT_EQ(shown.code, 0) << shown.err;
+  EXPECT_LT(shown.out.find("kv_size/tiny"), shown.out.find("1 benchmarks: 1 done")) << shown.out;
+  EXPECT_NE(shown.out.find("1 benchmarks: 1 done"), std::string::npos) << shown.out;
+  const Outcome full = Execute(flags + "--summary-file=/dev/full");
+  EXPECT_EQ(full.code, 2) << full.err;
+  EXPECT_NE(full.err.find("cannot write /dev/full: No space left"), std::string::npos) << full.err;
+  // A link's file is replaced, not the link.
+  fs::create_symlink(dir_ / "summary.txt", dir_ / "link.txt");
+  EXPECT_EQ(Execute(flags + "--summary-file=" + (dir_ / "link.txt").string()).code, 0);
+  EXPECT_TRUE(fs::is_symlink(dir_ / "link.txt"));
+  EXPECT_TRUE(fs::exists(dir_ / "summary.txt"));
+  for (const char* name : {"config.json", "tokenizer.json", "model.safetensors"}) {
+    fs::rename(dir_ / "tiny" / name, dir_ / name);
+    ASSERT_EQ(mkfifo((dir_ / "tiny" / name).c_str(), 0600), 0);
+    ExpectRefused(Execute(flags), {name});
+    fs::rename(dir_ / name, dir_ / "tiny" / name);
+  }
+  // A device as /dev/null and /dev/zero are, under a name of its own: only root may make one.
+  for (const auto& [name, minor_number] : {std::pair("null", 3), std::pair("zero", 5)}) {
+    const fs::path node = dir_ / name;
+    if (mknod(node.c_str(), S_IFCHR | 0666, makedev(1, static_cast<unsigned>(minor_number))) != 0) continue;
+    ExpectRefused(Execute(flags + "--benchmark_out=" + node.string()), {node.string(), "a device"});
+    EXPECT_EQ(Execute(flags + "--summary-file=" + node.string()).code, 0);
+    EXPECT_EQ(fs::status(node).type(), fs::file_type::character);
+  }
 }
 
 TEST_F(Kvqbench, ListsWhatItWouldRun) {

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <filesystem>
 #include <iostream>
 #include <map>
 #include <regex>
@@ -344,6 +345,7 @@ int Main(int argc, char** argv) {
     for (const auto& [measurement, cell] : cells) std::cout << CellName(*measurement, cell) << "\n";
     return 0;
   }
+  if (!line.output.summary_file.empty()) CheckWritable("--summary-file", line.output.summary_file);
   ResultsFile results(line.output.out);
   Options options = line.options;
   // What `auto` was when the file was begun: settled again, on a busy machine, it could be the other.
@@ -444,6 +446,9 @@ int main(int argc, char** argv) {
     return kvq::Main(argc, argv);
   } catch (const kvq::InputError& error) {
     std::fprintf(stderr, "kvqbench: %s\n", error.what());
+    return 2;
+  } catch (const std::filesystem::filesystem_error& error) {  // a path that cannot be followed
+    std::fprintf(stderr, "kvqbench: %s: %s\n", error.path1().c_str(), error.code().message().c_str());
     return 2;
   } catch (const std::exception& error) {
     const char* kind = kvq::IsOutOfMemory(error) ? "out of memory, and not in a benchmark" : "internal error";

@@ -116,6 +116,7 @@ CommandLine ParseCommandLine(const std::vector<std::string>& arguments) {
     const std::string& argument = arguments[i];
     const size_t equals = argument.find('=');
     const std::string name = argument.substr(0, equals);
+    if (!IsUtf8(argument)) throw InputError(name, ": not UTF-8, which results could not say; rename what it names");
     const std::string value = equals == std::string::npos ? "" : argument.substr(equals + 1);
     if (argument == "--help" || argument == "-h") {
       line.help = true;

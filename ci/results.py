@@ -344,6 +344,10 @@ def validate(kind, data):
 
 
 def read_json(path):
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+        raise Refused("no regular file")
+    if re.search("[\udc80-\udcff]", path):  # what Python makes of other bytes
+        raise Refused("its name is not UTF-8")
     try:
         with open(path, encoding="utf-8") as file:
             return json.load(file)
