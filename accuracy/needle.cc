@@ -16,6 +16,7 @@
 
 #include "accuracy/statistics.h"
 #include "benchmarks/measurement.h"
+#include "fixtures/finite.h"
 #include "kernels/error.h"
 
 namespace kvq {
@@ -38,12 +39,13 @@ std::vector<int32_t> Answer(Session& session, const Cell& cell, const Spec& spec
   const Backend& backend = FindBackend(cell.backend);
   KvCache cache(spec, model.cache_shape(1),
                 static_cast<int64_t>(prompt.ids.size()) + kNewTokens, model.dtype(), model.cache_devices());
-  at::Tensor hidden = Feed(model, IdTensor(prompt.ids, 1, model.device()), cache, backend, chunk,
-                           spec.sink_tokens + chunk);
+  const at::Tensor ids = IdTensor(prompt.ids, 1, model.device());
+  at::Tensor hidden = Feed(model, ids, cache, backend, chunk, spec.sink_tokens + chunk);
   std::vector<int32_t> answer;
   for (;;) {
-    const at::Tensor token =
-        model.Logits(hidden.narrow(1, hidden.size(1) - 1, 1)).argmax(-1);
+    const at::Tensor logits = model.Logits(hidden.narrow(1, hidden.size(1) - 1, 1));
+    CheckFinite(logits, model, ids, spec, backend);
+    const at::Tensor token = logits.argmax(-1);
     answer.push_back(static_cast<int32_t>(token.item<int64_t>()));
     if (static_cast<int64_t>(answer.size()) == kNewTokens || tokenizer.eos_id() == answer.back() ||
         (!until.empty() && tokenizer.Decode(answer).find(until) != std::string::npos)) {

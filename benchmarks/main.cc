@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <filesystem>
 #include <iostream>
@@ -113,7 +114,11 @@ void Measure(benchmark::State& state, const Measurement& measurement, const Cell
     if (const std::string ways = backend.ran(); !ways.empty()) session.ran = StrCat(ways, on);
   }
   AddGpuState(session, session.TakeWatch(), counters);
-  for (const auto& [name, value] : counters) state.counters[name] = value;
+  for (const auto& [name, value] : counters) {
+    // The model's own numbers were looked at by the measurement (fixtures/finite.h); this is what it made of them.
+    if (!std::isfinite(value)) throw std::runtime_error(StrCat(name, " is not a finite number"));
+    state.counters[name] = value;
+  }
   const std::string stages = StageText(FindModel(cell.model).config(), session.devices());
   // The kernels that really ran: nothing falls back silently.
   state.SetLabel(StrCat(session.device().is_cuda() ? "cuda" : "cpu", " ",

@@ -144,6 +144,7 @@ Counters Power(Session& session, const Cell& cell, benchmark::State& state) {
     rates.push_back(tokens / seconds);
     return seconds / tokens;
   });
+  decoding.CheckFinite();
   session.AddNote(meter.Source(idle));
   Counters counters;
   AddSpread(counters, "watts", watts);

@@ -3,6 +3,7 @@
 // once. The shares say how much of a prefill and of a decoding step is spent there, in one run each.
 #include "benchmarks/measurement.h"
 #include "fixtures/cache/codec_tensors.h"
+#include "fixtures/finite.h"
 
 namespace kvq {
 namespace {
@@ -67,6 +68,7 @@ Shares MeasureShares(Session& session, const Cell& cell, const Spec& spec) {
     }
   });
   const CacheWork decode = cache.work();
+  CheckFinite(model.Logits(hidden), model, ids, spec, backend);
   return {prefill.encode_s / prefill_s, prefill.decode_s / prefill_s, decode.encode_s / decode_s,
           decode.decode_s / decode_s};
 }
