@@ -33,7 +33,6 @@ TEST_F(Kvqbench, RefusesBadInputInOneLine) {
   ExpectRefused(Execute(tiny + " --schemes=int8-quanto"), {"int8-quanto", "2 and 4 bits"});
   ExpectRefused(Execute(tiny + " --schemes=int4-hqq"), {"head_dim", "64"});  // the tiny model's is 8
   ExpectRefused(Execute(tiny + " --backends=warp"), {"warp", "eager, sdpa, fused, sage"});
-  ExpectRefused(Execute(tiny + " --schemes=none --contexts=4096"), {"--contexts", "4096", "128"});
   ExpectRefused(Execute(tiny + " --contexts=ten"), {"--contexts", "ten"});
   ExpectRefused(Execute(tiny + " --contexts=64,,"), {"--contexts", "empty item"});
   ExpectRefused(Execute(tiny + " --windows=0"), {"--windows", "1"});
@@ -135,6 +134,39 @@ TEST_F(NotFinite, NothingAgreesWithWhatIsNoNumber) {
     EXPECT_TRUE(std::isnan(scores[0][3].item<double>())) << value;
     EXPECT_EQ(scores[1][3].item<double>(), 1) << "the next token's are whole";
   }
+}
+
+// ---- positions
+
+TEST_F(Kvqbench, WhatExceedsAModelsPositionsIsSkippedAndTheRestRuns) {
+  fs::copy(dir_ / "tiny", dir_ / "long");
+  std::ifstream in(dir_ / "tiny/config.json");
+  nlohmann::json config = nlohmann::json::parse(in);
+  config["max_position_embeddings"] = 512;
+  std::ofstream(dir_ / "long/config.json") << config;
+  const std::string models = StrCat(" --models=", (dir_ / "tiny").string(), ",", (dir_ / "long").string());
+  const Outcome outcome = Execute(Tiny() + models + " --schemes=none --contexts=128,256 --windows=2 --dtype=float32 --runs=1 "
+                                  "--decode-tokens=5 --benchmark_filter='kv_size|perplexity|needle|memory|decode' "
+                                  "--benchmark_format=json");
+  EXPECT_EQ(outcome.code, 0) << outcome.err;
+  const auto runs = ByName(outcome.out);
+  const auto why = [&](const std::string& name, int context) {
+    return runs.at(StrCat(name, "/sdpa/none/ctx:", context, "/batch:1")).value("error_message", "");
+  };
+  EXPECT_EQ(why("perplexity/tiny", 128), "");
+  EXPECT_EQ(why("needle/tiny", 128), "skipped: the context's 128 tokens and 32 new ones exceed the model's 128 positions");
+  EXPECT_NE(why("memory/tiny", 128).find("and 8 new ones exceed"), std::string::npos);
+  if (std::string(KVQ_BUILD_TYPE) == "Release") {
+    EXPECT_NE(why("decode/tiny", 128).find("and 5 new ones exceed"), std::string::npos);
+  }
+  EXPECT_EQ(why("kv_size/tiny", 256), "skipped: the context's 256 tokens exceed the model's 128 positions");
+  for (const char* name : {"kv_size/long", "perplexity/long", "needle/long"}) EXPECT_EQ(why(name, 256), "") << name;
+  // Learned positions end on random weights, too; rotary ones were trained for no length there.
+  const auto random = ByName(Execute("--models=gpt2,llama-2-7b --schemes=none --contexts=8192 --benchmark_filter=kv_size "
+                                     "--benchmark_format=json").out);
+  EXPECT_NE(random.at("kv_size/gpt2/sdpa/none/ctx:8192/batch:1").value("error_message", "").find("1024 positions"),
+            std::string::npos);
+  EXPECT_FALSE(random.at("kv_size/llama-2-7b/sdpa/none/ctx:8192/batch:1").contains("error_message"));
 }
 
 // ---- files that are none

@@ -116,7 +116,7 @@ Counters Needle(Session& session, const Cell& cell, benchmark::State& state) {
 const RegisterMeasurement kNeedle{
     {.name = "needle", .what = "share of hidden numbers found, constant and random ones",
      .study = "the prompt in one call; 7492 at five depths, its answers in the JSON; random ones beside",
-     .quality = true, .run = Needle}};
+     .quality = true, .new_tokens = [](const Options&) { return kNewTokens; }, .run = Needle}};
 
 }  // namespace
 

@@ -117,7 +117,7 @@ Counters Decode(Session& session, const Cell& cell, benchmark::State& state) {
 const RegisterMeasurement kDecode{
     {.name = "decode", .what = "new tokens/s at a context, without its prefill",
      .study = "\"Hello world\" as text; a second prefill inside the timer; tokens_per_s_net without it",
-     .timed = true, .run = Decode}};
+     .timed = true, .new_tokens = [](const Options& o) { return o.decode_tokens; }, .run = Decode}};
 
 }  // namespace
 }  // namespace kvq

@@ -99,6 +99,15 @@ void Measure(benchmark::State& state, const Measurement& measurement, const Cell
   if (measurement.quality && session.random_weights(cell.model)) {
     throw Skip("random weights say nothing about quality; give --models a directory with real ones");
   }
+  const ModelFiles files = FindModel(cell.model);
+  const ModelConfig config = files.config();
+  const int64_t new_tokens = measurement.new_tokens(session.options());
+  // Rotary positions on random weights have no length they were trained for.
+  const bool endless = files.random_weights() && !config.ropes.empty();
+  if (cell.context + new_tokens > config.max_position_embeddings && !endless) {
+    throw Skip(StrCat("the context's ", cell.context, " tokens", new_tokens > 0 ? StrCat(" and ", new_tokens, " new ones") : "",
+                      " exceed the model's ", config.max_position_embeddings, " positions"));
+  }
   const Backend& backend = FindBackend(cell.backend);
   if (backend.graph && (!session.device().is_cuda() || session.dtype() == at::kFloat)) {
     throw Skip(StrCat("backend ", cell.backend, " needs --device=cuda and 16 bits"));
@@ -119,7 +128,7 @@ void Measure(benchmark::State& state, const Measurement& measurement, const Cell
     if (!std::isfinite(value)) throw std::runtime_error(StrCat(name, " is not a finite number"));
     state.counters[name] = value;
   }
-  const std::string stages = StageText(FindModel(cell.model).config(), session.devices());
+  const std::string stages = StageText(config, session.devices());
   // The kernels that really ran: nothing falls back silently.
   state.SetLabel(StrCat(session.device().is_cuda() ? "cuda" : "cpu", " ",
                         c10::toString(session.dtype()), ", ", session.ran,
@@ -166,16 +175,8 @@ std::vector<std::pair<const Measurement*, Cell>> Cells(const CommandLine& line) 
       throw InputError("--models: '", other, "' and '", model, "' would both be named '", ModelLabel(model),
                        "' in the results");
     }
-    const ModelFiles files = FindModel(model);
-    const ModelConfig config = files.config();
-    for (const std::string& spec : o.schemes) CheckSpec(ParseSpec(spec), CacheShapeOf(config, 1));
-    for (const int64_t context : o.contexts) {
-      // Rotary positions on random weights have no length they were trained for.
-      if (context > config.max_position_embeddings && !(files.random_weights() && !config.ropes.empty())) {
-        throw InputError("--contexts: ", context, " is longer than the ",
-                         config.max_position_embeddings, " positions of model '", model, "'");
-      }
-    }
+    const CacheShape shape = CacheShapeOf(FindModel(model).config(), 1);
+    for (const std::string& spec : o.schemes) CheckSpec(ParseSpec(spec), shape);
   }
   const std::vector<std::string> none = {"none"};
   std::set<std::string> names;  // a list may say the same twice

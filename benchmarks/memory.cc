@@ -154,7 +154,7 @@ Counters Memory(Session& session, const Cell& cell, benchmark::State& state) {
 const RegisterMeasurement kMemory{
     {.name = "memory", .what = "peak bytes of a prefill and some decoding: resident (CPU), allocated and reserved (CUDA)",
      .study = "three caches and the logits of all positions at once, as the study's peaks hold",
-     .run = Memory}};
+     .new_tokens = [](const Options&) { return kSteps; }, .run = Memory}};
 
 }  // namespace
 }  // namespace kvq
