@@ -279,6 +279,13 @@ TEST_F(LongRun, ResultsOfAnotherKindAreNeverMixed) {
   refused("--protocol=study", {"protocol=decode", "protocol=study"});
   refused("--dtype=bfloat16", {"dtype=Float", "dtype=BFloat16"});
   refused("--benchmark_repetitions=2", {"no benchmark_flags", "--benchmark_repetitions=2"});
+  // Tokens of another tokenizer are another text.
+  const std::string tokenizer = Text(dir_ / "tiny/tokenizer.json");
+  json without_merges = json::parse(tokenizer);
+  without_merges["model"]["merges"] = json::array();
+  std::ofstream(dir_ / "tiny/tokenizer.json") << without_merges;
+  refused("", {"model_tokenizer tiny=sha256:"});
+  std::ofstream(dir_ / "tiny/tokenizer.json") << tokenizer;
   std::ofstream(dir_ / "text.txt", std::ios::app) << "Another text.";
   refused("", {"corpus_sha256="});
   TinyModel::SetUp();  // another model under the same name; the results are gone with the folder

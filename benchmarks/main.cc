@@ -225,6 +225,9 @@ void AddContext(Session& session, const std::vector<std::string>& benchmark_flag
     benchmark::AddCustomContext("model " + model, "sha256:" + ModelSha256(files) +
                                                       (files.random_weights() ? ", random weights" : ""));
     benchmark::AddCustomContext("model_config " + ModelLabel(model), ModelConfigV2(files).dump());
+    if (!files.random_weights()) {
+      benchmark::AddCustomContext("model_tokenizer " + ModelLabel(model), "sha256:" + TokenizerSha256(files.dir));
+    }
   }
   if (text) {
     benchmark::AddCustomContext("corpus", session.corpus().name);
