@@ -74,6 +74,24 @@ TEST_F(Kvqbench, RefusesATokenizerOfAnotherModel) {
   ExpectRefused(Execute(Tiny() + " --schemes=none --contexts=32"), {"420 tokens", "vocab_size 61"});
 }
 
+// Found before anything is measured, of any model: the right one before it has no result that would be lost.
+TEST_F(Kvqbench, RefusesATensorOfAnotherTypeOrShapeBeforeItMeasures) {
+  const auto refused = [&](const std::string& tensor, const std::string& from, const std::string& to, const std::string& why) {
+    fs::remove_all(dir_ / "bad");
+    fs::copy(dir_ / "tiny", dir_ / "bad");
+    std::ifstream in(dir_ / "bad/model.safetensors", std::ios::binary);
+    std::string file((std::istreambuf_iterator<char>(in)), {});
+    const size_t at = file.find(from, file.find("\"" + tensor + "\""));
+    ASSERT_NE(at, std::string::npos);
+    std::ofstream(dir_ / "bad/model.safetensors", std::ios::binary) << file.replace(at, from.size(), to);
+    const std::string models = StrCat(" --models=", (dir_ / "tiny").string(), ",", (dir_ / "bad").string());
+    ExpectRefused(Execute(Tiny() + models + " --schemes=none --contexts=32 --benchmark_filter=kv_size "
+                          "--benchmark_format=json"), {tensor, why});
+  };
+  refused("model.norm.weight", "\"BF16\"", " \"I16\"", "type I16");
+  refused("model.layers.1.mlp.down_proj.weight", "[32,40]", "[40,32]", "shape [40, 32]");
+}
+
 // ---- what is not finite is no measurement
 
 class NotFinite : public Kvqbench {

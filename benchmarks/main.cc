@@ -143,8 +143,6 @@ bool RunCell(benchmark::State& state, const Measurement& measurement, const Cell
   std::string out_of_memory;
   try {
     Measure(state, measurement, cell, session);
-  } catch (const InputError&) {
-    throw;
   } catch (const Skip& reason) {
     state.SkipWithError(StrCat("skipped: ", reason.what()).c_str());
   } catch (const std::exception& error) {
@@ -373,7 +371,7 @@ int Main(int argc, char** argv) {
   for (const std::string& model : line.options.models) {
     const std::string dir = FindModel(model).dir;
     if (dir.empty()) continue;  // random weights
-    Safetensors::Open(dir);
+    LoadModel(dir, at::kFloat, at::Device(at::kMeta));  // the tensors' names, types and shapes, without their numbers
     const int64_t tokens = session.tokenizer(model).vocab_size();
     const int64_t vocabulary = LoadModelConfig(dir).vocab_size;
     if (tokens > vocabulary) {
@@ -426,7 +424,8 @@ int Main(int argc, char** argv) {
         results.Save();  // all before
         RunBenchmark(names[i], *cells[i].first, cells[i].second, session, progress, reporter);
       }
-    } catch (const InputError&) {
+    } catch (const InputError&) {  // results cannot be written
+      reporter.End();
       summarize();
       throw;
     }
