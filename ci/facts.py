@@ -13,7 +13,8 @@ interval    what has `_lo` and `_hi`, ppl, KLD, top-1, needle: NEW within OLD's 
             the same arithmetic is promised and the number differs, but stays inside, it is listed as MOVED.
 Everything else (times, rates, memory of a process) is no fact. Both ways count: a number that became better without
 being expected to is a defect, or wants a new baseline. Keys, values and answers follow from model, text, seed, type and
-protocol (SAME_INPUT): where these differ, only exact facts are compared, and the rest is listed as not compared.
+protocol (SAME_INPUT): where these differ, only exact facts are compared, and the rest is listed as not compared. A fact
+that is null in both is no agreement: it is listed as not comparable.
 """
 
 import math
@@ -25,15 +26,16 @@ RULES = [
     (r"[._](crc32|digest|bytes_per_token|encoded_tokens|kv_bytes)(_|$)", "exact"),
     (r"^kernel[^.]*\.(bytes|flops|gflop)$", "exact"), (r"\.(windows|scored_tokens|needle_trials|gflop)$", "exact"),
     (r"^(error|distribution|sensitivity)\.|[._](nmse|max_error)(_|$)", "arithmetic")]
-SAME_INPUT = ("model", "corpus_sha256", "protocol", "seed", "dtype")
+SAME_INPUT = ("model", "tokenizer", "corpus_sha256", "protocol", "seed", "dtype")
 SAME_ARITHMETIC = ("device", "cpu", "gpu", "cpu_capability", "threads", "libtorch", "cuda_driver", "cuda_runtime")
 BAD = ("CHANGED", "LOST", "FAILED")  # these end in exit code 1
-INCOMPLETE = ("MISSING", "NOT COMPARED")
+NOT_COMPARED = ("NOT COMPARED", "NOT COMPARABLE")
+INCOMPLETE = ("MISSING", *NOT_COMPARED)
 
 
 @dataclass
 class Finding:
-    verdict: str   # SAME, MOVED, CHANGED, LOST, FAILED, ACCEPTED, MISSING, NEW, NOT COMPARED
+    verdict: str   # SAME, MOVED, CHANGED, LOST, FAILED, ACCEPTED, MISSING, NEW, NOT COMPARED, NOT COMPARABLE
     cell: str      # <measurement>/<model>/<backend>/<spec>/ctx:N/batch:B
     fact: str      # the counter; empty: all of the cell
     old: object = None
@@ -57,14 +59,16 @@ def sides(results):
     one_device = len({cell.device for cell in current}) == 1
     found = {}
     for cell in current:
-        measurements = {name.split(".", 1)[0] for name in [*cell.values, *cell.texts, *cell.skipped]}
+        measurements = {name.split(".", 1)[0] for name in [*cell.values, *cell.nulls, *cell.texts, *cell.skipped]}
         facts = cell.files[-1].facts
         conditions = {name: facts.get(name) for name in SAME_INPUT + SAME_ARITHMETIC}
         conditions["model"] = next((value for name, value in facts.items()  # by its name, or by its folder
                                     if re.fullmatch(f"model (.*/)?{re.escape(cell.model)}/?", name)), None)
+        conditions["tokenizer"] = facts.get(f"model_tokenizer {cell.model}")
+        known = dict.fromkeys(cell.nulls) | cell.values
         for measurement in sorted(measurements):
             name = f"{measurement}/{cell.model}/{cell.backend}/{cell.spec}/ctx:{cell.context}/batch:{cell.batch}"
-            values = {key: value for key, value in cell.values.items() if key.startswith(measurement + ".")}
+            values = {key: value for key, value in known.items() if key.startswith(measurement + ".")}
             label = cell.texts.get(measurement + ".label", "").split("; ")[0]  # what ran, without the notes
             found["" if one_run else cell.run, "" if one_device else cell.device, name] = Side(
                 values, label, cell.skipped.get(measurement, ""), conditions)
@@ -87,21 +91,33 @@ def two_digits(old, new):
 
 
 def differing(old, new, names):
-    return [f"{name} {old.get(name)} -> {new.get(name)}" for name in names if old.get(name) != new.get(name)]
+    # Files from before tokenizers had a digest say nothing of theirs.
+    return [f"{name} {old.get(name)} -> {new.get(name)}" for name in names if old.get(name) != new.get(name)
+            and not (name == "tokenizer" and None in (old.get(name), new.get(name)))]
+
+
+def is_null(value):
+    return value is None or isinstance(value, list) and None in value
 
 
 def compare_fact(cell, name, old, new, same_arithmetic):
     """The Finding of one fact that both have, or None where it is no fact."""
-    rule, before, after = rule_of(name, old.values), old.values[name], new.values[name]
+    rule, before, after = rule_of(name, old.values), old.values[name], new.values.get(name)
     fact = name.split(".", 1)[1]
     if rule is None:
         return None
+    if is_null(before):
+        if is_null(after):
+            return Finding("NOT COMPARABLE", cell, fact, why="null in both")
+        return Finding("NEW", cell, fact, None, after, "null in OLD")
     if before == after:
         return Finding("SAME", cell, fact, before, after)
     if rule == "exact":
         return Finding("CHANGED", cell, fact, before, after, "exact")
     if rule == "interval":
         low, high = old.values[name + "_lo"], old.values[name + "_hi"]
+        if None in (low, high):
+            return Finding("NOT COMPARABLE", cell, fact, before, after, "its interval is null in OLD")
         interval = f"[{low:.6g}, {high:.6g}]"
         if not low <= after <= high:
             return Finding("CHANGED", cell, fact, before, after, "beyond " + interval)
@@ -135,7 +151,7 @@ def compare_cell(cell, old, new):
             continue
         if same_input and rule != "exact":
             left_out = True
-        elif name not in new.values:
+        elif is_null(new.values.get(name)) and not is_null(old.values[name]):
             findings.append(Finding("LOST", cell, name.split(".", 1)[1], old.values[name], None,
                                     "not a number any more, or not measured"))
         else:

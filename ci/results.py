@@ -70,6 +70,7 @@ class Cell:
     context: int
     batch: int
     values: dict = field(default_factory=dict)
+    nulls: set = field(default_factory=set)      # names of what was measured and gave no number
     texts: dict = field(default_factory=dict)    # `<measurement>.<name>`: labels, answers
     skipped: dict = field(default_factory=dict)  # measurement: reason
     files: list = field(default_factory=list)    # of class File, oldest first
@@ -145,6 +146,8 @@ def put(cell, name, value):
         cell.values[name] = [finite(item) for item in value]
     elif finite(value) is not None:
         cell.values[name] = value
+    else:
+        cell.nulls.add(name)
 
 
 def wilson(successes, trials):
@@ -184,7 +187,7 @@ def add_benchmarks(results, file, data):
         if run.get("label"):
             cell.texts[measurement + ".label"] = run["label"]
         for key, value in run.items():
-            if key not in NO_COUNTERS and isinstance(value, (int, float, list)):
+            if key not in NO_COUNTERS and isinstance(value, (int, float, list, type(None))):
                 put(cell, f"{measurement}.{key}", value)
 
 

@@ -8,7 +8,7 @@ import facts as comparing
 import timing
 import writing
 
-ORDER = ["FAILED", "CHANGED", "LOST", "SLOWER", "UNSURE", "NOT COMPARED", "MISSING", "ACCEPTED", "MOVED", "FASTER", "NEW",
+ORDER = ["FAILED", "CHANGED", "LOST", "SLOWER", "UNSURE", "NOT COMPARED", "NOT COMPARABLE", "MISSING", "ACCEPTED", "MOVED", "FASTER", "NEW",
          "SAME"]
 
 
@@ -202,7 +202,7 @@ def junit(outcome):
         if bad:
             failures += 1
             body.append(f"    <failure message={quoteattr(bad[0])}>{escape(chr(10).join(bad))}</failure>")
-        elif all(verdict in ("MISSING", "NOT COMPARED", "UNSURE") for verdict, _, _ in entries):
+        elif all(verdict in ("MISSING", "NOT COMPARED", "NOT COMPARABLE", "UNSURE") for verdict, _, _ in entries):
             skipped += 1
             body.append(f"    <skipped message={quoteattr(entries[0][2])}/>")
         body.append("  </testcase>")
