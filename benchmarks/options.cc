@@ -191,7 +191,7 @@ std::string HelpText() {
   Options defaults;
   std::ostringstream help;
   help << "kvqbench measures what storing the KV cache in fewer bits costs and buys.\n\n"
-          "usage: kvqbench [--benchmark_filter=REGEX] [flags]\n\n"
+          "usage: kvqbench [--benchmark_filter=REGEX] [flags]    (of a flag given twice, the last counts)\n\n"
           "Each benchmark is named MEASUREMENT/MODEL/BACKEND/SPEC/ctx:N/batch:B; the filter picks "
           "among them.\n\nflags (default)\n";
   for (const Flag& flag : Flags(defaults)) {
