@@ -21,6 +21,7 @@
 
 #include "accuracy/statistics.h"
 #include "benchmarks/measurement.h"
+#include "fixtures/finite.h"
 
 namespace kvq {
 
@@ -174,12 +175,13 @@ void AddLayer(Counters& counters, const std::string& side, int64_t layer, const 
 Counters MeasureDistribution(Session& session, const Cell& cell, benchmark::State& state) {
   const Model& model = session.model(cell.model);
   const at::Tensor ids = session.context_ids(cell);
+  const Spec none = ParseSpec("none");
   std::vector<Layer> layers;
   for (auto _ : state) {
     state.SetIterationTime(Time(session.devices(), [&] {
       layers = std::vector<Layer>(model.cache_shape(1).layers.size());
       for (const auto pass : {&Distribution::Add, &Distribution::Count}) {
-        KvCache cache = model.NewCache(ParseSpec("none"), cell.batch, cell.context);
+        KvCache cache = model.NewCache(none, cell.batch, cell.context);
         Feed(model, ids, cache, FindBackend(cell.backend), session.prefill_chunk(cell.batch), 0,
              [&](const LayerView& view) {
                Layer& layer = layers[view.cached_layer];
@@ -190,6 +192,11 @@ Counters MeasureDistribution(Session& session, const Cell& cell, benchmark::Stat
       }
     }));
   }
+  std::vector<double> ends;
+  for (const Layer& layer : layers) {
+    for (const Distribution& of : layer) ends.insert(ends.end(), {of.min(), of.max()});
+  }
+  CheckFinite(at::tensor(ends), model, ids, none, FindBackend(cell.backend));
   Counters summary, per_layer;
   int64_t heavy = 0;
   for (size_t side = 0; side < kSides.size(); ++side) {

@@ -1,9 +1,12 @@
 // error: how far encoded keys and values are from the originals, on the model's own cache at a context,
 // per layer. Only what policy append has encoded counts: sinks and residual are stored as they are. nmse
 // is the sum of squared errors over the sum of squares; max_error is the largest absolute one.
+#include <cmath>
+
 #include "accuracy/error_sum.h"
 #include "benchmarks/measurement.h"
 #include "fixtures/cache/codec_tensors.h"
+#include "kernels/error.h"
 
 namespace kvq {
 namespace {
@@ -39,6 +42,9 @@ Counters Error(Session& session, const Cell& cell, benchmark::State& state) {
         };
         const ErrorSum k = Measure(pair.keys->keys, spec, part(captured[layer].first));
         const ErrorSum v = Measure(pair.values->values, spec, part(captured[layer].second));
+        if (!std::isfinite(k.squared_error + v.squared_error)) {
+          throw std::runtime_error(StrCat("keys or values of layer ", layer, " are finite, and not when they are decoded"));
+        }
         keys.Add(k);
         values.Add(v);
         const std::string suffix = "/layer:" + std::to_string(layer);

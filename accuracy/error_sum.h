@@ -21,7 +21,7 @@ struct ErrorSum {
     squares += other.squares;
     largest = std::max(largest, other.largest);
   }
-  double nmse() const { return squared_error / squares; }
+  double nmse() const { return squared_error == 0 ? 0 : squared_error / squares; }  // zeros, too, can be exact
 };
 
 }  // namespace kvq

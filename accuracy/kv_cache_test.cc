@@ -76,6 +76,12 @@ TEST(Spec, RefusesWithTheReason) {
   EXPECT_NE(message("none@group=32").find("nothing is encoded"), std::string::npos);
   EXPECT_NE(message("int4-hqq@layers=3-1:none").find("ends before"), std::string::npos);
   EXPECT_NE(message("int4-hqq@layers=3").find("FIRST-LAST"), std::string::npos);
+  for (const char* key : {"residual=16", "group=32", "sinks=4", "policy=hf"}) {
+    const std::string once = StrCat("@", key);
+    EXPECT_NE(message("int4-hqq" + once + once).find(once.substr(0, once.find('=')) + " is given twice"), std::string::npos) << key;
+  }
+  EXPECT_NE(message("int4-hqq@layers=0-3:none@layers=3-5:int8-hqq").find("layer 3 is given twice"), std::string::npos);
+  EXPECT_EQ(ParseSpec("int4-hqq@layers=0-2:none@layers=3-5:int8-hqq").layers.size(), 2u);
   EXPECT_NE(message("int4-hqq+").find("scheme"), std::string::npos);
   EXPECT_NE(message("a/b").find("slash"), std::string::npos);
   EXPECT_THROW(CheckSpec(ParseSpec("int4-hqq"), CacheShape::Uniform(2, 1, 3, 80)), InputError);

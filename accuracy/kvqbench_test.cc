@@ -1,5 +1,7 @@
 // The command as its users run it: what it prints, what it refuses, and that it leaves nothing half-written.
 #include <gtest/gtest.h>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
 
 #include <chrono>
 #include <cmath>
@@ -31,7 +33,6 @@ TEST_F(Kvqbench, RefusesBadInputInOneLine) {
   ExpectRefused(Execute(tiny + " --schemes=int8-quanto"), {"int8-quanto", "2 and 4 bits"});
   ExpectRefused(Execute(tiny + " --schemes=int4-hqq"), {"head_dim", "64"});  // the tiny model's is 8
   ExpectRefused(Execute(tiny + " --backends=warp"), {"warp", "eager, sdpa, fused, sage"});
-  ExpectRefused(Execute(tiny + " --schemes=none --contexts=4096"), {"--contexts", "4096", "128"});
   ExpectRefused(Execute(tiny + " --contexts=ten"), {"--contexts", "ten"});
   ExpectRefused(Execute(tiny + " --contexts=64,,"), {"--contexts", "empty item"});
   ExpectRefused(Execute(tiny + " --windows=0"), {"--windows", "1"});
@@ -46,6 +47,10 @@ TEST_F(Kvqbench, RefusesBadInputInOneLine) {
   ExpectRefused(Execute(tiny + " --schemes=none --contexts=32 --benchmark_filter='('"), {"--benchmark_filter", "regular expression"});
   ExpectRefused(Execute(tiny + " --schemes=none --contexts=32 --benchmark_format=xml"), {"--benchmark_format"});
   ExpectRefused(Execute(tiny + " --schemes=none --contexts=32 --benchmark_out=/no/such/dir/x.json"), {"--benchmark_out", "/no/such/dir"});
+  ExpectRefused(Execute(tiny + " --schemes=none --contexts=32 --summary-file=/no/such/dir/x.txt"), {"--summary-file", "/no/such/dir"});
+  ExpectRefused(Execute("--models=./" + std::string(5000, 'a')), {"File name too long"});
+  ExpectRefused(Execute(tiny + " --schemes=none --contexts=32 --benchmark_out=" + (dir_ / "\xff.json").string()),
+                {"--benchmark_out", "UTF-8"});
   ExpectRefused(Execute(tiny + " --schemes=none --contexts=32 --corpus-file=/no/such/file"), {"--corpus-file", "is not there"});
   std::ofstream(dir_ / "empty.txt");
   ExpectRefused(Execute(tiny + " --schemes=none --contexts=32 --corpus-file=" + (dir_ / "empty.txt").string()), {"empty.txt", "empty"});
@@ -68,6 +73,159 @@ TEST_F(Kvqbench, RefusesBrokenModelsInOneLine) {
 TEST_F(Kvqbench, RefusesATokenizerOfAnotherModel) {
   fs::copy(GoldenPath("models/llama-gqa3"), dir_ / "tiny", fs::copy_options::recursive | fs::copy_options::overwrite_existing);
   ExpectRefused(Execute(Tiny() + " --schemes=none --contexts=32"), {"420 tokens", "vocab_size 61"});
+}
+
+// Found before anything is measured, of any model: the right one before it has no result that would be lost.
+TEST_F(Kvqbench, RefusesATensorOfAnotherTypeOrShapeBeforeItMeasures) {
+  const auto refused = [&](const std::string& tensor, const std::string& from, const std::string& to, const std::string& why) {
+    fs::remove_all(dir_ / "bad");
+    fs::copy(dir_ / "tiny", dir_ / "bad");
+    std::ifstream in(dir_ / "bad/model.safetensors", std::ios::binary);
+    std::string file((std::istreambuf_iterator<char>(in)), {});
+    const size_t at = file.find(from, file.find("\"" + tensor + "\""));
+    ASSERT_NE(at, std::string::npos);
+    std::ofstream(dir_ / "bad/model.safetensors", std::ios::binary) << file.replace(at, from.size(), to);
+    const std::string models = StrCat(" --models=", (dir_ / "tiny").string(), ",", (dir_ / "bad").string());
+    ExpectRefused(Execute(Tiny() + models + " --schemes=none --contexts=32 --benchmark_filter=kv_size "
+                          "--benchmark_format=json"), {tensor, why});
+  };
+  refused("model.norm.weight", "\"BF16\"", " \"I16\"", "type I16");
+  refused("model.layers.1.mlp.down_proj.weight", "[32,40]", "[40,32]", "shape [40, 32]");
+}
+
+// ---- what is not finite is no measurement
+
+class NotFinite : public Kvqbench {
+ protected:
+  // error_message of every cell, "" of one that was measured.
+  std::map<std::string, std::string> Errors(const std::string& more, int code) const {
+    const fs::path file = dir_ / "not_finite.json";
+    fs::remove(file);
+    const Outcome outcome = Execute(
+        Tiny() + " --schemes=none,int4-hqq@residual=16 --contexts=64 --windows=2 --runs=1 --max-runs=1 --decode-tokens=2 "
+        "--benchmark_filter='perplexity|needle|sensitivity|distribution|error|prefill|decode|memory|quantize' "
+        "--benchmark_out=" + file.string() + more);
+    EXPECT_EQ(outcome.code, code) << outcome.err;
+    std::ifstream in(file);
+    std::map<std::string, std::string> errors;
+    for (const auto& [name, run] : ByName(std::string((std::istreambuf_iterator<char>(in)), {}))) {
+      const std::string error = run.value("error_message", "");
+      if (error.find("Release") == std::string::npos && error.find("nothing is encoded") == std::string::npos) {
+        errors[name] = error;
+      }
+    }
+    return errors;
+  }
+};
+
+TEST_F(NotFinite, LogitsFailEveryCellThatReadsThem) {
+  WidenHeads(dir_ / "tiny");
+  Overwrite(dir_ / "tiny", "model.norm.weight", NAN);
+  for (const char* protocol : {" --dtype=float32", " --dtype=float32 --protocol=study"}) {
+    const auto errors = Errors(protocol, 1);
+    EXPECT_GE(errors.size(), 9u);
+    for (const auto& [name, error] : errors) {
+      const bool reads_logits = name.find("error/") != 0 && name.find("distribution/") != 0;
+      EXPECT_EQ(error, reads_logits ? "failed: the logits are not finite in float32, and no --dtype reaches further; "
+                                      "weights of the model are not finite themselves" : "") << name;
+    }
+  }
+}
+
+TEST_F(NotFinite, TheFirstLayerIsNamedAndTheTypeThatReachesFurther) {
+  WidenHeads(dir_ / "tiny");
+  Overwrite(dir_ / "tiny", "model.layers.0.mlp.down_proj.weight", 3e4);
+  for (const auto& [name, error] : Errors(" --dtype=float16", 1)) {
+    EXPECT_EQ(error, "failed: layer 0 is the first that is not finite in float16; try --dtype=bfloat16 or --dtype=float32")
+        << name;
+  }
+  for (const auto& [name, error] : Errors(" --dtype=bfloat16", 0)) EXPECT_EQ(error, "") << name;
+}
+
+TEST_F(NotFinite, NothingAgreesWithWhatIsNoNumber) {
+  const at::Tensor plain = at::arange(0, 24, at::kFloat).view({1, 2, 12}), targets = at::zeros({1, 2}, at::kLong);
+  EXPECT_EQ(ScoreTokens(plain, plain, targets)[0][0][3].item<double>(), 1);
+  for (const float value : {NAN, INFINITY, -INFINITY}) {
+    at::Tensor broken = plain.clone();
+    broken[0][0][5] = value;
+    const at::Tensor scores = ScoreTokens(broken, broken, targets)[0];
+    EXPECT_FALSE(std::isfinite(scores[0][2].item<double>())) << value;
+    EXPECT_TRUE(std::isnan(scores[0][3].item<double>())) << value;
+    EXPECT_EQ(scores[1][3].item<double>(), 1) << "the next token's are whole";
+  }
+}
+
+// ---- positions
+
+TEST_F(Kvqbench, WhatExceedsAModelsPositionsIsSkippedAndTheRestRuns) {
+  fs::copy(dir_ / "tiny", dir_ / "long");
+  std::ifstream in(dir_ / "tiny/config.json");
+  nlohmann::json config = nlohmann::json::parse(in);
+  config["max_position_embeddings"] = 512;
+  std::ofstream(dir_ / "long/config.json") << config;
+  const std::string models = StrCat(" --models=", (dir_ / "tiny").string(), ",", (dir_ / "long").string());
+  const Outcome outcome = Execute(Tiny() + models + " --schemes=none --contexts=128,256 --windows=2 --dtype=float32 --runs=1 "
+                                  "--decode-tokens=5 --benchmark_filter='kv_size|perplexity|needle|memory|decode' "
+                                  "--benchmark_format=json");
+  EXPECT_EQ(outcome.code, 0) << outcome.err;
+  const auto runs = ByName(outcome.out);
+  const auto why = [&](const std::string& name, int context) {
+    return runs.at(StrCat(name, "/sdpa/none/ctx:", context, "/batch:1")).value("error_message", "");
+  };
+  EXPECT_EQ(why("perplexity/tiny", 128), "");
+  EXPECT_EQ(why("needle/tiny", 128), "skipped: the context's 128 tokens and 32 new ones exceed the model's 128 positions");
+  EXPECT_NE(why("memory/tiny", 128).find("and 8 new ones exceed"), std::string::npos);
+  if (std::string(KVQ_BUILD_TYPE) == "Release") {
+    EXPECT_NE(why("decode/tiny", 128).find("and 5 new ones exceed"), std::string::npos);
+  }
+  EXPECT_EQ(why("kv_size/tiny", 256), "skipped: the context's 256 tokens exceed the model's 128 positions");
+  for (const char* name : {"kv_size/long", "perplexity/long", "needle/long"}) EXPECT_EQ(why(name, 256), "") << name;
+  // Learned positions end on random weights, too; rotary ones were trained for no length there.
+  const auto random = ByName(Execute("--models=gpt2,llama-2-7b --schemes=none --contexts=8192 --benchmark_filter=kv_size "
+                                     "--benchmark_format=json").out);
+  EXPECT_NE(random.at("kv_size/gpt2/sdpa/none/ctx:8192/batch:1").value("error_message", "").find("1024 positions"),
+            std::string::npos);
+  EXPECT_FALSE(random.at("kv_size/llama-2-7b/sdpa/none/ctx:8192/batch:1").contains("error_message"));
+}
+
+// ---- files that are none
+
+TEST_F(Kvqbench, OnlyRegularFilesAreReplacedOrRead) {
+  const std::string flags = Tiny() + " --schemes=none --contexts=32 --benchmark_filter=kv_size ";
+  const fs::path pipe = dir_ / "pipe";
+  ASSERT_EQ(mkfifo(pipe.c_str(), 0600), 0);
+  ExpectRefused(Execute(flags + "--benchmark_out=" + pipe.string()), {"--benchmark_out", pipe.string(), "a pipe"});
+  EXPECT_EQ(fs::status(pipe).type(), fs::file_type::fifo);
+  ExpectRefused(Execute(flags + "--benchmark_out=/dev/stdout"), {"--benchmark_out", "--benchmark_format=json"});
+  ExpectRefused(Execute(flags + "--corpus-file=" + pipe.string()), {pipe.string(), "no regular file"});
+  ExpectRefused(Execute("--to-v2=" + (dir_ / "v2").string() + " " + pipe.string()), {pipe.string(), "no regular file"});
+  // A summary is only written: what takes text gets it, at the end, and stays what it is.
+  const Outcome shown = Execute(flags + "--summary-file=/dev/stdout");
+  EXPECT_EQ(shown.code, 0) << shown.err;
+  EXPECT_LT(shown.out.find("kv_size/tiny"), shown.out.find("1 benchmarks: 1 done")) << shown.out;
+  EXPECT_NE(shown.out.find("1 benchmarks: 1 done"), std::string::npos) << shown.out;
+  const Outcome full = Execute(flags + "--summary-file=/dev/full");
+  EXPECT_EQ(full.code, 2) << full.err;
+  EXPECT_NE(full.err.find("cannot write /dev/full: No space left"), std::string::npos) << full.err;
+  // A link's file is replaced, not the link.
+  fs::create_symlink(dir_ / "summary.txt", dir_ / "link.txt");
+  EXPECT_EQ(Execute(flags + "--summary-file=" + (dir_ / "link.txt").string()).code, 0);
+  EXPECT_TRUE(fs::is_symlink(dir_ / "link.txt"));
+  EXPECT_TRUE(fs::exists(dir_ / "summary.txt"));
+  for (const char* name : {"config.json", "tokenizer.json", "model.safetensors"}) {
+    fs::rename(dir_ / "tiny" / name, dir_ / name);
+    ASSERT_EQ(mkfifo((dir_ / "tiny" / name).c_str(), 0600), 0);
+    ExpectRefused(Execute(flags), {name});
+    fs::rename(dir_ / name, dir_ / "tiny" / name);
+  }
+  // A device as /dev/null and /dev/zero are, under a name of its own: only root may make one.
+  for (const auto& [name, minor_number] : {std::pair("null", 3), std::pair("zero", 5)}) {
+    const fs::path node = dir_ / name;
+    if (mknod(node.c_str(), S_IFCHR | 0666, makedev(1, static_cast<unsigned>(minor_number))) != 0) continue;
+    ExpectRefused(Execute(flags + "--benchmark_out=" + node.string()), {node.string(), "a device"});
+    EXPECT_EQ(Execute(flags + "--summary-file=" + node.string()).code, 0);
+    EXPECT_EQ(fs::status(node).type(), fs::file_type::character);
+  }
 }
 
 TEST_F(Kvqbench, ListsWhatItWouldRun) {

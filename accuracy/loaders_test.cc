@@ -152,7 +152,7 @@ TEST(ModelConfig, RefusesByName) {
     return Message([&] { ParseModelConfig(text, "C"); });
   };
   EXPECT_NE(with("{", "").find("not a JSON object"), std::string::npos);
-  EXPECT_NE(with("\"hidden_size\":36,", "").find("'hidden_size' is missing"), std::string::npos);
+  EXPECT_NE(with("\"hidden_size\":36", "\"hidden_size\":null").find("'hidden_size' is missing"), std::string::npos);
   EXPECT_NE(with("\"hidden_size\":36", "\"hidden_size\":-36").find("positive"), std::string::npos);
   EXPECT_NE(with("\"hidden_size\":36", "\"hidden_size\":1e99").find("positive"), std::string::npos);
   EXPECT_NE(with("\"hidden_size\":36", "\"hidden_size\":\"36\"").find("positive"), std::string::npos);
@@ -163,6 +163,103 @@ TEST(ModelConfig, RefusesByName) {
             std::string::npos);
   EXPECT_NE(with("\"rope_theta\":1000.0", R"("rope_parameters":{"rope_type":"llama3","rope_theta":5.0})").find("'factor' is missing"),
             std::string::npos);
+}
+
+// What a config leaves out its class has: sizes of transformers 5.5.4.
+TEST(ModelConfig, LeavesOutWhatTransformersKnows) {
+  struct Expected {
+    const char* type;
+    int64_t hidden, layers, heads, kv_heads, head_dim, intermediate, vocabulary, positions, window_of_first;
+    bool tied;
+  };
+  for (const Expected& e : {Expected{"llama", 4096, 32, 32, 32, 128, 11008, 32000, 2048, 0, false},
+                            Expected{"mistral", 4096, 32, 32, 8, 128, 14336, 32000, 131072, 4096, false},
+                            Expected{"qwen2", 4096, 32, 32, 32, 128, 22016, 151936, 32768, 0, false},
+                            Expected{"qwen3", 4096, 32, 32, 32, 128, 22016, 151936, 32768, 0, false},
+                            Expected{"gemma3_text", 2304, 26, 8, 4, 256, 9216, 262208, 131072, 4096, true},
+                            Expected{"gemma3", 2304, 26, 8, 4, 256, 9216, 262208, 131072, 4096, true},
+                            Expected{"gemma4_text", 2304, 30, 8, 4, 256, 9216, 262144, 131072, 512, true},
+                            Expected{"gemma4", 2304, 30, 8, 4, 256, 9216, 262144, 131072, 512, true},
+                            Expected{"gpt2", 768, 12, 12, 12, 64, 3072, 50257, 1024, 0, true}}) {
+    SCOPED_TRACE(e.type);
+    const ModelConfig config = ParseModelConfig(std::string(R"({"model_type":")") + e.type + "\"}", "C");
+    EXPECT_EQ(config.hidden_size, e.hidden);
+    EXPECT_EQ(static_cast<int64_t>(config.layers.size()), e.layers);
+    EXPECT_EQ(config.num_heads, e.heads);
+    EXPECT_EQ(config.layers[0].num_kv_heads, e.kv_heads);
+    EXPECT_EQ(config.layers[0].head_dim, e.head_dim);
+    EXPECT_EQ(config.layers[0].intermediate_size, e.intermediate);
+    EXPECT_EQ(config.vocab_size, e.vocabulary);
+    EXPECT_EQ(config.max_position_embeddings, e.positions);
+    EXPECT_EQ(config.layers[0].sliding_window, e.window_of_first);
+    EXPECT_EQ(config.tie_word_embeddings, e.tied);
+  }
+  EXPECT_EQ(Architectures().size(), 9u) << "a new family wants its defaults here";
+}
+
+// The keys of published files, as they came.
+TEST(ModelConfig, ReadsPublishedFiles) {
+  const ModelConfig gemma = ParseModelConfig(R"({"architectures": ["Gemma3ForConditionalGeneration"], "boi_token_index": 255999,
+    "eoi_token_index": 256000, "eos_token_id": [1, 106], "image_token_index": 262144, "initializer_range": 0.02,
+    "mm_tokens_per_image": 256, "model_type": "gemma3", "text_config": {"hidden_size": 2560, "intermediate_size": 10240,
+    "model_type": "gemma3_text", "num_hidden_layers": 34, "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+    "sliding_window": 1024}, "torch_dtype": "bfloat16", "transformers_version": "4.50.0.dev0",
+    "vision_config": {"hidden_size": 1152, "model_type": "siglip_vision_model"}})", "gemma-3-4b-it");
+  EXPECT_EQ(gemma.num_heads, 8);
+  EXPECT_EQ(gemma.layers[0].num_kv_heads, 4);
+  EXPECT_EQ(gemma.layers[5].head_dim, 256);
+  EXPECT_EQ(gemma.layers[4].sliding_window, 1024);
+  EXPECT_EQ(gemma.ropes[1].factor, 8);
+  EXPECT_EQ(gemma.vocab_size, 262208);
+  const ModelConfig smollm = ParseModelConfig(R"({"architectures": ["LlamaForCausalLM"], "attention_bias": false,
+    "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 576,
+    "initializer_range": 0.041666666666666664, "intermediate_size": 1536, "is_llama_config": true,
+    "max_position_embeddings": 8192, "mlp_bias": false, "model_type": "llama", "num_attention_heads": 9,
+    "num_hidden_layers": 30, "num_key_value_heads": 3, "pad_token_id": 2, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+    "rope_interleaved": false, "rope_scaling": null, "rope_theta": 100000, "tie_word_embeddings": true,
+    "torch_dtype": "bfloat16", "transformers_version": "4.42.3", "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
+    "use_cache": true, "vocab_size": 49152})", "SmolLM2-135M-Instruct");
+  EXPECT_EQ(smollm.layers[0].head_dim, 64);
+  const ModelConfig qwen = ParseModelConfig(R"({"architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0,
+    "bos_token_id": 151643, "eos_token_id": 151643, "hidden_act": "silu", "hidden_size": 1536, "initializer_range": 0.02,
+    "intermediate_size": 8960, "max_position_embeddings": 131072, "max_window_layers": 28, "model_type": "qwen2",
+    "num_attention_heads": 12, "num_hidden_layers": 28, "num_key_value_heads": 2, "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0, "sliding_window": 131072, "tie_word_embeddings": true, "torch_dtype": "bfloat16",
+    "transformers_version": "4.40.1", "use_cache": true, "use_mrope": false, "use_sliding_window": false,
+    "vocab_size": 151936})", "Qwen2.5-1.5B");
+  EXPECT_EQ(qwen.layers[0].sliding_window, 0);
+  const ModelConfig gpt2 = ParseModelConfig(R"({"activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"],
+    "attn_pdrop": 0.1, "bos_token_id": 50256, "embd_pdrop": 0.1, "eos_token_id": 50256, "initializer_range": 0.02,
+    "layer_norm_epsilon": 1e-05, "model_type": "gpt2", "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12,
+    "n_positions": 1024, "resid_pdrop": 0.1, "summary_activation": null, "summary_first_dropout": 0.1,
+    "summary_proj_to_labels": true, "summary_type": "cls_index", "summary_use_proj": true,
+    "task_specific_params": {"text-generation": {"do_sample": true, "max_length": 50}}, "vocab_size": 50257})", "gpt2");
+  EXPECT_EQ(gpt2.max_position_embeddings, 1024);
+}
+
+// Whatever may change the arithmetic is refused by name, in every family; what asks for nothing is not.
+TEST(ModelConfig, RefusesKeysThatItDoesNotKnow) {
+  const auto message = [](const std::string& type, const std::string& key) {
+    return Message([&] { ParseModelConfig("{\"model_type\":\"" + type + "\"," + key + "}", "C"); });
+  };
+  for (const Architecture& architecture : Architectures()) {
+    for (const char* key : {"\"logits_scaling\":8.0", "\"use_qk_norm\":true", "\"no_rope_layers\":[0,1]",
+                            "\"attention_multiplier\":0.5", "\"quantization_config\":{\"bits\":4}",
+                            "\"compression_config\":{\"format\":\"int\"}"}) {
+      const std::string name = std::string(key).substr(1, std::string(key).find('"', 1) - 1);
+      EXPECT_NE(message(architecture.model_type, key).find("C: '" + name + "' is "), std::string::npos)
+          << architecture.model_type << " " << key;
+    }
+    EXPECT_EQ(message(architecture.model_type, "\"use_qk_norm\":null,\"pruned_heads\":{},\"torch_dtype\":\"float16\""), "no error");
+  }
+  for (const char* key : {"\"final_logit_softcapping\":1.0", "\"sliding_window\":8"}) {
+    EXPECT_NE(message("llama", key).find("does not know it in a model of type llama"), std::string::npos) << key;
+  }
+  EXPECT_NE(message("gemma3", "\"text_config\":{\"attn_logit_softcapping\":50.0}").find("'text_config/attn_logit_softcapping'"),
+            std::string::npos);
+  EXPECT_NE(message("qwen2", "\"rope_scaling\":{\"rope_type\":\"default\",\"mrope_section\":[16,24,24]}")
+                .find("'rope_scaling/mrope_section'"), std::string::npos);
+  EXPECT_NE(message("gemma3", "\"tie_word_embeddings\":false").find("tie_word_embeddings"), std::string::npos);
 }
 
 // ---- texts

@@ -16,6 +16,7 @@
 
 #include "accuracy/statistics.h"
 #include "benchmarks/measurement.h"
+#include "fixtures/finite.h"
 #include "kernels/error.h"
 
 namespace kvq {
@@ -37,12 +38,13 @@ std::vector<int32_t> Answer(Session& session, const Cell& cell, const Spec& spec
   const Tokenizer& tokenizer = session.tokenizer(cell.model);
   const Backend& backend = FindBackend(cell.backend);
   KvCache cache = model.NewCache(spec, 1, static_cast<int64_t>(prompt.ids.size()) + kNewTokens);
-  at::Tensor hidden = Feed(model, IdTensor(prompt.ids, 1, model.device()), cache, backend, chunk,
-                           spec.sink_tokens + chunk);
+  const at::Tensor ids = IdTensor(prompt.ids, 1, model.device());
+  at::Tensor hidden = Feed(model, ids, cache, backend, chunk, spec.sink_tokens + chunk);
   std::vector<int32_t> answer;
   for (;;) {
-    const at::Tensor token =
-        model.Logits(hidden.narrow(1, hidden.size(1) - 1, 1)).argmax(-1);
+    const at::Tensor logits = model.Logits(hidden.narrow(1, hidden.size(1) - 1, 1));
+    CheckFinite(logits, model, ids, spec, backend);
+    const at::Tensor token = logits.argmax(-1);
     answer.push_back(static_cast<int32_t>(token.item<int64_t>()));
     if (static_cast<int64_t>(answer.size()) == kNewTokens || tokenizer.eos_id() == answer.back() ||
         (!until.empty() && tokenizer.Decode(answer).find(until) != std::string::npos)) {
@@ -113,7 +115,7 @@ Counters Needle(Session& session, const Cell& cell, benchmark::State& state) {
 const RegisterMeasurement kNeedle{
     {.name = "needle", .what = "share of hidden numbers found, constant and random ones",
      .study = "the prompt in one call; 7492 at five depths, its answers in the JSON; random ones beside",
-     .quality = true, .run = Needle}};
+     .quality = true, .new_tokens = [](const Options&) { return kNewTokens; }, .run = Needle}};
 
 }  // namespace
 

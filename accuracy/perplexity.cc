@@ -17,6 +17,7 @@
 
 #include "accuracy/scoring.h"
 #include "accuracy/text_windows.h"
+#include "fixtures/finite.h"
 #include "kernels/error.h"
 
 namespace kvq {
@@ -42,6 +43,7 @@ std::vector<WindowScore> ScoreBatch(const Work& work, const Spec& spec,
                 [&](const at::Tensor& exact, const at::Tensor& logits, const at::Tensor& targets) {
                   AddScores(exact, logits, targets, scores.data());
                 });
+  CheckScores(work, spec, ids, scores);
   return scores;
 }
 
@@ -150,6 +152,7 @@ std::vector<double> StudyNll(const Work& work, const Spec& spec, const Window& w
         log.gather(-1, ids.narrow(1, begin, n).unsqueeze(-1).to(log.device())).view({n}).to(at::kDouble).cpu();
     for (int64_t i = 0; i < n; ++i) nll.push_back(-of_targets[i].item<double>());
   }
+  CheckFinite(at::tensor(nll), work.model, ids, spec, work.backend);
   return nll;
 }
 

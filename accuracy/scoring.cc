@@ -57,7 +57,7 @@ void ScoreRow(const float* r, const float* q, int64_t vocab, int64_t target, dou
   out[1] = q_log - q[target];
   // sum p (log p - log q), with log p = r - r_log and log q = q - q_log
   out[2] = sums[2] / sums[0] - (r_log - q_log);
-  out[3] = std::find(r, r + vocab, r_max) - r == std::find(q, q + vocab, q_max) - q;
+  out[3] = !std::isfinite(out[2]) ? NAN : std::find(r, r + vocab, r_max) - r == std::find(q, q + vocab, q_max) - q;
 }
 
 }  // namespace
@@ -67,10 +67,10 @@ at::Tensor ScoreTokens(const at::Tensor& reference, const at::Tensor& logits,
   if (reference.is_cuda()) {
     const at::Tensor r = at::log_softmax(reference, -1), q = at::log_softmax(logits, -1);
     const at::Tensor index = targets.unsqueeze(-1);
+    const at::Tensor kld = (r.exp() * (r - q)).sum(-1, false, at::kDouble);
     return at::stack({-r.gather(-1, index).squeeze(-1).to(at::kDouble),
-                      -q.gather(-1, index).squeeze(-1).to(at::kDouble),
-                      (r.exp() * (r - q)).sum(-1, false, at::kDouble),
-                      r.argmax(-1).eq(q.argmax(-1)).to(at::kDouble)},
+                      -q.gather(-1, index).squeeze(-1).to(at::kDouble), kld,
+                      r.argmax(-1).eq(q.argmax(-1)).to(at::kDouble).masked_fill(kld.isfinite().logical_not(), NAN)},
                      -1);
   }
   const at::Tensor r = reference.contiguous(), q = logits.contiguous(), t = targets.contiguous();

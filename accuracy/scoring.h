@@ -9,7 +9,8 @@
 namespace kvq {
 
 // reference, logits [batch, n, vocab] float32, targets [batch, n] int64 -> [batch, n, 4] float64:
-// nll of the reference, nll, KL(reference || other) in nats, and 1 where the likeliest token is the same.
+// nll of the reference, nll, KL(reference || other) in nats, and 1 where the likeliest token is the same. Where a logit of
+// either is not finite, neither are the last two: nothing agrees with what is no number.
 at::Tensor ScoreTokens(const at::Tensor& reference, const at::Tensor& logits,
                        const at::Tensor& targets);
 

@@ -21,6 +21,7 @@
 #include "accuracy/error_sum.h"
 #include "accuracy/scoring.h"
 #include "accuracy/text_windows.h"
+#include "fixtures/finite.h"
 #include "kernels/error.h"
 
 namespace kvq {
@@ -108,6 +109,9 @@ void AddWindows(const Work& work, const Spec& spec, const std::vector<Window>& w
             effect.logits_error += squares(logits - exact);
             effect.logits_squares += squares(exact);
           });
+      CheckScores(work, ParseSpec(text), ids, scores);
+      CheckFinite(at::tensor({effect.attention.squared_error, effect.attention.squares}, at::kDouble), work.model, ids,
+                  ParseSpec(text), work.backend);
       effect.scores.insert(effect.scores.end(), scores.begin(), scores.end());
     }
   }
@@ -125,7 +129,10 @@ void AddPart(const Effects& effects, size_t part, Counters& summary, Counters& p
     const auto of_windows = [&](auto get) { return MeanInterval(PerToken(effect.scores, get)); };
     const auto kld_of = [](const WindowScore& s) { return s.kld; };
     const auto agreements = [](const WindowScore& s) { return s.agreements; };
-    per_layer.emplace_back("attention_nmse" + name + suffix, effect.attention.nmse());
+    if (effect.attention.squares > 0) {  // policy hf may read nothing encoded: no error, not that of 0
+      per_layer.emplace_back("attention_nmse" + name + suffix, effect.attention.nmse());
+      attention.push_back(effect.attention.nmse());
+    }
     per_layer.emplace_back("logits_nmse" + name + suffix, effect.logits_nmse());
     AddInterval(per_layer, "kld_nats" + name, effect.kld(), of_windows(kld_of), 0, INFINITY,
                 suffix);
@@ -135,11 +142,11 @@ void AddPart(const Effects& effects, size_t part, Counters& summary, Counters& p
       most_sensitive = static_cast<int64_t>(layer);
     }
     kld.push_back(effect.kld());
-    attention.push_back(effect.attention.nmse());
   }
   if (kld.empty()) return;
   for (const auto& [of, values] :
        {std::pair("attention_nmse", attention), std::pair("kld_nats", kld)}) {
+    if (values.empty()) continue;
     summary.emplace_back(of + name + "_mean", Mean(values));
     summary.emplace_back(of + name + "_max", *std::max_element(values.begin(), values.end()));
   }

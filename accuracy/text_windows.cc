@@ -1,5 +1,6 @@
 #include "accuracy/text_windows.h"
 
+#include "fixtures/finite.h"
 #include "kernels/error.h"
 
 namespace kvq {
@@ -64,6 +65,12 @@ void CompareLogits(const Work& work, const Spec& spec, const std::vector<Window>
                        work.model.Logits(hidden.narrow(1, from - begin, to - from)),
                        ids.narrow(1, from + 1, to - from).to(hidden.device()));
                  });
+}
+
+void CheckScores(const Work& work, const Spec& spec, const at::Tensor& ids, const std::vector<WindowScore>& scores) {
+  std::vector<double> sums;
+  for (const WindowScore& score : scores) sums.insert(sums.end(), {score.reference_nll, score.nll, score.kld});
+  CheckFinite(at::tensor(sums), work.model, ids, spec, work.backend);
 }
 
 void AddInterval(Counters& counters, const std::string& name, double value,

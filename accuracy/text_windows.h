@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "accuracy/scoring.h"
 #include "accuracy/statistics.h"
 #include "accuracy/windows.h"
 #include "benchmarks/measurement.h"
@@ -49,6 +50,9 @@ void CompareLogits(const Work& work, const Spec& spec, const std::vector<Window>
                    const at::Tensor& ids, const at::Tensor& reference,
                    const std::function<void(const at::Tensor& reference, const at::Tensor& logits,
                                             const at::Tensor& targets)>& use);
+
+// Scores of windows with these ids; throws as CheckFinite (fixtures/finite.h) does.
+void CheckScores(const Work& work, const Spec& spec, const at::Tensor& ids, const std::vector<WindowScore>& scores);
 
 // Adds a value and, where there is one, its interval as `name`_lo and _hi. `most` and `least`: what
 // the quantity cannot exceed. `suffix` ends all three names.

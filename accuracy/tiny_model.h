@@ -4,6 +4,9 @@
 
 #include <ATen/ATen.h>
 
+#include <cstring>
+#include <span>
+
 #include "accuracy/command.h"
 #include "accuracy/golden.h"
 #include "fixtures/safetensors.h"
@@ -39,6 +42,19 @@ inline void ExpectRefused(const Outcome& outcome, const std::vector<std::string>
   for (const std::string& word : words) {
     EXPECT_NE(outcome.err.find(word), std::string::npos) << word << " in " << outcome.err;
   }
+}
+
+// Sets every number of a tensor, F32 or BF16, of the model in `dir`.
+inline void Overwrite(const std::filesystem::path& dir, const std::string& tensor, float value) {
+  std::ifstream in(dir / "model.safetensors", std::ios::binary);
+  std::string file((std::istreambuf_iterator<char>(in)), {});
+  const TensorEntry entry = ParseSafetensors(std::as_bytes(std::span(file)), "tiny").at(tensor);
+  const size_t begin = static_cast<size_t>(reinterpret_cast<const char*>(entry.data) - file.data());
+  const size_t size = entry.dtype == "F32" ? 4 : 2;
+  for (size_t at = begin; at < begin + static_cast<size_t>(entry.nbytes); at += size) {
+    std::memcpy(&file[at], reinterpret_cast<const char*>(&value) + sizeof value - size, size);
+  }
+  std::ofstream(dir / "model.safetensors", std::ios::binary) << file;
 }
 
 // Gives the tiny model heads of 64 channels, which the schemes can encode, and random weights.

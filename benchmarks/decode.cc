@@ -12,6 +12,7 @@
 // steps without the prefill, and reprefill_ms the difference. The tokens are in the JSON.
 #include "benchmarks/decoding.h"
 #include "benchmarks/study.h"
+#include "fixtures/finite.h"
 #include "kernels/error.h"
 
 namespace kvq {
@@ -58,13 +59,15 @@ Counters StudyDecode(Session& session, const Cell& cell, benchmark::State& state
   Next(model, model.Forward(last, cache, backend));  // warm-up of both shapes
   std::vector<double> rates, net_rates, prefill_ms;
   Counters tokens;
+  at::Tensor hidden;
   const double count = static_cast<double>(new_tokens * cell.batch);
   Samples(session, state, [&] {
     const double prefill_s = session.Time(prefill);
     std::vector<at::Tensor> steps = {last};
     const double steps_s = session.Time([&] {
       for (int64_t i = 0; i < new_tokens; ++i) {
-        steps.push_back(Next(model, model.Forward(steps.back(), cache, backend)));
+        hidden = model.Forward(steps.back(), cache, backend);
+        steps.push_back(Next(model, hidden));
       }
     });
     rates.push_back(count / (prefill_s + steps_s));
@@ -76,6 +79,7 @@ Counters StudyDecode(Session& session, const Cell& cell, benchmark::State& state
     }
     return prefill_s + steps_s;
   });
+  CheckFinite(model.Logits(hidden), model, ids, spec, backend);
   Counters counters;
   AddSpread(counters, "tokens_per_s", rates);
   AddSpread(counters, "tokens_per_s_net", net_rates);
@@ -100,6 +104,7 @@ Counters Decode(Session& session, const Cell& cell, benchmark::State& state) {
     rates.push_back(decoding.tokens() / seconds);
     per_token.push_back(seconds * 1e3 / static_cast<double>(new_tokens));
   }
+  decoding.CheckFinite();
   Counters counters;
   AddSpread(counters, "tokens_per_s", rates);
   AddSpread(counters, "ms_per_token", per_token);
@@ -111,7 +116,7 @@ Counters Decode(Session& session, const Cell& cell, benchmark::State& state) {
 const RegisterMeasurement kDecode{
     {.name = "decode", .what = "new tokens/s at a context, without its prefill",
      .study = "\"Hello world\" as text; a second prefill inside the timer; tokens_per_s_net without it",
-     .timed = true, .run = Decode}};
+     .timed = true, .new_tokens = [](const Options& o) { return o.decode_tokens; }, .run = Decode}};
 
 }  // namespace
 }  // namespace kvq

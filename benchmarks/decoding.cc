@@ -1,5 +1,6 @@
 #include "benchmarks/decoding.h"
 
+#include "fixtures/finite.h"
 #include "kernels/error.h"
 
 namespace kvq {
@@ -35,11 +36,19 @@ void Decoding::Run(at::Tensor token) {
     graph_->Run(token, new_tokens_);
     return;
   }
-  for (int64_t i = 0; i < new_tokens_; ++i) token = Next(model_.Forward(token, cache_, backend_));
+  for (int64_t i = 0; i < new_tokens_; ++i) {
+    last_ = model_.Forward(token, cache_, backend_);
+    token = Next(last_);
+  }
+}
+
+void Decoding::CheckFinite() const {
+  kvq::CheckFinite(graph_ ? graph_->logits() : model_.Logits(last_), model_, ids_, spec_, backend_);
 }
 
 void Decoding::WarmUp() {
   const at::Tensor logits = model_.Logits(model_.Forward(Start(), cache_, backend_)).select(1, 0);
+  kvq::CheckFinite(logits, model_, ids_, spec_, backend_);
   if (!graph_) return;
   graph_->Run(Start(), 1);
   const double error = ((graph_->logits() - logits).norm() / logits.norm()).item<double>();

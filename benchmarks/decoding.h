@@ -25,6 +25,8 @@ class Decoding {
   // A prefill and one step. Where a graph runs, throws std::runtime_error if its logits are not those of the other
   // path.
   void WarmUp();
+  // Behind a Run: its last logits, as fixtures/finite.h says.
+  void CheckFinite() const;
 
   const Model& model() const { return model_; }
   const KvCache& cache() const { return cache_; }
@@ -43,6 +45,7 @@ class Decoding {
   KvCache cache_;
   std::optional<DecodeGraph> graph_;
   at::Tensor first_;                       // token behind the context, once it is known
+  at::Tensor last_;                        // hidden states of the last step without a graph
   std::function<void()> behind_context_;  // brings the cache there again
 };
 

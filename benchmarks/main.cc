@@ -4,8 +4,10 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <filesystem>
 #include <iostream>
 #include <map>
 #include <regex>
@@ -98,6 +100,15 @@ void Measure(benchmark::State& state, const Measurement& measurement, const Cell
   if (measurement.quality && session.random_weights(cell.model)) {
     throw Skip("random weights say nothing about quality; give --models a directory with real ones");
   }
+  const ModelFiles files = FindModel(cell.model);
+  const ModelConfig config = files.config();
+  const int64_t new_tokens = measurement.new_tokens(session.options());
+  // Rotary positions on random weights have no length they were trained for.
+  const bool endless = files.random_weights() && !config.ropes.empty();
+  if (cell.context + new_tokens > config.max_position_embeddings && !endless) {
+    throw Skip(StrCat("the context's ", cell.context, " tokens", new_tokens > 0 ? StrCat(" and ", new_tokens, " new ones") : "",
+                      " exceed the model's ", config.max_position_embeddings, " positions"));
+  }
   const Backend& backend = FindBackend(cell.backend);
   if (backend.graph && session.device().is_cuda() && session.dtype() == at::kFloat) {
     throw Skip(StrCat("backend ", cell.backend, " needs 16 bits on a GPU"));
@@ -113,8 +124,12 @@ void Measure(benchmark::State& state, const Measurement& measurement, const Cell
     if (const std::string ways = backend.ran(); !ways.empty()) session.ran = StrCat(ways, on);
   }
   AddGpuState(session, session.TakeWatch(), counters);
-  for (const auto& [name, value] : counters) state.counters[name] = value;
-  const std::string stages = StageText(FindModel(cell.model).config(), session.devices());
+  for (const auto& [name, value] : counters) {
+    // The model's own numbers were looked at by the measurement (fixtures/finite.h); this is what it made of them.
+    if (!std::isfinite(value)) throw std::runtime_error(StrCat(name, " is not a finite number"));
+    state.counters[name] = value;
+  }
+  const std::string stages = StageText(config, session.devices());
   // The kernels that really ran: nothing falls back silently.
   state.SetLabel(StrCat(session.device().is_cuda() ? "cuda" : "cpu", " ",
                         c10::toString(session.dtype()), ", ", session.ran,
@@ -129,8 +144,6 @@ bool RunCell(benchmark::State& state, const Measurement& measurement, const Cell
   std::string out_of_memory;
   try {
     Measure(state, measurement, cell, session);
-  } catch (const InputError&) {
-    throw;
   } catch (const Skip& reason) {
     state.SkipWithError(StrCat("skipped: ", reason.what()).c_str());
   } catch (const std::exception& error) {
@@ -161,16 +174,8 @@ std::vector<std::pair<const Measurement*, Cell>> Cells(const CommandLine& line) 
       throw InputError("--models: '", other, "' and '", model, "' would both be named '", ModelLabel(model),
                        "' in the results");
     }
-    const ModelFiles files = FindModel(model);
-    const ModelConfig config = files.config();
-    for (const std::string& spec : o.schemes) CheckSpec(ParseSpec(spec), CacheShapeOf(config, 1));
-    for (const int64_t context : o.contexts) {
-      // Rotary positions on random weights have no length they were trained for.
-      if (context > config.max_position_embeddings && !(files.random_weights() && !config.ropes.empty())) {
-        throw InputError("--contexts: ", context, " is longer than the ",
-                         config.max_position_embeddings, " positions of model '", model, "'");
-      }
-    }
+    const CacheShape shape = CacheShapeOf(FindModel(model).config(), 1);
+    for (const std::string& spec : o.schemes) CheckSpec(ParseSpec(spec), shape);
   }
   const std::vector<std::string> none = {"none"};
   std::set<std::string> names;  // a list may say the same twice
@@ -220,6 +225,9 @@ void AddContext(Session& session, const std::vector<std::string>& benchmark_flag
                                                       (files.random_weights() ? ", random weights" : ""));
     benchmark::AddCustomContext("model_config " + ModelLabel(model), ModelConfigV2(files).dump());
     benchmark::AddCustomContext("kv_dtype " + ModelLabel(model), c10::toString(session.kv_dtype(model)));
+    if (!files.random_weights()) {
+      benchmark::AddCustomContext("model_tokenizer " + ModelLabel(model), "sha256:" + TokenizerSha256(files.dir));
+    }
   }
   if (text) {
     benchmark::AddCustomContext("corpus", session.corpus().name);
@@ -346,6 +354,7 @@ int Main(int argc, char** argv) {
     for (const auto& [measurement, cell] : cells) std::cout << CellName(*measurement, cell) << "\n";
     return 0;
   }
+  if (!line.output.summary_file.empty()) CheckWritable("--summary-file", line.output.summary_file);
   ResultsFile results(line.output.out);
   // What `auto` was when the file was begun: settled again, on a busy machine, it could be the other.
   Session session(line.options, DTypeFlag(results.Fact("dtype")));
@@ -362,7 +371,7 @@ int Main(int argc, char** argv) {
   for (const std::string& model : line.options.models) {
     const std::string dir = FindModel(model).dir;
     if (dir.empty()) continue;  // random weights
-    Safetensors::Open(dir);
+    LoadModel(dir, at::kFloat, at::Device(at::kMeta));  // the tensors' names, types and shapes, without their numbers
     const int64_t tokens = session.tokenizer(model).vocab_size();
     const int64_t vocabulary = LoadModelConfig(dir).vocab_size;
     if (tokens > vocabulary) {
@@ -415,7 +424,8 @@ int Main(int argc, char** argv) {
         results.Save();  // all before
         RunBenchmark(names[i], *cells[i].first, cells[i].second, session, progress, reporter);
       }
-    } catch (const InputError&) {
+    } catch (const InputError&) {  // results cannot be written
+      reporter.End();
       summarize();
       throw;
     }
@@ -454,6 +464,9 @@ int main(int argc, char** argv) {
     return kvq::Main(argc, argv);
   } catch (const kvq::InputError& error) {
     std::fprintf(stderr, "kvqbench: %s\n", error.what());
+    return 2;
+  } catch (const std::filesystem::filesystem_error& error) {  // a path that cannot be followed
+    std::fprintf(stderr, "kvqbench: %s: %s\n", error.path1().c_str(), error.code().message().c_str());
     return 2;
   } catch (const std::exception& error) {
     const char* kind = kvq::IsOutOfMemory(error) ? "out of memory, and not in a benchmark" : "internal error";

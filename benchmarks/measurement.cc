@@ -6,6 +6,7 @@
 #include <random>
 
 #include "accuracy/statistics.h"
+#include "fixtures/finite.h"
 #include "fixtures/machine/host_load.h"
 #include "fixtures/machine/out_of_memory.h"
 #include "kernels/error.h"
@@ -161,9 +162,11 @@ const std::vector<std::pair<at::Tensor, at::Tensor>>& Session::captured_cache(co
   if (captured_.first == key) return captured_.second;
   captured_ = {};
   const Model& of = model(cell.model);
-  KvCache cache = of.NewCache(ParseSpec("none"), cell.batch, cell.context);
+  const Spec none = ParseSpec("none");
+  const at::Tensor ids = context_ids(cell);
+  KvCache cache = of.NewCache(none, cell.batch, cell.context);
   std::vector<std::vector<at::Tensor>> keys(cache.shape().layers.size()), values(keys.size());
-  Feed(of, context_ids(cell), cache, FindBackend(cell.backend), prefill_chunk(cell.batch), 0,
+  Feed(of, ids, cache, FindBackend(cell.backend), prefill_chunk(cell.batch), 0,
        [&](const LayerView& view) {
          const auto stored = [&](const at::Tensor& x) {
            return x.to(of.kv_dtype(), /*non_blocking=*/false, /*copy=*/true);
@@ -174,6 +177,9 @@ const std::vector<std::pair<at::Tensor, at::Tensor>>& Session::captured_cache(co
   std::vector<std::pair<at::Tensor, at::Tensor>> captured;
   for (size_t layer = 0; layer < keys.size(); ++layer) {
     captured.emplace_back(at::cat(keys[layer], 2), at::cat(values[layer], 2));
+    for (const at::Tensor& of_side : {captured.back().first, captured.back().second}) {
+      CheckFinite(of_side, of, ids, none, FindBackend(cell.backend));
+    }
   }
   captured_ = {key, std::move(captured)};  // at last: half of it, where memory runs out, is none
   return captured_.second;

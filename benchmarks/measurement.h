@@ -162,6 +162,8 @@ struct Measurement {
   bool quality = false;         // means nothing on random weights
   bool unquantized = false;     // of the model alone: runs once, under the spec `none`
   bool on_request = false;      // so costly that it runs only where --benchmark_filter names it
+  // Tokens that it goes on for behind the context: they need positions, too.
+  int64_t (*new_tokens)(const Options& options) = [](const Options&) { return int64_t{0}; };
   // Measures once per state iteration, setting its time, and returns the counters.
   Counters (*run)(Session& session, const Cell& cell, benchmark::State& state);
 };

@@ -21,6 +21,7 @@
 
 #include "benchmarks/decoding.h"
 #include "benchmarks/study.h"
+#include "fixtures/finite.h"
 #include "fixtures/machine/gpu_memory.h"
 #include "kernels/error.h"
 
@@ -29,10 +30,14 @@ namespace {
 
 constexpr int64_t kSteps = 8;
 
-void Steps(const Model& model, at::Tensor token, KvCache& cache, const Backend& backend) {
+// Returns the last one's hidden states.
+at::Tensor Steps(const Model& model, at::Tensor token, KvCache& cache, const Backend& backend) {
+  at::Tensor hidden;
   for (int64_t i = 0; i < kSteps; ++i) {
-    token = model.Logits(model.Forward(token, cache, backend)).argmax(-1);
+    hidden = model.Forward(token, cache, backend);
+    token = model.Logits(hidden).argmax(-1);
   }
+  return hidden;
 }
 
 // --vram-diag: what lives at a moment, on stderr.
@@ -53,6 +58,7 @@ void Diagnose(Session& session, const char* when, const KvCache* cache) {
 Counters Honest(Session& session, const Cell& cell) {
   Decoding decoding(session, cell, kSteps);
   decoding.Run(decoding.Start());
+  decoding.CheckFinite();
   Diagnose(session, "after the last step", &decoding.cache());
   return {{"kv_bytes_allocated", static_cast<double>(decoding.cache().AllocatedBytes())},
           {"scratch_bytes", static_cast<double>(decoding.cache().ScratchBytes())}};
@@ -68,7 +74,8 @@ Counters Study(Session& session, const Cell& cell, const Model& model, const at:
     caches.emplace_back(new KvCache(model.NewCache(spec, cell.batch, n + kSteps)));
     StudyPrefill(model, ids, *caches.back(), backend);
   }
-  Steps(model, ids.narrow(1, n - 1, 1), *caches.back(), backend);
+  const at::Tensor hidden = Steps(model, ids.narrow(1, n - 1, 1), *caches.back(), backend);
+  CheckFinite(model.Logits(hidden), model, ids, spec, backend);
   Diagnose(session, "after the last step, three caches", caches[0].get());
   return {{"study_peak_bytes",
            static_cast<double>(StudyPeakBytes(spec, shape, n, model.config().vocab_size,
@@ -146,7 +153,7 @@ Counters Memory(Session& session, const Cell& cell, benchmark::State& state) {
 const RegisterMeasurement kMemory{
     {.name = "memory", .what = "peak bytes of a prefill and some decoding: resident (CPU), allocated and reserved (CUDA)",
      .study = "three caches and the logits of all positions at once, as the study's peaks hold",
-     .run = Memory}};
+     .new_tokens = [](const Options&) { return kSteps; }, .run = Memory}};
 
 }  // namespace
 }  // namespace kvq

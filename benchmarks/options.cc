@@ -129,6 +129,7 @@ CommandLine ParseCommandLine(const std::vector<std::string>& arguments) {
     const std::string& argument = arguments[i];
     const size_t equals = argument.find('=');
     const std::string name = argument.substr(0, equals);
+    if (!IsUtf8(argument)) throw InputError(name, ": not UTF-8, which results could not say; rename what it names");
     const std::string value = equals == std::string::npos ? "" : argument.substr(equals + 1);
     if (argument == "--help" || argument == "-h") {
       line.help = true;
@@ -203,7 +204,7 @@ std::string HelpText() {
   Options defaults;
   std::ostringstream help;
   help << "kvqbench measures what storing the KV cache in fewer bits costs and buys.\n\n"
-          "usage: kvqbench [--benchmark_filter=REGEX] [flags]\n\n"
+          "usage: kvqbench [--benchmark_filter=REGEX] [flags]    (of a flag given twice, the last counts)\n\n"
           "Each benchmark is named MEASUREMENT/MODEL/BACKEND/SPEC/ctx:N/batch:B; the filter picks "
           "among them.\n\nflags (default)\n";
   Rows rows;

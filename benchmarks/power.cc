@@ -144,6 +144,7 @@ Counters Power(Session& session, const Cell& cell, benchmark::State& state) {
     rates.push_back(tokens / seconds);
     return seconds / tokens;
   });
+  decoding.CheckFinite();
   session.AddNote(meter.Source(idle));
   Counters counters;
   AddSpread(counters, "watts", watts);
@@ -159,7 +160,7 @@ Counters Power(Session& session, const Cell& cell, benchmark::State& state) {
 
 const RegisterMeasurement kPower{
     {.name = "power", .what = "watts and mJ of a new token while decoding, with and without the idle machine's",
-     .timed = true, .run = Power}};
+     .timed = true, .new_tokens = [](const Options& o) { return o.decode_tokens; }, .run = Power}};
 
 }  // namespace
 }  // namespace kvq

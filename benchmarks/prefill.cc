@@ -4,6 +4,7 @@
 // the same run (peak_fraction); that of all GPUs where the layers are spread: a stage begins with the next call
 // while the following stages are busy with this one, so a prompt of many calls can fill them, one call cannot.
 #include "benchmarks/measurement.h"
+#include "fixtures/finite.h"
 
 namespace kvq {
 namespace {
@@ -12,12 +13,16 @@ Counters Prefill(Session& session, const Cell& cell, benchmark::State& state) {
   const Model& model = session.model(cell.model);
   const Backend& backend = FindBackend(cell.backend);
   const at::Tensor ids = session.context_ids(cell);
-  KvCache cache = model.NewCache(ParseSpec(cell.spec), cell.batch, cell.context);
+  const Spec spec = ParseSpec(cell.spec);
+  KvCache cache = model.NewCache(spec, cell.batch, cell.context);
   const int64_t chunk = session.prefill_chunk(cell.batch);
+  at::Tensor logits;
   const auto prefill = [&](int64_t tokens) {
     cache.Clear();
+    logits = at::Tensor();
     const at::Tensor hidden = Feed(model, ids.narrow(1, 0, tokens), cache, backend, chunk);
-    model.Logits(hidden.select(1, hidden.size(1) - 1)).argmax(-1);
+    logits = model.Logits(hidden.select(1, hidden.size(1) - 1));
+    logits.argmax(-1);
   };
   prefill(std::min(cell.context, chunk));  // warm-up: pages, threads, kernels
   std::vector<double> rates, milliseconds;
@@ -26,6 +31,7 @@ Counters Prefill(Session& session, const Cell& cell, benchmark::State& state) {
     milliseconds.push_back(seconds * 1e3);
     rates.push_back(tokens / seconds);
   }
+  CheckFinite(logits, model, ids, spec, backend);
   Counters counters;
   AddSpread(counters, "prefill_ms", milliseconds);
   AddSpread(counters, "tokens_per_s", rates);

@@ -3,6 +3,7 @@
 // from or decoded into, the cache's and the model's own, each once. The shares say how much of a prefill and of a decoding step is spent there, in one run each.
 #include "benchmarks/measurement.h"
 #include "fixtures/cache/codec_tensors.h"
+#include "fixtures/finite.h"
 
 namespace kvq {
 namespace {
@@ -36,7 +37,9 @@ std::vector<Job> Jobs(Session& session, const Cell& cell, const Spec& spec) {
   return jobs;
 }
 
-// Shares of a prefill and of eight decoding steps that the cache spends encoding and decoding.
+constexpr int64_t kSteps = 8;
+
+// Shares of a prefill and of kSteps decoding steps that the cache spends encoding and decoding.
 struct Shares {
   double encode_prefill, decode_prefill, encode_step, decode_step;
 };
@@ -44,8 +47,7 @@ struct Shares {
 Shares MeasureShares(Session& session, const Cell& cell, const Spec& spec) {
   const Model& model = session.model(cell.model);
   const Backend& backend = FindBackend(cell.backend);
-  const int64_t steps = 8;
-  KvCache cache = model.NewCache(spec, cell.batch, cell.context + steps);
+  KvCache cache = model.NewCache(spec, cell.batch, cell.context + kSteps);
   cache.CountTime(true);
   at::Tensor hidden;
   const auto next = [&] {
@@ -60,12 +62,13 @@ Shares MeasureShares(Session& session, const Cell& cell, const Spec& spec) {
   const CacheWork prefill = cache.work();
   cache.ResetWork();
   const double decode_s = Time(model.devices(), [&] {
-    for (int64_t i = 0; i < steps; ++i) {
+    for (int64_t i = 0; i < kSteps; ++i) {
       hidden = model.Forward(token, cache, backend);
       token = next();
     }
   });
   const CacheWork decode = cache.work();
+  CheckFinite(model.Logits(hidden), model, ids, spec, backend);
   return {prefill.encode_s / prefill_s, prefill.decode_s / prefill_s, decode.encode_s / decode_s,
           decode.decode_s / decode_s};
 }
@@ -133,10 +136,10 @@ Counters Dequantize(Session& session, const Cell& cell, benchmark::State& state)
 
 const RegisterMeasurement kQuantize{
     {.name = "quantize", .what = "GB/s of encoding, and its share of prefill and decode",
-     .timed = true, .needs_encoding = true, .run = Quantize}};
+     .timed = true, .needs_encoding = true, .new_tokens = [](const Options&) { return kSteps; }, .run = Quantize}};
 const RegisterMeasurement kDequantize{
     {.name = "dequantize", .what = "GB/s of decoding, and its share of prefill and decode",
-     .timed = true, .needs_encoding = true, .run = Dequantize}};
+     .timed = true, .needs_encoding = true, .new_tokens = [](const Options&) { return kSteps; }, .run = Dequantize}};
 
 }  // namespace
 }  // namespace kvq

@@ -9,11 +9,13 @@
 #include <cerrno>
 #include <cstring>
 #include <filesystem>
-#include <fstream>
+#include <iostream>
 #include <regex>
+#include <utility>
 
 #include "benchmarks/measurement.h"
 #include "kernels/error.h"
+#include "kernels/file.h"
 
 namespace kvq {
 namespace {
@@ -87,15 +89,40 @@ bool IsOfInput(const std::string& fact) {
   return fact.rfind("model", 0) == 0 || fact.rfind("corpus", 0) == 0 || fact.rfind("kv_dtype ", 0) == 0;
 }
 
+// What may be replaced: nothing, or a regular file that this program does not print to.
+bool IsOwnFile(const std::string& path) {
+  struct stat there, printed;
+  if (::stat(path.c_str(), &there) != 0) return true;
+  for (const int stream : {STDOUT_FILENO, STDERR_FILENO}) {
+    if (::fstat(stream, &printed) == 0 && printed.st_ino == there.st_ino && printed.st_dev == there.st_dev) return false;
+  }
+  return S_ISREG(there.st_mode);
+}
+
+// The file that a link stands for: two links to one file are one file.
+std::string Resolved(const std::string& flag, const std::string& path) {
+  std::error_code error;
+  fs::path at = path;
+  for (int links = 0; fs::is_symlink(at, error); ++links) {
+    at = at.parent_path() / fs::read_symlink(at, error);
+    if (error || links == 40) throw InputError(flag, ": ", path, ": a link that leads nowhere");
+  }
+  return at.string();
+}
+
 }  // namespace
 
 void WriteWhole(const std::string& flag, const std::string& path, std::string_view text) {
-  const std::string part = path + ".part";
+  const bool replaces = IsOwnFile(path);
+  const std::string target = replaces ? Resolved(flag, path) : path;
+  const std::string part = replaces ? target + ".part" : path;
   const auto give_up = [&](int error) {
-    ::unlink(part.c_str());
+    if (replaces) ::unlink(part.c_str());
     throw InputError(flag, ": cannot write ", path, ": ", std::strerror(error));
   };
-  const int file = ::open(part.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+  if (!replaces) std::cout.flush();  // before what follows it
+  const int file = ::open(part.c_str(), O_WRONLY | O_CLOEXEC | (replaces ? O_CREAT | O_TRUNC | O_NOFOLLOW : O_APPEND),
+                          0666);
   if (file < 0) give_up(errno);
   int error = 0;
   while (!text.empty() && error == 0) {
@@ -106,12 +133,13 @@ void WriteWhole(const std::string& flag, const std::string& path, std::string_vi
       error = errno;
     }
   }
-  if (error == 0 && ::fsync(file) != 0) error = errno;
+  if (replaces && error == 0 && ::fsync(file) != 0) error = errno;
   if (::close(file) != 0 && error == 0) error = errno;
-  if (error == 0 && ::rename(part.c_str(), path.c_str()) != 0) error = errno;
+  if (replaces && error == 0 && ::rename(part.c_str(), target.c_str()) != 0) error = errno;
   if (error != 0) give_up(error);
+  if (!replaces) return;
   // The new name, too, outlives a power cut; a file system that cannot do this has nothing better.
-  const std::string folder = fs::path(path).parent_path().string();
+  const std::string folder = fs::path(target).parent_path().string();
   const int dir = ::open(folder.empty() ? "." : folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
   if (dir >= 0) {
     ::fsync(dir);
@@ -119,15 +147,27 @@ void WriteWhole(const std::string& flag, const std::string& path, std::string_vi
   }
 }
 
+void CheckWritable(const std::string& flag, const std::string& path) {
+  std::error_code error;
+  if (fs::is_directory(path, error)) throw InputError(flag, ": ", path, " is a folder; name a file in it");
+  const std::string folder = fs::path(path).parent_path().string();
+  if (IsOwnFile(path) && ::access(folder.empty() ? "." : folder.c_str(), W_OK) != 0) {
+    throw InputError(flag, ": cannot write ", path, ": ", std::strerror(errno), "; the folder must be there");
+  }
+}
+
 ResultsFile::ResultsFile(const std::string& path) : path_(path) {
   if (path_.empty()) return;
   std::error_code error;
-  // Two links to one file are one file.
-  if (fs::is_symlink(path_, error)) path_ = fs::weakly_canonical(path_).string();
   if (fs::is_directory(path_, error)) {
     throw InputError(kFlag, ": ", path_, " is a folder; name a file in it, as ", path_,
                      "/results.json");
   }
+  if (!IsOwnFile(path_)) {
+    throw InputError(kFlag, ": ", path_, " is a device, a pipe, or where this program prints; results are taken up again ",
+                     "from their file, so name a regular one, or write JSON to stdout by --benchmark_format=json");
+  }
+  path_ = Resolved(kFlag, path_);
   Lock();
   try {
     Read();
@@ -166,6 +206,10 @@ void ResultsFile::Lock() {
     }
     // The holder before may have removed the file between our opening and locking it.
     struct stat ours, there;
+    if (::fstat(lock_, &ours) == 0 && !S_ISREG(ours.st_mode)) {
+      ::close(std::exchange(lock_, -1));
+      throw InputError(kFlag, ": ", name, " is no regular file; move it away, or name another file");
+    }
     if (::fstat(lock_, &ours) == 0 && ::stat(name.c_str(), &there) == 0 &&
         ours.st_ino == there.st_ino && ours.st_dev == there.st_dev) {
       break;
@@ -180,10 +224,8 @@ void ResultsFile::Lock() {
 }
 
 void ResultsFile::Read() {
-  std::ifstream stream(path_, std::ios::binary);
-  if (!stream && !fs::exists(path_)) return;
-  const std::string text((std::istreambuf_iterator<char>(stream)), {});
-  if (!stream.eof() && stream.fail()) throw InputError(kFlag, ": cannot read ", path_);
+  if (std::error_code error; !fs::exists(path_, error)) return;
+  const std::string text = ReadFile(path_);
   if (text.empty()) return;  // as mktemp leaves it
   try {
     const json file = json::parse(text);
@@ -311,11 +353,7 @@ void ResultsFile::BeginPatch(const std::string& pattern, const std::vector<std::
                              bool backup) {
   patching_ = true;
   if (!history_.empty() && history_.back().contains("left")) return;
-  if (backup) {
-    std::ifstream stream(path_, std::ios::binary);
-    const std::string text((std::istreambuf_iterator<char>(stream)), {});
-    WriteWhole("--patch", path_ + ".bak", text);
-  }
+  if (backup) WriteWhole("--patch", path_ + ".bak", ReadFile(path_));
   nlohmann::ordered_json patch = {{"patched", pattern}};
   patch.update(now_);
   patch["benchmarks"] = names.size();

@@ -25,16 +25,20 @@ struct StoredCell {
 };
 
 // Writes `text` beside `path`, on to the disk, and renames: whoever reads `path` sees the old or
-// the new file whole. Throws InputError that begins with `flag`, names the file and says why; the
-// old one stays.
+// the new file whole. What is no file of its own, a device, a pipe, or where this program prints, is not
+// replaced: it is handed the text. Throws InputError that begins with `flag`, names the file and says why;
+// the old one stays.
 void WriteWhole(const std::string& flag, const std::string& path, std::string_view text);
+
+// Throws InputError as WriteWhole would, where that can be told before there is a text.
+void CheckWritable(const std::string& flag, const std::string& path);
 
 class ResultsFile {
  public:
   // Locks `path` against other runs until this object ends, by flock on PATH.lock, and reads it if
   // it is there. An empty `path`: results are kept in memory only. Throws InputError where another
-  // run holds it (naming its process), where it cannot be written, and where it is no results of
-  // kvqbench or cut off.
+  // run holds it (naming its process), where it cannot be written, where it is no file of its own
+  // (WriteWhole), and where it is no results of kvqbench or cut off.
   explicit ResultsFile(const std::string& path);
   ~ResultsFile();
   ResultsFile(const ResultsFile&) = delete;

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <filesystem>
-#include <fstream>
 #include <map>
 #include <regex>
 
@@ -11,6 +10,7 @@
 #include "fixtures/safetensors.h"
 #include "fixtures/cache/spec.h"
 #include "kernels/error.h"
+#include "kernels/file.h"
 
 namespace kvq {
 namespace {
@@ -288,10 +288,9 @@ std::vector<std::string> WriteV2(const std::vector<std::string>& files, const st
   static const std::regex kName("([^/]+)/([^/]+)/([^/]+)/([^/]+)/ctx:([0-9]+)/batch:([0-9]+).*");
   std::vector<json> documents;
   for (const std::string& path : files) {
-    std::ifstream stream(path);
-    if (!stream) throw InputError(path, ": cannot be read");
+    const std::string text = ReadFile(path);
     try {
-      const json results = json::parse(stream);
+      const json results = json::parse(text);
       std::map<Key, Combination> combinations;
       for (const json& run : results.at("benchmarks")) {
         std::smatch match;

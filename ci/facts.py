@@ -16,6 +16,7 @@ Everything else (times, rates, memory of a process) is no fact. Both ways count:
 being expected to is a defect, or wants a new baseline. Keys, values and answers follow from model, text, seed, type and
 protocol (SAME_INPUT): where these differ, only exact facts are compared, and the rest is listed as not compared. What
 a rule depends on stands beside it; `dtype` is what the model computes in, kv_dtype what its dense tokens are stored in.
+A fact that is null in both is no agreement: it is listed as not comparable.
 """
 
 import math
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 
 import results as reading
 
-SAME_INPUT = ("model", "corpus_sha256", "protocol", "seed", "dtype", "kv_dtype")
+SAME_INPUT = ("model", "tokenizer", "corpus_sha256", "protocol", "seed", "dtype", "kv_dtype")
 STORED = ("kv_bits",)  # of a dense element
 READ = ("bits", "kv_bits")
 RULES = [  # the first that fits
@@ -34,12 +35,13 @@ RULES = [  # the first that fits
     (r"^(error|distribution|sensitivity)\.|[._](nmse|max_error)(_|$)", "arithmetic", SAME_INPUT)]
 SAME_ARITHMETIC = ("device", "cpu", "gpu", "cpu_capability", "threads", "libtorch", "cuda_driver", "cuda_runtime")
 BAD = ("CHANGED", "LOST", "FAILED")  # these end in exit code 1
-INCOMPLETE = ("MISSING", "NOT COMPARED")
+NOT_COMPARED = ("NOT COMPARED", "NOT COMPARABLE")
+INCOMPLETE = ("MISSING", *NOT_COMPARED)
 
 
 @dataclass
 class Finding:
-    verdict: str   # SAME, MOVED, CHANGED, LOST, FAILED, ACCEPTED, MISSING, NEW, NOT COMPARED
+    verdict: str   # SAME, MOVED, CHANGED, LOST, FAILED, ACCEPTED, MISSING, NEW, NOT COMPARED, NOT COMPARABLE
     cell: str      # <measurement>/<model>/<backend>/<spec>/ctx:N/batch:B
     fact: str      # the counter; empty: all of the cell
     old: object = None
@@ -63,7 +65,7 @@ def sides(results):
     one_device = len({cell.device for cell in current}) == 1
     found = {}
     for cell in current:
-        measurements = {name.split(".", 1)[0] for name in [*cell.values, *cell.texts, *cell.skipped]}
+        measurements = {name.split(".", 1)[0] for name in [*cell.values, *cell.nulls, *cell.texts, *cell.skipped]}
         facts = cell.files[-1].facts
         conditions = {name: facts.get(name) for name in SAME_INPUT + SAME_ARITHMETIC}
         conditions["kv_dtype"] = reading.kv_dtype(facts, cell.model)
@@ -71,9 +73,11 @@ def sides(results):
             32 if conditions[name] == "Float" else 16 for name in ("dtype", "kv_dtype"))
         conditions["model"] = next((value for name, value in facts.items()  # by its name, or by its folder
                                     if re.fullmatch(f"model (.*/)?{re.escape(cell.model)}/?", name)), None)
+        conditions["tokenizer"] = facts.get(f"model_tokenizer {cell.model}")
+        known = dict.fromkeys(cell.nulls) | cell.values
         for measurement in sorted(measurements):
             name = f"{measurement}/{cell.model}/{cell.backend}/{cell.spec}/ctx:{cell.context}/batch:{cell.batch}"
-            values = {key: value for key, value in cell.values.items() if key.startswith(measurement + ".")}
+            values = {key: value for key, value in known.items() if key.startswith(measurement + ".")}
             # What ran, without the notes and the type, which is a condition of its own.
             label = re.sub("^(cpu|cuda) (Float|Half|BFloat16),", r"\1,",
                            cell.texts.get(measurement + ".label", "").split("; ")[0])
@@ -99,21 +103,33 @@ def two_digits(old, new):
 
 
 def differing(old, new, names):
-    return [f"{name} {old.get(name)} -> {new.get(name)}" for name in names if old.get(name) != new.get(name)]
+    # Files from before tokenizers had a digest say nothing of theirs.
+    return [f"{name} {old.get(name)} -> {new.get(name)}" for name in names if old.get(name) != new.get(name)
+            and not (name == "tokenizer" and None in (old.get(name), new.get(name)))]
+
+
+def is_null(value):
+    return value is None or isinstance(value, list) and None in value
 
 
 def compare_fact(cell, name, old, new, same_arithmetic):
     """The Finding of one fact that both have, or None where it is no fact."""
-    rule, before, after = rule_of(name, old.values)[0], old.values[name], new.values[name]
+    rule, before, after = rule_of(name, old.values)[0], old.values[name], new.values.get(name)
     fact = name.split(".", 1)[1]
     if rule is None:
         return None
+    if is_null(before):
+        if is_null(after):
+            return Finding("NOT COMPARABLE", cell, fact, why="null in both")
+        return Finding("NEW", cell, fact, None, after, "null in OLD")
     if before == after:
         return Finding("SAME", cell, fact, before, after)
     if rule == "exact":
         return Finding("CHANGED", cell, fact, before, after, "exact")
     if rule == "interval":
         low, high = old.values[name + "_lo"], old.values[name + "_hi"]
+        if None in (low, high):
+            return Finding("NOT COMPARABLE", cell, fact, before, after, "its interval is null in OLD")
         interval = f"[{low:.6g}, {high:.6g}]"
         if not low <= after <= high:
             return Finding("CHANGED", cell, fact, before, after, "beyond " + interval)
@@ -146,7 +162,7 @@ def compare_cell(cell, old, new):
             continue
         if why := differing(old.conditions, new.conditions, same):
             left_out.update(dict.fromkeys(why))
-        elif name not in new.values:
+        elif is_null(new.values.get(name)) and not is_null(old.values[name]):
             findings.append(Finding("LOST", cell, name.split(".", 1)[1], old.values[name], None,
                                     "not a number any more, or not measured"))
         else:

@@ -6,6 +6,7 @@ import os
 import re
 
 import tables
+import writing
 from results import HERE
 from tables import columns_of, context_label, has_numbers, model_name, spec_order
 
@@ -345,6 +346,4 @@ def write(results, drawn, missing, claims, written, folders, out):
                         for name, title, content in sections)}
     with open(os.path.join(HERE, "page.html"), encoding="utf-8") as file:
         page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], file.read())
-    with open(os.path.join(out, "index.html.part"), "w", encoding="utf-8") as file:
-        file.write(page)
-    os.replace(os.path.join(out, "index.html.part"), os.path.join(out, "index.html"))
+    writing.write(os.path.join(out, "index.html"), page)

@@ -70,6 +70,7 @@ class Cell:
     context: int
     batch: int
     values: dict = field(default_factory=dict)
+    nulls: set = field(default_factory=set)      # names of what was measured and gave no number
     texts: dict = field(default_factory=dict)    # `<measurement>.<name>`: labels, answers
     skipped: dict = field(default_factory=dict)  # measurement: reason
     files: list = field(default_factory=list)    # of class File, oldest first
@@ -145,6 +146,8 @@ def put(cell, name, value):
         cell.values[name] = [finite(item) for item in value]
     elif finite(value) is not None:
         cell.values[name] = value
+    else:
+        cell.nulls.add(name)
 
 
 def wilson(successes, trials):
@@ -189,7 +192,7 @@ def add_benchmarks(results, file, data):
         if run.get("label"):
             cell.texts[measurement + ".label"] = run["label"]
         for key, value in run.items():
-            if key not in NO_COUNTERS and isinstance(value, (int, float, list)):
+            if key not in NO_COUNTERS and isinstance(value, (int, float, list, type(None))):
                 put(cell, f"{measurement}.{key}", value)
 
 
@@ -349,6 +352,10 @@ def validate(kind, data):
 
 
 def read_json(path):
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+        raise Refused("no regular file")
+    if re.search("[\udc80-\udcff]", path):  # what Python makes of other bytes
+        raise Refused("its name is not UTF-8")
     try:
         with open(path, encoding="utf-8") as file:
             return json.load(file)

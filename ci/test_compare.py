@@ -16,6 +16,7 @@ import random
 import re
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -278,6 +279,56 @@ class Facts(Folder):
         code, out = self.changed(edit)
         self.assertEqual(code, 1)
         self.assertRegex(out, r"LOST +perplexity/\S+int4-hqq/\S+ kld_nats ")
+
+    def test_null_agrees_with_nothing(self):
+        def edit(runs):
+            runs["perplexity"].update(ppl=None, ppl_lo=None, ppl_hi=None)
+            runs["error"]["nmse_k"] = None
+        code, out = self.changed(edit)
+        self.assertEqual(code, 1)
+        self.assertEqual(len(re.findall(r"LOST +\S+ (?:ppl|nmse_k) ", out)), 2)
+        new = self.path("new/benchmarks.json")
+        code, out, _ = run(new, new)
+        self.assertEqual(code, 0)
+        self.assertEqual(re.findall(r"NOT COMPARABLE +\w+/\S+int4-hqq/\S+ (\w+) .*null in both", out), ["nmse_k", "ppl"])
+        self.assertRegex(out, r"OK: 2 not comparable, \d+ same")
+        self.assertEqual(run(new, new, "--complete")[0], 1)
+        code, out, _ = run(new, self.old)
+        self.assertEqual(code, 0)
+        self.assertEqual(len(re.findall(r"NEW +\S+ (?:ppl|nmse_k) .*null in OLD", out)), 2)
+
+    def test_another_tokenizer_is_another_input(self):
+        old, new = (self.write(f"{name}/benchmarks.json", {**self.data, "context": {
+            **self.data["context"], "model_tokenizer smollm2-135m": f"sha256:{name}"}}) for name in "12")
+        code, out, _ = run(old, new)
+        self.assertEqual(code, 0)
+        self.assertRegex(out, r"NOT COMPARED +perplexity/\S+ .*tokenizer sha256:1 -> sha256:2")
+        # Results from before they said so are compared as ever.
+        self.assertNotIn("NOT COMPARED", run(self.old, new)[1])
+
+    def test_only_regular_files_are_replaced_or_read(self):
+        pipe, link, there = self.path("pipe"), self.path("link"), self.write("there", "")
+        os.mkfifo(pipe)
+        os.symlink(there, link)
+        code, _, err = run(pipe, self.old)
+        self.assertEqual((code, err.count("\n")), (2, 1))
+        self.assertIn("no regular file", err)
+        self.assertEqual(run(self.old, self.old, f"--json={link}")[0], 0)
+        self.assertTrue(os.path.islink(link))
+        with open(there, encoding="utf-8") as file:
+            self.assertFalse(json.load(file)["regression"])
+        done = subprocess.run([os.path.join(HERE, "compare"), self.old, self.old, "--json=/dev/stdout"],
+                              stdout=subprocess.PIPE, text=True)
+        self.assertEqual(done.returncode, 0)
+        self.assertEqual(done.stdout.index("{"), 0)
+        if os.getuid() == 0:  # a device as /dev/null is, under a name of its own
+            null = self.path("null")
+            try:
+                os.mknod(null, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+            except PermissionError:
+                return
+            self.assertEqual(run(self.old, self.old, f"--json={null}")[0], 0)
+            self.assertTrue(stat.S_ISCHR(os.stat(null).st_mode))
 
     def test_failed_cells(self):
         def fails(runs):

@@ -141,7 +141,7 @@ class Grid(Case):
         report = run(os.path.join(HERE, "report"), os.path.dirname(gathered), "--out", os.path.join(self.folder, "r"))
         self.assertEqual(report.returncode, 0, report.stderr)
         was = read(paths[3])
-        for fact, value in [("kvqbench_sha256", "0"), ("seed", "7"), ("corpus_sha256", "0"), ("new", "x")]:
+        for fact, value in [("kvqbench_sha256", "0"), ("seed", "7"), ("corpus_sha256", "0"), ("model_tokenizer tiny", "0"), ("new", "x")]:
             data = json.loads(was)
             data["context"][fact] = value
             with open(paths[3], "w") as file:

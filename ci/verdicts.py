@@ -1,14 +1,14 @@
 """What ci/compare found, for people (text, Markdown) and for machines (JSON, JUnit)."""
 
 import json
-import os
 from dataclasses import dataclass
 from xml.sax.saxutils import escape, quoteattr
 
 import facts as comparing
 import timing
+import writing
 
-ORDER = ["FAILED", "CHANGED", "LOST", "SLOWER", "UNSURE", "NOT COMPARED", "MISSING", "ACCEPTED", "MOVED", "FASTER", "NEW",
+ORDER = ["FAILED", "CHANGED", "LOST", "SLOWER", "UNSURE", "NOT COMPARED", "NOT COMPARABLE", "MISSING", "ACCEPTED", "MOVED", "FASTER", "NEW",
          "SAME"]
 
 
@@ -202,7 +202,7 @@ def junit(outcome):
         if bad:
             failures += 1
             body.append(f"    <failure message={quoteattr(bad[0])}>{escape(chr(10).join(bad))}</failure>")
-        elif all(verdict in ("MISSING", "NOT COMPARED", "UNSURE") for verdict, _, _ in entries):
+        elif all(verdict in ("MISSING", "NOT COMPARED", "NOT COMPARABLE", "UNSURE") for verdict, _, _ in entries):
             skipped += 1
             body.append(f"    <skipped message={quoteattr(entries[0][2])}/>")
         body.append("  </testcase>")
@@ -211,13 +211,5 @@ def junit(outcome):
                       f'skipped="{skipped}">', *body, "</testsuite>"]) + "\n"
 
 
-def write(path, content):
-    """Beside, then renamed."""
-    part = path + ".part"
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(content)
-    os.replace(part, path)
-
-
 def write_json(path, outcome):
-    write(path, json.dumps(as_json(outcome), indent=1, allow_nan=False) + "\n")
+    writing.write(path, json.dumps(as_json(outcome), indent=1, allow_nan=False) + "\n")
