@@ -52,10 +52,15 @@ json Deterministic(const json& file) {
     for (auto field = run.begin(); field != run.end();) {
       const std::string& name = field.key();
       bool moves = name == "real_time" || name == "cpu_time" || name == "elapsed_s" || name == "samples";
-      for (const char* word : {"_ms", "ms_per_", "per_s", "peak_fraction", "ci95_fraction", "share_of_", "rss_"}) {
+      for (const char* word : {"_ms", "ms_per_", "per_s", "peak_fraction", "ci95_fraction", "share_of_", "rss_",
+                               "foreign_processors", "disturbed"}) {
         moves = moves || name.find(word) != std::string::npos;
       }
       field = moves ? run.erase(field) : std::next(field);
+    }
+    if (run.contains("label")) {  // what a neighbour did is no fact of the cell
+      const std::string label = run["label"];
+      run["label"] = label.substr(0, label.find("; disturbed"));
     }
   }
   return kept;

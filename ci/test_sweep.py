@@ -53,9 +53,10 @@ def deterministic(path):
     data.pop("history", None)
     for fact in ("date", "load_avg", "mhz_per_cpu", "cpu_scaling_enabled", "read_gb_per_s"):
         data["context"].pop(fact, None)
-    moves = re.compile(r"^(real_time|cpu_time|elapsed_s)$|_ms|ms_per_|per_s|peak_fraction|share_of_|rss_")
-    data["benchmarks"] = [{name: value for name, value in entry.items() if not moves.search(name)}
-                          for entry in data["benchmarks"]]
+    moves = re.compile(r"^(real_time|cpu_time|elapsed_s)$|_ms|ms_per_|per_s|peak_fraction|share_of_|rss_"
+                       r"|foreign_processors|disturbed")
+    data["benchmarks"] = [{name: value.split("; disturbed")[0] if name == "label" else value
+                           for name, value in entry.items() if not moves.search(name)} for entry in data["benchmarks"]]
     return data
 
 
