@@ -449,12 +449,12 @@ int Main(int argc, char** argv) {
 }  // namespace
 }  // namespace kvq
 
-// Threads that wait for each other spin, by libgomp's default for milliseconds: a processor that others want, too, is
-// kept from working. Some tens of microseconds bridge the gaps between two operations of a decoding step. libgomp reads
-// the number before main, so the program begins once more.
+// Threads that wait for each other spin, by libgomp's default for many milliseconds: a processor that others want, too, is
+// kept from working. Some hundred microseconds bridge the gaps between two operations (a tenth of that cost a prefill 10 %).
+// libgomp reads the number before main, so the program begins once more.
 static void LimitSpinning(char** argv) {
   if (std::getenv("OMP_WAIT_POLICY") != nullptr || std::getenv("GOMP_SPINCOUNT") != nullptr) return;
-  setenv("GOMP_SPINCOUNT", "2000", 1);
+  setenv("GOMP_SPINCOUNT", "20000", 1);
   execv("/proc/self/exe", argv);  // where that is not to be had, it goes on as it is
 }
 
