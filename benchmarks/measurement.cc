@@ -213,8 +213,12 @@ std::vector<double> Samples(Session& session, benchmark::State& state,
   const bool watched = session.device().is_cpu();
   std::vector<double> quiet, unseen, disturbed;
   ForeignLoad all, since;
-  Counters median;
-  std::optional<double> half_width;
+  const auto half_width = [](const std::vector<double>& of) -> std::optional<double> {
+    const auto interval = MedianInterval(of);
+    Counters median;
+    if (interval) AddSpread(median, "seconds", of);
+    return interval ? std::optional((interval->high - interval->low) / 2 / median.front().second) : std::nullopt;
+  };
   const auto look = [&](bool last) {
     const bool seen = since.Seconds() >= kLook;
     if (unseen.empty() || !(seen || last)) return;
@@ -232,7 +236,10 @@ std::vector<double> Samples(Session& session, benchmark::State& state,
       const auto taken = good + static_cast<int64_t>(disturbed.size());
       if (taken < o.runs) return true;
       if (taken >= o.max_runs || all.Seconds() >= static_cast<double>(o.max_seconds)) return false;
-      return good < o.runs || !(half_width && *half_width < 0.01);
+      if (good < o.runs) return true;
+      std::vector<double> so_far = quiet;
+      so_far.insert(so_far.end(), unseen.begin(), unseen.end());
+      return half_width(so_far).value_or(1) >= 0.01;
     };
     while (go_on()) {
       const int64_t loaded = LoadedCount();
@@ -242,32 +249,23 @@ std::vector<double> Samples(Session& session, benchmark::State& state,
         continue;
       }
       unseen.push_back(one);
-      std::vector<double> so_far = quiet;
-      so_far.insert(so_far.end(), unseen.begin(), unseen.end());
-      median.clear();
-      AddSpread(median, "seconds", so_far);
-      half_width.reset();
-      if (const auto interval = MedianInterval(so_far)) {
-        half_width = (interval->high - interval->low) / 2 / median.front().second;
-      }
     }
     look(/*last=*/true);
     const bool enough = static_cast<int64_t>(quiet.size()) >= o.runs;
     if (!enough) quiet.insert(quiet.end(), disturbed.begin(), disturbed.end());
-    median.clear();
+    Counters median;
     AddSpread(median, "seconds", quiet);
     state.SetIterationTime(median.front().second);
     if (watched) {
       if (const std::optional<double> foreign = all.Processors()) state.counters["foreign_processors"] = *foreign;
       state.counters["disturbed"] = enough ? 0 : 1;
       if (!enough) {
-        half_width.reset();
         session.AddNote(StrCat("disturbed: others took processors, ", disturbed.size(), " of ", quiet.size(), " samples"));
       }
     }
+    if (const auto half = half_width(quiet); half && enough) state.counters["ci95_fraction"] = *half;
   }
   state.counters["samples"] = static_cast<double>(quiet.size());
-  if (half_width) state.counters["ci95_fraction"] = *half_width;
   return quiet;
 }
 
