@@ -592,7 +592,7 @@ TEST(DecodeGraphGpu, StepsEqualForward) {
   ExpectStepsEqualForward(Cases(), {1, 3, 4, 5, 32, 33, 36, 37, 100, 164}, at::kCUDA);
 }
 TEST(DecodeGraph, StepsOnACpuEqualForward) {
-  if (!host::HasAvx2()) GTEST_SKIP() << "no AVX2";
+  if (!host::HasAvx2()) GTEST_SKIP() << host::kWantsAvx2;
   ExpectStepsEqualForward(HostCases(), {1, 36, 70}, at::kCPU);
 }
 
@@ -643,7 +643,7 @@ TEST(DecodeGraphGpu, RunsOnAndEncodesFullBlocks) {
   ExpectRunsOn(Cases(), at::kCUDA);
 }
 TEST(DecodeGraph, RunsOnOnACpuAndEncodesFullBlocks) {
-  if (!host::HasAvx2()) GTEST_SKIP() << "no AVX2";
+  if (!host::HasAvx2()) GTEST_SKIP() << host::kWantsAvx2;
   ExpectRunsOn(HostCases(), at::kCPU);
 }
 

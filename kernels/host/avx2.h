@@ -16,6 +16,8 @@
 
 namespace kvq::host {
 
+inline constexpr char kWantsAvx2[] = "it needs a processor with AVX2, FMA and F16C";
+
 // Whether this processor has what the functions here want.
 inline bool HasAvx2() {
 #if KVQ_HAS_AVX2

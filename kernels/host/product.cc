@@ -45,7 +45,7 @@ KVQ_AVX2 void Block(const W* weight, int64_t in, const float* x, float* out, int
 #pragma GCC unroll 8
       for (int o = 0; o < kOuts; ++o) w[o] = LoadWeights(weight + o * in + i + c * kLanes);
       if (c * kLanes * sizeof(W) % 64 == 0) {
-        for (int o = 0; o < kOuts; ++o) __builtin_prefetch(reinterpret_cast<const char*>(weight + o * in + i + c * kLanes) + 2 * kOuts * in * sizeof(W), 0, 2);
+        for (int o = 0; o < kOuts; ++o) __builtin_prefetch(weight + (o + 2 * kOuts) * in + i + c * kLanes, 0, 2);
       }
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
@@ -100,17 +100,6 @@ KVQ_AVX2 void Rows(const W* weight, int64_t outs, int64_t in, const float* x, in
 }
 #endif
 
-template <typename W>
-void PlainRows(const W* weight, int64_t outs, int64_t in, const float* x, int64_t rows, float* out, int64_t out_stride) {
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t o = 0; o < outs; ++o) {
-      float sum = 0;
-      for (int64_t i = 0; i < in; ++i) sum += ToFloat(weight[o * in + i]) * x[r * in + i];
-      out[r * out_stride + o] = sum;
-    }
-  }
-}
-
 }  // namespace
 
 void Product(const ProductArgs& a) {
@@ -128,9 +117,10 @@ void Product(const ProductArgs& a) {
       const int64_t outs = std::min(kOuts, a.out - first);
       const auto with = [&](const auto* weight) {
 #if KVQ_HAS_AVX2
-        if (HasAvx2()) return Rows(weight + first * a.in, outs, a.in, x, a.rows, sums.data(), kOuts);
+        Rows(weight + first * a.in, outs, a.in, x, a.rows, sums.data(), kOuts);
+#else
+        (void)weight, (void)outs, (void)x;
 #endif
-        PlainRows(weight + first * a.in, outs, a.in, x, a.rows, sums.data(), kOuts);
       };
       switch (a.dtype) {
         case DType::kFloat32: with(static_cast<const float*>(a.weight)); break;

@@ -3,7 +3,7 @@
 //
 // A step reads every weight once: its limit is those bytes over memory bandwidth. So weights of 16 bits are widened in
 // registers, on any processor with AVX2; and products and attention are dealt to threads in small pieces, so that a
-// processor which others use, too, costs its share.
+// processor which others use, too, costs its share. Product and DecodeAttention are for processors that HasAvx2().
 #pragma once
 
 #include "kernels/device/step.h"
