@@ -5,6 +5,7 @@
 #include <set>
 
 #include "accuracy/golden.h"
+#include "accuracy/relative_error.h"
 #include "fixtures/dataset.h"
 #include "fixtures/model.h"
 #include "fixtures/tokenizer/tokenizer.h"
@@ -32,10 +33,6 @@ at::Tensor AllLogits(const Model& model, const at::Tensor& ids, const std::strin
     parts.push_back(model.Logits(model.Forward(ids.narrow(1, at, n), cache, FindBackend(backend))));
   }
   return at::cat(parts, 1).cpu();
-}
-
-double RelativeError(const at::Tensor& ours, const at::Tensor& theirs) {
-  return ((ours - theirs).norm() / theirs.norm()).item<double>();
 }
 
 // Every architecture, in several shapes each, by backend.

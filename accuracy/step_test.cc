@@ -1,0 +1,374 @@
+// Kernels of a decoding step against float64.
+#include <ATen/ATen.h>
+
+#include <array>
+#include <cmath>
+
+#include "accuracy/golden.h"
+#include "accuracy/relative_error.h"
+#include "fixtures/cache/codec_tensors.h"
+#include "kernels/device/step.h"
+#include "kernels/runtime/launch.h"
+
+namespace kvq {
+namespace {
+
+double Roundoff(at::ScalarType type) { return type == at::kHalf ? 0x1p-11 : 0x1p-8; }
+
+// float32 sums of `in` products, each step of relative error 2^-24: errors of random sign add up to
+// the square root of `in` of them. Rounding the result to 16 bits is at most a unit roundoff.
+// Of weights [out, in].
+void ExpectProductsEqualFloat64(const std::vector<std::pair<int64_t, int64_t>>& weights) {
+  const c10::InferenceMode guard;
+  for (const at::ScalarType type : {at::kHalf, at::kBFloat16}) {
+    for (const auto& [out, in] : weights) {
+      const at::TensorOptions options = at::TensorOptions(type).device(at::kCUDA);
+      const at::Tensor weight = at::randn({out, in}, options) / std::sqrt(static_cast<double>(in));
+      for (const int64_t rows : {1, 2, 3, 8}) {
+        SCOPED_TRACE(StrCat("weight ", out, " x ", in, ", ", rows, " rows, ", type));
+        const at::Tensor x = at::randn({rows, in}, options);
+        const at::Tensor exact = at::matmul(x.to(at::kDouble), weight.to(at::kDouble).t());
+        ProductArgs args;
+        args.dtype = DTypeOf(type), args.rows = rows, args.in = in, args.out = out;
+        args.weight = weight.data_ptr(), args.x = x.data_ptr();
+        at::Tensor stored = at::full({rows, out}, NAN, options);
+        args.stored = stored.data_ptr();
+        // Of a block: x, the smallest ring of weights, sums.
+        const int64_t room = CurrentDevice().block_shared - (16 * 4 << 10) - (8 << 10);
+        ASSERT_TRUE(ProductFits(args) || 2 * rows * in > room) << "x fits into shared memory";
+        if (ProductFits(args)) {
+          Product(args, nullptr);
+          EXPECT_LT(RelativeError(stored, exact), Roundoff(type));
+        }
+        args.end = ProductEnd::kPartial;
+        ASSERT_TRUE(ProductFits(args) || 2 * rows * in > 4 * room) << "a quarter of x fits into shared memory";
+        if (!ProductFits(args)) continue;
+        const at::Tensor partial =
+            at::full({ProductSplits(args), rows, out}, NAN, options.dtype(at::kFloat));
+        args.partial = partial.data_ptr<float>();
+        Product(args, nullptr);
+        EXPECT_LT(RelativeError(partial.sum(0), exact),
+                  0x1p-24 * std::sqrt(static_cast<double>(in)));
+      }
+    }
+  }
+}
+
+TEST(StepGpu, ProductsEqualFloat64) {
+  KVQ_NEEDS_CUDA();
+  ExpectProductsEqualFloat64(
+      {{8, 64}, {200, 576}, {6144, 4096}, {4096, 14336}, {4608, 3584}, {3584, 18944}, {152064, 3584}});
+}
+
+// What fits under a sanitizer.
+TEST(StepGpu, ProductsOfAFewShapes) {
+  KVQ_NEEDS_CUDA();
+  ExpectProductsEqualFloat64({{8, 64}, {200, 576}, {2048, 4096}});
+}
+
+TEST(StepGpu, NormsAddWhatTheySay) {
+  KVQ_NEEDS_CUDA();
+  const c10::InferenceMode guard;
+  for (const at::ScalarType type : {at::kHalf, at::kBFloat16}) {
+    for (const int64_t size : {28, 64, 4096, 8192, 16384}) {
+      SCOPED_TRACE(StrCat("size ", size, ", ", type));
+      const at::TensorOptions options = at::TensorOptions(type).device(at::kCUDA);
+      const at::Tensor x = at::randn({5, size}, options), bias = at::randn({size}, options),
+                       out = at::full_like(x, NAN);
+      const at::Tensor partial = at::randn({3, 5, size}, options.dtype(at::kFloat));
+      const at::Tensor weight = at::rand({size}, options.dtype(at::kFloat)) + 0.5;
+      const at::Tensor sum =
+          (x.to(at::kFloat) + (partial[0] + partial[1] + partial[2] + bias).to(type)).to(type);
+      AddNorm({.dtype = DTypeOf(type),
+               .rows = 5,
+               .size = size,
+               .x = x.data_ptr(),
+               .partial = partial.data_ptr<float>(),
+               .splits = 3,
+               .bias = bias.data_ptr(),
+               .sum = x.data_ptr(),
+               .weight = weight.data_ptr<float>(),
+               .eps = 1e-5f,
+               .out = out.data_ptr()},
+              nullptr);
+      EXPECT_TRUE(x.equal(sum));
+      const at::Tensor exact = sum.to(at::kDouble);
+      EXPECT_LT(
+          RelativeError(out, exact * at::rsqrt(exact.square().mean(-1, true) + 1e-5) * weight),
+          Roundoff(type));
+    }
+  }
+}
+
+// x + norm(delta), times a scale, rounded three times by at most a unit roundoff; the norm of what that left once.
+TEST(StepGpu, NormsBehindAProductComeFirst) {
+  KVQ_NEEDS_CUDA();
+  const c10::InferenceMode guard;
+  for (const at::ScalarType type : {at::kHalf, at::kBFloat16}) {
+    for (const int64_t size : {28, 64, 2560, 5376, 16384}) {
+      for (const bool split : {false, true}) {
+        SCOPED_TRACE(StrCat("size ", size, split ? ", of splits" : "", ", ", type));
+        const at::TensorOptions options = at::TensorOptions(type).device(at::kCUDA);
+        const at::TensorOptions floats = options.dtype(at::kFloat);
+        const at::Tensor x = at::randn({5, size}, options), bias = at::randn({size}, options);
+        const at::Tensor partial = at::randn({3, 5, size}, floats), whole = at::randn({5, size}, options);
+        const at::Tensor first = at::rand({size}, floats) + 0.5, second = at::rand({size}, floats) + 0.5;
+        const at::Tensor product = split ? partial[0] + partial[1] + partial[2] : whole.to(at::kFloat);
+        const at::Tensor delta = (product + bias).to(type);
+        const at::Tensor sum = at::full_like(x, NAN), out = at::full_like(x, NAN);
+        const auto scaled = [](const at::Tensor& t) {
+          const at::Tensor exact = t.to(at::kDouble);
+          return exact * at::rsqrt(exact.square().mean(-1, true) + 1e-5);
+        };
+        AddNormedArgs args;
+        args.next = {.dtype = DTypeOf(type),
+                     .rows = 5,
+                     .size = size,
+                     .x = x.data_ptr(),
+                     .delta = split ? nullptr : whole.data_ptr(),
+                     .partial = split ? partial.data_ptr<float>() : nullptr,
+                     .splits = split ? 3 : 0,
+                     .bias = bias.data_ptr(),
+                     .sum = sum.data_ptr(),
+                     .weight = second.data_ptr<float>(),
+                     .eps = 1e-5f,
+                     .out = out.data_ptr()};
+        args.delta_weight = first.data_ptr<float>(), args.scale = 0.75f;
+        AddNormed(args, nullptr);
+        EXPECT_LT(RelativeError(sum, (x.to(at::kDouble) + scaled(delta) * first) * 0.75), 3 * Roundoff(type));
+        EXPECT_LT(RelativeError(out, scaled(sum) * second), Roundoff(type));
+        // In place, and without a norm that follows, the sum is the same bits.
+        out.fill_(NAN);
+        args.next.sum = x.data_ptr(), args.next.weight = nullptr;
+        AddNormed(args, nullptr);
+        EXPECT_TRUE(x.equal(sum));
+        EXPECT_TRUE(out.isnan().all().item<bool>());
+      }
+    }
+  }
+}
+
+TEST(StepGpu, NormsWithAShiftAreLayerNorms) {
+  KVQ_NEEDS_CUDA();
+  const c10::InferenceMode guard;
+  for (const at::ScalarType type : {at::kHalf, at::kBFloat16}) {
+    for (const int64_t size : {28, 64, 768, 8192, 16384}) {
+      SCOPED_TRACE(StrCat("size ", size, ", ", type));
+      const at::TensorOptions options = at::TensorOptions(type).device(at::kCUDA), floats = options.dtype(at::kFloat);
+      const at::Tensor x = at::randn({5, size}, options) + 3, bias = at::randn({size}, options);
+      const at::Tensor partial = at::randn({2, 5, size}, floats), out = at::full_like(x, NAN);
+      const at::Tensor weight = at::rand({size}, floats) + 0.5, shift = at::randn({size}, floats);
+      const at::Tensor sum = (x.to(at::kFloat) + (partial[0] + partial[1] + bias).to(type)).to(type);
+      AddNorm({.dtype = DTypeOf(type),
+               .rows = 5,
+               .size = size,
+               .x = x.data_ptr(),
+               .partial = partial.data_ptr<float>(),
+               .splits = 2,
+               .bias = bias.data_ptr(),
+               .sum = x.data_ptr(),
+               .weight = weight.data_ptr<float>(),
+               .eps = 1e-5f,
+               .out = out.data_ptr(),
+               .shift = shift.data_ptr<float>()},
+              nullptr);
+      EXPECT_TRUE(x.equal(sum));
+      const at::Tensor centred = sum.to(at::kDouble) - sum.to(at::kDouble).mean(-1, true);
+      EXPECT_LT(RelativeError(out, centred * at::rsqrt(centred.square().mean(-1, true) + 1e-5) * weight + shift),
+                Roundoff(type));
+    }
+  }
+}
+
+// A norm and a rotation, each rounded once. `kv_heads` is 0 where a layer has queries alone.
+TEST(StepGpu, HeadsOfAFewShapes) {
+  KVQ_NEEDS_CUDA();
+  const c10::InferenceMode guard;
+  constexpr int64_t kRows = 3, kHeads = 4, kCapacity = 6, kToken = 4;
+  for (const at::ScalarType type : {at::kHalf, at::kBFloat16}) {
+    for (const int64_t dim : {8, 64, 256, 260, 512}) {
+      for (const int64_t kv_heads : {2, 0}) {
+        for (const int norms : {0, 2, 3}) {  // of queries and keys, of values
+          SCOPED_TRACE(StrCat("head_dim ", dim, ", ", kv_heads, " kv heads, ", norms, " norms, ", type));
+          const at::TensorOptions options = at::TensorOptions(type).device(at::kCUDA);
+          const at::TensorOptions floats = options.dtype(at::kFloat);
+          const at::Tensor qkv = at::randn({kRows, kHeads + 2 * kv_heads, dim}, options);
+          const at::Tensor weights = at::rand({3, dim}, floats) + 0.5, angle = at::randn({dim / 2}, floats);
+          const at::Tensor cos = angle.cos(), sin = angle.sin();
+          const at::Tensor queries = at::full({kRows, kHeads, dim}, NAN, options);
+          const at::Tensor keys = at::full({kRows, kv_heads, kCapacity, dim}, NAN, options), values = keys.clone();
+          const at::Tensor lengths = at::tensor({0, int{kToken + 1}, 0}, at::kInt).repeat({kRows, 1}).to(at::kCUDA);
+          const auto to = [&](const at::Tensor& tokens) {
+            return NewToken{.sinks = {},
+                            .tail = ViewOf(tokens),
+                            .dense = true,
+                            .lengths = static_cast<const SequenceLength*>(lengths.data_ptr())};
+          };
+          const auto weight = [&](int of) { return of < norms ? weights[of].data_ptr<float>() : nullptr; };
+          AppendArgs args;
+          args.of = {.dtype = DTypeOf(type),
+                     .rows = kRows,
+                     .heads = kHeads,
+                     .kv_heads = kv_heads,
+                     .head_dim = dim,
+                     .q_norm = weight(0),
+                     .k_norm = weight(1),
+                     .eps = 1e-5f,
+                     .cos = cos.data_ptr<float>(),
+                     .sin = sin.data_ptr<float>(),
+                     .positions = 1,
+                     .v_norm = weight(2)};
+          args.queries = queries.data_ptr(), args.keys = to(keys), args.values = to(values);
+          AppendHeads(args, qkv.data_ptr(), nullptr);
+          const auto expect = [&](const at::Tensor& ours, int64_t first, int of, bool turns) {
+            at::Tensor exact = qkv.narrow(1, first, ours.size(1)).to(at::kDouble);
+            if (of < norms) exact = exact * at::rsqrt(exact.square().mean(-1, true) + 1e-5) * weights[of];
+            if (turns) {
+              const at::Tensor x1 = exact.narrow(2, 0, dim / 2), x2 = exact.narrow(2, dim / 2, dim / 2);
+              exact = at::cat({x1 * cos - x2 * sin, x2 * cos + x1 * sin}, 2);
+            }
+            EXPECT_LT(RelativeError(ours, exact), 2 * Roundoff(type)) << "first head " << first;
+          };
+          expect(queries, 0, 0, true);
+          if (kv_heads == 0) continue;
+          expect(keys.select(2, kToken), kHeads, 1, true);
+          expect(values.select(2, kToken), kHeads + kv_heads, 2, false);
+          EXPECT_EQ(keys.isnan().sum().item<int64_t>(), keys.numel() / kCapacity * (kCapacity - 1));
+          EXPECT_EQ(values.isnan().sum().item<int64_t>(), values.numel() / kCapacity * (kCapacity - 1));
+        }
+      }
+    }
+  }
+}
+
+// The activation and its product with a factor are rounded once each. Behind a product, its sum is before, which
+// either activation stretches by at most 1.13, and whose norm is less than twice that of what they leave of it.
+TEST(StepGpu, ActivationsOfAFewShapes) {
+  KVQ_NEEDS_CUDA();
+  const c10::InferenceMode guard;
+  for (const at::ScalarType type : {at::kHalf, at::kBFloat16}) {
+    const std::vector<std::array<int64_t, 3>> shapes = {{1, 256, 320}, {3, 64, 128}, {2, 28, 64}};
+    for (const auto& [rows, size, in] : shapes) {
+      for (const Gate activation : {Gate::kSilu, Gate::kGeluTanh}) {
+        for (const bool with_bias : {false, true}) {
+          for (const bool with_factor : {false, true}) {
+            SCOPED_TRACE(StrCat(rows, " x ", size, with_bias ? ", bias" : "", with_factor ? ", factor" : "", ", ",
+                                type));
+            const at::TensorOptions options = at::TensorOptions(type).device(at::kCUDA);
+            const at::Tensor gate = at::randn({rows, size}, options), bias = at::randn({size}, options);
+            const at::Tensor factor = at::randn({rows, size}, options), out = at::full_like(gate, NAN);
+            const auto exact = [&](const at::Tensor& x) {
+              const at::Tensor active =
+                  activation == Gate::kSilu ? at::silu(x.to(at::kDouble)) : at::gelu(x.to(at::kDouble), "tanh");
+              return with_factor ? active * factor : active;
+            };
+            GateArgs args = {.dtype = DTypeOf(type),
+                             .rows = rows,
+                             .size = size,
+                             .activation = activation,
+                             .bias = with_bias ? bias.data_ptr() : nullptr,
+                             .out = out.data_ptr(),
+                             .factor = with_factor ? factor.data_ptr() : nullptr};
+            Activate(args, gate.data_ptr(), nullptr);
+            EXPECT_LT(RelativeError(out, exact(with_bias ? gate + bias : gate)), 2 * Roundoff(type));
+            const at::Tensor x = at::randn({rows, in}, options);
+            const at::Tensor weight = at::randn({size, in}, options) / std::sqrt(static_cast<double>(in));
+            ProductArgs product;
+            product.dtype = DTypeOf(type), product.rows = rows, product.in = in, product.out = size;
+            product.weight = weight.data_ptr(), product.x = x.data_ptr();
+            product.end = ProductEnd::kActivate, product.gate = args;
+            ASSERT_EQ(ProductFits(product), size % 8 == 0);
+            if (size % 8 != 0) continue;
+            out.fill_(NAN);
+            Product(product, nullptr);
+            at::Tensor sum = at::matmul(x.to(at::kDouble), weight.to(at::kDouble).t());
+            if (with_bias) sum = sum + bias;
+            EXPECT_LT(RelativeError(out, exact(sum)), (2 + 2 * 1.13) * Roundoff(type));
+          }
+        }
+      }
+    }
+  }
+}
+
+// Embeddings with learned positions, inputs of layers, capped logits.
+TEST(StepGpu, BeginningsAndEndsOfAFewShapes) {
+  KVQ_NEEDS_CUDA();
+  const c10::InferenceMode guard;
+  constexpr int64_t kBatch = 3, kVocabulary = 1003, kHidden = 100, kPosition = 7;
+  for (const at::ScalarType type : {at::kHalf, at::kBFloat16}) {
+    const at::TensorOptions options = at::TensorOptions(type).device(at::kCUDA), floats = options.dtype(at::kFloat);
+    const at::TensorOptions longs = options.dtype(at::kLong), ints = options.dtype(at::kInt);
+    const at::Tensor tokens = at::tensor({5, 1002, 77}, at::kLong).to(at::kCUDA), asked = tokens.clone();
+    const at::Tensor history = at::zeros({4, kBatch}, longs), best = at::zeros({kBatch}, longs);
+    const at::Tensor step = at::zeros({1}, ints), arrived = at::zeros({kBatch}, ints);
+    const at::Tensor dense = at::tensor({0, int{kPosition}, 0}, at::kInt).repeat({kBatch, 1}).to(at::kCUDA);
+    const at::Tensor append = at::zeros({kBatch, 3}, ints);
+    StepState state;
+    state.tokens = tokens.data_ptr<int64_t>(), state.history = history.data_ptr<int64_t>();
+    state.step = step.data_ptr<int32_t>();
+    state.dense = static_cast<SequenceLength*>(dense.data_ptr());
+    state.append = static_cast<SequenceLength*>(append.data_ptr());
+    state.best = static_cast<unsigned long long*>(best.data_ptr());
+    state.arrived = static_cast<uint32_t*>(arrived.data_ptr());
+
+    const at::Tensor embedding = at::randn({kVocabulary, kHidden}, options);
+    const at::Tensor learned = at::randn({16, kHidden}, options), x = at::full({kBatch, kHidden}, NAN, options);
+    BeginStep({.dtype = DTypeOf(type),
+               .state = state,
+               .batch = kBatch,
+               .hidden = kHidden,
+               .residual_length = 32,
+               .embedding = embedding.data_ptr(),
+               .x = x.data_ptr(),
+               .ropes = {},
+               .positions = learned.data_ptr()},
+              nullptr);
+    EXPECT_TRUE(x.equal(embedding.index_select(0, asked) + learned[kPosition])) << type;
+
+    // Five roundings of at most a unit roundoff, of tensors that are no larger than the last.
+    for (const int64_t size : {6, 256, 512}) {
+      constexpr int64_t kLayers = 5;
+      const at::Tensor table = at::randn({kVocabulary, kLayers, size}, options) / 10;
+      const at::Tensor weight = at::rand({size}, floats) + 0.5;
+      const at::Tensor projected = at::randn({kBatch, kLayers, size}, options);
+      const at::Tensor out = at::full({kLayers, kBatch, size}, NAN, options);
+      LayerInputs({.dtype = DTypeOf(type),
+                   .tokens = tokens.data_ptr<int64_t>(),
+                   .batch = kBatch,
+                   .layers = kLayers,
+                   .size = size,
+                   .embedding = table.data_ptr(),
+                   .projected = projected.data_ptr(),
+                   .weight = weight.data_ptr<float>(),
+                   .eps = 1e-5f,
+                   .scale = 16,
+                   .divisor = 10,
+                   .out = out.data_ptr()},
+                  nullptr);
+      const at::Tensor state_part = projected.to(at::kDouble) / 10;
+      const at::Tensor exact = (state_part * at::rsqrt(state_part.square().mean(-1, true) + 1e-5) * weight +
+                                table.index_select(0, asked).to(at::kDouble) * 16) *
+                               M_SQRT1_2;
+      EXPECT_LT(RelativeError(out, exact.transpose(0, 1)), 5 * Roundoff(type)) << "size " << size << " " << type;
+    }
+
+    // In float32, where 16 bits would put several of the largest logits together.
+    const at::Tensor logits = at::randn({kBatch, kVocabulary}, options) * 20;
+    const at::Tensor capped = at::full({kBatch, kVocabulary}, NAN, floats);
+    PickTokens({.dtype = DTypeOf(type),
+                .state = state,
+                .batch = kBatch,
+                .vocabulary = kVocabulary,
+                .logits = logits.data_ptr(),
+                .cap = 30,
+                .capped = capped.data_ptr<float>()},
+               nullptr);
+    EXPECT_LT(RelativeError(capped, at::tanh(logits.to(at::kDouble) / 30) * 30), 1e-6);
+    EXPECT_TRUE(tokens.equal(capped.argmax(-1))) << type;
+    EXPECT_TRUE(history[0].equal(tokens)) << type;
+  }
+}
+
+}  // namespace
+}  // namespace kvq
