@@ -125,7 +125,6 @@ TEST(DecodeGraph, SaysWhatItRefuses) {
                     Weights::Random(1, at::kHalf, at::kCPU));
   says(RefusalOf(model, "int4-hqq@policy=hf"), "policy hf");
   says(RefusalOf(model, "int4-hqq@residual=0"), "residual");
-  says(RefusalOf(model, "int4-hqq-kivi"), "no fused attention for keys int4-hqq-kivi");
 }
 
 struct Case {
@@ -181,7 +180,8 @@ std::vector<Case> HostCases() {
   }
   const ModelConfig mistral = Config({"mistral-7b", 128, 4, 2, 128, 96});
   for (const char* spec : {"int8-hqq", "int2-hqq", "int4-quanto", "int2-quanto", "none+int4-hqq", "int8-hqq+none",
-                           "int4-hqq+int2-quanto", "int4-hqq@group=32", "int4-hqq@layers=0-0:none"}) {
+                           "int4-hqq+int2-quanto", "int4-hqq@group=32", "int4-hqq@layers=0-0:none", "int4-hqq-kivi",
+                           "int2-hqq-kivi+int4-hqq", "int8-hqq+int4-hqq-kivi", "none+int4-hqq-kivi"}) {
     cases.push_back({mistral, std::string(spec) + "@residual=32", 1, at::kFloat});
   }
   cases.push_back({mistral, "none", 1, at::kHalf});

@@ -227,7 +227,8 @@ Counters MeasureDistribution(Session& session, const Cell& cell, benchmark::Stat
 const RegisterMeasurement kDistribution{
     {.name = "distribution",
      .what = "of keys and values, per layer: moments, tails, outlier channels, histogram",
-     .quality = true, .unquantized = true, .run = MeasureDistribution}};
+     .quality = true, .unquantized = true,
+     .like_tokens = [](const Options&, double tokens) { return 2 * tokens; }, .run = MeasureDistribution}};
 
 }  // namespace
 }  // namespace kvq

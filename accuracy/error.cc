@@ -66,7 +66,8 @@ Counters Error(Session& session, const Cell& cell, benchmark::State& state) {
 
 const RegisterMeasurement kError{
     {.name = "error", .what = "nmse and largest error of keys and values, per layer",
-     .needs_encoding = true, .quality = true, .run = Error}};
+     .needs_encoding = true, .quality = true, .turn = 0,
+     .like_tokens = [](const Options&, double tokens) { return tokens / 2; }, .run = Error}};
 
 }  // namespace
 }  // namespace kvq

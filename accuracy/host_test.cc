@@ -22,7 +22,7 @@ TEST(Host, ProductsEqualFloat64) {
   for (const at::ScalarType type : {at::kFloat, at::kHalf, at::kBFloat16}) {
     for (const auto& [out, in] : std::vector<std::pair<int64_t, int64_t>>{{1, 8}, {33, 64}, {100, 1000}, {67, 577}, {40, 4096}}) {
       const Tensor weight = at::randn({out, in}).to(type);
-      for (const int64_t rows : {1, 2, 3, 4, 5, 8, 9}) {
+      for (const int64_t rows : {1, 2, 3, 4, 5, 8, 9, 17, 250}) {
         const Tensor x = at::randn({rows, in}).to(type);
         const Tensor w64 = weight.to(at::kDouble), x64 = x.to(at::kDouble);
         const Tensor exact = at::matmul(x64, w64.t());
@@ -50,7 +50,8 @@ constexpr int64_t kKvHeads = 2, kSinks = 8, kResidual = 40;
 
 Side MakeSide(const Codec& codec, bool other_dense, int64_t group, int64_t dim, at::ScalarType type,
               const SequenceLength& length) {
-  const int64_t capacity = (length.encoded + 15) / 8 * 8;
+  const int64_t block = codec.block_wide ? 64 : 1;
+  const int64_t capacity = (length.encoded + 2 * 64 - 1) / 64 * 64;
   const auto normal = [&](int64_t tokens) { return at::randn({2, kKvHeads, tokens, dim}).to(type); };
   Side side;
   side.sinks = normal(kSinks), side.residual = normal(kResidual);
@@ -63,7 +64,7 @@ Side MakeSide(const Codec& codec, bool other_dense, int64_t group, int64_t dim, 
     return side;
   }
   const CodecParams params{.group_size = group};
-  side.encoded = Encode(codec, params, tokens, 1);
+  side.encoded = Encode(codec, params, tokens, block);
   Tensor decoded = at::empty(tokens.sizes(), at::kFloat);
   DecodeTensor(codec, params, side.encoded, 0, decoded);
   side.decoded = decoded.to(at::kDouble);
@@ -138,7 +139,7 @@ TEST(Host, AttentionEqualsFloat64OverDecodedTokens) {
   if (!host::HasAvx2()) GTEST_SKIP() << host::kWantsAvx2;
   const c10::InferenceMode guard;
   at::manual_seed(5);
-  const std::vector<std::string> schemes = {"none", "int8-hqq", "int4-hqq", "int2-hqq", "int4-quanto", "int2-quanto"};
+  std::vector<std::string> schemes = {"none", "int8-hqq", "int4-hqq", "int2-hqq", "int4-quanto", "int2-quanto"};
   for (const std::string& scheme : schemes) {
     for (const int64_t dim : {64, 80, 96, 128, 256}) {
       for (const int64_t group : {32, 64, 128}) {
@@ -152,6 +153,7 @@ TEST(Host, AttentionEqualsFloat64OverDecodedTokens) {
       }
     }
   }
+  schemes.push_back("int4-hqq-kivi");  // groups that span heads and tokens: by its codec, a block at a time
   for (const std::string& keys : schemes) {
     for (const std::string& values : schemes) {
       CheckAttention(keys + "+" + values, 128, 64, 3, at::kFloat, {4, 257, 40}, 0);

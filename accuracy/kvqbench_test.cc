@@ -155,14 +155,33 @@ TEST_F(NotFinite, NothingAgreesWithWhatIsNoNumber) {
   }
 }
 
+// On a processor without instructions for bfloat16, products are of our own.
+TEST_F(Kvqbench, SixteenBitsAreTheSameWithoutInstructionsForThem) {
+  const std::string arguments = Tiny() + " --schemes=int4-hqq --contexts=64 --windows=4 --dtype=bfloat16 "
+                                         "--benchmark_filter=^perplexity/ --benchmark_format=json";
+  const auto run = [&](const std::string& before) {
+    const Outcome outcome = Execute(arguments, before);
+    EXPECT_EQ(outcome.code, 0) << outcome.err;
+    return ByName(outcome.out).at("perplexity/tiny/sdpa/int4-hqq/ctx:64/batch:1");
+  };
+  const auto here = run(""), there = run("export ATEN_CPU_CAPABILITY=avx2;");
+  EXPECT_NEAR(there.value("ppl", 0.0) / here.value("ppl", 1.0), 1, 2e-3);
+  EXPECT_NEAR(there.value("ppl_reference", 0.0) / here.value("ppl_reference", 1.0), 1, 2e-3);
+}
+
 // ---- positions
+
+void SetPositions(const fs::path& model, int64_t positions) {
+  std::ifstream in(model / "config.json");
+  nlohmann::json config = nlohmann::json::parse(in);
+  in.close();
+  config["max_position_embeddings"] = positions;
+  std::ofstream(model / "config.json") << config;
+}
 
 TEST_F(Kvqbench, WhatExceedsAModelsPositionsIsSkippedAndTheRestRuns) {
   fs::copy(dir_ / "tiny", dir_ / "long");
-  std::ifstream in(dir_ / "tiny/config.json");
-  nlohmann::json config = nlohmann::json::parse(in);
-  config["max_position_embeddings"] = 512;
-  std::ofstream(dir_ / "long/config.json") << config;
+  SetPositions(dir_ / "long", 512);
   const std::string models = StrCat(" --models=", (dir_ / "tiny").string(), ",", (dir_ / "long").string());
   const Outcome outcome = Execute(Tiny() + models + " --schemes=none --contexts=128,256 --windows=2 --dtype=float32 --runs=1 "
                                   "--decode-tokens=5 --benchmark_filter='kv_size|perplexity|needle|memory|decode' "
@@ -348,6 +367,7 @@ class KvqbenchGpu : public Kvqbench {};
 
 TEST_F(KvqbenchGpu, MeasuresTimesMemoryAndPower) {
   KVQ_NEEDS_CUDA();
+  SetPositions(dir_ / "tiny", 512);
   const fs::path file = dir_ / "out.json";
   const Outcome outcome = Execute(Tiny() + " --device=cuda --schemes=none --contexts=64 --batch=2 --runs=2 --max-seconds=2 "
                               "--decode-tokens=400 --vram-diag --benchmark_filter='^(prefill|decode|memory|power)' --benchmark_out=" +

@@ -11,11 +11,14 @@
 
 #include <algorithm>
 #include <array>
+#include <functional>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <random>
 
 #include "accuracy/statistics.h"
 #include "benchmarks/measurement.h"
+#include "fixtures/decode_graph.h"
 #include "fixtures/finite.h"
 #include "kernels/error.h"
 
@@ -29,30 +32,97 @@ constexpr char kQuestion[] = "The special magic number for this experiment is";
 constexpr std::array<double, 5> kDepths = {0.1, 0.25, 0.5, 0.75, 0.9};
 constexpr int64_t kNewTokens = 32;
 
-// Greedy continuation of a prompt that is fed in calls of `chunk` tokens (the sinks come with the first):
-// 32 tokens, or up to EOS, which is one of them; what is found stays found, so it ends with `until`
-// unless that is empty.
-std::vector<int32_t> Answer(Session& session, const Cell& cell, const Spec& spec,
-                            const NeedlePrompt& prompt, int64_t chunk, const std::string& until) {
-  const Model& model = session.model(cell.model);
-  const Tokenizer& tokenizer = session.tokenizer(cell.model);
-  const Backend& backend = FindBackend(cell.backend);
-  KvCache cache = model.NewCache(spec, 1, static_cast<int64_t>(prompt.ids.size()) + kNewTokens);
-  const at::Tensor ids = IdTensor(prompt.ids, 1, model.device());
-  at::Tensor hidden = Feed(model, ids, cache, backend, chunk, spec.sink_tokens + chunk);
-  std::vector<int32_t> answer;
-  for (;;) {
-    const at::Tensor logits = model.Logits(hidden.narrow(1, hidden.size(1) - 1, 1));
-    CheckFinite(logits, model, ids, spec, backend);
-    const at::Tensor token = logits.argmax(-1);
-    answer.push_back(static_cast<int32_t>(token.item<int64_t>()));
-    if (static_cast<int64_t>(answer.size()) == kNewTokens || tokenizer.eos_id() == answer.back() ||
-        (!until.empty() && tokenizer.Decode(answer).find(until) != std::string::npos)) {
-      return answer;
+// Answers to prompts, one after the other, from a cache of its own. Prompts are fed in calls of `chunk` tokens (the sinks
+// come with the first); one that begins as the one before did goes on from the last call's end that both share, with the
+// calls, and so the numbers, that it would have had by itself.
+class Answers {
+ public:
+  Answers(Session& session, const Cell& cell, const Spec& spec, std::vector<NeedlePrompt> prompts, int64_t chunk)
+      : session_(session), cell_(cell), spec_(spec), prompts_(std::move(prompts)), chunk_(chunk),
+        cache_(session.model(cell.model).NewCache(spec, 1, Longest() + kNewTokens)) {
+    if (!FindBackend(cell.backend).graph) return;
+    try {
+      graph_.emplace(session.model(cell.model), cache_);
+      session.ran = StrCat("sdpa, answers ", graph_->kernels());
+    } catch (const InputError&) {  // what it does not know goes the other way
     }
-    hidden = model.Forward(token, cache, backend);
   }
-}
+
+  // The greedy continuation of the next prompt: 32 tokens, or up to EOS, which is one of them; what is found stays found,
+  // so it ends with `until` unless that is empty.
+  std::vector<int32_t> Next(const std::string& until) {
+    const Model& model = session_.model(cell_.model);
+    const Tokenizer& tokenizer = session_.tokenizer(cell_.model);
+    const Backend& backend = FindBackend(cell_.backend);
+    const at::Tensor ids = IdTensor(prompts_[next_].ids, 1, model.device());
+    at::Tensor hidden = FeedPrompt(model, backend, ids), token;
+    std::vector<int32_t> answer;
+    for (;;) {
+      const bool by_graph = graph_ && !answer.empty();
+      if (by_graph) token = graph_->Run(token, 1);
+      const at::Tensor logits = by_graph ? graph_->logits() : model.Logits(hidden.narrow(1, hidden.size(1) - 1, 1));
+      CheckFinite(logits, model, ids, spec_, backend);
+      if (!by_graph) token = logits.argmax(-1);
+      answer.push_back(static_cast<int32_t>(token.item<int64_t>()));
+      if (static_cast<int64_t>(answer.size()) == kNewTokens || tokenizer.eos_id() == answer.back() ||
+          (!until.empty() && tokenizer.Decode(answer).find(until) != std::string::npos)) {
+        return answer;
+      }
+      if (!graph_) hidden = model.Forward(token, cache_, backend);
+    }
+  }
+
+ private:
+  int64_t Longest() const {
+    size_t longest = 0;
+    for (const NeedlePrompt& prompt : prompts_) longest = std::max(longest, prompt.ids.size());
+    return static_cast<int64_t>(longest);
+  }
+
+  // The end of the last call of which prompt i and the next one have all tokens, and more behind it; 0: none.
+  int64_t Shared(size_t i) const {
+    if (i + 1 >= prompts_.size()) return 0;
+    const std::vector<int32_t>&a = prompts_[i].ids, &b = prompts_[i + 1].ids;
+    const auto same = std::mismatch(a.begin(), a.end(), b.begin(), b.end()).first - a.begin();
+    const int64_t first = spec_.sink_tokens + chunk_;
+    const int64_t most = std::min<int64_t>(same, static_cast<int64_t>(std::min(a.size(), b.size())) - 1);
+    return most < first ? 0 : first + (most - first) / chunk_ * chunk_;
+  }
+
+  at::Tensor FeedPrompt(const Model& model, const Backend& backend, const at::Tensor& ids) {
+    int64_t at = kept_;
+    if (at > 0) {
+      restore_();
+    } else {
+      cache_.Clear();
+    }
+    const auto feed = [&](int64_t end) {
+      const at::Tensor part = ids.narrow(1, at, end - at);
+      const int64_t first_end = at == 0 ? spec_.sink_tokens + chunk_ : 0;
+      at = end;
+      return Feed(model, part, cache_, backend, chunk_, first_end);
+    };
+    kept_ = Shared(next_++);
+    if (kept_ > at) {
+      feed(kept_);
+      restore_ = cache_.Save();
+    } else if (kept_ < at) {  // the next one begins anew
+      kept_ = 0;
+    }
+    return feed(ids.size(1));
+  }
+
+  Session& session_;
+  const Cell& cell_;
+  const Spec& spec_;
+  std::vector<NeedlePrompt> prompts_;
+  int64_t chunk_;
+  KvCache cache_;
+  std::optional<DecodeGraph> graph_;  // what answers, under backend fused
+  size_t next_ = 0;
+  int64_t kept_ = 0;  // tokens of the next prompt that restore_ brings the cache back to
+  std::function<void()> restore_;
+};
 
 Counters Needle(Session& session, const Cell& cell, benchmark::State& state) {
   const Spec spec = ParseSpec(cell.spec);
@@ -71,28 +141,30 @@ Counters Needle(Session& session, const Cell& cell, benchmark::State& state) {
   std::vector<std::string> texts;
   for (auto _ : state) {
     state.SetIterationTime(Time(session.devices(), [&] {
+      std::vector<NeedlePrompt> prompts;
+      std::vector<std::string> numbers;
       for (const double depth : kDepths) {
-        const std::string suffix = StrCat("/depth:", static_cast<int>(100 * depth + 0.5));
-        const auto trial = [&](const std::string& number, bool keep) {
-          const NeedlePrompt prompt = MakeNeedlePrompt(encode, cell.context, depth, number);
-          const std::vector<int32_t> answer =
-              Answer(session, cell, spec, prompt, chunk, keep ? "" : number);
-          const std::string text = tokenizer.Decode(answer);
-          if (keep) {
-            texts.push_back(text);
-            per_depth.emplace_back("prompt_tokens" + suffix, prompt.ids.size());
-            for (size_t i = 0; i < answer.size(); ++i) {
-              per_depth.emplace_back(StrCat("answer", suffix, "/token:", i), answer[i]);
-            }
+        for (const std::string& number : {std::string("7492"), std::to_string(1000 + random() % 9000)}) {
+          prompts.push_back(MakeNeedlePrompt(encode, cell.context, depth, number));
+          numbers.push_back(number);
+        }
+      }
+      Answers answers(session, cell, spec, prompts, chunk);
+      for (size_t i = 0; i < prompts.size(); ++i) {
+        const std::string suffix = StrCat("/depth:", static_cast<int>(100 * kDepths[i / 2] + 0.5));
+        const bool constant = i % 2 == 0, keep = constant && study;
+        const std::vector<int32_t> answer = answers.Next(keep ? "" : numbers[i]);
+        const std::string text = tokenizer.Decode(answer);
+        if (keep) {
+          texts.push_back(text);
+          per_depth.emplace_back("prompt_tokens" + suffix, prompts[i].ids.size());
+          for (size_t t = 0; t < answer.size(); ++t) {
+            per_depth.emplace_back(StrCat("answer", suffix, "/token:", t), answer[t]);
           }
-          return text.find(number) != std::string::npos;
-        };
-        const bool constant = trial("7492", study);
-        const bool any = trial(std::to_string(1000 + random() % 9000), false);
-        found += constant;
-        found_random += any;
-        per_depth.emplace_back("needle" + suffix, constant);
-        per_depth.emplace_back("needle_random" + suffix, any);
+        }
+        const bool right = text.find(numbers[i]) != std::string::npos;
+        (constant ? found : found_random) += right;
+        per_depth.emplace_back((constant ? "needle" : "needle_random") + suffix, right);
       }
     }));
   }
@@ -115,7 +187,9 @@ Counters Needle(Session& session, const Cell& cell, benchmark::State& state) {
 const RegisterMeasurement kNeedle{
     {.name = "needle", .what = "share of hidden numbers found, constant and random ones",
      .study = "the prompt in one call; 7492 at five depths, its answers in the JSON; random ones beside",
-     .quality = true, .new_tokens = [](const Options&) { return kNewTokens; }, .run = Needle}};
+     .quality = true, .turn = 2,
+     .like_tokens = [](const Options&, double tokens) { return 8 * tokens; },  // half of ten prompts, and the answers
+     .new_tokens = [](const Options&) { return kNewTokens; }, .run = Needle}};
 
 }  // namespace
 

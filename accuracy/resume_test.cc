@@ -496,7 +496,8 @@ TEST_F(LongRun, FailedCellIsRecordedAndTriedAgain) {
 TEST(Progress, TimeLeftIsThatOfSimilarCells) {
   const Measurement decode{.name = "decode", .what = "", .run = nullptr};
   const Measurement prefill{.name = "prefill", .what = "", .run = nullptr};
-  Progress progress(5, false);
+  const Options options;
+  Progress progress(options, 5, false);
   EXPECT_FALSE(progress.left().has_value());
   const Cell short_cell{"m", "sdpa", "none", 1024, 1}, long_cell{"m", "sdpa", "none", 4096, 1};
   progress.Took(decode, short_cell, 10);
@@ -504,12 +505,13 @@ TEST(Progress, TimeLeftIsThatOfSimilarCells) {
   progress.Took(decode, long_cell, 60);
   progress.Expect(decode, {"m", "sdpa", "int4-hqq", 1024, 1});
   EXPECT_DOUBLE_EQ(*progress.left(), 12);
-  progress.Expect(decode, {"m", "sdpa", "int4-hqq", 8192, 1});  // none like it: any decode
-  EXPECT_DOUBLE_EQ(*progress.left(), 12 + 28);
-  progress.Expect(prefill, {"m", "sdpa", "int4-hqq", 1024, 1});  // none like it: anything
-  EXPECT_DOUBLE_EQ(*progress.left(), 12 + 28 + 28);
+  progress.Expect(decode, {"m", "sdpa", "int4-hqq", 8192, 1});  // none like it: by decode's rate
+  constexpr double kRate = (10 + 14 + 60) / (1024 + 1024 + 4096.0);
+  EXPECT_DOUBLE_EQ(*progress.left(), 12 + 8192 * kRate);
+  progress.Expect(prefill, {"m", "sdpa", "int4-hqq", 1024, 1});  // none like it: by the rate of all
+  EXPECT_DOUBLE_EQ(*progress.left(), 12 + 8192 * kRate + 1024 * kRate);
   progress.Done("decode/m/sdpa/int4-hqq/ctx:8192/batch:1");
-  EXPECT_DOUBLE_EQ(*progress.left(), 12 + 28);
+  EXPECT_DOUBLE_EQ(*progress.left(), 12 + 1024 * kRate);
   EXPECT_EQ(DurationText(34.4), "34 s");
   EXPECT_EQ(DurationText(720), "12 min");
   EXPECT_EQ(DurationText(19260), "5 h 21 min");

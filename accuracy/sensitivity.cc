@@ -180,7 +180,7 @@ Counters Sensitivity(Session& session, const Cell& cell, benchmark::State& state
 const RegisterMeasurement kSensitivity{
     {.name = "sensitivity",
      .what = "of attention and logits to one layer's keys, values, both; only if the filter names it",
-     .needs_encoding = true, .quality = true, .on_request = true, .run = Sensitivity}};
+     .needs_encoding = true, .quality = true, .on_request = true, .turn = 2, .run = Sensitivity}};
 
 }  // namespace
 

@@ -116,7 +116,11 @@ Counters Decode(Session& session, const Cell& cell, benchmark::State& state) {
 const RegisterMeasurement kDecode{
     {.name = "decode", .what = "new tokens/s at a context, without its prefill",
      .study = "\"Hello world\" as text; a second prefill inside the timer; tokens_per_s_net without it",
-     .timed = true, .new_tokens = [](const Options& o) { return o.decode_tokens; }, .run = Decode}};
+     .timed = true, .turn = 0,
+     .like_tokens = [](const Options& o, double tokens) {
+       return 2 * tokens + 12.0 * static_cast<double>((o.runs + 1) * o.decode_tokens);  // a step reads all weights
+     },
+     .new_tokens = [](const Options& o) { return o.decode_tokens; }, .run = Decode}};
 
 }  // namespace
 }  // namespace kvq

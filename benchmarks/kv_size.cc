@@ -67,7 +67,7 @@ Counters KvSize(Session& session, const Cell& cell, benchmark::State& state) {
 
 const RegisterMeasurement kKvSize{
     {.name = "kv_size", .what = "bytes and bits per element of the KV cache, all metadata counted",
-     .run = KvSize}};
+     .turn = 0, .like_tokens = [](const Options&, double) { return 0.0; }, .run = KvSize}};
 
 }  // namespace
 }  // namespace kvq

@@ -387,7 +387,7 @@ int Main(int argc, char** argv) {
   for (const auto& [measurement, cell] : cells) names.push_back(CellName(*measurement, cell));
   const std::set<std::string> missing = Missing(names, line.output, results);
 
-  Progress progress(cells.size(), isatty(STDERR_FILENO) != 0);
+  Progress progress(line.options, cells.size(), isatty(STDERR_FILENO) != 0);
   OnCompiling([&progress](const std::string& line) {
     progress.Clear();
     std::fprintf(stderr, "kvqbench: %s\n", line.c_str());

@@ -162,12 +162,16 @@ struct Measurement {
   bool quality = false;         // means nothing on random weights
   bool unquantized = false;     // of the model alone: runs once, under the spec `none`
   bool on_request = false;      // so costly that it runs only where --benchmark_filter names it
+  int turn = 1;  // cells run turn by turn: 0 what a first table wants, 2 what takes longest
+  // Tokens of a prompt that take about as long as a cell: for the time left, while none like it is done.
+  double (*like_tokens)(const Options& options, double tokens) = [](const Options&, double tokens) { return 5 * tokens; };
   // Tokens that it goes on for behind the context: they need positions, too.
   int64_t (*new_tokens)(const Options& options) = [](const Options&) { return int64_t{0}; };
   // Measures once per state iteration, setting its time, and returns the counters.
   Counters (*run)(Session& session, const Cell& cell, benchmark::State& state);
 };
 
+// By turn, then by name.
 const std::vector<Measurement>& Measurements();
 
 struct RegisterMeasurement {

@@ -153,6 +153,7 @@ Counters Memory(Session& session, const Cell& cell, benchmark::State& state) {
 const RegisterMeasurement kMemory{
     {.name = "memory", .what = "peak bytes of a prefill and some decoding: resident (CPU), allocated and reserved (CUDA)",
      .study = "three caches and the logits of all positions at once, as the study's peaks hold",
+     .like_tokens = [](const Options&, double tokens) { return 1.5 * tokens; },
      .new_tokens = [](const Options&) { return kSteps; }, .run = Memory}};
 
 }  // namespace

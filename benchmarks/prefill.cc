@@ -46,7 +46,8 @@ Counters Prefill(Session& session, const Cell& cell, benchmark::State& state) {
 
 const RegisterMeasurement kPrefill{
     {.name = "prefill", .what = "ms and tokens/s until the prompt's next token is known",
-     .timed = true, .run = Prefill}};
+     .timed = true, .turn = 0,
+     .like_tokens = [](const Options& o, double tokens) { return (static_cast<double>(o.runs) + 1.5) * tokens; }, .run = Prefill}};
 
 }  // namespace
 }  // namespace kvq

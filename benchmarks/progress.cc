@@ -16,6 +16,10 @@ double Seconds(std::chrono::steady_clock::duration time) {
   return std::chrono::duration<double>(time).count();
 }
 
+double TokensLike(const Measurement& measurement, const Cell& cell, const Options& options) {
+  return measurement.like_tokens(options, static_cast<double>(cell.context * cell.batch));
+}
+
 // What a cell's time is like, closest first.
 std::vector<std::string> Groups(const Measurement& measurement, const Cell& cell) {
   return {StrCat(measurement.name, "/", ModelLabel(cell.model), "/", cell.context, "/", cell.batch),
@@ -32,13 +36,13 @@ std::string DurationText(double seconds) {
 }
 
 void Progress::Expect(const Measurement& measurement, const Cell& cell) {
-  expected_[CellName(measurement, cell)] = Groups(measurement, cell);
+  expected_[CellName(measurement, cell)] = {Groups(measurement, cell), TokensLike(measurement, cell, options_)};
 }
 
 void Progress::Took(const Measurement& measurement, const Cell& cell, double seconds) {
   for (const std::string& group : Groups(measurement, cell)) {
-    took_[group].sum += seconds;
-    ++took_[group].count;
+    Sum& sum = took_[group];
+    sum.seconds += seconds, sum.tokens += TokensLike(measurement, cell, options_), ++sum.count;
   }
 }
 
@@ -47,11 +51,17 @@ double Progress::elapsed() const { return Seconds(Clock::now() - begin_); }
 std::optional<double> Progress::left() const {
   if (took_.empty()) return std::nullopt;
   double sum = 0;
-  for (const auto& [name, groups] : expected_) {
-    for (const std::string& group : groups) {
-      const auto mean = took_.find(group);
-      if (mean == took_.end()) continue;
-      sum += mean->second.sum / mean->second.count;
+  for (const auto& [name, cell] : expected_) {
+    for (const std::string& group : cell.groups) {
+      const auto found = took_.find(group);
+      if (found == took_.end()) continue;
+      const Sum& took = found->second;
+      const bool close = &group == &cell.groups.front();
+      if (close || took.tokens == 0) {
+        sum += took.seconds / took.count;
+      } else {
+        sum += took.seconds / took.tokens * cell.tokens;
+      }
       break;
     }
   }

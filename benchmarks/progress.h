@@ -20,7 +20,8 @@ std::string DurationText(double seconds);
 // the line is drawn over the one before; elsewhere each is a line of its own.
 class Progress {
  public:
-  explicit Progress(size_t cells, bool terminal) : all_(cells), terminal_(terminal) {}
+  Progress(const Options& options, size_t cells, bool terminal)
+      : options_(options), all_(cells), terminal_(terminal) {}
 
   // A cell that will be measured.
   void Expect(const Measurement& measurement, const Cell& cell);
@@ -34,23 +35,27 @@ class Progress {
 
   double elapsed() const;
   // Seconds that the cells which are not done will take: each the mean of those of the same
-  // measurement, model, context and batch size; else of the measurement; else of all. Nothing while
-  // none is done.
+  // measurement, model, context and batch size; else by the tokens it is like (Measurement::like_tokens) at the rate of
+  // the measurement's others, else of all that are done. Nothing while none is.
   std::optional<double> left() const;
 
  private:
-  struct Mean {
-    double sum = 0;
+  struct Expected {
+    std::vector<std::string> groups;  // closest first
+    double tokens;
+  };
+  struct Sum {
+    double seconds = 0, tokens = 0;
     int count = 0;
   };
   using Clock = std::chrono::steady_clock;
 
+  const Options& options_;
   size_t all_;
   bool terminal_;
   Clock::time_point begin_ = Clock::now(), start_ = begin_;
-  std::map<std::string, std::vector<std::string>>
-      expected_;                      // name -> groups it is in, closest first
-  std::map<std::string, Mean> took_;  // by group
+  std::map<std::string, Expected> expected_;  // by name
+  std::map<std::string, Sum> took_;           // by group
 };
 
 // The plain text of --summary-file: how many of `names` are done, which failed or were skipped and

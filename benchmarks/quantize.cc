@@ -139,7 +139,9 @@ const RegisterMeasurement kQuantize{
      .timed = true, .needs_encoding = true, .new_tokens = [](const Options&) { return kSteps; }, .run = Quantize}};
 const RegisterMeasurement kDequantize{
     {.name = "dequantize", .what = "GB/s of decoding, and its share of prefill and decode",
-     .timed = true, .needs_encoding = true, .new_tokens = [](const Options&) { return kSteps; }, .run = Dequantize}};
+     .timed = true, .needs_encoding = true,
+     .like_tokens = [](const Options&, double tokens) { return 2 * tokens; },
+     .new_tokens = [](const Options&) { return kSteps; }, .run = Dequantize}};
 
 }  // namespace
 }  // namespace kvq

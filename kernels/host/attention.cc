@@ -1,6 +1,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -42,24 +43,51 @@ std::vector<int32_t> CodeOrder(int bits, int64_t dim) {
   return order;
 }
 
+// Codes of any kind, which their codec decodes: a block at a time, for those of one head or, where groups span heads, of all.
+struct Block {
+  const Codec* codec = nullptr;
+  CodecParams params;
+  KvView view;
+  int64_t tokens = 0;  // that are decoded at once
+  int64_t at = -1;     // the first of those that `floats` holds, [view.heads, tokens, head_dim]
+  std::vector<float> floats;
+
+  // n tokens from `first` on of a head, all of one block.
+  const float* Tokens(int64_t head, int64_t first) {
+    const int64_t dim = view.head_dim, begin = first / tokens * tokens;
+    if (at != begin) {
+      const int64_t n = std::min(tokens, view.capacity - begin);
+      const DenseView out{.data = floats.data(), .batch = 1, .heads = view.heads, .tokens = n, .head_dim = dim,
+                          .batch_stride = view.heads * tokens * dim, .head_stride = tokens * dim, .token_stride = dim};
+      codec->decode(params, view, begin, out);
+      at = begin;
+    }
+    return floats.data() + (head * tokens + first - begin) * dim;
+  }
+};
+
 // Where a run of tokens of one side is: rows of numbers, or codes.
 struct Source {
   const void* rows = nullptr;
   DType dtype = DType::kFloat16;
   int64_t stride = 0, first = 0;  // elements from token to token; the first token's number
   const Codes* codes = nullptr;
+  Block* block = nullptr;
+  int64_t head = 0;  // of the block
 };
 struct Segment {
   int64_t begin, end;
   Source sides[2];
 };
 
-// All that attention of one KV head of one sequence wants.
+// All that attention of one KV head of one sequence wants, and what it has so far.
 struct Head {
   int64_t dim, heads;  // query heads
   const float *queries, *coded_queries;  // times scale and log2 e, [heads, dim]; the second in the keys' order of codes
-  const int32_t* value_order;  // null where no values are codes
+  const int32_t* value_order;  // null where no values are in an order of codes
   Segment segments[3];
+  float *m, *l;       // of each query head: the largest logit, the sum of exponentials
+  float* by_order[2]; // the output, [heads, dim] in the order of channels and of codes
   const Segment& SegmentAt(int64_t token) const {
     return *std::find_if(segments, segments + 3, [&](const Segment& s) { return token >= s.begin && token < s.end; });
   }
@@ -256,7 +284,8 @@ KVQ_AVX2 float Exponentials(float* x, int64_t n, float m) {
 
 // n tokens of keys and values for all query heads of a KV head. `out` has one order of channels for the values.
 KVQ_AVX2 void AttendTile(const float* queries, const float* keys, const float* values, int64_t n, int64_t dim,
-                                  int64_t heads, float* m, float* l, float* const (&outs)[2], int into) {
+                                  int64_t heads, float* m, float* l, float* const (&outs)[2],
+                         int into) {
   alignas(64) float x[kMostTokens + kLanes];
   for (int64_t head = 0; head < heads; ++head) {
     Dots(queries + head * dim, keys, n, dim, x);
@@ -273,47 +302,49 @@ KVQ_AVX2 void AttendTile(const float* queries, const float* keys, const float* v
   }
 }
 
-KVQ_AVX2 void Attend(const Head& of, int64_t begin, int64_t end, float* sums, float* out) {
-  const int64_t dim = of.dim, heads = of.heads, tile = std::min<int64_t>(kTileFloats / dim, kMostTokens);
-  alignas(64) float keys[kTileFloats], values[kTileFloats];
-  std::vector<float> outs(static_cast<size_t>(2 * heads * dim));
-  float* const by_order[2] = {outs.data(), outs.data() + heads * dim};
-  float *m = sums, *l = sums + heads;
-  for (int64_t head = 0; head < heads; ++head) m[head] = -1e30f, l[head] = 0;
-  for (int64_t at = begin; at < end;) {
-    const Segment& segment = of.SegmentAt(at);
-    const int64_t n = std::min({tile, end - at, segment.end - at});
-    const float* from[2];
-    for (int side = 0; side < 2; ++side) {
-      const Source& source = segment.sides[side];
-      float* to = side == 0 ? keys : values;
-      from[side] = to;
-      if (source.codes != nullptr) {
-        DecodeCodes(*source.codes, at - segment.begin, n, to);
-        continue;
-      }
-      for (int64_t t = 0; t < n; ++t) {
-        const int64_t offset = (source.first + at - segment.begin + t) * source.stride;
-        if (source.dtype == DType::kFloat32) {
-          memcpy(to + t * dim, static_cast<const float*>(source.rows) + offset, static_cast<size_t>(dim) * 4);
-        } else {
-          Widen(static_cast<const uint16_t*>(source.rows) + offset, source.dtype, dim, to + t * dim);
-        }
-      }
-    }
-    AttendTile(segment.sides[0].codes != nullptr ? of.coded_queries : of.queries, from[0], from[1], n, dim, heads, m, l,
-               by_order, segment.sides[1].codes != nullptr);
-    at += n;
+// n tokens of one side from token `at` on, as float32: where they are, or in `to`.
+KVQ_AVX2 const float* TokensOf(const Source& source, int64_t at, int64_t n, int64_t dim, float* to) {
+  if (source.block != nullptr) return source.block->Tokens(source.head, at);
+  if (source.codes != nullptr) {
+    DecodeCodes(*source.codes, at, n, to);
+    return to;
   }
-  for (int64_t head = 0; head < heads; ++head) {
-    for (int64_t i = 0; i < dim; ++i) out[head * dim + i] = by_order[0][head * dim + i];
-    if (of.value_order == nullptr) continue;
-    for (int64_t i = 0; i < dim; ++i) out[head * dim + of.value_order[i]] += by_order[1][head * dim + i];
+  for (int64_t t = 0; t < n; ++t) {
+    const int64_t offset = (source.first + at + t) * source.stride;
+    if (source.dtype == DType::kFloat32) {
+      memcpy(to + t * dim, static_cast<const float*>(source.rows) + offset, static_cast<size_t>(dim) * 4);
+    } else {
+      Widen(static_cast<const uint16_t*>(source.rows) + offset, source.dtype, dim, to + t * dim);
+    }
+  }
+  return to;
+}
+
+// Tokens [begin, end) of some heads, tile by tile, so that a block which spans them is decoded once.
+KVQ_AVX2 void Attend(std::vector<Head>& all, int64_t begin, int64_t end) {
+  const int64_t dim = all[0].dim, tile = std::min<int64_t>(kTileFloats / dim, kMostTokens);
+  alignas(64) float keys[kTileFloats], values[kTileFloats];
+  for (int64_t at = begin; at < end;) {
+    const Segment& segment = all[0].SegmentAt(at);
+    const int64_t from = at - segment.begin;
+    int64_t n = std::min({tile, end - at, segment.end - at});
+    for (const Source& side : segment.sides) {
+      if (side.block != nullptr) n = std::min(n, side.block->tokens - from % side.block->tokens);
+    }
+    for (Head& of : all) {
+      const Segment& own = of.SegmentAt(at);
+      const float* k = TokensOf(own.sides[0], from, n, dim, keys);
+      const float* v = TokensOf(own.sides[1], from, n, dim, values);
+      AttendTile(own.sides[0].codes != nullptr ? of.coded_queries : of.queries, k, v, n, dim, of.heads, of.m, of.l,
+                 of.by_order, own.sides[1].codes != nullptr);
+    }
+    at += n;
   }
 }
 #endif  // KVQ_HAS_AVX2
 
-bool Reads(const Codec& codec) { return codec.planes == nullptr || codec.affine.has_value(); }
+// Whether codes of one layout are read as they are; others their codec decodes, a block at a time.
+bool IsAffine(const Codec& codec) { return codec.planes != nullptr && codec.affine.has_value(); }
 
 Codes CodesOf(const Codec& codec, const CodecParams& params, const KvView& view, int64_t pair) {
   Codes c;
@@ -334,13 +365,14 @@ Source SourceOf(const DenseView& view, int64_t b, int64_t h, int64_t first) {
           .first = first};
 }
 
-std::string Label(const Codec& codec) { return codec.planes == nullptr ? "dense" : codec.device.label; }
+std::string Label(const Codec& codec) {
+  if (codec.planes == nullptr) return "dense";
+  return codec.device.label != nullptr ? codec.device.label : StrCat("int", codec.bits, "_tiles");
+}
 
 }  // namespace
 
-bool HasDecodeAttention(const Codec& keys, const Codec& values) {
-  return HasAvx2() && Reads(keys) && Reads(values);
-}
+bool HasDecodeAttention(const Codec&, const Codec&) { return HasAvx2(); }
 
 std::string DecodeAttentionName(const Codec& keys, const Codec& values) {
   const std::string k = Label(keys), v = Label(values);
@@ -352,8 +384,8 @@ void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttenti
   const int64_t pairs = args.keys.batch * kv_heads;
   const bool coded_keys = keys.planes != nullptr, coded_values = values.planes != nullptr;
   if (dim % 16 != 0 || dim > kTileFloats / 4) throw InputError("decode attention wants a head_dim that is a multiple of 16 up to 512, not ", dim);
-  const std::vector<int32_t> key_order = coded_keys ? CodeOrder(keys.bits, dim) : std::vector<int32_t>();
-  const std::vector<int32_t> value_order = coded_values ? CodeOrder(values.bits, dim) : std::vector<int32_t>();
+  const std::vector<int32_t> key_order = IsAffine(keys) ? CodeOrder(keys.bits, dim) : std::vector<int32_t>();
+  const std::vector<int32_t> value_order = IsAffine(values) ? CodeOrder(values.bits, dim) : std::vector<int32_t>();
 
   // Pieces of equal work, a few for each thread: one that is held up leaves the rest to others.
   constexpr int64_t kLeast = 64;  // tokens that are worth a piece
@@ -363,66 +395,111 @@ void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttenti
     most = std::max<int64_t>(most, length.sinks + length.encoded + length.residual);
   }
   if (args.window > 0) most = std::min<int64_t>(most, args.window);
-  const int64_t threads = omp_get_max_threads();
-  const int64_t splits = std::clamp<int64_t>(std::min((4 * threads + pairs - 1) / pairs, most / kLeast), 1, 64);
+  // A piece has one head, or all of a sequence where groups span them.
+  const int64_t together = keys.block_wide || values.block_wide ? kv_heads : 1;
+  const int64_t threads = omp_get_max_threads(), rows = pairs / together;
+  const int64_t splits = std::clamp<int64_t>(std::min((4 * threads + rows - 1) / rows, most / kLeast), 1, 64);
   std::vector<float> sums(static_cast<size_t>(pairs * splits * 2 * heads)), outs(static_cast<size_t>(pairs * splits * heads * dim));
+  const auto sum_of = [&](int64_t pair, int64_t split) { return &sums[static_cast<size_t>((pair * splits + split) * 2 * heads)]; };
+  const auto out_of = [&](int64_t pair, int64_t split) { return &outs[static_cast<size_t>((pair * splits + split) * heads * dim)]; };
 
 #pragma omp parallel for schedule(dynamic)
-  for (int64_t piece = 0; piece < pairs * splits; ++piece) {
-    const int64_t pair = piece / splits, split = piece % splits, b = pair / kv_heads, h = pair % kv_heads;
+  for (int64_t piece = 0; piece < rows * splits; ++piece) {
+    const int64_t first_pair = piece / splits * together, split = piece % splits, b = first_pair / kv_heads;
     const SequenceLength& length = args.lengths[b];
-    std::vector<float> queries(static_cast<size_t>(heads * dim)), coded(coded_keys ? queries.size() : 0);
-    LoadRow(args.queries, args.dtype, pair * heads * dim, heads * dim, queries.data());
+    const auto values_of = static_cast<size_t>(heads * dim);
+    std::vector<float> queries(static_cast<size_t>(together) * values_of), coded(key_order.empty() ? 0 : queries.size());
+    std::vector<float> in_order(static_cast<size_t>(together) * 2 * values_of);
+    LoadRow(args.queries, args.dtype, first_pair * heads * dim, together * heads * dim, queries.data());
     for (float& q : queries) q *= args.scale * kLog2E;
     for (size_t i = 0; i < coded.size(); ++i) {
       coded[i] = queries[i / static_cast<size_t>(dim) * static_cast<size_t>(dim) + static_cast<size_t>(key_order[i % static_cast<size_t>(dim)])];
     }
-    Codes codes[2];
-    Source encoded[2];
     const std::pair<const Codec*, const KvView*> sides[2] = {{&keys, &args.keys}, {&values, &args.values}};
+    const CodecParams params[2] = {args.key_params, args.value_params};
+    std::vector<std::array<Codes, 2>> codes(static_cast<size_t>(together));
+    Block blocks[2];
     for (int side = 0; side < 2; ++side) {
       const auto& [codec, view] = sides[side];
-      if (codec->planes != nullptr) {
-        codes[side] = CodesOf(*codec, side == 0 ? args.key_params : args.value_params, *view, pair);
-        encoded[side].codes = &codes[side];
-      } else {
-        encoded[side] = {.rows = view->planes[0] + pair * view->plane_stride[0], .dtype = tokens, .stride = dim};
+      if (codec->planes == nullptr || IsAffine(*codec)) continue;
+      Block& block = blocks[side];
+      block = {.codec = codec, .params = params[side], .view = *view, .tokens = view->block_tokens};
+      // Tokens that are encoded one by one come a tile at a time.
+      if (block.tokens == 1) block.tokens = std::min<int64_t>(kTileFloats / dim, kMostTokens);
+      block.view.batch = 1, block.view.heads = together;
+      for (int p = 0; p < kMaxPlanes; ++p) {
+        if (view->planes[p] != nullptr) block.view.planes[p] += first_pair * view->plane_stride[p];
       }
+      block.floats.resize(static_cast<size_t>(together * block.tokens * dim));
     }
     // A dense side beside an encoded one has its residual behind the tokens that are encoded on the other.
     const bool one_dense = coded_keys != coded_values;
     const int64_t behind[2] = {one_dense && !coded_keys ? length.encoded : 0, one_dense && !coded_values ? length.encoded : 0};
     const int64_t first = length.sinks, second = first + length.encoded, all = second + length.residual;
-    const Head head = {
-        .dim = dim,
-        .heads = heads,
-        .queries = queries.data(),
-        .coded_queries = coded.data(),
-        .value_order = coded_values ? value_order.data() : nullptr,
-        .segments = {{0, first, {SourceOf(args.sink_keys, b, h, 0), SourceOf(args.sink_values, b, h, 0)}},
-                     {first, second, {encoded[0], encoded[1]}},
-                     {second, all, {SourceOf(args.residual_keys, b, h, behind[0]), SourceOf(args.residual_values, b, h, behind[1])}}}};
+    std::vector<Head> of;
+    for (int64_t i = 0; i < together; ++i) {
+      const int64_t pair = first_pair + i, h = pair % kv_heads;
+      Source encoded[2];
+      for (int side = 0; side < 2; ++side) {
+        const auto& [codec, view] = sides[side];
+        if (codec->planes == nullptr) {
+          encoded[side] = {.rows = view->planes[0] + pair * view->plane_stride[0], .dtype = tokens, .stride = dim};
+        } else if (IsAffine(*codec)) {
+          Codes& own = codes[static_cast<size_t>(i)][static_cast<size_t>(side)];
+          own = CodesOf(*codec, params[side], *view, pair);
+          encoded[side].codes = &own;
+        } else {
+          encoded[side].block = &blocks[side], encoded[side].head = i;
+        }
+      }
+      const auto at = static_cast<size_t>(i) * values_of;
+      float *sum = sum_of(pair, split), *out = &in_order[2 * at];
+      of.push_back({.dim = dim,
+                    .heads = heads,
+                    .queries = queries.data() + at,
+                    .coded_queries = coded.empty() ? nullptr : coded.data() + at,
+                    .value_order = value_order.empty() ? nullptr : value_order.data(),
+                    .segments = {{0, first, {SourceOf(args.sink_keys, b, h, 0), SourceOf(args.sink_values, b, h, 0)}},
+                                 {first, second, {encoded[0], encoded[1]}},
+                                 {second, all, {SourceOf(args.residual_keys, b, h, behind[0]), SourceOf(args.residual_values, b, h, behind[1])}}},
+                    .m = sum,
+                    .l = sum + heads,
+                    .by_order = {out, out + heads * dim}});
+      for (int64_t head = 0; head < heads; ++head) sum[head] = -1e30f, sum[heads + head] = 0;
+    }
     const int64_t hidden = args.window > 0 ? std::max<int64_t>(all - args.window, 0) : 0;
-    const auto cut = [&](int64_t i) { return hidden + (all - hidden) * i / splits; };
-    float *sum = &sums[static_cast<size_t>(piece * 2 * heads)], *out = &outs[static_cast<size_t>(piece * heads * dim)];
+    // Where blocks begin, so that none is decoded twice.
+    const int64_t grain = std::max(blocks[0].tokens, blocks[1].tokens);
+    const auto cut = [&](int64_t i) {
+      const int64_t at = hidden + (all - hidden) * i / splits;
+      return grain == 0 || at <= first || i == 0 || i == splits ? at : std::min(first + (at - first + grain / 2) / grain * grain, all);
+    };
 #if KVQ_HAS_AVX2
-    Attend(head, cut(split), cut(split + 1), sum, out);
+    Attend(of, cut(split), cut(split + 1));
 #else
-    (void)head, (void)cut, (void)sum, (void)out;
+    (void)cut;
 #endif
+    for (int64_t i = 0; i < together; ++i) {
+      const Head& own = of[static_cast<size_t>(i)];
+      float* out = out_of(first_pair + i, split);
+      for (int64_t head = 0; head < heads; ++head) {
+        for (int64_t d = 0; d < dim; ++d) out[head * dim + d] = own.by_order[0][head * dim + d];
+        if (own.value_order == nullptr) continue;
+        for (int64_t d = 0; d < dim; ++d) out[head * dim + own.value_order[d]] += own.by_order[1][head * dim + d];
+      }
+    }
   }
 
   std::vector<float> row(static_cast<size_t>(dim));
   for (int64_t pair = 0; pair < pairs; ++pair) {
     for (int64_t head = 0; head < heads; ++head) {
-      const auto sum_of = [&](int64_t split) { return &sums[static_cast<size_t>((pair * splits + split) * 2 * heads)]; };
       float m = -1e30f, l = 0;
-      for (int64_t split = 0; split < splits; ++split) m = std::max(m, sum_of(split)[head]);
+      for (int64_t split = 0; split < splits; ++split) m = std::max(m, sum_of(pair, split)[head]);
       std::fill(row.begin(), row.end(), 0.0f);
       for (int64_t split = 0; split < splits; ++split) {
-        const float factor = std::exp2(sum_of(split)[head] - m);
-        l += factor * sum_of(split)[heads + head];
-        const float* out = &outs[static_cast<size_t>(((pair * splits + split) * heads + head) * dim)];
+        const float factor = std::exp2(sum_of(pair, split)[head] - m);
+        l += factor * sum_of(pair, split)[heads + head];
+        const float* out = out_of(pair, split) + head * dim;
         for (int64_t i = 0; i < dim; ++i) row[static_cast<size_t>(i)] += factor * out[i];
       }
       for (float& x : row) x = l == 0 ? 0 : x / l;

@@ -98,38 +98,151 @@ KVQ_AVX2 void Rows(const W* weight, int64_t outs, int64_t in, const float* x, in
     o += two ? 2 : 1;
   }
 }
+
+// ---- many rows: bound by arithmetic
+
+// A tile of sums in registers, and what is taken at a time: rows of x, of outputs, of inputs. A panel, [kInputs, kTileOuts]
+// of the weight, stays in a first cache, all of a group's panels and sums in a second.
+constexpr int kTileRows = 6, kTileOuts = 2 * kLanes, kPanels = 4, kGroupOuts = kPanels * kTileOuts;
+constexpr int64_t kInputs = 256, kManyRows = 240;
+
+// Eight rows of eight numbers become eight columns.
+KVQ_AVX2_INLINE void Transpose(Floats (&r)[8]) {
+  const Floats a0 = _mm256_unpacklo_ps(r[0], r[1]), a1 = _mm256_unpackhi_ps(r[0], r[1]);
+  const Floats a2 = _mm256_unpacklo_ps(r[2], r[3]), a3 = _mm256_unpackhi_ps(r[2], r[3]);
+  const Floats a4 = _mm256_unpacklo_ps(r[4], r[5]), a5 = _mm256_unpackhi_ps(r[4], r[5]);
+  const Floats a6 = _mm256_unpacklo_ps(r[6], r[7]), a7 = _mm256_unpackhi_ps(r[6], r[7]);
+  const Floats b0 = _mm256_shuffle_ps(a0, a2, 0x44), b1 = _mm256_shuffle_ps(a0, a2, 0xEE);
+  const Floats b2 = _mm256_shuffle_ps(a1, a3, 0x44), b3 = _mm256_shuffle_ps(a1, a3, 0xEE);
+  const Floats b4 = _mm256_shuffle_ps(a4, a6, 0x44), b5 = _mm256_shuffle_ps(a4, a6, 0xEE);
+  const Floats b6 = _mm256_shuffle_ps(a5, a7, 0x44), b7 = _mm256_shuffle_ps(a5, a7, 0xEE);
+  r[0] = _mm256_permute2f128_ps(b0, b4, 0x20), r[4] = _mm256_permute2f128_ps(b0, b4, 0x31);
+  r[1] = _mm256_permute2f128_ps(b1, b5, 0x20), r[5] = _mm256_permute2f128_ps(b1, b5, 0x31);
+  r[2] = _mm256_permute2f128_ps(b2, b6, 0x20), r[6] = _mm256_permute2f128_ps(b2, b6, 0x31);
+  r[3] = _mm256_permute2f128_ps(b3, b7, 0x20), r[7] = _mm256_permute2f128_ps(b3, b7, 0x31);
+}
+
+// panel[i, o] = weight[o, i] for n inputs and `outs` outputs, zero for those up to kTileOuts.
+template <typename W>
+KVQ_AVX2 void Pack(const W* weight, int64_t in, int64_t outs, int64_t n, float* panel) {
+  for (int half = 0; half < kTileOuts; half += kLanes) {
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const int64_t inputs = std::min<int64_t>(n - i, kLanes);
+      Floats columns[8];
+      for (int k = 0; k < 8; ++k) {
+        const W* from = weight + (half + k) * in + i;
+        if (half + k >= outs) {
+          columns[k] = Zeros();
+        } else if (inputs == kLanes) {
+          columns[k] = LoadWeights(from);
+        } else {
+          alignas(32) float few[kLanes] = {};
+          for (int64_t j = 0; j < inputs; ++j) few[j] = ToFloat(from[j]);
+          columns[k] = Load(few);
+        }
+      }
+      Transpose(columns);
+      for (int64_t j = 0; j < inputs; ++j) Store(panel + (i + j) * kTileOuts + half, columns[j]);
+    }
+  }
+}
+
+// sums [kRows, kGroupOuts at a row] += x [kRows, n] times a panel.
+template <int kRows>
+KVQ_AVX2 void AddTile(const float* x, int64_t in, const float* panel, int64_t n, float* sums) {
+  Floats sum[kRows][2];
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; ++r) sum[r][0] = Load(sums + r * kGroupOuts), sum[r][1] = Load(sums + r * kGroupOuts + kLanes);
+  for (int64_t i = 0; i < n; ++i) {
+    const Floats first = Load(panel + i * kTileOuts), second = Load(panel + i * kTileOuts + kLanes);
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+      const Floats factor = Set(x[r * in + i]);
+      sum[r][0] = Fma(factor, first, sum[r][0]), sum[r][1] = Fma(factor, second, sum[r][1]);
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; ++r) Store(sums + r * kGroupOuts, sum[r][0]), Store(sums + r * kGroupOuts + kLanes, sum[r][1]);
+}
+
+// sums [rows, kGroupOuts] = x W^T for at most kGroupOuts outputs and kManyRows rows.
+template <typename W>
+KVQ_AVX2 void Group(const W* weight, int64_t outs, int64_t in, const float* x, int64_t rows, float* panels, float* sums) {
+  std::fill(sums, sums + rows * kGroupOuts, 0.0f);
+  const int64_t used = (outs + kTileOuts - 1) / kTileOuts;
+  for (int64_t i = 0; i < in; i += kInputs) {
+    const int64_t n = std::min(kInputs, in - i);
+    for (int64_t p = 0; p < used; ++p) {
+      Pack(weight + p * kTileOuts * in + i, in, outs - p * kTileOuts, n, panels + p * kInputs * kTileOuts);
+    }
+    int64_t r = 0;
+    for (; r + kTileRows <= rows; r += kTileRows) {
+      for (int64_t p = 0; p < used; ++p) {
+        AddTile<kTileRows>(x + r * in + i, in, panels + p * kInputs * kTileOuts, n, sums + r * kGroupOuts + p * kTileOuts);
+      }
+    }
+    for (; r < rows; ++r) {
+      for (int64_t p = 0; p < used; ++p) {
+        AddTile<1>(x + r * in + i, in, panels + p * kInputs * kTileOuts, n, sums + r * kGroupOuts + p * kTileOuts);
+      }
+    }
+  }
+}
 #endif
 
 }  // namespace
 
 void Product(const ProductArgs& a) {
-  // Small enough that a thread which is held up costs little more than its share, large enough to be worth fetching.
-  constexpr int64_t kOuts = 32;
+  // From here on a row takes longer than the weight it is multiplied with.
+  constexpr int64_t kFew = 16;
   static thread_local std::vector<float> floats;
   floats.resize(static_cast<size_t>(a.rows * a.in));
   LoadRow(a.x, a.dtype, 0, a.rows * a.in, floats.data());
   const float* x = floats.data();
+  const auto with_weight = [&](const auto& work) {
+    switch (a.dtype) {
+      case DType::kFloat32: return work(static_cast<const float*>(a.weight));
+      case DType::kFloat16: return work(static_cast<const Half*>(a.weight));
+      case DType::kBFloat16: return work(static_cast<const BFloat16*>(a.weight));
+    }
+  };
+#if KVQ_HAS_AVX2
+  if (a.rows > kFew) {
+    const int64_t groups = (a.out + kGroupOuts - 1) / kGroupOuts, parts = (a.rows + kManyRows - 1) / kManyRows;
+#pragma omp parallel
+    {
+      std::vector<float> panels(kPanels * kInputs * kTileOuts), sums(kManyRows * kGroupOuts);
+#pragma omp for schedule(dynamic)
+      for (int64_t piece = 0; piece < groups * parts; ++piece) {
+        const int64_t first = piece / parts * kGroupOuts, outs = std::min<int64_t>(kGroupOuts, a.out - first);
+        const int64_t row = piece % parts * kManyRows, rows = std::min(kManyRows, a.rows - row);
+        with_weight([&](const auto* weight) {
+          Group(weight + first * a.in, outs, a.in, x + row * a.in, rows, panels.data(), sums.data());
+        });
+        for (int64_t r = 0; r < rows; ++r) {
+          StoreRow(&sums[r * kGroupOuts], outs, a.dtype, (row + r) * a.out + first, a.stored);
+        }
+      }
+    }
+    return;
+  }
+  // Small enough that a thread which is held up costs little more than its share, large enough to be worth fetching.
+  constexpr int64_t kOuts = 32;
 #pragma omp parallel
   {
     std::vector<float> sums(static_cast<size_t>(a.rows * kOuts));
 #pragma omp for schedule(dynamic)
     for (int64_t first = 0; first < a.out; first += kOuts) {
       const int64_t outs = std::min(kOuts, a.out - first);
-      const auto with = [&](const auto* weight) {
-#if KVQ_HAS_AVX2
+      with_weight([&](const auto* weight) {
         Rows(weight + first * a.in, outs, a.in, x, a.rows, sums.data(), kOuts);
-#else
-        (void)weight, (void)outs, (void)x;
-#endif
-      };
-      switch (a.dtype) {
-        case DType::kFloat32: with(static_cast<const float*>(a.weight)); break;
-        case DType::kFloat16: with(static_cast<const Half*>(a.weight)); break;
-        case DType::kBFloat16: with(static_cast<const BFloat16*>(a.weight)); break;
-      }
+      });
       for (int64_t r = 0; r < a.rows; ++r) StoreRow(&sums[r * kOuts], outs, a.dtype, r * a.out + first, a.stored);
     }
   }
+#else
+  (void)x, (void)with_weight;
+#endif
 }
 
 }  // namespace kvq::host

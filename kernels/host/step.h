@@ -27,7 +27,8 @@ void Product(const ProductArgs& args);
 
 // ---- attention, one query a sequence over tokens that are read as they are stored
 
-// Whether tokens of the pair can be read: dense ones, and codes with fp16 scales and zeros (Codec::affine).
+// Whether tokens of the pair can be read: dense ones, codes with fp16 scales and zeros (Codec::affine) as they are, and
+// others by their codec, a block at a time.
 bool HasDecodeAttention(const Codec& keys, const Codec& values);
 // "host_decode_int4 (avx2)"
 std::string DecodeAttentionName(const Codec& keys, const Codec& values);

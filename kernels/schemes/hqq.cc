@@ -166,17 +166,21 @@ template <int kBits, int n>
 void DecodeBlock(const BlockShape& shape, const KvView& in, int64_t b, int64_t first_slot,
                  const DenseView& out, int64_t first, bool parallel) {
   const int64_t groups = shape.groups(), rows = shape.heads * shape.tokens;
+  // The slots of a head's tokens lie one behind the other.
   std::vector<float> scales(groups), zeros(groups);
-  for (int64_t g = 0; g < groups; ++g) {
-    scales[g] = HalfToFloat(*Slot(in, shape, 1, b, first_slot, g));
-    zeros[g] = HalfToFloat(*Slot(in, shape, 2, b, first_slot, g));
+  const int64_t of_head = groups / shape.heads;
+  for (int64_t g = 0; g < groups; g += of_head) {
+    LoadRow(Slot(in, shape, 1, b, first_slot, g), DType::kFloat16, 0, of_head, &scales[g]);
+    LoadRow(Slot(in, shape, 2, b, first_slot, g), DType::kFloat16, 0, of_head, &zeros[g]);
   }
   ForEach(parallel, rows, [&](int64_t row) {
     const int64_t h = row / shape.tokens, t = row % shape.tokens;
     const uint8_t* packed = CodeRow<kBits>(in, b, h, first_slot + t);
     const int64_t offset = Offset(out, b, h, first + t, 0);
-    std::vector<float> values(shape.head_dim);
-    UnpackRow<kBits>(packed, shape.head_dim, values.data());
+    alignas(64) float few[256];
+    std::vector<float> many(shape.head_dim > 256 ? shape.head_dim : 0);
+    float* values = many.empty() ? few : many.data();
+    UnpackRow<kBits>(packed, shape.head_dim, values);
     const int64_t flat = row * shape.head_dim;
     for (int64_t d = 0; d < shape.head_dim;) {
       if (!shape.across) {
@@ -190,7 +194,7 @@ void DecodeBlock(const BlockShape& shape, const KvView& in, int64_t b, int64_t f
         d += run;
       }
     }
-    StoreRow(values.data(), shape.head_dim, out.dtype, offset, out.data);
+    StoreRow(values, shape.head_dim, out.dtype, offset, out.data);
   });
 }
 
