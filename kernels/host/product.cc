@@ -26,9 +26,9 @@ KVQ_AVX2_INLINE Floats LoadWeights(const float* p) { return Load(p); }
 KVQ_AVX2_INLINE Floats LoadWeights(const Half* p) { return LoadHalf(&p->bits); }
 KVQ_AVX2_INLINE Floats LoadWeights(const BFloat16* p) { return LoadBFloat16(&p->bits); }
 
-// out[r * out_stride + o] = sum over i of weight[o, i] x[r, i], for kOuts rows of the weight and kRows of x.
+// out[r * out_stride + o] += sum over n of the inputs of weight[o, i] x[r, i], for kOuts rows of the weight and kRows of x.
 template <int kOuts, int kRows, typename W>
-KVQ_AVX2 void Block(const W* weight, int64_t in, const float* x, float* out, int64_t out_stride) {
+KVQ_AVX2 void Block(const W* weight, int64_t in, int64_t n, const float* x, float* out, int64_t out_stride) {
   // Sums enough that none waits for the one before.
   constexpr int kChains = kOuts * kRows >= 8 ? 1 : 8 / (kOuts * kRows);
   Floats sum[kOuts][kRows][kChains];
@@ -38,7 +38,7 @@ KVQ_AVX2 void Block(const W* weight, int64_t in, const float* x, float* out, int
     }
   }
   int64_t i = 0;
-  for (; i + kChains * kLanes <= in; i += kChains * kLanes) {
+  for (; i + kChains * kLanes <= n; i += kChains * kLanes) {
 #pragma GCC unroll 8
     for (int c = 0; c < kChains; ++c) {
       Floats w[kOuts];
@@ -55,56 +55,68 @@ KVQ_AVX2 void Block(const W* weight, int64_t in, const float* x, float* out, int
       }
     }
   }
-  for (; i + kLanes <= in; i += kLanes) {
+  for (; i + kLanes <= n; i += kLanes) {
     for (int r = 0; r < kRows; ++r) {
       const Floats row = Load(x + r * in + i);
       for (int o = 0; o < kOuts; ++o) sum[o][r][0] = Fma(LoadWeights(weight + o * in + i), row, sum[o][r][0]);
     }
   }
+#pragma GCC unroll 8
   for (int o = 0; o < kOuts; ++o) {
+    alignas(16) float totals[4];
+#pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      Floats all = sum[o][r][0];
-      for (int c = 1; c < kChains; ++c) all = Add(all, sum[o][r][c]);
-      float total = Sum(all);
-      for (int64_t j = i; j < in; ++j) total = std::fma(ToFloat(weight[o * in + j]), x[r * in + j], total);
-      out[r * out_stride + o] = total;
+      for (int c = 1; c < kChains; ++c) sum[o][r][0] = Add(sum[o][r][0], sum[o][r][c]);
+      if constexpr (kRows != 4) totals[r] = Sum(sum[o][r][0]);
+    }
+    if constexpr (kRows == 4) _mm_store_ps(totals, Sums(sum[o][0][0], sum[o][1][0], sum[o][2][0], sum[o][3][0]));
+    for (int r = 0; r < kRows; ++r) {
+      for (int64_t j = i; j < n; ++j) totals[r] = std::fma(ToFloat(weight[o * in + j]), x[r * in + j], totals[r]);
+      out[r * out_stride + o] += totals[r];
     }
   }
 }
 
-// `outs` rows of the weight times all rows of x. Weights are read from memory once: what follows finds them in the cache.
+// sums [rows, out_stride] = x W^T for `outs` rows of the weight, which are read from memory once: what follows finds them in
+// the cache, and of x some inputs of all rows in a first one.
 template <typename W>
-KVQ_AVX2 void Rows(const W* weight, int64_t outs, int64_t in, const float* x, int64_t rows, float* out,
-                     int64_t out_stride) {
-  for (int64_t o = 0; o < outs;) {
-    const W* at = weight + o * in;
-    if (rows == 1 && o + 8 <= outs) {
-      Block<8, 1>(at, in, x, out + o, out_stride);
-      o += 8;
-      continue;
-    }
-    const bool two = o + 2 <= outs;
-    for (int64_t r = 0; r < rows;) {
-      const float* from = x + r * in;
-      float* to = out + r * out_stride + o;
-      if (r + 4 <= rows) {
-        two ? Block<2, 4>(at, in, from, to, out_stride) : Block<1, 4>(at, in, from, to, out_stride);
-        r += 4;
-      } else {
-        two ? Block<2, 1>(at, in, from, to, out_stride) : Block<1, 1>(at, in, from, to, out_stride);
-        r += 1;
+KVQ_AVX2 void Rows(const W* weight, int64_t outs, int64_t in, const float* x, int64_t rows, float* sums,
+                   int64_t out_stride) {
+  constexpr int64_t kHeld = 6144;  // numbers of x
+  std::fill(sums, sums + rows * out_stride, 0.0f);
+  const int64_t parts = (rows * in + kHeld - 1) / kHeld, step = (in / parts + kLanes) / kLanes * kLanes;
+  for (int64_t i = 0; i < in; i += step) {
+    const int64_t n = std::min(step, in - i);
+    for (int64_t o = 0; o < outs;) {
+      const W* at = weight + o * in + i;
+      if (rows == 1 && o + 8 <= outs) {
+        Block<8, 1>(at, in, n, x, sums + o, out_stride);
+        o += 8;
+        continue;
       }
+      const int64_t side_by_side = std::min<int64_t>(outs - o, 3);
+      for (int64_t r = 0; r < rows;) {
+        const float* from = x + r * in + i;
+        float* to = sums + r * out_stride + o;
+        const bool four = r + 4 <= rows;
+        switch (side_by_side) {
+          case 3: four ? Block<3, 4>(at, in, n, from, to, out_stride) : Block<3, 1>(at, in, n, from, to, out_stride); break;
+          case 2: four ? Block<2, 4>(at, in, n, from, to, out_stride) : Block<2, 1>(at, in, n, from, to, out_stride); break;
+          default: four ? Block<1, 4>(at, in, n, from, to, out_stride) : Block<1, 1>(at, in, n, from, to, out_stride);
+        }
+        r += four ? 4 : 1;
+      }
+      o += side_by_side;
     }
-    o += two ? 2 : 1;
   }
 }
 
 // ---- many rows: bound by arithmetic
 
-// A tile of sums in registers, and what is taken at a time: rows of x, of outputs, of inputs. A panel, [kInputs, kTileOuts]
+// A tile of sums in registers, and what is taken at a time: rows of x, of outputs, of inputs. A panel, [kPanelInputs, kTileOuts]
 // of the weight, stays in a first cache, all of a group's panels and sums in a second.
 constexpr int kTileRows = 6, kTileOuts = 2 * kLanes, kPanels = 4, kGroupOuts = kPanels * kTileOuts;
-constexpr int64_t kInputs = 256, kManyRows = 240;
+constexpr int64_t kPanelInputs = 256, kManyRows = 240;
 
 // Eight rows of eight numbers become eight columns.
 KVQ_AVX2_INLINE void Transpose(Floats (&r)[8]) {
@@ -170,20 +182,20 @@ template <typename W>
 KVQ_AVX2 void Group(const W* weight, int64_t outs, int64_t in, const float* x, int64_t rows, float* panels, float* sums) {
   std::fill(sums, sums + rows * kGroupOuts, 0.0f);
   const int64_t used = (outs + kTileOuts - 1) / kTileOuts;
-  for (int64_t i = 0; i < in; i += kInputs) {
-    const int64_t n = std::min(kInputs, in - i);
+  for (int64_t i = 0; i < in; i += kPanelInputs) {
+    const int64_t n = std::min(kPanelInputs, in - i);
     for (int64_t p = 0; p < used; ++p) {
-      Pack(weight + p * kTileOuts * in + i, in, outs - p * kTileOuts, n, panels + p * kInputs * kTileOuts);
+      Pack(weight + p * kTileOuts * in + i, in, outs - p * kTileOuts, n, panels + p * kPanelInputs * kTileOuts);
     }
     int64_t r = 0;
     for (; r + kTileRows <= rows; r += kTileRows) {
       for (int64_t p = 0; p < used; ++p) {
-        AddTile<kTileRows>(x + r * in + i, in, panels + p * kInputs * kTileOuts, n, sums + r * kGroupOuts + p * kTileOuts);
+        AddTile<kTileRows>(x + r * in + i, in, panels + p * kPanelInputs * kTileOuts, n, sums + r * kGroupOuts + p * kTileOuts);
       }
     }
     for (; r < rows; ++r) {
       for (int64_t p = 0; p < used; ++p) {
-        AddTile<1>(x + r * in + i, in, panels + p * kInputs * kTileOuts, n, sums + r * kGroupOuts + p * kTileOuts);
+        AddTile<1>(x + r * in + i, in, panels + p * kPanelInputs * kTileOuts, n, sums + r * kGroupOuts + p * kTileOuts);
       }
     }
   }
@@ -211,7 +223,7 @@ void Product(const ProductArgs& a) {
     const int64_t groups = (a.out + kGroupOuts - 1) / kGroupOuts, parts = (a.rows + kManyRows - 1) / kManyRows;
 #pragma omp parallel
     {
-      std::vector<float> panels(kPanels * kInputs * kTileOuts), sums(kManyRows * kGroupOuts);
+      std::vector<float> panels(kPanels * kPanelInputs * kTileOuts), sums(kManyRows * kGroupOuts);
 #pragma omp for schedule(dynamic)
       for (int64_t piece = 0; piece < groups * parts; ++piece) {
         const int64_t first = piece / parts * kGroupOuts, outs = std::min<int64_t>(kGroupOuts, a.out - first);
@@ -227,7 +239,7 @@ void Product(const ProductArgs& a) {
     return;
   }
   // Small enough that a thread which is held up costs little more than its share, large enough to be worth fetching.
-  constexpr int64_t kOuts = 32;
+  constexpr int64_t kOuts = 48;
 #pragma omp parallel
   {
     std::vector<float> sums(static_cast<size_t>(a.rows * kOuts));
