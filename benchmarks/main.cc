@@ -129,6 +129,7 @@ void Measure(benchmark::State& state, const Measurement& measurement, const Cell
     if (!std::isfinite(value)) throw std::runtime_error(StrCat(name, " is not a finite number"));
     state.counters[name] = value;
   }
+  if (state.counters.count("disturbed") > 0 && state.counters["disturbed"] != 0) state.counters.erase("ci95_fraction");
   const std::string stages = StageText(config, session.devices());
   // The kernels that really ran: nothing falls back silently.
   state.SetLabel(StrCat(session.device().is_cuda() ? "cuda" : "cpu", " ",

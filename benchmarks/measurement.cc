@@ -293,6 +293,7 @@ void AddGpuState(Session& session, const GpuSummary& seen, Counters& counters) {
   }
   if (foreign.empty()) return;
   counters.emplace_back("foreign_processes", static_cast<double>(foreign.size()));
+  counters.emplace_back("disturbed", 1);
   session.AddNote("foreign processes: " + ProcessText(foreign));
 }
 
