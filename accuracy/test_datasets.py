@@ -414,6 +414,25 @@ class GgufToHf(InFolder):
         os.remove(self.path("m.gguf"))
         self.refused(self.convert(), "m.gguf")
 
+    def test_refuses_numbers_that_would_take_for_ever(self):
+        # An array of so many bytes, which the package would read beyond the end of the file; found by fuzz_gguf.py.
+        write_gguf(self.path("m.gguf"), change=with_value("tokenizer.ggml.x", [1, 2, 3]))
+        with open(self.path("m.gguf"), "rb") as file:
+            whole = file.read()
+        count = whole.index(b"tokenizer.ggml.x") + len("tokenizer.ggml.x") + 8
+        self.assertEqual(whole[count:count + 8], struct.pack("<Q", 3))
+        with open(self.path("m.gguf"), "wb") as file:
+            file.write(whole[:count - 4] + struct.pack("<IQ", gguf.GGUFValueType.UINT8, 1 << 62) + whole[count + 8:])
+        self.refused(self.convert(), "m.gguf: ", "truncated")
+        write_gguf(self.path("m.gguf"), change=with_value("llama.block_count", 1 << 30))
+        self.refused(self.convert(), "m.gguf: ", "block_count is 1073741824, the file has 11 tensors")
+        write_gguf(self.path("m.gguf"), change=lambda writer: (
+            writer.add_tensor("rope_freqs.weight", np.ones(8, np.float32)),
+            with_value("llama.attention.key_length", 1 << 30)(writer),
+            with_value("llama.rope.dimension_count", 1 << 30)(writer),
+            with_value("llama.attention.value_length", 1 << 30)(writer)))
+        self.refused(self.convert(), "m.gguf: ", "rope_freqs.weight has 8 numbers")
+
 
 class Fetch(InFolder):
     def fetch(self, *arguments, **environment):
