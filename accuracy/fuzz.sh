@@ -33,8 +33,10 @@ sources=("$root"/fixtures/{safetensors,model_config,cache/spec}.cc
   "$root"/fixtures/tokenizer/{tokenizer,tokenizer_formats,tokenizer_stages,added_tokens,bpe,unicode}.cc
   "${architectures[@]}" "$root"/kernels/{scheme.cc,schemes/*.cc} "$root/benchmarks/results_file.cc"
   "$root/accuracy/fuzz_loaders.cc")
-compile() {  # SOURCE: ours; a changed header is rare here and a stale object is worse than a minute: always
-  clang++ "${checked[@]}" -std=c++20 -Wno-unknown-pragmas -I "$root" -isystem "$oniguruma/src" \
+# A header or this script that has changed makes all of ours anew.
+mapfile -t headers < <(ls -t "$root"/*/*.{h,cuh} "$root"/*/*/*.{h,cuh} "$0" 2>/dev/null)
+compile() {  # SOURCE
+  [[ $(basename "$1").o -nt $1 && $(basename "$1").o -nt ${headers[0]} ]] || clang++ "${checked[@]}" -std=c++20 -Wno-unknown-pragmas -I "$root" -isystem "$oniguruma/src" \
     -isystem "$cache/cuda-13.0.96/include" -c "$1" -o "$(basename "$1").o"
 }
 waiting=0
@@ -59,7 +61,7 @@ limit=(-max_total_time="$seconds")
 [[ $inputs ]] && limit=(-runs=$(((inputs + jobs - 1) / jobs)))
 pids=()
 for (( job = 0; job < jobs; ++job )); do
-  ./fuzz_loaders "${limit[@]}" -max_len=65536 -rss_limit_mb=2500 -timeout=20 -print_final_stats=1 -reload=1 \
+  ./fuzz_loaders "${limit[@]}" -max_len=65536 -rss_limit_mb=2500 -timeout=20 -print_final_stats=1 \
     -artifact_prefix="$build/" corpus "$root/accuracy/fuzz_seeds" 2>"run-$job.log" &
   pids+=($!)
 done

@@ -5,7 +5,7 @@
 # usage: accuracy/hardening.sh [--kills N] [--fills N] [--writers N] [--seed S]     (default: 50 50 20 1)
 #
 # --kills: SIGKILLs at random moments of a study, taken up again each time, and at random moments of a converter;
-# --fills: times that the disk, a tmpfs of 256 KiB, is full at a random moment; --writers: rounds of two runs that begin at
+# --fills: times that the disk, a tmpfs of 1 MiB, is full at a random moment; --writers: rounds of two runs that begin at
 # nearly the same time. Every study must end with the facts of an uninterrupted one. Where no tmpfs can be mounted,
 # that part is skipped. Exit code 1 for a loss.
 set -euo pipefail
@@ -31,12 +31,12 @@ trap 'rmdir "$disk"' EXIT
 code=0
 /usr/bin/python3 "$root/accuracy/test_datasets.py" GgufToHf.test_a_killed_converter_leaves_no_half_model || code=1
 # In a namespace of mounts, so that nothing is left mounted; without root in one of users, too.
-run='mount -t tmpfs -o size=256k none "$0" && KVQ_SMALL_DISK=$0 exec "$@"'
+run='mount -t tmpfs -o size=1m none "$0" && KVQ_SMALL_DISK=$0 exec "$@"'
 for namespace in --mount "--mount --user --map-root-user" none; do
   if [[ $namespace == none ]]; then
     echo "hardening.sh: no tmpfs can be mounted here ($why): the full disk is skipped" >&2
     "$tests" --gtest_filter='LongRunSlow.*' || code=1
-  elif why=$(unshare $namespace mount -t tmpfs -o size=256k none "$disk" 2>&1); then
+  elif why=$(unshare $namespace mount -t tmpfs -o size=1m none "$disk" 2>&1); then
     unshare $namespace bash -c "$run" "$disk" "$tests" --gtest_filter='LongRunSlow.*' || code=1
     break
   fi

@@ -420,7 +420,7 @@ class GgufToHf(InFolder):
     def test_a_killed_converter_leaves_no_half_model(self):
         def contents(folder):
             return {name: hashlib.sha256(pathlib.Path(folder, name).read_bytes()).digest() for name in os.listdir(folder)}
-        with unittest.mock.patch.multiple(sys.modules[__name__], HIDDEN=512, FF=2048, VOCAB=20000):  # some 60 MB
+        with unittest.mock.patch.multiple(sys.modules[__name__], HIDDEN=1024, FF=4096, VOCAB=1000):  # 66 MB
             write_gguf(self.path("m.gguf"), gguf.GGMLQuantizationType.Q8_0)
         command = [sys.executable, os.path.join(DATASETS, "gguf_to_hf.py"), self.path("m.gguf")]
         begin = time.monotonic()
