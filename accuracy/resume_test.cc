@@ -1,5 +1,6 @@
 // Long runs: what `kill -9` leaves, what the same command makes of it, what --patch changes, and
-// that two runs do not share a file. All of it on the command as its users run it.
+// that two runs do not share a file. All of it on the command as its users run it. accuracy/hardening.sh runs
+// what is slow more often.
 #include <fcntl.h>
 #include <signal.h>
 #include <unistd.h>
@@ -65,6 +66,14 @@ json Deterministic(const json& file) {
   }
   return kept;
 }
+
+// How often, from which seed: accuracy/hardening.sh says it.
+int Count(const char* variable, int otherwise) {
+  const char* text = std::getenv(variable);
+  return text != nullptr ? std::atoi(text) : otherwise;
+}
+
+double Seconds(Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); }
 
 // kvqbench in the background.
 class Running {
@@ -139,36 +148,57 @@ class LongRun : public TinyModel {
            "--benchmark_filter='kv_size|perplexity' --benchmark_out=" +
            file.string() + " " + more;
   }
+  // An uninterrupted study, and how long it takes.
+  struct Whole {
+    json results;
+    double start_up = 0, all = 0;  // seconds: until its first cell, until its end
+    size_t cells() const { return results["benchmarks"].size(); }
+    double a_cell() const { return (all - start_up) / static_cast<double>(cells()); }
+  };
+  Whole Uninterrupted() const {
+    const fs::path file = dir_ / "whole.json", err = dir_ / "err";
+    const auto begin = Clock::now();
+    Running run(Study(file), err);
+    run.WaitForStart(1);
+    Whole whole{{}, Seconds(begin)};
+    EXPECT_EQ(run.Wait(), 0) << Text(err);
+    whole.all = Seconds(begin);
+    whole.results = json::parse(Text(file));
+    EXPECT_GE(whole.cells(), 20u);
+    return whole;
+  }
   void KillAndResume(int kills, unsigned seed);
 };
 
+void ExpectEqual(const fs::path& file, const json& expected) {
+  const json found = json::parse(Text(file));
+  EXPECT_EQ(found["benchmarks"].size(), expected["benchmarks"].size());
+  // json::diff says what differs, where all of it would fill the screen.
+  EXPECT_EQ(json::diff(Deterministic(found), Deterministic(expected)), json::array());
+}
+
+// Seconds, at random.
+void Wait(std::mt19937& random, double most) {
+  std::this_thread::sleep_for(std::chrono::duration<double>(std::uniform_real_distribution<double>(0, most)(random)));
+}
+
+// The file's entries, of which all that were there before are there as they were.
+std::map<std::string, std::string> Kept(const fs::path& file, const std::map<std::string, std::string>& before) {
+  const std::string text = Text(file);
+  const auto now = Entries(text);
+  if (!text.empty()) {
+    EXPECT_EQ(json::parse(text)["benchmarks"].size(), now.size());
+  }
+  for (const auto& [name, entry] : before) EXPECT_EQ(now.count(name) != 0 ? now.at(name) : "lost", entry);
+  return now;
+}
+
 // Kills the study `kills` times, at random moments of its start and of its cells, and lets it end.
 void LongRun::KillAndResume(int kills, unsigned seed) {
-  const fs::path whole = dir_ / "whole.json", file = dir_ / "killed.json", err = dir_ / "err";
-  double start_up = 0, all = 0;  // seconds
-  {
-    const auto begin = Clock::now();
-    Running run(Study(whole), err);
-    run.WaitForStart(1);
-    start_up = std::chrono::duration<double>(Clock::now() - begin).count();
-    ASSERT_EQ(run.Wait(), 0) << Text(err);
-    all = std::chrono::duration<double>(Clock::now() - begin).count();
-  }
-  const json expected = json::parse(Text(whole));
-  const size_t cells = expected["benchmarks"].size();
-  ASSERT_GE(cells, 20u);
-
+  const fs::path file = dir_ / "killed.json", err = dir_ / "err";
+  const Whole whole = Uninterrupted();
+  const size_t cells = whole.cells();
   std::mt19937 random(seed);
-  const auto wait = [&](double most) {
-    std::this_thread::sleep_for(
-        std::chrono::duration<double>(std::uniform_real_distribution<double>(0, most)(random)));
-  };
-  const auto expect_equal = [&] {
-    const json resumed = json::parse(Text(file));
-    EXPECT_EQ(resumed["benchmarks"].size(), cells);
-    // json::diff says what differs, where all of it would fill the screen.
-    EXPECT_EQ(json::diff(Deterministic(resumed), Deterministic(expected)), json::array());
-  };
   std::map<std::string, std::string> before;
   std::vector<size_t> there;  // cells after each kill
   int in_start_up = 0, studies = 1, parts = 0;
@@ -177,10 +207,10 @@ void LongRun::KillAndResume(int kills, unsigned seed) {
     fs::remove(file.string() + ".part");  // that another kill left: kind 1 waits for a new one
     Running run(Study(file), err);
     if (kind == 0) {  // before its first cell
-      wait(start_up);
+      Wait(random, whole.start_up);
     } else {  // in its cells: by number, so that the kills spread over the study at any speed
-      run.WaitForStart(1 + random() % (cells * 4 / 5 / static_cast<size_t>(kills)));
-      wait((all - start_up) / static_cast<double>(cells));
+      run.WaitForStart(1 + random() % std::max<size_t>(cells * 4 / 5 / static_cast<size_t>(kills), 1));
+      Wait(random, whole.a_cell());
     }
     if (kind == 1) {  // and while the file is written
       while (!run.Ended() && !fs::exists(file.string() + ".part")) {
@@ -189,7 +219,7 @@ void LongRun::KillAndResume(int kills, unsigned seed) {
     }
     if (!run.Kill()) {  // the study has ended before: another one takes the kills that are left
       EXPECT_EQ(run.Wait(), 0) << "wait status " << run.status() << ": " << Text(err);
-      expect_equal();
+      ExpectEqual(file, whole.results);
       fs::remove(file);
       before.clear();
       ++studies;
@@ -198,12 +228,7 @@ void LongRun::KillAndResume(int kills, unsigned seed) {
     parts += kind == 1 && fs::exists(file.string() + ".part");
     const size_t started = run.Started();
     in_start_up += started == 0;
-    const std::string text = Text(file);
-    const auto now = Entries(text);
-    if (!text.empty()) {
-      ASSERT_EQ(json::parse(text)["benchmarks"].size(), now.size());
-    }
-    for (const auto& [name, entry] : before) EXPECT_EQ(now.at(name), entry);
+    const auto now = Kept(file, before);
     // All that it began but the last, which may have ended.
     EXPECT_GE(now.size() + 1, before.size() + started);
     EXPECT_LE(now.size(), before.size() + started);
@@ -212,13 +237,13 @@ void LongRun::KillAndResume(int kills, unsigned seed) {
   }
   const Outcome last = Execute(Study(file));
   EXPECT_EQ(last.code, 0) << last.err;
-  expect_equal();
+  ExpectEqual(file, whole.results);
   EXPECT_FALSE(fs::exists(file.string() + ".part"));
   EXPECT_FALSE(fs::exists(file.string() + ".lock"));
   size_t fields = 0;
-  const json compared = Deterministic(expected);
+  const json compared = Deterministic(whole.results);
   for (const json& run : compared["benchmarks"]) fields += run.size();
-  std::cout << kills << " kills of a study of " << cells << " cells (" << all << " s, " << start_up
+  std::cout << kills << " kills of a study of " << cells << " cells (" << whole.all << " s, " << whole.start_up
             << " s until its first cell), " << in_start_up << " before a cell began, " << parts
             << " while the file was written; cells there after each:";
   for (const size_t count : there) std::cout << " " << count;
@@ -228,7 +253,106 @@ void LongRun::KillAndResume(int kills, unsigned seed) {
 TEST_F(LongRun, KilledAndResumedEqualsUninterrupted) { KillAndResume(3, 1); }
 
 using LongRunSlow = LongRun;
-TEST_F(LongRunSlow, TwentyKills) { KillAndResume(20, 2); }
+TEST_F(LongRunSlow, ManyKills) { KillAndResume(Count("KVQ_KILLS", 20), Count("KVQ_SEED", 2)); }
+
+// A disk that something else fills at random moments of a study, and frees again: what was there stays, and the same
+// command goes on.
+TEST_F(LongRunSlow, DiskFullAtRandomMoments) {
+  const char* disk = std::getenv("KVQ_SMALL_DISK");
+  if (disk == nullptr) GTEST_SKIP() << "accuracy/hardening.sh mounts the disk that this fills";
+  const int fills = Count("KVQ_FILLS", 20);
+  const fs::path file = fs::path(disk) / "out.json", ballast = fs::path(disk) / "ballast", err = dir_ / "err";
+  const Whole whole = Uninterrupted();
+  std::mt19937 random(Count("KVQ_SEED", 2));
+  std::map<std::string, std::string> before;
+  int full = 0, at_start = 0, studies = 1;
+  for (int tries = 0; full < fills; ++tries) {
+    ASSERT_LT(tries, 4 * fills) << "the disk is hardly ever full when something is written";
+    const auto fill = [&] {  // but for a rest that a file may fit or not
+      const uintmax_t rest = random() % 3 == 0 ? 0 : random() % (2 * Text(dir_ / "whole.json").size());
+      const uintmax_t free = fs::space(disk).available;
+      std::ofstream(ballast) << std::string(free > rest ? free - rest : 0, 'x');
+    };
+    const bool first = random() % 8 == 0;
+    if (first) fill();
+    Running run(Study(file), err);
+    if (!first) {
+      run.WaitForStart(random() % 4);
+      Wait(random, whole.a_cell());
+      fill();
+    }
+    const int code = run.Wait();
+    EXPECT_FALSE(fs::exists(file.string() + ".part"));
+    EXPECT_FALSE(fs::exists(file.string() + ".lock"));
+    before = Kept(file, before);
+    fs::remove(ballast);
+    if (code == 0) {
+      ExpectEqual(file, whole.results);
+      fs::remove(file);
+      before.clear();
+      ++studies;
+      continue;
+    }
+    EXPECT_EQ(code, 2);
+    EXPECT_NE(Text(err).find("kvqbench: --benchmark_out: cannot write " + file.string() + ": No space left on device"),
+              std::string::npos)
+        << Text(err);
+    ++full;
+    at_start += first;
+  }
+  const Outcome last = Execute(Study(file));
+  EXPECT_EQ(last.code, 0) << last.err;
+  ExpectEqual(file, whole.results);
+  std::cout << fills << " times the disk was full, " << at_start << " of them before the start, in " << studies
+            << " studies of " << whole.cells() << " cells\n";
+}
+
+// Two runs of different seeds begin on one file at nearly the same time: one is refused, the file is the other's.
+TEST_F(LongRunSlow, TwoWriters) {
+  const int rounds = Count("KVQ_WRITERS", 4);
+  const fs::path file = dir_ / "out.json";
+  std::mt19937 random(Count("KVQ_SEED", 2));
+  const std::string seeds[] = {"--seed=42", "--seed=7"};
+  json expected[2];
+  double all = 0;
+  for (const int i : {0, 1}) {
+    const auto begin = Clock::now();
+    ASSERT_EQ(Execute(Small(file, seeds[i])).code, 0);
+    all = Seconds(begin);
+    expected[i] = json::parse(Text(file));
+    fs::remove(file);
+  }
+  int second_won = 0, late = 0;
+  for (int round = 0; round < rounds; ++round) {
+    const fs::path errs[] = {dir_ / "err0", dir_ / "err1"};
+    Running one(Small(file, seeds[0]), errs[0]);
+    Wait(random, random() % 2 == 0 ? 0.003 : all / 2);
+    Running other(Small(file, seeds[1]), errs[1]);
+    const pid_t pids[] = {one.pid(), other.pid()};
+    const int codes[] = {one.Wait(), other.Wait()};
+    const int winner = codes[0] == 0 ? 0 : 1, loser = 1 - winner;
+    EXPECT_EQ(codes[winner], 0) << Text(errs[0]) << Text(errs[1]);
+    EXPECT_EQ(codes[loser], 2) << Text(errs[loser]);
+    const std::string said = Text(errs[loser]);
+    EXPECT_EQ(std::count(said.begin(), said.end(), '\n'), 1) << said;
+    // Where it came when the first had ended, its seed is another one.
+    late += said.find("are never mixed") != std::string::npos;
+    EXPECT_TRUE(said.find("the two are never mixed") != std::string::npos ||
+                said.find(StrCat(file.string(), " is being written by another kvqbench (pid ", pids[winner])) !=
+                    std::string::npos ||
+                said.find(file.string() + " is being written by another kvqbench (it has just started") != std::string::npos)
+        << said;
+    ExpectEqual(file, expected[winner]);
+    EXPECT_FALSE(json::parse(Text(file)).contains("history"));
+    EXPECT_FALSE(fs::exists(file.string() + ".lock"));
+    EXPECT_FALSE(fs::exists(file.string() + ".part"));
+    second_won += winner;
+    fs::remove(file);
+  }
+  EXPECT_LE(late, rounds / 2);
+  std::cout << rounds << " times two writers: " << rounds - late << " refused while the other wrote, " << late
+            << " when it had ended; the second to start won " << second_won << "\n";
+}
 
 TEST_F(LongRun, SameCommandMeasuresOnlyWhatIsMissingOrFailed) {
   const fs::path file = dir_ / "out.json", summary = dir_ / "summary.txt";

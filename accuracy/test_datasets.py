@@ -7,12 +7,15 @@ import hashlib
 import io
 import json
 import os
+import pathlib
+import random
 import runpy
 import shutil
 import struct
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 import unittest.mock
 import zlib
@@ -413,6 +416,54 @@ class GgufToHf(InFolder):
                 self.assertEqual(os.listdir(self.folder), ["m.gguf"])
         os.remove(self.path("m.gguf"))
         self.refused(self.convert(), "m.gguf")
+
+    def test_a_killed_converter_leaves_no_half_model(self):
+        def contents(folder):
+            return {name: hashlib.sha256(pathlib.Path(folder, name).read_bytes()).digest() for name in os.listdir(folder)}
+        with unittest.mock.patch.multiple(sys.modules[__name__], HIDDEN=1024, FF=4096, VOCAB=1000):  # 66 MB
+            write_gguf(self.path("m.gguf"), gguf.GGMLQuantizationType.Q8_0)
+        command = [sys.executable, os.path.join(DATASETS, "gguf_to_hf.py"), self.path("m.gguf")]
+        begin = time.monotonic()
+        subprocess.run([*command, self.path("whole")], check=True)
+        seconds, whole = time.monotonic() - begin, contents(self.path("whole"))
+        rng = random.Random(int(os.environ.get("KVQ_SEED", "1")))
+        kills, parts = int(os.environ.get("KVQ_KILLS", "4")), 0
+        for _ in range(kills):
+            converter = subprocess.Popen([*command, self.path("out")])
+            try:
+                converter.wait(seconds * rng.uniform(0.3, 1.05))
+            except subprocess.TimeoutExpired:
+                converter.kill()
+                converter.wait()
+            if os.path.exists(self.path("out")):  # whether it was killed then or not
+                self.assertEqual(contents(self.path("out")), whole)
+                shutil.rmtree(self.path("out"))
+            else:
+                self.assertEqual(converter.returncode, -9)
+            part = self.path(f"out.part.{converter.pid}")
+            parts += os.path.exists(part)
+            shutil.rmtree(part, ignore_errors=True)
+            self.assertEqual(sorted(os.listdir(self.folder)), ["m.gguf", "whole"])
+        print(f"{kills} kills of a converter, {parts} while it wrote", file=sys.stderr)
+
+    def test_refuses_numbers_that_would_take_for_ever(self):
+        # An array of so many bytes, which the package would read beyond the end of the file; found by fuzz_gguf.py.
+        write_gguf(self.path("m.gguf"), change=with_value("tokenizer.ggml.x", [1, 2, 3]))
+        with open(self.path("m.gguf"), "rb") as file:
+            whole = file.read()
+        count = whole.index(b"tokenizer.ggml.x") + len("tokenizer.ggml.x") + 8
+        self.assertEqual(whole[count:count + 8], struct.pack("<Q", 3))
+        with open(self.path("m.gguf"), "wb") as file:
+            file.write(whole[:count - 4] + struct.pack("<IQ", gguf.GGUFValueType.UINT8, 1 << 62) + whole[count + 8:])
+        self.refused(self.convert(), "m.gguf: ", "truncated")
+        write_gguf(self.path("m.gguf"), change=with_value("llama.block_count", 1 << 30))
+        self.refused(self.convert(), "m.gguf: ", "block_count is 1073741824, the file has 11 tensors")
+        write_gguf(self.path("m.gguf"), change=lambda writer: (
+            writer.add_tensor("rope_freqs.weight", np.ones(8, np.float32)),
+            with_value("llama.attention.key_length", 1 << 30)(writer),
+            with_value("llama.rope.dimension_count", 1 << 30)(writer),
+            with_value("llama.attention.value_length", 1 << 30)(writer)))
+        self.refused(self.convert(), "m.gguf: ", "rope_freqs.weight has 8 numbers")
 
 
 class Fetch(InFolder):

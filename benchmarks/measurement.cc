@@ -311,11 +311,6 @@ void AddList(Counters& counters, const std::string& name, const std::vector<doub
   }
 }
 
-std::string ModelLabel(std::string model) {
-  while (!model.empty() && model.back() == '/') model.pop_back();
-  return model.substr(model.find_last_of('/') + 1);
-}
-
 std::string CellName(const Measurement& measurement, const Cell& cell) {
   return StrCat(measurement.name, "/", ModelLabel(cell.model), "/", cell.backend, "/", cell.spec,
                 "/ctx:", cell.context, "/batch:", cell.batch);

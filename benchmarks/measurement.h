@@ -191,9 +191,6 @@ void AddSpread(Counters& counters, const std::string& name, std::vector<double> 
 std::vector<double> Samples(Session& session, benchmark::State& state,
                             const std::function<double()>& sample);
 
-// A model that is a path, or owner/name, is named by the last part: a slash would break a benchmark's name apart.
-std::string ModelLabel(std::string model);
-
 // `<measurement>/<model>/<backend>/<spec>/ctx:N/batch:B`.
 std::string CellName(const Measurement& measurement, const Cell& cell);
 

@@ -13,7 +13,7 @@
 #include <regex>
 #include <utility>
 
-#include "benchmarks/measurement.h"
+#include "fixtures/dataset.h"
 #include "kernels/error.h"
 #include "kernels/file.h"
 
@@ -170,7 +170,7 @@ ResultsFile::ResultsFile(const std::string& path) : path_(path) {
   path_ = Resolved(kFlag, path_);
   Lock();
   try {
-    Read();
+    if (std::error_code error; fs::exists(path_, error)) TakeUp(ReadFile(path_));
   } catch (...) {
     ::unlink((path_ + ".lock").c_str());
     ::close(lock_);
@@ -223,18 +223,30 @@ void ResultsFile::Lock() {
   if (::ftruncate(lock_, 0) != 0 || ::pwrite(lock_, holder.data(), holder.size(), 0) < 0) return;
 }
 
-void ResultsFile::Read() {
-  if (std::error_code error; !fs::exists(path_, error)) return;
-  const std::string text = ReadFile(path_);
+void ResultsFile::TakeUp(const std::string& text) {
   if (text.empty()) return;  // as mktemp leaves it
   try {
-    const json file = json::parse(text);
-    if (!file.at("context").contains("kvqbench_build")) throw InputError("it was not kvqbench");
-    file.at("benchmarks").get_ref<const json::array_t&>();
+    // Member and Parts rely on its being JSON; it is written by recursion.
+    const json file = json::parse(text, [](int depth, json::parse_event_t, json&) {
+      if (depth > 32) throw InputError("it has lists within lists, more than 32 deep");
+      return true;
+    });
+    if (!file.is_object()) throw InputError("it is no object");
+    // Members are taken as they are written: of two with one name the first, and none whose name is written in escapes.
     context_ = Member(text, "context");
-    for (const std::string_view entry : Parts(Member(text, "benchmarks"))) Add(entry);
-    if (file.contains("history")) history_ = nlohmann::ordered_json::parse(Member(text, "history"));
-    if (!history_.is_array()) throw InputError("history is no list");
+    const json context = json::parse(context_);
+    if (!context.contains("kvqbench_build")) throw InputError("it was not kvqbench");
+    for (const auto& [fact, value] : context.items()) {
+      if (fact == "dtype" || fact.rfind("model ", 0) == 0) value.get_ref<const std::string&>();
+    }
+    const std::string_view benchmarks = Member(text, "benchmarks"), history = Member(text, "history");
+    json::parse(benchmarks).get_ref<const json::array_t&>();
+    for (const std::string_view entry : Parts(benchmarks)) Add(entry);
+    if (!history.empty()) history_ = nlohmann::ordered_json::parse(history);
+    for (const auto& run : history_.get_ref<const nlohmann::ordered_json::array_t&>()) {
+      run.value("patched", "");
+      run.value("left", std::vector<std::string>());
+    }
   } catch (const std::exception& error) {  // of JSON, of a missing field, of those above
     throw InputError(kFlag, ": ", path_,
                      " is there, but is no results file of kvqbench, or cut off; ",
@@ -397,6 +409,11 @@ void ResultsFile::Save() {
   if (patching_ && history_.back().contains("left") && history_.back()["left"].empty()) {
     history_.back().erase("left");
   }
+  WriteWhole(kFlag, path_, Text());
+  changed_ = false;
+}
+
+std::string ResultsFile::Text() const {
   std::string text = StrCat("{\n  \"context\": ", context_);
   const auto begin_list = [&](const char* name) { text += StrCat(",\n  \"", name, "\": [\n    "); };
   begin_list("benchmarks");
@@ -412,8 +429,7 @@ void ResultsFile::Save() {
     }
     text += "\n  ]";
   }
-  WriteWhole(kFlag, path_, text + "\n}\n");
-  changed_ = false;
+  return text + "\n}\n";
 }
 
 }  // namespace kvq

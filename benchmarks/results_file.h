@@ -44,6 +44,9 @@ class ResultsFile {
   ResultsFile(const ResultsFile&) = delete;
   ResultsFile& operator=(const ResultsFile&) = delete;
 
+  // Takes up what a file says, as the constructor does. Throws InputError where it is no results of kvqbench or cut off.
+  void TakeUp(const std::string& text);
+
   // A fact of the file's context, empty if it has none.
   std::string Fact(const std::string& name) const;
 
@@ -71,10 +74,11 @@ class ResultsFile {
   void Add(std::string_view entries);
   // Puts what was added on to the disk.
   void Save();
+  // What the file says then.
+  std::string Text() const;
 
  private:
   void Lock();
-  void Read();
   void Refuse(const std::string& fact, const nlohmann::json* theirs,
               const nlohmann::json* ours) const;
 

@@ -155,6 +155,16 @@ def listed(names):
 
 # ---- reading
 
+class Reader(gguf.GGUFReader):
+    """The package's, which beyond a file's end reads nothing and goes on, for as many numbers as an array says it has."""
+
+    def _get(self, offset, dtype, count=1, *order, **override_order):
+        end = int(offset) + np.dtype(dtype).itemsize * int(count)
+        if end > len(self.data):
+            raise EOFError(f"bytes {offset} to {end} are asked for, the file has {len(self.data)}")
+        return super()._get(offset, dtype, count, *order, **override_order)
+
+
 class Model:
     """A GGUF file, or all parts of a split one: its metadata by key, its tensors."""
 
@@ -192,7 +202,7 @@ class Model:
             with open(path, "rb") as file:
                 if file.read(4) != b"GGUF":
                     raise InputError("is no GGUF file: it does not begin with GGUF")
-            reader = gguf.GGUFReader(path)
+            reader = Reader(path)
             if reader.endianess != gguf.GGUFEndian.LITTLE:
                 raise InputError("is big-endian; python3 -m gguf.scripts.gguf_convert_endian FILE little turns it")
             check_layout(reader, size)
@@ -246,12 +256,12 @@ class Model:
 
 
 def check_layout(reader, size):
-    """Tensor data lies in the file and does not overlap, and can be turned into numbers."""
-    end = 0
+    """Tensor data lies in the file, behind its header, and does not overlap, and can be turned into numbers."""
+    end = reader.data_offset
     for tensor in sorted(reader.tensors, key=lambda t: t.data_offset):
         begin = int(tensor.data_offset)
         if begin < end:
-            raise InputError(f"tensor {tensor.name} overlaps another one")
+            raise InputError(f"tensor {tensor.name} overlaps another one, or the header")
         end = begin + int(tensor.n_bytes)
         if end > size:
             raise InputError(f"tensor {tensor.name} ends at byte {end}, the file has {size}")
@@ -272,11 +282,14 @@ def make_config(model):
         if model.whole(key, head_dim) != head_dim:
             raise InputError(f"metadata field {model.key(key)} is {model.whole(key)}, supported is only the head's "
                              f"length, {head_dim}")
+    layers = model.whole("block_count")
+    if layers > len(model.tensors):
+        raise InputError(f"metadata field {model.key('block_count')} is {layers}, the file has {len(model.tensors)} tensors in all")
     tokens = model.need("tokenizer.ggml.tokens")
     config = {
         "architectures": [model.family.model_class],
         "model_type": model.family.model_type,
-        "num_hidden_layers": model.whole("block_count"),
+        "num_hidden_layers": layers,
         "hidden_size": hidden,
         "intermediate_size": model.whole("feed_forward_length"),
         "num_attention_heads": heads,
@@ -331,18 +344,19 @@ def llama3_scaling(model, config, kind):
     tensor = next(t for t in model.tensors if t.name == LLAMA3_FREQUENCIES)
     divisors = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float64).reshape(-1)
     pairs = config["head_dim"] // 2
+    if divisors.shape != (pairs,):
+        raise InputError(f"tensor {LLAMA3_FREQUENCIES} has {divisors.size} numbers, the heads ask for {pairs}")
     factor = float(f"{divisors.max(initial=0):.6g}")
     waves = 2 * np.pi * config["rope_theta"] ** (np.arange(pairs) / pairs)
     low, high, original = 1.0, 4.0, 8192.0
-    if kind == "none" and divisors.shape == waves.shape and factor == 1 and divisors.min() == 1:
+    if kind == "none" and factor == 1 and divisors.min() == 1:
         return None
     between = (divisors > 1.0001) & (divisors < factor * 0.9999)
-    if divisors.shape == waves.shape and between.any():
+    if between.any():
         share = (1 / divisors[between] - 1 / factor) / (1 - 1 / factor)
         original = float(np.round(np.median(waves[between] * (low + share * (high - low)))))
     share = np.clip((original / waves - low) / (high - low), 0, 1)
-    if (kind != "none" or divisors.shape != waves.shape
-            or not np.allclose(divisors, 1 / ((1 - share) / factor + share), rtol=1e-4)):
+    if kind != "none" or not np.allclose(divisors, 1 / ((1 - share) / factor + share), rtol=1e-4):
         raise InputError(f"tensor {LLAMA3_FREQUENCIES} is not Llama 3's rope scaling, no other is supported")
     return {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
             "original_max_position_embeddings": int(original)}
