@@ -47,6 +47,7 @@ struct Source {
   const void* rows = nullptr;
   DType dtype = DType::kFloat16;
   int64_t stride = 0, first = 0;  // elements from token to token; the first token's number
+  int64_t ring = 0;               // above 0: token t is in row t % ring
   const Codes* codes = nullptr;
 };
 struct Segment {
@@ -57,11 +58,12 @@ struct Segment {
 // All that attention of one KV head of one sequence wants.
 struct Head {
   int64_t dim, heads;  // query heads
-  const float *queries, *coded_queries;  // times scale and log2 e, [heads, dim]; the second in the keys' order of codes
+  const float *queries, *coded_queries;  // times scale and log2 e, [heads, dim]; the second rotated, in the keys' order of codes
   const int32_t* value_order;  // null where no values are codes
-  Segment segments[3];
+  const Rotation& value_rotation;
+  std::vector<Segment> segments = {};
   const Segment& SegmentAt(int64_t token) const {
-    return *std::find_if(segments, segments + 3, [&](const Segment& s) { return token >= s.begin && token < s.end; });
+    return *std::find_if(segments.begin(), segments.end(), [&](const Segment& s) { return token < s.end; });
   }
 };
 
@@ -289,11 +291,12 @@ KVQ_AVX2 void Attend(const Head& of, int64_t begin, int64_t end, float* sums, fl
       float* to = side == 0 ? keys : values;
       from[side] = to;
       if (source.codes != nullptr) {
-        DecodeCodes(*source.codes, at - segment.begin, n, to);
+        DecodeCodes(*source.codes, source.first + at - segment.begin, n, to);
         continue;
       }
       for (int64_t t = 0; t < n; ++t) {
-        const int64_t offset = (source.first + at - segment.begin + t) * source.stride;
+        const int64_t token = source.first + at - segment.begin + t;
+        const int64_t offset = (source.ring > 0 ? token % source.ring : token) * source.stride;
         if (source.dtype == DType::kFloat32) {
           memcpy(to + t * dim, static_cast<const float*>(source.rows) + offset, static_cast<size_t>(dim) * 4);
         } else {
@@ -305,10 +308,13 @@ KVQ_AVX2 void Attend(const Head& of, int64_t begin, int64_t end, float* sums, fl
                by_order, segment.sides[1].codes != nullptr);
     at += n;
   }
+  float* const coded = keys;  // room for the output of codes
   for (int64_t head = 0; head < heads; ++head) {
     for (int64_t i = 0; i < dim; ++i) out[head * dim + i] = by_order[0][head * dim + i];
     if (of.value_order == nullptr) continue;
-    for (int64_t i = 0; i < dim; ++i) out[head * dim + of.value_order[i]] += by_order[1][head * dim + i];
+    for (int64_t i = 0; i < dim; ++i) coded[of.value_order[i]] = by_order[1][head * dim + i];
+    Unrotate(of.value_rotation, dim, coded);
+    for (int64_t i = 0; i < dim; ++i) out[head * dim + i] += coded[i];
   }
 }
 #endif  // KVQ_HAS_AVX2
@@ -347,7 +353,8 @@ std::string DecodeAttentionName(const Codec& keys, const Codec& values) {
   return StrCat("host_decode_", k, k == v ? "" : "+" + v, " (avx2)");
 }
 
-void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttentionArgs& args, DType tokens) {
+void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttentionArgs& args, DType tokens,
+                     const CacheRules& rules) {
   const int64_t dim = args.keys.head_dim, kv_heads = args.keys.heads, heads = args.query_heads / kv_heads;
   const int64_t pairs = args.keys.batch * kv_heads;
   const bool coded_keys = keys.planes != nullptr, coded_values = values.planes != nullptr;
@@ -374,8 +381,10 @@ void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttenti
     std::vector<float> queries(static_cast<size_t>(heads * dim)), coded(coded_keys ? queries.size() : 0);
     LoadRow(args.queries, args.dtype, pair * heads * dim, heads * dim, queries.data());
     for (float& q : queries) q *= args.scale * kLog2E;
-    for (size_t i = 0; i < coded.size(); ++i) {
-      coded[i] = queries[i / static_cast<size_t>(dim) * static_cast<size_t>(dim) + static_cast<size_t>(key_order[i % static_cast<size_t>(dim)])];
+    for (int64_t head = 0; coded_keys && head < heads; ++head) {
+      std::vector<float> rotated(queries.begin() + head * dim, queries.begin() + (head + 1) * dim);
+      Rotate(rules.key_rotation, dim, rotated.data());
+      for (int64_t i = 0; i < dim; ++i) coded[static_cast<size_t>(head * dim + i)] = rotated[static_cast<size_t>(key_order[static_cast<size_t>(i)])];
     }
     Codes codes[2];
     Source encoded[2];
@@ -391,17 +400,31 @@ void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttenti
     }
     // A dense side beside an encoded one has its residual behind the tokens that are encoded on the other.
     const bool one_dense = coded_keys != coded_values;
-    const int64_t behind[2] = {one_dense && !coded_keys ? length.encoded : 0, one_dense && !coded_values ? length.encoded : 0};
-    const int64_t first = length.sinks, second = first + length.encoded, all = second + length.residual;
-    const Head head = {
+    const SequenceLength& of_values = rules.value_lengths != nullptr ? rules.value_lengths[b] : length;
+    Source residual[2] = {SourceOf(args.residual_keys, b, h, one_dense && !coded_keys ? length.encoded : 0),
+                          SourceOf(args.residual_values, b, h, one_dense && !coded_values ? length.encoded : 0)};
+    if (rules.values_in_ring) residual[1].ring = args.residual_values.tokens, residual[1].first = of_values.encoded;
+    const int64_t first = length.sinks, all = first + length.encoded + length.residual;
+    // Where each side's encoded tokens end; between the two ends one side has codes and the other dense tokens.
+    const int64_t ends[2] = {first + length.encoded, first + of_values.encoded};
+    const auto source_at = [&](int side, int64_t token) {
+      Source source = token < ends[side] ? encoded[side] : residual[side];
+      source.first += token - (token < ends[side] ? first : ends[side]);
+      return source;
+    };
+    Head head = {
         .dim = dim,
         .heads = heads,
         .queries = queries.data(),
         .coded_queries = coded.data(),
         .value_order = coded_values ? value_order.data() : nullptr,
-        .segments = {{0, first, {SourceOf(args.sink_keys, b, h, 0), SourceOf(args.sink_values, b, h, 0)}},
-                     {first, second, {encoded[0], encoded[1]}},
-                     {second, all, {SourceOf(args.residual_keys, b, h, behind[0]), SourceOf(args.residual_values, b, h, behind[1])}}}};
+        .value_rotation = rules.value_rotation,
+        .segments = {{0, first, {SourceOf(args.sink_keys, b, h, 0), SourceOf(args.sink_values, b, h, 0)}}}};
+    int64_t begin = first;
+    for (const int64_t end : {std::min(ends[0], ends[1]), std::max(ends[0], ends[1]), all}) {
+      head.segments.push_back({begin, end, {source_at(0, begin), source_at(1, begin)}});
+      begin = end;
+    }
     const int64_t hidden = args.window > 0 ? std::max<int64_t>(all - args.window, 0) : 0;
     const auto cut = [&](int64_t i) { return hidden + (all - hidden) * i / splits; };
     float *sum = &sums[static_cast<size_t>(piece * 2 * heads)], *out = &outs[static_cast<size_t>(piece * heads * dim)];
