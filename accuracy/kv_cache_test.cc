@@ -417,7 +417,7 @@ class LlamaKivi {
     const at::Tensor keys = Behind(k_quant_, k_full_);
     if (k_full_.size(2) == r_) {
       k_quant_ = Behind(k_quant_, Decoded(keys_, k_full_, r_));
-      k_full_ = {};
+      k_full_.reset();
     }
     v_full_ = Behind(v_full_, v);
     const at::Tensor values = Behind(v_quant_, v_full_);
