@@ -1,5 +1,6 @@
 // error: how far encoded keys and values are from the originals, on the model's own cache at a context,
-// per layer. Only what policy append has encoded counts: sinks and residual are stored as they are. nmse
+// per layer. Only what the policy has encoded counts (of hf: what append would): sinks and residual are stored as they
+// are; encoded_tokens is of the side that encodes more. nmse
 // is the sum of squared errors over the sum of squares; max_error is the largest absolute one.
 #include <cmath>
 
@@ -11,15 +12,16 @@
 namespace kvq {
 namespace {
 
-ErrorSum Measure(const Codec& codec, const Spec& spec, const at::Tensor& plain) {
+ErrorSum Measure(const Codec& codec, const Spec& spec, const SideRule& rule, const at::Tensor& all) {
+  const at::Tensor plain = all.narrow(2, spec.sink_tokens, EncodedTokens(spec, rule, all.size(2)));
   at::Tensor decoded = plain.to(at::kFloat, /*non_blocking=*/false, /*copy=*/true);
   if (codec.encode != nullptr) {
     const CodecParams params = spec.Params(codec);
     const EncodedTensors encoded =
         AllocateEncoded(codec, params, plain.size(0), plain.size(1), plain.size(3), plain.size(2),
-                        BlockTokens(spec, codec), plain.device());
-    EncodeTensor(codec, params, plain, 0, encoded);
-    DecodeTensor(codec, params, encoded, 0, decoded);
+                        BlockTokens(spec, rule, codec), plain.device());
+    EncodeRotated(codec, params, rule.rotation, plain, 0, encoded.view());
+    DecodeRotated(codec, params, rule.rotation, encoded, 0, decoded);
   }
   return ErrorSum::Of(plain, decoded);
 }
@@ -36,12 +38,9 @@ Counters Error(Session& session, const Cell& cell, benchmark::State& state) {
       per_layer.clear();
       const auto& captured = session.captured_cache(cell);
       for (size_t layer = 0; layer < captured.size(); ++layer) {
-        const SchemePair pair = spec.At(static_cast<int64_t>(layer));
-        const auto part = [&](const at::Tensor& all) {
-          return all.narrow(2, spec.sink_tokens, encoded_tokens);
-        };
-        const ErrorSum k = Measure(pair.keys->keys, spec, part(captured[layer].first));
-        const ErrorSum v = Measure(pair.values->values, spec, part(captured[layer].second));
+        const SchemePair pair = spec.At(static_cast<int64_t>(layer), static_cast<int64_t>(captured.size()));
+        const ErrorSum k = Measure(pair.keys->keys, spec, spec.keys, captured[layer].first);
+        const ErrorSum v = Measure(pair.values->values, spec, spec.values, captured[layer].second);
         if (!std::isfinite(k.squared_error + v.squared_error)) {
           throw std::runtime_error(StrCat("keys or values of layer ", layer, " are finite, and not when they are decoded"));
         }

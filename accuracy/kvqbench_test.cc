@@ -292,7 +292,8 @@ TEST_F(Kvqbench, CountsTheBitsOfEncodedTokens) {
   WidenHeads(dir_ / "tiny");
   const auto runs = ByName(Execute(Tiny() + " --contexts=32 --dtype=float32 --benchmark_filter=^kv_size/ --benchmark_format=json "
                                    "--schemes=none,int8-hqq,int4-hqq,int4-hqq@group=32,int2-hqq-kivi,int4-hqq+none,"
-                                   "int8-hqq+int4-hqq@layers=0-0:none").out);
+                                   "int8-hqq+int4-hqq@layers=0-0:none,int4-hqq@residual=8+0,int2-hqq+int4-hqq@policy=kivi@residual=8,"
+                                   "int4-hqq@residual=0@dense=1+0").out);
   const auto bits = [&](const std::string& spec) {
     return runs.at(StrCat("kv_size/tiny/sdpa/", spec, "/ctx:32/batch:1")).value("encoded_bits_per_element", -1.0);
   };
@@ -303,6 +304,16 @@ TEST_F(Kvqbench, CountsTheBitsOfEncodedTokens) {
   EXPECT_EQ(bits("int2-hqq-kivi"), 2.5);
   EXPECT_EQ(bits("int4-hqq+none"), 4.5);
   EXPECT_EQ(bits("int8-hqq+int4-hqq@layers=0-0:none"), (8.5 + 4.5) / 2);
+  // What is encoded and what is not, of 32 bits here, are all there is.
+  for (const auto& [spec, share] : std::vector<std::pair<std::string, double>>{
+           {"int4-hqq@residual=8+0", (24 + 32) / 64.0}, {"int4-hqq@residual=0@dense=1+0", 0.5}, {"int4-hqq", 0}}) {
+    const auto& run = runs.at(StrCat("kv_size/tiny/sdpa/", spec, "/ctx:32/batch:1"));
+    EXPECT_EQ(run["encoded_share"], share) << spec;
+    EXPECT_EQ(run["bits_per_element"], share * 4.5 + (1 - share) * 32) << spec;
+  }
+  // 32 keys at 2.5 bits; of values the newest 8 in 32 and 24 at 4.5.
+  EXPECT_EQ(runs.at("kv_size/tiny/sdpa/int2-hqq+int4-hqq@policy=kivi@residual=8/ctx:32/batch:1")["bits_per_element"],
+            (32 * 2.5 + 24 * 4.5 + 8 * 32) / 64);
 }
 
 TEST_F(Kvqbench, MeasuresEverythingOnATinyModel) {

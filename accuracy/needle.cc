@@ -1,6 +1,6 @@
 // needle: can the model still find one sentence in its quantized history? Five depths; needle_rate with
 // the study's one number (7492), needle_random_rate with numbers drawn from --seed: a constant answer can be
-// guessed, and is the same trial again and again. The prompt is fed in calls of residual_length tokens,
+// guessed, and is the same trial again and again. The prompt is fed in calls of Spec::CallTokens,
 // so that also the first answered token reads encoded history; greedy, 32 new tokens, success if the
 // number is in them. Intervals are Wilson's, 95 %.
 //
@@ -128,9 +128,7 @@ Counters Needle(Session& session, const Cell& cell, benchmark::State& state) {
   const Spec spec = ParseSpec(cell.spec);
   if (cell.batch != 1) throw Skip("prompts differ in length; needle runs at batch 1");
   const bool study = session.options().protocol == "study";
-  const int64_t chunk = study                      ? cell.context
-                        : spec.residual_length > 0 ? spec.residual_length
-                                                   : 128;
+  const int64_t chunk = study ? cell.context : spec.CallTokens();
   const Tokenizer& tokenizer = session.tokenizer(cell.model);
   const auto encode = [&](const std::string& text, bool special) {
     return tokenizer.Encode(text, special);

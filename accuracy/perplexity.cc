@@ -1,7 +1,8 @@
 // perplexity: what quantizing the cache does to the model's predictions of real text.
 //
-// Protocol `decode`. Each window is fed in calls of residual_length tokens, so that every scored token
-// reads the history as decoding would: encoded, with the residual as it is. Beside it the unquantized
+// Protocol `decode`. Each window is fed in calls of residual_length tokens (Spec::CallTokens), so that every scored token
+// reads the history as decoding would: encoded, with the residual as it is. With @prefill=raw, and under policies kivi and
+// hf, the first call alone is a prefill and reads its own tokens as they came. Beside it the unquantized
 // model runs once over the whole window. Per scored token: nll of both, kld = KL(unquantized ||
 // quantized) in nats, and whether the likeliest token is the same. Intervals (95 %) are Student's over
 // windows. The floor is `none` sent through the same calls against the same reference: what rounding
@@ -104,11 +105,11 @@ double Find(const Counters& counters, const std::string& name) {
 Counters Floor(const Work& work, const Spec& spec, const std::vector<Window>& windows,
                const Cell& cell) {
   static std::map<std::string, Counters> known;
-  const std::string calls = StrCat(work.key, "/", spec.residual_length, "/", spec.sink_tokens);
+  const std::string calls = StrCat(work.key, "/", spec.CallTokens(), "/", spec.sink_tokens);
   const auto found = known.find(calls);
   if (found != known.end()) return found->second;
   Spec none = ParseSpec("none");
-  none.residual_length = spec.residual_length;
+  none.keys.residual_length = none.values.residual_length = spec.CallTokens();
   none.sink_tokens = spec.sink_tokens;
   return known[calls] = Summary(ScoreAll(work, none, windows, cell.batch));
 }

@@ -59,7 +59,7 @@ at::Tensor Reference(const Work& work, const Spec& spec, const at::Tensor& ids, 
   std::array<std::unique_ptr<KvCache>, kParts.size()> encoded;
   for (size_t part = 0; part < kParts.size(); ++part) {
     const std::string text =
-        PartOfSpec(spec, 0, layers - 1, kParts[part].keys, kParts[part].values);
+        PartOfSpec(spec, 0, layers - 1, kParts[part].keys, kParts[part].values, layers);
     if (!text.empty()) encoded[part] = cache_of(text);
   }
   std::vector<at::Tensor> hidden;
@@ -68,10 +68,7 @@ at::Tensor Reference(const Work& work, const Spec& spec, const at::Tensor& ids, 
       [&](int64_t, const at::Tensor& of_call) { hidden.push_back(of_call); },
       [&](const LayerView& view) {
         const LayerConfig& layer = work.model.config().layers[model_layer[view.cached_layer]];
-        // Policy hf hands out the originals in its first call, append what it has encoded.
-        const bool reads_encoded = spec.policy == Policy::kHf
-                                       ? plain->length() > view.keys.size(2)
-                                       : EncodedTokens(spec, plain->length()) > 0;
+        const bool reads_encoded = ReadsEncoded(spec, plain->length(), view.keys.size(2));
         for (size_t part = 0; part < kParts.size(); ++part) {
           if (!encoded[part]) continue;
           const auto [keys, values] =
@@ -94,7 +91,7 @@ void AddWindows(const Work& work, const Spec& spec, const std::vector<Window>& w
     for (size_t part = 0; part < kParts.size(); ++part) {
       const std::string text =
           PartOfSpec(spec, static_cast<int64_t>(layer), static_cast<int64_t>(layer),
-                     kParts[part].keys, kParts[part].values);
+                     kParts[part].keys, kParts[part].values, static_cast<int64_t>(effects.size()));
       if (text.empty()) continue;
       Effect& effect = effects[layer][part];
       std::vector<WindowScore> scores(windows.size());
@@ -156,7 +153,7 @@ void AddPart(const Effects& effects, size_t part, Counters& summary, Counters& p
 
 Counters Sensitivity(Session& session, const Cell& cell, benchmark::State& state) {
   const Spec spec = ParseSpec(cell.spec);
-  if (spec.policy == Policy::kAppend && EncodedTokens(spec, cell.context) == 0) {
+  if (spec.policy != Policy::kHf && EncodedTokens(spec, cell.context) == 0) {
     throw Skip("all tokens fit into the residual; nothing is encoded");
   }
   const Work work = WorkOf(session, cell);
@@ -184,16 +181,16 @@ const RegisterMeasurement kSensitivity{
 
 }  // namespace
 
-std::string PartOfSpec(const Spec& spec, int64_t first, int64_t last, bool keys, bool values) {
+std::string PartOfSpec(const Spec& spec, int64_t first, int64_t last, bool keys, bool values, int64_t layers_of_cache) {
   std::string text = "none", layers;
   for (size_t at = spec.text.find('@'); at != std::string::npos;) {
     const size_t next = spec.text.find('@', at + 1);
     const std::string option = spec.text.substr(at, next == std::string::npos ? next : next - at);
-    if (!option.starts_with("@layers=")) text += option;
+    if (!option.starts_with("@layers=") && !option.starts_with("@dense=")) text += option;
     at = next;
   }
   for (int64_t layer = first; layer <= last; ++layer) {
-    const SchemePair pair = spec.At(layer);
+    const SchemePair pair = spec.At(layer, layers_of_cache);
     const bool encodes_keys = keys && pair.keys->keys.encode != nullptr;
     const bool encodes_values = values && pair.values->values.encode != nullptr;
     if (!encodes_keys && !encodes_values) continue;

@@ -28,6 +28,8 @@ TEST(Sensitivity, PartsOfSpecsAreSpecs) {
   EXPECT_EQ(part("int4-hqq@layers=0-1:none+int8-hqq", 0, 1, true, false), "")
       << "nothing would be encoded";
   EXPECT_EQ(part("none+int4-hqq@group=32", 1, 1, true, false), "");
+  EXPECT_EQ(PartOfSpec(ParseSpec("int4-hqq@dense=1@residual=64+0"), 0, 3, true, true, 4),
+            "none@residual=64+0@layers=1-1:int4-hqq+int4-hqq@layers=2-2:int4-hqq+int4-hqq");
 }
 
 }  // namespace

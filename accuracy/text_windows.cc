@@ -40,7 +40,7 @@ void FeedAsDecoding(const Model& model, const Backend& backend, const Spec& spec
                     const at::Tensor& ids, KvCache& cache,
                     const std::function<void(int64_t begin, const at::Tensor& hidden)>& use,
                     const Tap& tap) {
-  const int64_t length = ids.size(1), chunk = spec.residual_length > 0 ? spec.residual_length : 128;
+  const int64_t length = ids.size(1), chunk = spec.CallTokens();
   for (int64_t begin = 0; begin < length;) {
     const int64_t end = std::min(begin == 0 ? spec.sink_tokens + chunk : begin + chunk, length);
     use(begin, model.Forward(ids.narrow(1, begin, end - begin), cache, backend, tap));

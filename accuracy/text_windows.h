@@ -34,7 +34,7 @@ std::vector<Window> WindowsOf(const Work& work, const Cell& cell, const Options&
 // Tokens of windows of one length, [windows, length with BOS].
 at::Tensor WindowIds(const Work& work, const std::vector<Window>& windows);
 
-// Feeds ids [batch, n] in calls of residual_length tokens (128 where it is 0), the sinks with the
+// Feeds ids [batch, n] in calls of Spec::CallTokens, the sinks with the
 // first, so that every token reads the history as decoding would; hands each call's first position
 // and hidden states [batch, tokens of the call, hidden_size] to `use`.
 void FeedAsDecoding(const Model& model, const Backend& backend, const Spec& spec,

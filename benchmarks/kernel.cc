@@ -11,6 +11,7 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <functional>
 #include <random>
@@ -103,18 +104,21 @@ struct Side {
   double moved() const { return static_cast<double>(plain.numel() * plain.element_size() + encoded.nbytes()); }
 };
 
-// `sides` times tokens of random numbers, encoded as the spec has keys and values in turn.
-std::vector<Side> Sides(Session& session, const Spec& spec, const Shape& shape, int64_t tokens, int count) {
-  const SchemePair pair = spec.At(0);
+// So many times tokens (of keys, of values) of random numbers, encoded as the spec has keys and values in turn.
+std::vector<Side> Sides(Session& session, const Spec& spec, const Shape& shape, const std::array<int64_t, 2>& tokens,
+                        int count) {
+  const SchemePair& pair = spec.schemes;
   std::vector<Side> sides;
   for (int i = 0; i < count; ++i) {
     const Codec& codec = i % 2 == 0 ? pair.keys->keys : pair.values->values;
+    const SideRule& rule = i % 2 == 0 ? spec.keys : spec.values;
+    const int64_t of_side = tokens[static_cast<size_t>(i % 2)];
     if (codec.encode == nullptr) throw Skip("one side is not encoded");
     const CodecParams params = spec.Params(codec);
-    const Tensor plain = Normal(session, {shape.batch, shape.kv_heads, tokens, shape.head_dim});
+    const Tensor plain = Normal(session, {shape.batch, shape.kv_heads, of_side, shape.head_dim});
     sides.push_back({&codec, params, plain,
-                     AllocateEncoded(codec, params, shape.batch, shape.kv_heads, shape.head_dim, tokens,
-                                     BlockTokens(spec, codec), session.device())});
+                     AllocateEncoded(codec, params, shape.batch, shape.kv_heads, shape.head_dim, of_side,
+                                     BlockTokens(spec, rule, codec), session.device())});
     EncodeTensor(codec, params, plain, 0, sides.back().encoded);
   }
   return sides;
@@ -141,9 +145,13 @@ std::vector<double> Iterate(Session& session, benchmark::State& state,
 Counters Codecs(Session& session, const Cell& cell, benchmark::State& state, bool encodes, bool one_block) {
   const Shape shape = ShapeOf(cell, session);
   const Spec spec = ParseSpec(cell.spec);
-  const int64_t tokens = one_block ? spec.residual_length : EncodedTokens(spec, cell.context);
-  if (tokens == 0) throw Skip("all tokens fit into the residual; nothing is encoded");
-  const double elements = 2.0 * static_cast<double>(shape.batch * shape.kv_heads * tokens * shape.head_dim);
+  const auto tokens_of = [&](const SideRule& rule, const Codec& codec) {
+    return one_block ? BlockTokens(spec, rule, codec) : EncodedTokens(spec, rule, cell.context);
+  };
+  const std::array<int64_t, 2> tokens = {tokens_of(spec.keys, spec.schemes.keys->keys),
+                                         tokens_of(spec.values, spec.schemes.values->values)};
+  if (tokens[0] == 0 || tokens[1] == 0) throw Skip("all tokens fit into the residual; nothing is encoded");
+  const double elements = static_cast<double>(shape.batch * shape.kv_heads * (tokens[0] + tokens[1]) * shape.head_dim);
   const int count = Copies(elements) + Copies(elements) % 2;
   const std::vector<Side> sides = Sides(session, spec, shape, tokens, count);
   const auto one = [&](const Side& side, cudaStream_t stream) {
@@ -185,7 +193,7 @@ struct AttentionJob {
 Counters Attention(Session& session, const Cell& cell, benchmark::State& state) {
   const Shape shape = ShapeOf(cell, session);
   const Spec spec = ParseSpec(cell.spec);
-  const SchemePair pair = spec.At(0);
+  const SchemePair& pair = spec.schemes;
   const Codec* codecs[2] = {&pair.keys->keys, &pair.values->values};
   if (!HasDecodeAttention(*codecs[0], *codecs[1])) {
     throw Skip(StrCat("no fused attention for keys ", pair.keys->name, " and values ", pair.values->name));
@@ -199,7 +207,7 @@ Counters Attention(Session& session, const Cell& cell, benchmark::State& state) 
   const double scale = 1 / std::sqrt(static_cast<double>(shape.head_dim));
 
   // The whole context encoded: blocks of a residual, whatever its length here.
-  const auto make_side = [&](const Codec& codec) {
+  const auto make_side = [&](const Codec& codec, const SideRule& rule) {
     AttentionSide side;
     const Tensor plain = Normal(session, cache_shape(shape.kv_heads));
     if (codec.encode == nullptr) {
@@ -212,7 +220,7 @@ Counters Attention(Session& session, const Cell& cell, benchmark::State& state) 
     }
     side.params = spec.Params(codec);
     side.encoded = AllocateEncoded(codec, side.params, shape.batch, shape.kv_heads, shape.head_dim, shape.context,
-                                   BlockTokens(spec, codec), session.device());
+                                   BlockTokens(spec, rule, codec), session.device());
     EncodeTensor(codec, side.params, plain, 0, side.encoded);
     side.view = side.encoded.view();
     return side;
@@ -223,7 +231,7 @@ Counters Attention(Session& session, const Cell& cell, benchmark::State& state) 
     AttentionJob job;
     job.queries = Normal(session, {shape.batch, shape.heads, 1, shape.head_dim});
     job.out = at::empty_like(job.queries);
-    for (int side = 0; side < 2; ++side) job.sides[side] = make_side(*codecs[side]);
+    for (int side = 0; side < 2; ++side) job.sides[side] = make_side(*codecs[side], side == 0 ? spec.keys : spec.values);
     DecodeAttentionArgs& args = job.args;
     args.dtype = DTypeOf(session.dtype()), args.query_heads = shape.heads;
     args.queries = job.queries.data_ptr(), args.out = job.out.data_ptr();

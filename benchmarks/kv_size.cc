@@ -2,7 +2,9 @@
 // planes, and as the cache's tensors really allocate it. The two must agree to the byte, or there is no
 // number. kv_bytes is what `context` tokens occupy; a residual that is not full yet is allocated whole.
 // encoded_bits_per_element is of encoded tokens alone, their metadata included: what bits_per_element comes near to in a
-// long context (4.5 for 4-bit codes in groups of 64 that share two fp16 numbers).
+// long context (4.5 for 4-bit codes in groups of 64 that share two fp16 numbers). encoded_share says how many of all
+// elements those are, dense tokens, sides and layers counted: bits_per_element is the mean of the two, weighted by it.
+// encoded_tokens is of the side that encodes more.
 #include "benchmarks/measurement.h"
 
 namespace kvq {
@@ -13,7 +15,7 @@ std::optional<double> EncodedBits(const Spec& spec, const CacheShape& shape) {
   double bits = 0, elements = 0;  // of one token
   for (size_t layer = 0; layer < shape.layers.size(); ++layer) {
     const KvShape& of = shape.layers[layer];
-    const SchemePair pair = spec.At(static_cast<int64_t>(layer));
+    const SchemePair pair = spec.At(static_cast<int64_t>(layer), shape.count());
     for (const Codec* codec : {&pair.keys->keys, &pair.values->values}) {
       if (codec->encode == nullptr) continue;
       for (const Plane& plane : codec->planes(of.kv_heads, of.head_dim, spec.Params(*codec))) {
@@ -62,6 +64,7 @@ Counters KvSize(Session& session, const Cell& cell, benchmark::State& state) {
                                  : spec.policy == Policy::kHf ? cell.context
                                                               : EncodedTokens(spec, cell.context);
   counters.emplace_back("encoded_tokens", static_cast<double>(encoded_tokens));
+  counters.emplace_back("encoded_share", EncodedShare(spec, shape, cell.context));
   return counters;
 }
 

@@ -244,7 +244,9 @@ std::string HelpText() {
                                                                     scheme.values.grouping));
   }
   help << Columns(rows)
-       << "  keys of a spec: @group=N @residual=N (128) @sinks=N (0) @policy=append|hf (append)\n"
+       << "  keys of a spec: @group=N @residual=N[+N] (128: of keys and values; 0: each token is encoded as it comes)\n"
+          "  @sinks=N (0) @policy=append|kivi|hf (append) @prefill=stored|raw (stored: what a prompt's attention reads)\n"
+          "  @rotate=R[+R] (none; hadamard[:BLOCK], signs[:BLOCK]) @dense=N[+N] (0: first and last layers not encoded)\n"
           "  @layers=FIRST-LAST:SCHEME[+SCHEME]\n\nbackends\n";
   rows.clear();
   for (const Backend& backend : Backends()) rows.emplace_back(backend.name, backend.what);

@@ -1,4 +1,4 @@
-// quantize, dequantize: the codec alone, on the model's own keys and values: what policy append encodes
+// quantize, dequantize: the codec alone, with its rotation, on the model's own keys and values: what the policy encodes
 // of a context, all layers. gb_per_s counts the encoded bytes and the elements in the type that they are encoded
 // from or decoded into, the cache's and the model's own, each once. The shares say how much of a prefill and of a decoding step is spent there, in one run each.
 #include "benchmarks/measurement.h"
@@ -12,27 +12,30 @@ namespace {
 struct Job {
   const Codec* codec;
   CodecParams params;
+  Rotation rotation;
   at::Tensor plain;
   EncodedTensors encoded;
+
+  void Encode() const { EncodeRotated(*codec, params, rotation, plain, 0, encoded.view()); }
 };
 
 std::vector<Job> Jobs(Session& session, const Cell& cell, const Spec& spec) {
-  const int64_t encoded_tokens = EncodedTokens(spec, cell.context);
-  if (encoded_tokens == 0) throw Skip("all tokens fit into the residual; nothing is encoded");
+  if (EncodedTokens(spec, cell.context) == 0) throw Skip("all tokens fit into the residual; nothing is encoded");
   std::vector<Job> jobs;
   const auto& captured = session.captured_cache(cell);
   for (size_t layer = 0; layer < captured.size(); ++layer) {
-    const SchemePair pair = spec.At(static_cast<int64_t>(layer));
-    const auto add = [&](const Codec& codec, const at::Tensor& all) {
-      if (codec.encode == nullptr) return;
-      const at::Tensor plain = all.narrow(2, spec.sink_tokens, encoded_tokens);
+    const SchemePair pair = spec.At(static_cast<int64_t>(layer), static_cast<int64_t>(captured.size()));
+    const auto add = [&](const Codec& codec, const SideRule& rule, const at::Tensor& all) {
+      const int64_t tokens = EncodedTokens(spec, rule, cell.context);
+      if (codec.encode == nullptr || tokens == 0) return;
+      const at::Tensor plain = all.narrow(2, spec.sink_tokens, tokens);
       const CodecParams params = spec.Params(codec);
-      jobs.push_back({&codec, params, plain,
-                      AllocateEncoded(codec, params, plain.size(0), plain.size(1), plain.size(3),
-                                      encoded_tokens, BlockTokens(spec, codec), plain.device())});
+      jobs.push_back({&codec, params, rule.rotation, plain,
+                      AllocateEncoded(codec, params, plain.size(0), plain.size(1), plain.size(3), tokens,
+                                      BlockTokens(spec, rule, codec), plain.device())});
     };
-    add(pair.keys->keys, captured[layer].first);
-    add(pair.values->values, captured[layer].second);
+    add(pair.keys->keys, spec.keys, captured[layer].first);
+    add(pair.values->values, spec.values, captured[layer].second);
   }
   return jobs;
 }
@@ -101,7 +104,7 @@ Counters Quantize(Session& session, const Cell& cell, benchmark::State& state) {
   const Spec spec = ParseSpec(cell.spec);
   const std::vector<Job> jobs = Jobs(session, cell, spec);
   const auto encode = [&] {
-    for (const Job& job : jobs) EncodeTensor(*job.codec, job.params, job.plain, 0, job.encoded);
+    for (const Job& job : jobs) job.Encode();
   };
   encode();
   const std::vector<double> seconds = Samples(session, state, [&] { return session.Time(encode); });
@@ -117,12 +120,12 @@ Counters Dequantize(Session& session, const Cell& cell, benchmark::State& state)
   const std::vector<Job> jobs = Jobs(session, cell, spec);
   std::vector<at::Tensor> decoded;
   for (const Job& job : jobs) {
-    EncodeTensor(*job.codec, job.params, job.plain, 0, job.encoded);
+    job.Encode();
     decoded.push_back(at::empty(job.plain.sizes(), job.plain.options().dtype(session.dtype())));
   }
   const auto decode = [&] {
     for (size_t i = 0; i < jobs.size(); ++i) {
-      DecodeTensor(*jobs[i].codec, jobs[i].params, jobs[i].encoded, 0, decoded[i]);
+      DecodeRotated(*jobs[i].codec, jobs[i].params, jobs[i].rotation, jobs[i].encoded, 0, decoded[i]);
     }
   };
   decode();

@@ -172,14 +172,14 @@ json Quantization(const Spec& spec) {
   const bool dense = spec.stores_dense();
   static const std::regex kStudy("int[842]-(hqq|quanto)(-kivi)?");
   const std::string& name = spec.schemes.keys->name;
-  const bool plain = spec.schemes.keys == spec.schemes.values && spec.layers.empty();
+  const bool plain = spec.schemes.keys == spec.schemes.values && spec.layers.empty() && spec.dense_first + spec.dense_last == 0;
   std::smatch match;
   const bool known = plain && std::regex_match(name, match, kStudy);
   json quant = {{"enabled", !dense},    {"nbits", nullptr},      {"backend", nullptr},
                 {"axis_key", nullptr},  {"axis_value", nullptr}, {"asymmetric", false},
                 {"spec", spec.text}};
   if (dense) return quant;
-  quant["residual_length"] = spec.residual_length;
+  if (spec.keys.residual_length == spec.values.residual_length) quant["residual_length"] = spec.keys.residual_length;
   if (plain && spec.schemes.keys->keys.bits == spec.schemes.values->values.bits) {
     quant["nbits"] = spec.schemes.keys->keys.bits;
   }

@@ -151,6 +151,9 @@ struct StepState {
   int32_t* step = nullptr;     // steps begun
   // [batch]: for layers that encode nothing, where all tokens count as encoded; for the others.
   SequenceLength *dense = nullptr, *append = nullptr;
+  // [batch], or null: as `append`, but its residual counts as encoded. For caches that encode every token as it comes:
+  // the step's own is a residual of one token until it is encoded behind the others, and then attention reads this.
+  SequenceLength* read = nullptr;
   unsigned long long* best = nullptr;  // [batch], of PickTokens; 0 in between
   uint32_t* arrived = nullptr;         // [batch], likewise
 };
@@ -166,7 +169,7 @@ struct BeginArgs {
   DType dtype = DType::kFloat16;
   StepState state;
   int64_t batch = 0, hidden = 0;
-  int64_t sink_tokens = 0, residual_length = 0;
+  int64_t sink_tokens = 0, residual_length = 0;  // 1 where every token is encoded as it comes
   const void* embedding = nullptr;  // [vocabulary, hidden]
   float scale = 1;                  // of embeddings
   void* x = nullptr;                // [batch, hidden]

@@ -366,13 +366,17 @@ __global__ void __launch_bounds__(kBeginThreads) BeginKernel(const __grid_consta
     position = __ldcg(&a.state.dense[b].encoded);
     a.state.dense[b].encoded = position + 1;
     SequenceLength* append = a.state.append + b;
+    int encoded = __ldcg(&append->encoded), residual = __ldcg(&append->residual);
     if (position < a.sink_tokens) {
       append->sinks = position + 1;
     } else {
-      const int residual = __ldcg(&append->residual);
       const bool full = residual == a.residual_length;
-      if (full) append->encoded = __ldcg(&append->encoded) + residual;
-      append->residual = full ? 1 : residual + 1;
+      if (full) append->encoded = encoded += residual;
+      append->residual = residual = full ? 1 : residual + 1;
+    }
+    if (a.state.read != nullptr) {
+      const int sinks = position < a.sink_tokens ? position + 1 : static_cast<int>(a.sink_tokens);
+      a.state.read[b] = SequenceLength{sinks, encoded + residual, 0};
     }
     if (b == 0) *a.state.step = __ldcg(a.state.step) + 1;
   }

@@ -71,9 +71,11 @@ struct Source {
   const void* rows = nullptr;
   DType dtype = DType::kFloat16;
   int64_t stride = 0, first = 0;  // elements from token to token; the first token's number
+  int64_t ring = 0;               // above 0: token t is in row t % ring
   const Codes* codes = nullptr;
   Block* block = nullptr;
   int64_t head = 0;  // of the block
+  bool encoded() const { return codes != nullptr || block != nullptr; }
 };
 struct Segment {
   int64_t begin, end;
@@ -83,13 +85,12 @@ struct Segment {
 // All that attention of one KV head of one sequence wants, and what it has so far.
 struct Head {
   int64_t dim, heads;  // query heads
-  const float *queries, *coded_queries;  // times scale and log2 e, [heads, dim]; the second in the keys' order of codes
-  const int32_t* value_order;  // null where no values are in an order of codes
-  Segment segments[3];
-  float *m, *l;       // of each query head: the largest logit, the sum of exponentials
-  float* by_order[2]; // the output, [heads, dim] in the order of channels and of codes
+  const float *queries, *coded_queries;  // times scale and log2 e, [heads, dim]; the second rotated, in the keys' order of codes
+  float *m, *l;        // of each query head: the largest logit, the sum of exponentials
+  float* by_order[2];  // the output, [heads, dim], of dense values and of encoded ones, which are rotated and may have an order
+  std::vector<Segment> segments = {};
   const Segment& SegmentAt(int64_t token) const {
-    return *std::find_if(segments, segments + 3, [&](const Segment& s) { return token >= s.begin && token < s.end; });
+    return *std::find_if(segments.begin(), segments.end(), [&](const Segment& s) { return token < s.end; });
   }
 };
 
@@ -302,15 +303,16 @@ KVQ_AVX2 void AttendTile(const float* queries, const float* keys, const float* v
   }
 }
 
-// n tokens of one side from token `at` on, as float32: where they are, or in `to`.
+// n tokens of one side from token `at` of its segment on, as float32: where they are, or in `to`.
 KVQ_AVX2 const float* TokensOf(const Source& source, int64_t at, int64_t n, int64_t dim, float* to) {
-  if (source.block != nullptr) return source.block->Tokens(source.head, at);
+  if (source.block != nullptr) return source.block->Tokens(source.head, source.first + at);
   if (source.codes != nullptr) {
-    DecodeCodes(*source.codes, at, n, to);
+    DecodeCodes(*source.codes, source.first + at, n, to);
     return to;
   }
   for (int64_t t = 0; t < n; ++t) {
-    const int64_t offset = (source.first + at + t) * source.stride;
+    const int64_t token = source.first + at + t;
+    const int64_t offset = (source.ring > 0 ? token % source.ring : token) * source.stride;
     if (source.dtype == DType::kFloat32) {
       memcpy(to + t * dim, static_cast<const float*>(source.rows) + offset, static_cast<size_t>(dim) * 4);
     } else {
@@ -329,14 +331,14 @@ KVQ_AVX2 void Attend(std::vector<Head>& all, int64_t begin, int64_t end) {
     const int64_t from = at - segment.begin;
     int64_t n = std::min({tile, end - at, segment.end - at});
     for (const Source& side : segment.sides) {
-      if (side.block != nullptr) n = std::min(n, side.block->tokens - from % side.block->tokens);
+      if (side.block != nullptr) n = std::min(n, side.block->tokens - (side.first + from) % side.block->tokens);
     }
     for (Head& of : all) {
       const Segment& own = of.SegmentAt(at);
       const float* k = TokensOf(own.sides[0], from, n, dim, keys);
       const float* v = TokensOf(own.sides[1], from, n, dim, values);
-      AttendTile(own.sides[0].codes != nullptr ? of.coded_queries : of.queries, k, v, n, dim, of.heads, of.m, of.l,
-                 of.by_order, own.sides[1].codes != nullptr);
+      AttendTile(own.sides[0].encoded() ? of.coded_queries : of.queries, k, v, n, dim, of.heads, of.m, of.l, of.by_order,
+                 own.sides[1].encoded());
     }
     at += n;
   }
@@ -379,7 +381,8 @@ std::string DecodeAttentionName(const Codec& keys, const Codec& values) {
   return StrCat("host_decode_", k, k == v ? "" : "+" + v, " (avx2)");
 }
 
-void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttentionArgs& args, DType tokens) {
+void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttentionArgs& args, DType tokens,
+                     const CacheRules& rules) {
   const int64_t dim = args.keys.head_dim, kv_heads = args.keys.heads, heads = args.query_heads / kv_heads;
   const int64_t pairs = args.keys.batch * kv_heads;
   const bool coded_keys = keys.planes != nullptr, coded_values = values.planes != nullptr;
@@ -408,12 +411,16 @@ void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttenti
     const int64_t first_pair = piece / splits * together, split = piece % splits, b = first_pair / kv_heads;
     const SequenceLength& length = args.lengths[b];
     const auto values_of = static_cast<size_t>(heads * dim);
-    std::vector<float> queries(static_cast<size_t>(together) * values_of), coded(key_order.empty() ? 0 : queries.size());
+    std::vector<float> queries(static_cast<size_t>(together) * values_of), coded(coded_keys ? queries.size() : 0);
     std::vector<float> in_order(static_cast<size_t>(together) * 2 * values_of);
     LoadRow(args.queries, args.dtype, first_pair * heads * dim, together * heads * dim, queries.data());
     for (float& q : queries) q *= args.scale * kLog2E;
-    for (size_t i = 0; i < coded.size(); ++i) {
-      coded[i] = queries[i / static_cast<size_t>(dim) * static_cast<size_t>(dim) + static_cast<size_t>(key_order[i % static_cast<size_t>(dim)])];
+    for (int64_t head = 0; coded_keys && head < together * heads; ++head) {
+      std::vector<float> rotated(queries.begin() + head * dim, queries.begin() + (head + 1) * dim);
+      Rotate(rules.key_rotation, dim, rotated.data());
+      for (int64_t i = 0; i < dim; ++i) {
+        coded[static_cast<size_t>(head * dim + i)] = rotated[static_cast<size_t>(key_order.empty() ? i : key_order[static_cast<size_t>(i)])];
+      }
     }
     const std::pair<const Codec*, const KvView*> sides[2] = {{&keys, &args.keys}, {&values, &args.values}};
     const CodecParams params[2] = {args.key_params, args.value_params};
@@ -434,8 +441,10 @@ void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttenti
     }
     // A dense side beside an encoded one has its residual behind the tokens that are encoded on the other.
     const bool one_dense = coded_keys != coded_values;
-    const int64_t behind[2] = {one_dense && !coded_keys ? length.encoded : 0, one_dense && !coded_values ? length.encoded : 0};
-    const int64_t first = length.sinks, second = first + length.encoded, all = second + length.residual;
+    const SequenceLength& of_values = rules.value_lengths != nullptr ? rules.value_lengths[b] : length;
+    const int64_t first = length.sinks, all = first + length.encoded + length.residual;
+    // Where each side's encoded tokens end; between the two ends one side has codes and the other dense tokens.
+    const int64_t ends[2] = {first + length.encoded, first + of_values.encoded};
     std::vector<Head> of;
     for (int64_t i = 0; i < together; ++i) {
       const int64_t pair = first_pair + i, h = pair % kv_heads;
@@ -452,20 +461,30 @@ void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttenti
           encoded[side].block = &blocks[side], encoded[side].head = i;
         }
       }
+      Source residual[2] = {SourceOf(args.residual_keys, b, h, one_dense && !coded_keys ? length.encoded : 0),
+                            SourceOf(args.residual_values, b, h, one_dense && !coded_values ? length.encoded : 0)};
+      if (rules.values_in_ring) residual[1].ring = args.residual_values.tokens, residual[1].first = of_values.encoded;
+      const auto source_at = [&](int side, int64_t token) {
+        Source source = token < ends[side] ? encoded[side] : residual[side];
+        source.first += token - (token < ends[side] ? first : ends[side]);
+        return source;
+      };
       const auto at = static_cast<size_t>(i) * values_of;
       float *sum = sum_of(pair, split), *out = &in_order[2 * at];
+      for (int64_t head = 0; head < heads; ++head) sum[head] = -1e30f, sum[heads + head] = 0;
       of.push_back({.dim = dim,
                     .heads = heads,
                     .queries = queries.data() + at,
                     .coded_queries = coded.empty() ? nullptr : coded.data() + at,
-                    .value_order = value_order.empty() ? nullptr : value_order.data(),
-                    .segments = {{0, first, {SourceOf(args.sink_keys, b, h, 0), SourceOf(args.sink_values, b, h, 0)}},
-                                 {first, second, {encoded[0], encoded[1]}},
-                                 {second, all, {SourceOf(args.residual_keys, b, h, behind[0]), SourceOf(args.residual_values, b, h, behind[1])}}},
                     .m = sum,
                     .l = sum + heads,
-                    .by_order = {out, out + heads * dim}});
-      for (int64_t head = 0; head < heads; ++head) sum[head] = -1e30f, sum[heads + head] = 0;
+                    .by_order = {out, out + heads * dim},
+                    .segments = {{0, first, {SourceOf(args.sink_keys, b, h, 0), SourceOf(args.sink_values, b, h, 0)}}}});
+      int64_t begin = first;
+      for (const int64_t end : {std::min(ends[0], ends[1]), std::max(ends[0], ends[1]), all}) {
+        of.back().segments.push_back({begin, end, {source_at(0, begin), source_at(1, begin)}});
+        begin = end;
+      }
     }
     const int64_t hidden = args.window > 0 ? std::max<int64_t>(all - args.window, 0) : 0;
     // Where blocks begin, so that none is decoded twice.
@@ -482,10 +501,15 @@ void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttenti
     for (int64_t i = 0; i < together; ++i) {
       const Head& own = of[static_cast<size_t>(i)];
       float* out = out_of(first_pair + i, split);
+      std::vector<float> decoded(static_cast<size_t>(dim));
       for (int64_t head = 0; head < heads; ++head) {
         for (int64_t d = 0; d < dim; ++d) out[head * dim + d] = own.by_order[0][head * dim + d];
-        if (own.value_order == nullptr) continue;
-        for (int64_t d = 0; d < dim; ++d) out[head * dim + own.value_order[d]] += own.by_order[1][head * dim + d];
+        if (!coded_values) continue;
+        for (int64_t d = 0; d < dim; ++d) {
+          decoded[static_cast<size_t>(value_order.empty() ? d : value_order[static_cast<size_t>(d)])] = own.by_order[1][head * dim + d];
+        }
+        Unrotate(rules.value_rotation, dim, decoded.data());
+        for (int64_t d = 0; d < dim; ++d) out[head * dim + d] += decoded[static_cast<size_t>(d)];
       }
     }
   }

@@ -224,6 +224,7 @@ void BeginStep(const BeginArgs& a) {
       if (full) append.encoded += append.residual;
       append.residual = full ? 1 : append.residual + 1;
     }
+    if (a.state.read != nullptr) a.state.read[b] = {append.sinks, append.encoded + append.residual, 0};
     std::vector<float> x = Row(a.embedding, a.dtype, a.state.tokens[b] * a.hidden, a.hidden);
     for (float& v : x) v *= a.scale;
     if (a.positions != nullptr) {

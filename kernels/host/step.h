@@ -8,6 +8,7 @@
 
 #include "kernels/device/step.h"
 #include "kernels/host/avx2.h"
+#include "kernels/rotation.h"
 #include "kernels/scheme.h"
 
 namespace kvq::host {
@@ -33,9 +34,19 @@ bool HasDecodeAttention(const Codec& keys, const Codec& values);
 // "host_decode_int4 (avx2)"
 std::string DecodeAttentionName(const Codec& keys, const Codec& values);
 
+// What caches may want that the GPU's kernels do not know.
+struct CacheRules {
+  Rotation key_rotation, value_rotation;  // of encoded tokens: queries are rotated for them, their output is rotated back
+  // Of values, where these have other tokens encoded than keys; null: args.lengths. As many tokens in all.
+  const SequenceLength* value_lengths = nullptr;
+  // The residual of values is a ring: behind e encoded ones, number i is in slot (e + i) % residual_values.tokens.
+  bool values_in_ring = false;
+};
+
 // As DecodeAttention of kernels/device/attention.h, but that dense tokens are in the types of their views, those in plane
 // 0 in `tokens`. `args.workspace` is not used. Codes are decoded some tokens at a time, into what a core's first cache
 // holds.
-void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttentionArgs& args, DType tokens);
+void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttentionArgs& args, DType tokens,
+                     const CacheRules& rules = {});
 
 }  // namespace kvq::host
