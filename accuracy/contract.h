@@ -6,8 +6,8 @@
 //   source     what made it
 //   differing  how many decoded numbers may differ at all (0: none does), and
 //   tolerance  by how much, as a share of the largest magnitude of their token
-//   cases      each with: what; shape [batch, heads, tokens, head_dim]; group; and, as the bytes of little-endian numbers in
-//              hexadecimal digits, x and decoded (float32), and where the source has them
+//   cases      each with: what; shape [batch, heads, tokens, head_dim]; group; bytes of a token of one head; and, as the bytes
+//              of little-endian numbers in hexadecimal digits, x and decoded (float32), and where the source has them
 //                codes    a byte each, in the order of x, as the scheme keeps them (with its offset)
 //                numbers  one text for each plane of metadata: its bytes in the order of groups (of tokens: "vector")
 #pragma once
@@ -553,7 +553,10 @@ inline std::string CheckGolden(const Codec& codec) {
       findings.Add(what, "a golden file with ", x.size(), " and ", theirs.size(), " numbers");
       continue;
     }
-    const Encoded encoded = Encode(codec, group, shape, x, {.block = c.value("block", int64_t{0})});
+    const int64_t block = c.value("block", shape.tokens);  // where the file does not say: all tokens
+    const int64_t bytes = EncodedBytes(codec, {.group_size = group}, 1, shape.heads, shape.head_dim, block);
+    if (bytes != c["bytes"].get<int64_t>() * shape.heads * block) findings.Add(what, bytes, " bytes, not ", c["bytes"], " a token and head");
+    const Encoded encoded = Encode(codec, group, shape, x, {.block = block});
     if (c.contains("codes")) {
       std::string codes;
       for (int64_t pair = 0; pair < pairs; ++pair) codes += CodesOf(codec, encoded, pair, shape.tokens, shape.head_dim);
