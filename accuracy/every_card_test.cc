@@ -81,7 +81,8 @@ void AddAttention(Collector& all, const std::string& spec, int64_t dim, int64_t 
   all.Add([&] { DecodeAttention(keys, values, args, nullptr); });
 }
 
-void AddCodecs(Collector& all, const Scheme& scheme, DType dtype, int64_t group) {
+// In a row's own groups, or in all that it names.
+void AddCodecs(Collector& all, const Scheme& scheme, DType dtype, bool every_group) {
   DenseView x;
   x.dtype = dtype, x.batch = 1, x.heads = 2, x.tokens = 256, x.head_dim = 128;
   x.token_stride = 128, x.head_stride = 256 * 128, x.batch_stride = 2 * x.head_stride;
@@ -89,11 +90,15 @@ void AddCodecs(Collector& all, const Scheme& scheme, DType dtype, int64_t group)
   view.batch = 1, view.heads = 2, view.head_dim = 128, view.capacity = 256, view.block_tokens = 128;
   for (const Codec* codec : {&scheme.keys, &scheme.values}) {
     if (codec->encode == nullptr) continue;
-    const CodecParams params{.group_size = group};
-    all.Add([&] {
-      codec->encode_cuda(params, x, 0, view, nullptr);
-      codec->decode_cuda(params, view, 0, x, nullptr);
-    });
+    std::vector<int64_t> groups = {codec->default_group};
+    if (every_group && !codec->groups.empty()) groups.assign(codec->groups.begin(), codec->groups.end());
+    for (const int64_t group : groups) {
+      const CodecParams params{.group_size = group};
+      all.Add([&] {
+        codec->encode_cuda(params, x, 0, view, nullptr);
+        codec->decode_cuda(params, view, 0, x, nullptr);
+      });
+    }
   }
 }
 
@@ -193,7 +198,7 @@ TEST_P(EveryCard, TakesTheDefaultInstances) {
   AddAttention(all, "none+int4-hqq", 256, 64, 2, 512, DType::kFloat16);
   AddAttention(all, "int4-hqq", 256, 64, 4, 512, DType::kFloat16);
   AddAttention(all, "int4-hqq", 512, 64, 4, 0, DType::kFloat16);
-  for (const Scheme& scheme : Schemes()) AddCodecs(all, scheme, DType::kFloat16, 64);
+  for (const Scheme& scheme : Schemes()) AddCodecs(all, scheme, DType::kFloat16, /*every_group=*/false);
   AddSteps(all, DType::kFloat16);
   AddSage(all, DType::kFloat16, 128);
   all.Add([] { StreamingRead(nullptr, kStreamingReadBytes, nullptr, nullptr); });
@@ -226,9 +231,7 @@ TEST_P(EveryCardEveryInstance, Fits) {
     }
   }
   for (const DType dtype : {DType::kFloat16, DType::kBFloat16, DType::kFloat32}) {
-    for (const Scheme& scheme : Schemes()) {
-      for (const int64_t group : {32, 64, 128}) AddCodecs(all, scheme, dtype, group);
-    }
+    for (const Scheme& scheme : Schemes()) AddCodecs(all, scheme, dtype, /*every_group=*/true);
     if (dtype == DType::kFloat32) continue;
     AddSteps(all, dtype);
     for (const int64_t dim : {64, 128}) AddSage(all, dtype, dim);

@@ -3,10 +3,12 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <cstdlib>
 #include <fstream>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <random>
 #include <string>
 #include <vector>
 
@@ -44,6 +46,20 @@ inline std::vector<float> GoldenNumbers(int64_t count, uint64_t seed, const std:
     if (kind == "ties") out[i] = 3.5f * static_cast<float>(i * 6 % 31);
     if (kind == "bfloat16") out[i] = BFloat16ToFloat(FloatToBFloat16(out[i]));
   }
+  return out;
+}
+
+// Independent standard-normal numbers, by Box and Muller's transformation.
+inline std::vector<float> NormalNumbers(int64_t count, uint64_t seed) {
+  std::mt19937_64 engine(seed);
+  const auto uniform = [&] { return (static_cast<double>(engine() >> 11) + 0.5) * 0x1p-53; };
+  std::vector<float> out(static_cast<size_t>(count + count % 2));
+  for (size_t i = 0; i < out.size(); i += 2) {
+    const double radius = std::sqrt(-2 * std::log(uniform())), angle = 2 * M_PI * uniform();
+    out[i] = static_cast<float>(radius * std::cos(angle));
+    out[i + 1] = static_cast<float>(radius * std::sin(angle));
+  }
+  out.resize(static_cast<size_t>(count));
   return out;
 }
 

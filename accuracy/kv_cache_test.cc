@@ -701,34 +701,6 @@ TEST(KvCache, CountsWhatWasStoredFromOutside) {
   EXPECT_THROW(hf.Advance(1), std::logic_error);
 }
 
-// A captured graph encodes to where a number in device memory says.
-TEST(SchemeGpu, AFewShapesGoWhereTheDeviceSays) {
-  KVQ_NEEDS_CUDA();
-  const c10::InferenceMode guard;
-  at::manual_seed(5);
-  constexpr int64_t kBlock = 32;
-  const CodecParams k64{.group_size = 64};
-  const at::Tensor x = at::randn({2, 3, kBlock, 128}, at::dtype(at::kHalf).device(at::kCUDA));
-  const at::Tensor base = at::tensor({static_cast<int>(kBlock)}, at::kInt).cuda();
-  for (const Scheme& scheme : Schemes()) {
-    for (const Codec* codec : {&scheme.keys, &scheme.values}) {
-      if (codec->encode == nullptr) continue;
-      SCOPED_TRACE(scheme.name);
-      const auto three_blocks = [&] {
-        EncodedTensors blocks = AllocateEncoded(*codec, k64, 2, 3, 128, 3 * kBlock, kBlock, at::kCUDA);
-        for (at::Tensor& plane : blocks.planes) plane.fill_(0xA5);
-        return blocks;
-      };
-      const EncodedTensors expected = three_blocks(), found = three_blocks();
-      EncodeTensor(*codec, k64, x, kBlock, expected);
-      KvView to = found.view();
-      to.token_base = base.data_ptr<int>();
-      EncodeTensor(*codec, k64, x, 0, to);
-      for (size_t p = 0; p < found.planes.size(); ++p) EXPECT_TRUE(found.planes[p].equal(expected.planes[p])) << p;
-    }
-  }
-}
-
 TEST(KvCacheGpu, ReadsTheSameBitsAsOnTheCpu) {
   KVQ_NEEDS_CUDA();
   for (const char* text : {"none", "int8-hqq@residual=16", "int4-hqq@residual=16@sinks=4", "int2-hqq-kivi@residual=32",

@@ -1,4 +1,4 @@
-// The quanto schemes against the package, by itself and in transformers' cache, and CUDA against the CPU.
+// The quanto schemes against the package, by itself and in transformers' cache.
 #include <ATen/ATen.h>
 
 #include <cmath>
@@ -262,50 +262,6 @@ TEST(Quanto, RefusesWhatItCannotEncodeAndWhatTheLibraryRefuses) {
   for (const char* name : {"int4-quanto-kivi", "int2-quanto-kivi"}) {
     EXPECT_NE(message([&] { FindScheme(name); }).find("axis 0 or -1"), std::string::npos) << name;
   }
-}
-
-// ---- CUDA gives the CPU's bits
-
-void ExpectSameBitsOnGpu(const std::vector<Case>& cases) {
-  for (const int bits : {4, 2}) {
-    for (const Case& c : cases) {
-      for (const int64_t group : {32, 64, 128}) {
-        if (c.head_dim % group != 0) continue;
-        for (const char* kind : {"normal", "outliers", "constant", "tiny", "offset", "ties", "not finite"}) {
-          at::Tensor numbers = Input(GoldenNumbers(2 * c.heads * c.tokens * c.head_dim, 9, kind), c, 2);
-          if (kind == std::string("not finite")) {
-            const float bad[] = {NAN, INFINITY, -INFINITY, 1e5f, -1e5f, 2e6f, -0.0f};
-            for (int64_t i = 0; i < 7; ++i) numbers.flatten()[i * (numbers.numel() - 1) / 6] = bad[i];
-          }
-          for (const at::ScalarType type : {at::kFloat, at::kHalf, at::kBFloat16}) {
-            SCOPED_TRACE(StrCat("int", bits, " ", numbers.sizes(), " group ", group, " ", kind, " ", type));
-            const CodecParams params{.group_size = group};
-            const at::Tensor x = numbers.to(type);
-            const EncodedTensors cpu = Encode(KeysOf(bits), params, x, c.block);
-            const EncodedTensors gpu = Encode(KeysOf(bits), params, x.cuda(), c.block);
-            for (size_t p = 0; p < cpu.planes.size(); ++p) {
-              ASSERT_TRUE(cpu.planes[p].equal(gpu.planes[p].cpu())) << "plane " << p;
-            }
-            at::Tensor a = at::empty_like(x), b = at::empty_like(x, x.options().device(at::kCUDA));
-            DecodeTensor(KeysOf(bits), params, cpu, 0, a);
-            DecodeTensor(KeysOf(bits), params, gpu, 0, b);
-            ASSERT_TRUE(at::allclose(a, b.cpu(), 0, 0, /*equal_nan=*/true));
-          }
-        }
-      }
-    }
-  }
-}
-
-TEST(QuantoGpu, SameBitsAsTheCpu) {
-  KVQ_NEEDS_CUDA();
-  ExpectSameBitsOnGpu({{1, 1, 64, 1}, {3, 65, 128, 65}, {2, 96, 256, 32}, {4, 1000, 128, 1000}});
-}
-
-// What fits under a sanitizer.
-TEST(QuantoGpu, AFewShapes) {
-  KVQ_NEEDS_CUDA();
-  ExpectSameBitsOnGpu({{3, 65, 128, 65}});
 }
 
 }  // namespace

@@ -1,9 +1,13 @@
-// The tables, and the arithmetic that every scheme stands on.
+// The tables, every scheme of them, and the arithmetic that all stand on. What is asked of a scheme is in contract.h.
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cctype>
 #include <cmath>
 
+#include "accuracy/contract.h"
+#include "accuracy/encoded.h"
 #include "benchmarks/measurement.h"
 #include "kernels/error.h"
 #include "kernels/half.h"
@@ -13,17 +17,10 @@ namespace {
 
 TEST(Tables, HaveTheirRows) {
   for (const char* name : {"none", "int8-hqq", "int4-hqq", "int2-hqq", "int4-hqq-kivi", "int2-hqq-kivi",
-                           "int4-quanto", "int2-quanto"}) {
-    const Scheme& scheme = FindScheme(name);
-    EXPECT_FALSE(scheme.source.empty()) << name;
-    if (scheme.stores_dense()) continue;
-    for (const Codec* codec : {&scheme.keys, &scheme.values}) {
-      EXPECT_NE(codec->decode, nullptr) << name;
-      EXPECT_GT(codec->nmse_budget, 0) << name;
-      EXPECT_NE(codec->encode_cuda, nullptr) << name;
-      EXPECT_NE(codec->decode_cuda, nullptr) << name;
-    }
+                           "int4-quanto", "int2-quanto", "q8_0"}) {
+    EXPECT_NO_THROW(FindScheme(name)) << name;
   }
+  for (const Scheme& scheme : Schemes()) EXPECT_FALSE(scheme.source.empty()) << scheme.name;
   for (const char* name : {"int8-quanto", "int8-quanto-kivi", "int4-quanto-kivi", "int2-quanto-kivi", "int5"}) {
     EXPECT_THROW(FindScheme(name), InputError) << name;
   }
@@ -38,6 +35,137 @@ TEST(Tables, HaveTheirRows) {
   for (const PublishedShape& shape : PublishedShapes()) names += shape.name + " ";
   EXPECT_EQ(names, "gemma-4-e4b gpt2 llama-2-7b llama-3.1-8b mistral-7b mistral-7b-v0.1 qwen2-0.5b qwen2-7b qwen3-8b yi-1.5-9b ");
 }
+
+// ---- every scheme
+
+// Keys' and values' codecs of a scheme, once where they are one.
+std::vector<std::pair<const char*, const Codec*>> CodecsOf(const Scheme& scheme) {
+  std::vector<std::pair<const char*, const Codec*>> codecs = {{"keys", &scheme.keys}};
+  if (scheme.keys.encode != scheme.values.encode || scheme.keys.planes != scheme.values.planes) codecs.emplace_back("values", &scheme.values);
+  std::erase_if(codecs, [](const auto& codec) { return codec.second->encode == nullptr; });
+  return codecs;
+}
+
+std::vector<std::string> NamesOfSchemes() {
+  std::vector<std::string> names;
+  for (const Scheme& scheme : Schemes()) {
+    if (scheme.refused.empty() && !scheme.stores_dense()) names.push_back(scheme.name);
+  }
+  return names;
+}
+
+std::string TestName(const testing::TestParamInfo<std::string>& info) {
+  std::string name = info.param;
+  std::replace_if(name.begin(), name.end(), [](char c) { return std::isalnum(static_cast<unsigned char>(c)) == 0; }, '_');
+  return name;
+}
+
+class EveryScheme : public testing::TestWithParam<std::string> {
+ protected:
+  void Expect(std::initializer_list<std::string (*)(const Codec&)> checks) {
+    for (const auto& [side, codec] : CodecsOf(FindScheme(GetParam()))) {
+      for (const auto check : checks) EXPECT_EQ(check(*codec), "") << side;
+    }
+  }
+};
+
+TEST_P(EveryScheme, IsWhatItsRowSays) { Expect({contract::CheckRow, contract::CheckShapes}); }
+TEST_P(EveryScheme, WritesEveryByteOfItsSlotsAndNoOther) { Expect({contract::CheckSizes}); }
+TEST_P(EveryScheme, BytesDoNotDependOnHowTokensArrive) { Expect({contract::CheckCalls}); }
+TEST_P(EveryScheme, ReadsAndWritesEveryType) { Expect({contract::CheckTypes}); }
+TEST_P(EveryScheme, NotANumberStaysInItsGroup) { Expect({contract::CheckNotFinite}); }
+TEST_P(EveryScheme, UnusualNumbersStayNumbers) { Expect({contract::CheckUnusual}); }
+TEST_P(EveryScheme, ErrorIsWhatItsRowSays) { Expect({contract::CheckError}); }
+
+class EverySchemeParity : public EveryScheme {};
+
+TEST_P(EverySchemeParity, EqualsItsGoldenFile) { Expect({contract::CheckGolden}); }
+
+// Its kernels give the CPU's bits.
+void ExpectSameBitsOnGpu(const Codec& codec, const std::vector<Case>& cases, const std::vector<std::string>& kinds) {
+  for (const Case& some : cases) {
+    for (const int64_t group : contract::GroupsOf(codec)) {
+      Case c = some;
+      c.head_dim = contract::HeadDim(codec, group, c.head_dim);
+      c.tokens = contract::UpTo(c.tokens, codec.min_block_tokens), c.block = contract::UpTo(c.block, codec.min_block_tokens);
+      if (c.tokens % c.block != 0) c.block = c.tokens;
+      for (const std::string& kind : kinds) {
+        const CodecParams params{.group_size = group};
+        const at::Tensor numbers = Input(GoldenNumbers(2 * c.heads * c.tokens * c.head_dim, 9, kind), c, 2);
+        if (kind == "not finite") {
+          const float bad[] = {NAN, INFINITY, -INFINITY, 1e5f, -1e5f, 2e6f, -0.0f};
+          const at::Tensor flat = numbers.flatten();
+          for (int64_t i = 0; i < 7; ++i) flat[i * (flat.numel() - 1) / 6] = bad[i];
+        }
+        for (const at::ScalarType type : {at::kFloat, at::kHalf, at::kBFloat16}) {
+          SCOPED_TRACE(StrCat(numbers.sizes(), " group ", group, " ", kind, " ", type));
+          const at::Tensor x = numbers.to(type);
+          const EncodedTensors cpu = Encode(codec, params, x, c.block);
+          const EncodedTensors gpu = Encode(codec, params, x.cuda(), c.block);
+          for (size_t p = 0; p < cpu.planes.size(); ++p) {
+            ASSERT_TRUE(cpu.planes[p].equal(gpu.planes[p].cpu())) << "plane " << p;
+          }
+          for (const at::ScalarType to : {at::kFloat, at::kHalf, at::kBFloat16}) {
+            at::Tensor a = at::empty(x.sizes(), to), b = at::empty(x.sizes(), a.options().device(at::kCUDA));
+            DecodeTensor(codec, params, cpu, 0, a);
+            DecodeTensor(codec, params, gpu, 0, b);
+            ASSERT_TRUE(at::allclose(a, b.cpu(), 0, 0, /*equal_nan=*/true)) << "decoded to " << to;
+          }
+        }
+      }
+    }
+  }
+}
+
+class EverySchemeGpu : public testing::TestWithParam<std::string> {};
+
+TEST_P(EverySchemeGpu, SameBitsAsTheCpu) {
+  KVQ_NEEDS_CUDA();
+  for (const auto& [side, codec] : CodecsOf(FindScheme(GetParam()))) {
+    SCOPED_TRACE(side);
+    ExpectSameBitsOnGpu(*codec, {{1, 1, 64, 1}, {3, 256, 64, 128}, {8, 65, 128, 65}, {2, 96, 256, 32}, {4, 1000, 128, 1000}},
+                        {"normal", "outliers", "constant", "tiny", "offset", "ties", "not finite"});
+  }
+}
+
+// What fits under a sanitizer.
+TEST_P(EverySchemeGpu, AFewShapes) {
+  KVQ_NEEDS_CUDA();
+  for (const auto& [side, codec] : CodecsOf(FindScheme(GetParam()))) {
+    ExpectSameBitsOnGpu(*codec, {{1, 1, 64, 1}, {3, 96, 128, 32}}, {"outliers", "not finite"});
+  }
+}
+
+// A captured graph encodes to where a number in device memory says.
+TEST_P(EverySchemeGpu, AFewShapesGoWhereTheDeviceSays) {
+  KVQ_NEEDS_CUDA();
+  const c10::InferenceMode guard;
+  at::manual_seed(5);
+  for (const auto& [side, codec] : CodecsOf(FindScheme(GetParam()))) {
+    SCOPED_TRACE(side);
+    const int64_t block = contract::UpTo(32, codec->min_block_tokens), head_dim = contract::HeadDim(*codec, codec->default_group, 128);
+    const CodecParams params{.group_size = codec->default_group};
+    const at::Tensor x = at::randn({2, 3, block, head_dim}, at::dtype(at::kHalf).device(at::kCUDA));
+    const at::Tensor base = at::tensor({static_cast<int>(block)}, at::kInt).cuda();
+    const auto three_blocks = [&] {
+      EncodedTensors blocks = AllocateEncoded(*codec, params, 2, 3, head_dim, 3 * block, block, at::kCUDA);
+      for (at::Tensor& plane : blocks.planes) plane.fill_(0xA5);
+      return blocks;
+    };
+    const EncodedTensors expected = three_blocks(), found = three_blocks();
+    EncodeTensor(*codec, params, x, block, expected);
+    KvView to = found.view();
+    to.token_base = base.data_ptr<int>();
+    EncodeTensor(*codec, params, x, 0, to);
+    for (size_t p = 0; p < found.planes.size(); ++p) EXPECT_TRUE(found.planes[p].equal(expected.planes[p])) << p;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Table, EveryScheme, testing::ValuesIn(NamesOfSchemes()), TestName);
+INSTANTIATE_TEST_SUITE_P(Table, EverySchemeParity, testing::ValuesIn(NamesOfSchemes()), TestName);
+INSTANTIATE_TEST_SUITE_P(Table, EverySchemeGpu, testing::ValuesIn(NamesOfSchemes()), TestName);
+
+// ---- arithmetic
 
 // All 65536 halves, and the neighbourhood of every border between two of them, against libtorch.
 TEST(Half, ConversionsEqualLibtorchs) {

@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <charconv>
 #include <functional>
+#include <numeric>
 #include <sstream>
 
 #include "kernels/error.h"
+#include "kernels/groups.h"
 
 namespace kvq {
 namespace {
@@ -200,6 +202,14 @@ CommandLine ParseCommandLine(const std::vector<std::string>& arguments) {
   return line;
 }
 
+// What a side of a scheme groups, and which shapes it takes.
+static std::string SideText(const Codec& codec) {
+  if (codec.encode == nullptr) return "as they are";
+  std::string text = codec.grouping;
+  if (codec.groups.size() > 1) text += StrCat(" (@group: ", GroupsText(codec.groups), ")");
+  return StrCat(text, ", head_dim a multiple of ", std::lcm(codec.head_dim_multiple, std::max<int64_t>(codec.default_group, 1)));
+}
+
 std::string HelpText() {
   Options defaults;
   std::ostringstream help;
@@ -240,8 +250,9 @@ std::string HelpText() {
   for (const Scheme& scheme : Schemes()) {
     rows.emplace_back(scheme.name, !scheme.refused.empty() ? "refused: " + scheme.refused
                                    : scheme.stores_dense() ? "nothing encoded: all tokens as --kv-dtype says"
-                                                           : StrCat("keys: ", scheme.keys.grouping, "; values: ",
-                                                                    scheme.values.grouping));
+                                   : SideText(scheme.keys) == SideText(scheme.values)
+                                       ? SideText(scheme.keys)
+                                       : StrCat("keys: ", SideText(scheme.keys), "; values: ", SideText(scheme.values)));
   }
   help << Columns(rows)
        << "  keys of a spec: @group=N @residual=N[+N] (128: of keys and values; 0: each token is encoded as it comes)\n"

@@ -9,6 +9,10 @@
 //
 // So word & mask is a pair of neighbouring channels' codes, as 16-bit numbers.
 // int4, head_dim 128: byte 0 has channels 0 (low bits) and 8, byte 1 channels 16 and 24, byte 2 channels 1 and 9.
+//
+// Codes of 5 and of 3 bits: their low 4 or 2 bits lie so; the odd ones have a row of their own, of head_dim / 8 bytes, where
+// each word of the first has as many bits as codes, one byte or two, in the words' order: bit b is that of the code in bits
+// b kBits, b kBits + 1, ... of the word.
 #pragma once
 
 #include <cstdint>
@@ -20,6 +24,24 @@ namespace kvq {
 // Channels that one word of each chunk covers: a row has a whole number of them.
 template <int kBits>
 inline constexpr int kRunChannels = 128 / kBits;
+
+// Of codes of so many bits: those that lie in words.
+template <int kBits>
+inline constexpr int kLowBits = kBits == 8 ? 8 : kBits >= 4 ? 4 : 2;
+
+// Where a channel's code lies in its row: the word, and its lowest bit in it; and the way back. A chunk has `chunk_words`.
+struct WordPlace {
+  uint32_t word, shift;
+};
+template <int kBits>
+KVQ_HD inline WordPlace PlaceOf(uint32_t channel, uint32_t chunk_words) {
+  const uint32_t w = channel / kRunChannels<kBits>, field = channel % kRunChannels<kBits> / 8;
+  return {channel % 8 / 2 * chunk_words + w, channel % 2 * 16 + field * kBits};
+}
+template <int kBits>
+KVQ_HD inline uint32_t ChannelOf(uint32_t chunk, uint32_t w, uint32_t side, uint32_t field) {
+  return w * kRunChannels<kBits> + 8 * field + 2 * chunk + side;
+}
 
 // Codes of a row of head_dim channels, to and from one byte a code.
 template <int kBits>
@@ -38,8 +60,8 @@ KVQ_VECTOR inline void PackRow(const uint8_t* codes, int64_t head_dim, uint8_t* 
   }
 }
 
-template <int kBits>
-KVQ_VECTOR inline void UnpackRow(const uint8_t* row, int64_t head_dim, float* codes) {
+template <int kBits, typename T>
+KVQ_VECTOR inline void UnpackRow(const uint8_t* row, int64_t head_dim, T* codes) {
   constexpr int kFields = 16 / kBits, kRun = kRunChannels<kBits>, kMask = (1 << kBits) - 1;
   const int64_t words = head_dim / kRun;
   for (int64_t w = 0; w < words; ++w) {
@@ -47,9 +69,28 @@ KVQ_VECTOR inline void UnpackRow(const uint8_t* row, int64_t head_dim, float* co
     for (int chunk = 0; chunk < 4; ++chunk) memcpy(sides + 2 * chunk, row + (chunk * words + w) * 4, 4);
     for (int field = 0; field < kFields; ++field) {
       for (int i = 0; i < 8; ++i) {
-        codes[w * kRun + 8 * field + i] = static_cast<float>(sides[i] >> (field * kBits) & kMask);
+        codes[w * kRun + 8 * field + i] = static_cast<T>(sides[i] >> (field * kBits) & kMask);
       }
     }
+  }
+}
+
+// The row of the odd bits of codes whose low kLow bits lie in words: written from whole codes, and added to the low ones.
+template <int kLow>
+inline void PackOddBits(const uint8_t* codes, int64_t head_dim, uint8_t* row) {
+  for (int64_t i = 0; i < head_dim / 8; ++i) row[i] = 0;
+  for (int64_t c = 0; c < head_dim; ++c) {
+    const WordPlace place = PlaceOf<kLow>(static_cast<uint32_t>(c), static_cast<uint32_t>(head_dim * kLow / 128));
+    const uint32_t bit = place.word * (32 / kLow) + place.shift / kLow;
+    row[bit / 8] = static_cast<uint8_t>(row[bit / 8] | (codes[c] >> kLow & 1) << bit % 8);
+  }
+}
+template <int kLow>
+inline void AddOddBits(const uint8_t* row, int64_t head_dim, uint8_t* codes) {
+  for (int64_t c = 0; c < head_dim; ++c) {
+    const WordPlace place = PlaceOf<kLow>(static_cast<uint32_t>(c), static_cast<uint32_t>(head_dim * kLow / 128));
+    const uint32_t bit = place.word * (32 / kLow) + place.shift / kLow;
+    codes[c] = static_cast<uint8_t>(codes[c] | (row[bit / 8] >> bit % 8 & 1) << kLow);
   }
 }
 

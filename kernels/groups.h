@@ -1,9 +1,15 @@
-// What schemes of codes in groups of 32, 64 or 128 elements share, on the CPU and on the GPU: places in views, rows in and
-// out, the range of a group, loops over all of it.
+// What schemes of codes in groups share, on the CPU and on the GPU: places in views, rows in and out, the range of a group,
+// loops over all of it. A scheme whose groups depend on nothing but their own numbers wants plain.h, which is built on this.
 #pragma once
 
 #include <cstdint>
 #include <type_traits>
+#ifndef __CUDACC__
+#include <algorithm>
+#include <span>
+#include <stdexcept>
+#include <string>
+#endif
 
 #include "kernels/half.h"
 #include "kernels/vector_math.h"
@@ -39,6 +45,21 @@ KVQ_HD inline uint8_t* CodeRow(const KvView& view, int64_t b, int64_t h, int64_t
          token * view.head_dim * kBits / 8;
 }
 
+// A plane's numbers of one token, `per_token` of type T: one for each group, say.
+template <typename T = uint16_t>
+KVQ_HD inline T* MetadataRow(const KvView& view, int plane, int64_t per_token, int64_t b, int64_t h, int64_t token) {
+  return reinterpret_cast<T*>(view.planes[plane] + (b * view.heads + h) * view.plane_stride[plane]) + token * per_token;
+}
+
+// Row `index` of head_dim elements, counted over sequence, head, token.
+struct Row {
+  int64_t b, h, t;
+  KVQ_HD Row(const DenseView& x, int64_t index)
+      : b(index / x.tokens / x.heads), h(index / x.tokens % x.heads), t(index % x.tokens) {}
+};
+
+KVQ_HD inline int64_t RowsOf(const DenseView& x) { return x.batch * x.heads * x.tokens; }
+
 // n / divisor and what is left, for n < 2^31, by a multiplication: a GPU divides in some twenty instructions.
 // Granlund & Montgomery, "Division by invariant integers using multiplication" (1994): with 2^shift >= divisor and
 // the factor ceil(2^(31 + shift) / divisor), the product's error stays below 1 / divisor.
@@ -66,7 +87,8 @@ void WithGroup(int64_t group, const Work& work) {
   switch (group) {
     case 32: return work(std::integral_constant<int, 32>());
     case 64: return work(std::integral_constant<int, 64>());
-    default: return work(std::integral_constant<int, 128>());
+    case 128: return work(std::integral_constant<int, 128>());
+    default: throw std::logic_error(StrCat("no kernel has groups of ", group));
   }
 }
 
@@ -82,10 +104,20 @@ void WithTypeAndGroup(DType dtype, int64_t group, const Work& work) {
   });
 }
 
-// Throws InputError, naming the package, where a token's channels cannot be cut into such groups.
-inline void CheckGroups(const char* package, int64_t head_dim, int64_t group) {
-  if (group != 32 && group != 64 && group != 128) {
-    throw InputError(package, " groups have 32, 64 or 128 elements, not ", group);
+// What WithGroup knows.
+inline constexpr int64_t kThreeGroups[] = {32, 64, 128};
+
+// "32, 64 or 128"
+inline std::string GroupsText(std::span<const int64_t> groups) {
+  std::string text;
+  for (size_t i = 0; i < groups.size(); ++i) text += StrCat(i == 0 ? "" : i + 1 < groups.size() ? ", " : " or ", groups[i]);
+  return text;
+}
+
+// Throws InputError, naming the package or scheme, where a token's channels cannot be cut into such groups.
+inline void CheckGroups(const char* package, std::span<const int64_t> groups, int64_t head_dim, int64_t group) {
+  if (std::find(groups.begin(), groups.end(), group) == groups.end()) {
+    throw InputError(package, " groups have ", GroupsText(groups), " elements, not ", group);
   }
   if (head_dim % group != 0) {
     throw InputError(package, " wants a head_dim that is a multiple of the group size ", group, ", not ",
@@ -98,14 +130,6 @@ inline void CheckRun(int bits, int64_t head_dim) {
   if (head_dim * bits % 128 == 0) return;
   throw InputError("codes of ", bits, " bits come in runs of ", 128 / bits, " channels: head_dim ", head_dim,
                    " is no multiple of that");
-}
-
-// 64 normal values span 4.7 standard deviations on average: uniform codes of that step have
-// nmse step^2 / 12 = (4.7 / m)^2 / 12, with a tenth more for the spread of the range.
-inline void SetUniformBudget(Codec& codec) {
-  const double step = 4.7 / ((1 << codec.bits) - 1);
-  codec.nmse_budget = 1.1 * step * step / 12;
-  codec.budget_source = "uniform quantization noise of the mean range of 64 normal values, + 10 %";
 }
 
 // Whether every eighth channel of every token of x is aligned to 16 bytes.

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -31,10 +32,14 @@ struct DeviceCodec {
 // How one side (keys or values) is encoded.
 struct Codec {
   int bits = 16;                // of a code
-  int64_t default_group = 0;    // elements that share a scale; 0: no groups
-  const char* grouping = "";    // in words, for tables and --help
+  int64_t default_group = 0;    // elements that share a scale; 0: all channels of a token, or no scales
+  std::span<const int64_t> groups;  // what @group may ask for, the default among them; empty: there is no choice
+  int64_t head_dim_multiple = 1;    // a head_dim is a multiple of this and of the group; no other is refused
+  std::string grouping;         // in words, for tables and --help
   int64_t min_block_tokens = 1; // a block holds a multiple of these
   bool block_wide = false;      // groups span heads and tokens of a block: its size matters
+  bool vector_wide = false;     // groups of a token share more than their own scale: NaN in one may reach all
+  bool typed = false;           // computes in the type of its input, as its source does: bytes depend on the type
 
   // The planes of a (heads, head_dim) shape, in the order of KvView::planes. Throws InputError where
   // the shape cannot be encoded, saying why.
@@ -42,7 +47,8 @@ struct Codec {
 
   // Encodes all tokens of `x` into the slots from first_token on. x.tokens and first_token are
   // multiples of out.block_tokens; every block of every sequence is encoded by itself, so that the
-  // bytes do not depend on how many come in one call. Uses all OpenMP threads.
+  // bytes do not depend on how many come in one call. Every byte of the slots is written, and no other. A NaN decodes to
+  // NaN; it and infinity reach no other group. Uses all OpenMP threads.
   void (*encode)(const CodecParams&, const DenseView& x, int64_t first_token, const KvView& out) =
       nullptr;
 
@@ -63,9 +69,15 @@ struct Codec {
   // attention on the host reads.
   std::optional<Zero> affine;
 
-  // Error budget: nmse on independent standard-normal values, and where the number comes from.
-  double nmse_budget = 0;
-  const char* budget_source = "";
+  // nmse on independent standard-normal values in the default groups, head_dim 128 (or as near as can be), which the tests
+  // hold it to, both ways; by how much it may be off, as a share; and where the number comes from: not this code.
+  double nmse = 0, nmse_tolerance = 0.02;
+  const char* nmse_source = "";
+
+  // What it is compared with, bit for bit, that we did not write: a file under accuracy/golden/schemes/ (contract.h says
+  // what is in it); or why there is none.
+  const char* golden = nullptr;
+  const char* no_golden = nullptr;
 };
 
 // A row of the table. `none` is the row without functions: its tokens stay in the model's own type.

@@ -1,0 +1,173 @@
+// q4_0, q4_1, q5_0, q5_1, iq4_nl: ggml's blocks of 4 and 5 bits, as llama.cpp keeps a KV cache with -ctk q4_0 -ctv q4_0 and
+// likewise (its 8-bit ones: q8_0.cc).
+//
+// Source: ggml/src/ggml-quants.c of llama.cpp 0c1e57098, quantize_row_*_ref and dequantize_row_*, in float32 without
+// contraction; gguf's NumPy gives the same bytes.
+//
+// A group of 32 channels x has a scale d and, in q4_1 and q5_1, a minimum m, which are stored as fp16. Codes are made with
+// what is not rounded, by the reciprocal 1 / d (0 where d = 0); M is the number of largest magnitude, with its sign, the
+// first one of several:
+//   q4_0    d = M / -8            code q = min(15, floor(x (1 / d) + 8.5))     decoded: (q - 8) fp16(d)
+//   q5_0    d = M / -16           q = min(31, floor(x (1 / d) + 16.5))         (q - 16) fp16(d)
+//   q4_1    d = (max - min) / 15  q = min(15, floor((x - min) (1 / d) + 0.5))  q fp16(d) + fp16(min)
+//   q5_1    d = (max - min) / 31  q = min(31, floor((x - min) (1 / d) + 0.5))  q fp16(d) + fp16(min)
+//   iq4_nl  q = the nearest v[q] to x / (M / -127), of two the upper one; then
+//           d = sum(x^2 v x) / sum(x^2 v v), v = v[q], summed in the channels' order    v[q] fp16(d)
+// So in q4_0 and q5_0 M has code 0 and is kept as well as fp16 can, and the other end is cut off at 7 / 8 or 15 / 16 of it.
+//
+// Exact bytes for 32 channels: q4_0 and iq4_nl 18 (4.5 bits an element), q4_1 20 (5), q5_0 22 (5.5), q5_1 24 (6). Planes, per
+// token and head:
+//   codes     head_dim / 2 bytes, of 5 bits the low 4, see kernels/code_row.h (a block has them otherwise: j with j + 16)
+//   odd bits  q5_0, q5_1: head_dim / 8 bytes
+//   metadata  head_dim / 32 fp16 numbers d;  q4_1, q5_1: likewise m
+// Refused: head_dim that is no multiple of 32; other groups.
+//
+// Where it differs. A group with NaN or infinity decodes to NaN; in C its codes are not defined. Codes of an iq4_nl group that
+// is zero (below 1e-15) are 8, as CUDA writes them; on a CPU they are what a buffer held.
+#include "kernels/plain.h"
+
+namespace kvq::ggml {
+
+struct Scale {
+  uint16_t d;
+};
+struct ScaleAndMinimum {
+  uint16_t d, m;
+};
+
+KVQ_HD inline float Reciprocal(float d) { return d != 0 ? 1 / d : 0; }
+
+// floor(v) of v from 0 on, at most `most`; 0 where v is NaN.
+KVQ_HD inline uint32_t Floor(float v, float most) { return static_cast<uint32_t>(plain::Clamped(v, 0, most)); }
+
+// q4_0, q5_0
+template <int kBits_>
+struct Symmetric {
+  static constexpr char kFile[] = "kernels/schemes/ggml.cc";
+  static constexpr int kBits = kBits_;
+  static constexpr int64_t kGroups[] = {32};
+  static constexpr float kOffset = 1 << (kBits - 1);
+
+  using Stored = Scale;
+  static constexpr int kStored[] = {2};
+  struct Fit {
+    float inverse;
+    Stored stored;
+  };
+
+  template <typename Numbers>
+  KVQ_HD static Fit FitGroup(const Numbers& x, int n) {
+    const float d = plain::SignedMagnitude(x, n) / -kOffset;
+    return {Reciprocal(d), {FloatToHalf(d)}};
+  }
+  KVQ_HD static uint32_t Code(const Fit& fit, float x) { return Floor(x * fit.inverse + (kOffset + 0.5f), 2 * kOffset - 1); }
+  KVQ_HD static float Value(const Stored& stored, uint32_t code) {
+    return (static_cast<float>(code) - kOffset) * HalfToFloat(stored.d);
+  }
+};
+
+// q4_1, q5_1
+template <int kBits_>
+struct Asymmetric {
+  static constexpr char kFile[] = "kernels/schemes/ggml.cc";
+  static constexpr int kBits = kBits_;
+  static constexpr int64_t kGroups[] = {32};
+  static constexpr float kLargest = (1 << kBits) - 1;
+
+  using Stored = ScaleAndMinimum;
+  static constexpr int kStored[] = {2, 2};
+  struct Fit {
+    float inverse, minimum;
+    Stored stored;
+  };
+
+  template <typename Numbers>
+  KVQ_HD static Fit FitGroup(const Numbers& x, int n) {
+    const GroupRange range = plain::Range(x, n);
+    const float d = plain::Poisoned((range.high - range.low) / kLargest, range.poison);
+    const float m = plain::Poisoned(range.low, range.poison);
+    return {Reciprocal(d), m, {FloatToHalf(d), FloatToHalf(m)}};
+  }
+  KVQ_HD static uint32_t Code(const Fit& fit, float x) { return Floor((x - fit.minimum) * fit.inverse + 0.5f, kLargest); }
+  KVQ_HD static float Value(const Stored& stored, uint32_t code) {
+    return static_cast<float>(code) * HalfToFloat(stored.d) + HalfToFloat(stored.m);
+  }
+};
+
+struct Q4_0 : Symmetric<4> {
+  static constexpr char kName[] = "kvq::ggml::Q4_0", kLabel[] = "q4_0";
+};
+struct Q5_0 : Symmetric<5> {
+  static constexpr char kName[] = "kvq::ggml::Q5_0", kLabel[] = "q5_0";
+};
+struct Q4_1 : Asymmetric<4> {
+  static constexpr char kName[] = "kvq::ggml::Q4_1", kLabel[] = "q4_1";
+};
+struct Q5_1 : Asymmetric<5> {
+  static constexpr char kName[] = "kvq::ggml::Q5_1", kLabel[] = "q5_1";
+};
+
+// v[code] of iq4_nl: signed bytes, the first in the low bits, so that a GPU has them in registers.
+KVQ_HD inline float NonLinear(uint32_t code) {
+  const uint64_t half = code < 8 ? 0xF6EADDCFBFAD9881u : 0x7159453526190D01u;
+  return static_cast<float>(static_cast<int8_t>(half >> (8 * (code % 8))));
+}
+
+struct Iq4Nl {
+  static constexpr char kFile[] = "kernels/schemes/ggml.cc", kName[] = "kvq::ggml::Iq4Nl", kLabel[] = "iq4_nl";
+  static constexpr int kBits = 4;
+  static constexpr int64_t kGroups[] = {32};
+
+  using Stored = Scale;
+  static constexpr int kStored[] = {2};
+  struct Fit {
+    float inverse;
+    Stored stored;
+  };
+
+  // Of the two entries around v the nearer one, by the differences that ggml takes.
+  KVQ_HD static uint32_t Nearest(float v) {
+    if (!(v > NonLinear(0))) return 0;
+    uint32_t lower = 0;
+    for (uint32_t i = 1; i < 15; ++i) lower = NonLinear(i) <= v ? i : lower;
+    return v - NonLinear(lower) < NonLinear(lower + 1) - v ? lower : lower + 1;
+  }
+  template <typename Numbers>
+  KVQ_HD static Fit FitGroup(const Numbers& x, int n) {
+    const float largest = plain::SignedMagnitude(x, n);
+    if (plain::Absolute(largest) < 1e-15f) return {0, {0}};
+    const float inverse = 1 / (largest / NonLinear(0));
+    float with_x = 0, with_itself = 0;
+    for (int i = 0; i < n; ++i) {
+      const float v = x[i], weight = v * v, q = NonLinear(Nearest(inverse * v));
+      with_x += weight * q * v;
+      with_itself += weight * q * q;
+    }
+    return {inverse, {FloatToHalf(with_x / with_itself)}};
+  }
+  KVQ_HD static uint32_t Code(const Fit& fit, float x) { return fit.inverse == 0 ? 8 : Nearest(x * fit.inverse); }
+  KVQ_HD static float Value(const Stored& stored, uint32_t code) { return NonLinear(code) * HalfToFloat(stored.d); }
+};
+
+#ifndef __CUDACC__
+namespace {
+
+template <typename S>
+Scheme Row(double nmse, const char* golden) {
+  Codec codec = plain::MakeCodec<S>();
+  codec.nmse = nmse;
+  codec.nmse_source = "gguf 0.19.0 on 4 million numbers; iq4_nl: ggml-quants.c in NumPy";
+  codec.golden = golden;
+  return {.name = S::kLabel, .source = "llama.cpp, ggml-quants.c", .keys = codec, .values = codec, .refused = ""};
+}
+
+const RegisterScheme kQ4_0{Row<Q4_0>(7.37e-3, "q4_0.json")};
+const RegisterScheme kQ4_1{Row<Q4_1>(6.11e-3, "q4_1.json")};
+const RegisterScheme kQ5_0{Row<Q5_0>(1.816e-3, "q5_0.json")};
+const RegisterScheme kQ5_1{Row<Q5_1>(1.430e-3, "q5_1.json")};
+const RegisterScheme kIq4Nl{Row<Iq4Nl>(6.19e-3, "iq4_nl.json")};
+
+}  // namespace
+#endif  // __CUDACC__
+
+}  // namespace kvq::ggml

@@ -1,0 +1,66 @@
+// q8_0: ggml's 8-bit blocks, as llama.cpp keeps a KV cache with -ctk q8_0 -ctv q8_0.
+//
+// Source: ggml/src/ggml-quants.c of llama.cpp 0c1e57098, quantize_row_q8_0_ref and dequantize_row_q8_0, in float32 without
+// contraction. (Its AVX path rounds half to even and takes 127 / amax; gguf's NumPy agrees with the reference.)
+//
+// A group of 32 channels x has a scale d = max |x| / 127, which is stored as fp16:
+//   code q = round(x (1 / d)), half away from zero, by the d that is not rounded; 0 where d = 0
+//   decoded: q fp16(d)
+//
+// Exact bytes: 34 for 32 channels, 8.5 bits an element. Planes, per token and head:
+//   codes     head_dim bytes q + 128, see kernels/code_row.h; a block's qs are theirs less 128, in the channels' order
+//   metadata  head_dim / 32 fp16 numbers d
+// Refused: head_dim that is no multiple of 32; other groups.
+//
+// Where it differs. A group with NaN or infinity decodes to NaN; in C its codes are not defined.
+//
+// llama.cpp encodes a token before it is first read: `q8_0@residual=0`.
+#include "kernels/plain.h"
+
+namespace kvq::ggml {
+
+struct Q8_0 {
+  static constexpr char kFile[] = "kernels/schemes/q8_0.cc", kName[] = "kvq::ggml::Q8_0", kLabel[] = "q8_0";
+  static constexpr int kBits = 8;
+  static constexpr int64_t kGroups[] = {32};
+
+  struct Stored {
+    uint16_t d;
+  };
+  static constexpr int kStored[] = {2};
+  struct Fit {
+    float inverse;
+    Stored stored;
+  };
+
+  template <typename Numbers>
+  KVQ_HD static Fit FitGroup(const Numbers& x, int n) {
+    const float d = plain::Magnitude(x, n) / 127;
+    return {d != 0 ? 1 / d : 0, {FloatToHalf(d)}};
+  }
+  KVQ_HD static uint32_t Code(const Fit& fit, float x) {
+    return static_cast<uint32_t>(plain::Nearest(plain::Clamped(x * fit.inverse, -127, 127)) + 128);
+  }
+  KVQ_HD static float Value(const Stored& stored, uint32_t code) {
+    return (static_cast<float>(code) - 128) * HalfToFloat(stored.d);
+  }
+};
+
+#ifndef __CUDACC__
+namespace {
+
+Codec MakeCodec() {
+  Codec codec = plain::MakeCodec<Q8_0>();
+  codec.nmse = 2.856e-5;
+  codec.nmse_source = "gguf 0.19.0 on 4 million numbers";
+  codec.golden = "q8_0.json";
+  return codec;
+}
+
+const RegisterScheme kRow{{.name = "q8_0", .source = "llama.cpp, ggml-quants.c", .keys = MakeCodec(),
+                           .values = MakeCodec(), .refused = ""}};
+
+}  // namespace
+#endif  // __CUDACC__
+
+}  // namespace kvq::ggml
