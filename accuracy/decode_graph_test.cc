@@ -232,13 +232,10 @@ void ExpectStepsEqualForward(const std::vector<Case>& cases, const std::vector<i
   const Backend& backend = FindBackend("sdpa");
   for (const Case& c : cases) {
     const Model model = Varied(c.config, 7, c.type, device);
-    // Where a step encodes its own token, that is of numbers which differ by roundings, so here and there a code is the
-    // next one. Of the 8-bit codes in these cases that is a 255th of a group's range, in some of a token's channels.
-    const bool encodes_own = ParseSpec(c.spec).keys.residual_length == 0 || ParseSpec(c.spec).values.residual_length == 0;
-    const double tolerance = std::max(GraphTolerance(c.config, c.type), encodes_own ? 1.0 / 255 : 0);
     KvCache plain(ParseSpec(c.spec), model.cache_shape(c.batch), 200, c.kv_type.value_or(c.type), device, c.type);
     KvCache cache(ParseSpec(c.spec), model.cache_shape(c.batch), 200, c.kv_type.value_or(c.type), device, c.type);
     DecodeGraph graph(model, cache);
+    const double tolerance = GraphTolerance(c.config, c.type, cache);
     for (const int64_t length : lengths) {
       SCOPED_TRACE(StrCat(c.text(), " after ", length, ": ", graph.kernels()));
       plain.Clear(), cache.Clear();
@@ -342,8 +339,7 @@ TEST(DecodeGraph, RunsOnOnACpuUnderEveryPolicy) {
     EXPECT_EQ(cache.length(), 110);
     prefill();
     at::Tensor token = Prompt(c.batch, 1, at::kCPU);
-    const bool encodes_own = spec.keys.residual_length == 0 || spec.values.residual_length == 0;
-    const double tolerance = std::max(GraphTolerance(c.config, c.type), encodes_own ? 1.0 / 255 : 0);
+    const double tolerance = GraphTolerance(c.config, c.type, cache);
     for (int64_t i = 0; i < 70; ++i) {
       const std::function<void()> back = cache.Save();
       const at::Tensor expected = model.Logits(model.Forward(token, cache, FindBackend("sdpa"))).select(1, 0);
@@ -457,7 +453,7 @@ TEST(DecodeGraphGpu, GreedyTokensEqualForwards) {
       // A single logit's error is near the norm's error over the number of logits; six times that
       // is never met.
       const double error = 6 *
-                           GraphTolerance(model.config(), model.dtype()) *
+                           GraphTolerance(model.config(), model.dtype(), cache) *
                            logits.norm().item<double>() /
                            std::sqrt(static_cast<double>(logits.numel()));
       const at::Tensor top = std::get<0>(logits.topk(2)).flatten();

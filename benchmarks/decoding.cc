@@ -52,7 +52,7 @@ void Decoding::WarmUp() {
   if (!graph_) return;
   graph_->Run(Start(), 1);
   const double error = ((graph_->logits() - logits).norm() / logits.norm()).item<double>();
-  if (!(error < GraphTolerance(model_.config(), model_.dtype()))) {
+  if (!(error < GraphTolerance(model_.config(), model_.dtype(), cache_))) {
     throw std::runtime_error(StrCat("the graph's logits are off by ", error, " of their norm"));
   }
 }
