@@ -23,7 +23,7 @@
 //
 // Exact bytes: head_dim + 4 (8.25 bits an element at head_dim 128), of int4-token head_dim / 2 + 4 (4.25). Planes, per
 // token and head:
-//   codes     head_dim bytes q + 128 or float8s; head_dim / 2 bytes; see kernels/code_row.h (vLLM: neighbours in a byte)
+//   codes     head_dim bytes q + 128 or float8s; head_dim / 2 bytes; see kernels/code_row.h (vLLM: pairs in a byte)
 //   metadata  a float32
 // Refused: head_dim that is no multiple of 16 (int4-token: 32); any @group.
 //
