@@ -40,6 +40,7 @@ struct Codec {
   bool block_wide = false;      // groups span heads and tokens of a block: its size matters
   bool vector_wide = false;     // groups of a token share more than their own scale: NaN in one may reach all
   bool typed = false;           // computes in the type of its input, as its source does: bytes depend on the type
+  bool one_sign_saturates = false;  // its codes always reach zero: numbers of one sign, far from it, are cut off
 
   // The planes of a (heads, head_dim) shape, in the order of KvView::planes. Throws InputError where
   // the shape cannot be encoded, saying why.

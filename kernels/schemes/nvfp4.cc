@@ -1,0 +1,112 @@
+// nvfp4, nvfp4-4over6: E2M1 numbers with an E4M3 scale for 16 channels, as vLLM keeps a KV cache with --kv-cache-dtype
+// nvfp4 and nvfp4_4over6, and TensorRT-LLM and SGLang an NVFP4 one. The global scale, a float32 for a layer's keys or
+// values, is 1: vLLM's default and what NVIDIA's recipe nvfp4_cast exports. (SGLang's fp4_e2m1 is another
+// format: mx.cc.)
+//
+// Source: FlashInfer 0.7.2.post1, include/flashinfer/page.cuh, nvfp4_append_quantize_block, which vLLM 0.33.0 runs on
+// SM80, 90 and 120, with IEEE's division; 4over6: vLLM 0.33.0, csrc/nvfp4_kv_cache_kernels.cu,
+// cvt_warp_fp16_to_fp4_4over6.
+//
+// A block is 16 channels; E2M1 has 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives:
+//   s = E4M3(max |x| / 6), to the nearest, ties to even, at most 448
+//   code = E2M1(x (1 / s)), likewise, at most 6; 0 (of x's sign) where s = 0     decoded: its number times s
+// So a block whose largest number is at most 6 / 1024 becomes zeros, and one above 6 * 448 = 2688 is cut off.
+//
+// 4over6 tries the s of max |x| / 4, too, and takes it where the block's squared error is smaller: the error's sum goes
+// over pairs of channels, (a a + b b), and decodes with 1 / (1 / s).
+//
+// Exact bytes: head_dim / 2 + head_dim / 16, 4.5 bits an element. Planes, per token and head:
+//   codes     head_dim / 2 bytes, sign * 8 + number's index, see kernels/code_row.h (vLLM has neighbours in a byte)
+//   metadata  head_dim / 16 E4M3 scales (the same bytes on SM100, whose attention wants the values' by four tokens)
+// Refused: head_dim that is no multiple of 32; other groups.
+//
+// Where it differs. A block with NaN or infinity decodes to NaN; FlashInfer makes NaN a zero and infinity 2688. On
+// SM100 vLLM and TensorRT-LLM take approximate reciprocals for the divisions, as vLLM's 4over6 does everywhere, so a
+// real cache may differ by one in some codes and scales. ModelOpt and torchao never have s = 0: they clamp it to 2^-9
+// and 2^-6. llama.cpp's NVFP4 rounds ties towards zero.
+//
+// vLLM encodes a token before it is first read: `nvfp4@residual=0`.
+#include "kernels/plain.h"
+#include "kernels/small_float.h"
+
+namespace kvq::nvfp4 {
+
+// What one scale makes of a block.
+struct Candidate {
+  uint32_t s;
+  float inverse;
+};
+KVQ_HD inline Candidate ScaleFor(float largest, float most) {
+  const uint32_t code = E4M3::Code(largest / most);
+  const float s = E4M3::Value(code);
+  return {code, s > 0 ? 1 / s : 0};
+}
+
+// The sum of a block's squared errors under it.
+template <typename Numbers>
+KVQ_HD inline float Error(const Candidate& candidate, const Numbers& x, int n) {
+  const float s = candidate.inverse != 0 ? 1 / candidate.inverse : 0;
+  float error = 0;
+  for (int i = 0; i < n; i += 2) {
+    const float a = E2M1::Value(E2M1::Code(x[i] * candidate.inverse)) * s - x[i];
+    const float b = E2M1::Value(E2M1::Code(x[i + 1] * candidate.inverse)) * s - x[i + 1];
+    error += a * a + b * b;
+  }
+  return error;
+}
+
+template <bool kFourOverSix>
+struct Blocks {
+  static constexpr char kFile[] = "kernels/schemes/nvfp4.cc";
+  static constexpr int kBits = 4;
+  static constexpr int64_t kGroups[] = {16};
+
+  struct Stored {
+    uint8_t s;
+  };
+  static constexpr int kStored[] = {1};
+  struct Fit {
+    float inverse;
+    Stored stored;
+  };
+
+  template <typename Numbers>
+  KVQ_HD static Fit FitGroup(const Numbers& x, int n) {
+    const float largest = plain::Magnitude(x, n);
+    Candidate best = ScaleFor(largest, 6);
+    if constexpr (kFourOverSix) {
+      const Candidate four = ScaleFor(largest, 4);
+      if (Error(four, x, n) < Error(best, x, n)) best = four;
+    }
+    return {best.inverse, {static_cast<uint8_t>(best.s)}};
+  }
+  KVQ_HD static uint32_t Code(const Fit& fit, float x) { return E2M1::Code(x * fit.inverse); }
+  KVQ_HD static float Value(const Stored& stored, uint32_t code) { return E2M1::Value(code) * E4M3::Value(stored.s); }
+};
+
+struct Nvfp4 : Blocks<false> {
+  static constexpr char kName[] = "kvq::nvfp4::Nvfp4", kLabel[] = "nvfp4";
+};
+struct FourOverSix : Blocks<true> {
+  static constexpr char kName[] = "kvq::nvfp4::FourOverSix", kLabel[] = "nvfp4-4over6";
+};
+
+#ifndef __CUDACC__
+namespace {
+
+template <typename S>
+Scheme Row(const char* source, double nmse, const char* golden) {
+  Codec codec = plain::MakeCodec<S>();
+  codec.nmse = nmse;
+  codec.nmse_source = "page.cuh and nvfp4_kv_cache_kernels.cu in NumPy on 4 million numbers";
+  codec.golden = golden;
+  return {.name = S::kLabel, .source = source, .keys = codec, .values = codec, .refused = ""};
+}
+
+const RegisterScheme kNvfp4{Row<Nvfp4>("FlashInfer, page.cuh", 9.048e-3, "nvfp4.json")};
+const RegisterScheme kFourOverSix{Row<FourOverSix>("vLLM, nvfp4_kv_cache_kernels.cu", 7.568e-3, "nvfp4-4over6.json")};
+
+}  // namespace
+#endif  // __CUDACC__
+
+}  // namespace kvq::nvfp4
