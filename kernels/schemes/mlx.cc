@@ -48,7 +48,7 @@ struct Affine {
     float scale = low_is_edge ? magnitude : -magnitude, bias = 0;
     const float steps = rintf(edge / scale);
     if (steps != 0) scale = edge / steps, bias = edge;
-    scale = plain::Poisoned(scale, range.poison);
+    scale = plain::Poisoned(scale, range.poison), bias = plain::Poisoned(bias, range.poison);
     return {scale, bias, {FloatToHalf(scale), FloatToHalf(bias)}};
   }
   KVQ_HD static uint32_t Code(const Fit& fit, float x) {

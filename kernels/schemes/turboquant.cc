@@ -172,7 +172,8 @@ struct Values {
   KVQ_HD static Fit FitGroup(const Numbers& x, int n) {
     const GroupRange range = plain::Range(x, n);
     const float scale = plain::Poisoned(Larger((range.high - range.low) / kLargest, 1e-8f), range.poison);
-    return {scale, range.low, {FloatToHalf(scale), FloatToHalf(range.low)}};
+    const float minimum = plain::Poisoned(range.low, range.poison);
+    return {scale, minimum, {FloatToHalf(scale), FloatToHalf(minimum)}};
   }
   KVQ_HD static uint32_t Code(const Fit& fit, float x) {
     return static_cast<uint32_t>(plain::Clamped((x - fit.minimum) / fit.scale + 0.5f, 0, kLargest));
