@@ -117,13 +117,9 @@ struct Alone {
   KVQ_HD void Sync() const {}
 };
 
-// Each `block` of n numbers times the Sylvester-Hadamard matrix, H[i][j] = (-1)^popcount(i & j) / sqrt(block), in place:
-// first the factor, then butterflies over distances 1, 2, 4, ..., as ggml does it. H is its own inverse.
+// Each `block` of n numbers times the Sylvester matrix of (-1)^popcount(i & j), in place: butterflies over distances 1, 2, 4, ...
 template <typename Numbers, typename Team>
-KVQ_HD inline void Hadamard(Numbers&& x, int n, int block, const Team& team) {
-  const float factor = 1 / sqrtf(static_cast<float>(block));
-  for (int i = team.rank; i < n; i += team.size) x[i] = x[i] * factor;
-  team.Sync();
+KVQ_HD inline void Butterflies(Numbers&& x, int n, int block, const Team& team) {
   for (int distance = 1; distance < block; distance *= 2) {
     for (int pair = team.rank; pair < n / 2; pair += team.size) {
       const int i = 2 * pair - (pair & (distance - 1));
@@ -132,6 +128,21 @@ KVQ_HD inline void Hadamard(Numbers&& x, int n, int block, const Team& team) {
     }
     team.Sync();
   }
+}
+
+// Each number of a token times a factor.
+template <typename Numbers, typename Team>
+KVQ_HD inline void Scale(Numbers&& x, int n, float factor, const Team& team) {
+  for (int i = team.rank; i < n; i += team.size) x[i] = x[i] * factor;
+  team.Sync();
+}
+
+// Each `block` of n numbers times the Hadamard matrix, Sylvester's over sqrt(block), which is its own inverse: first the
+// factor, then butterflies, as ggml does it.
+template <typename Numbers, typename Team>
+KVQ_HD inline void Hadamard(Numbers&& x, int n, int block, const Team& team) {
+  Scale(x, n, 1 / sqrtf(static_cast<float>(block)), team);
+  Butterflies(x, n, block, team);
 }
 
 // ---- what a scheme says, and what it leaves out
