@@ -177,8 +177,8 @@ Codec KeysCodec() {
 
 template <typename S>
 Scheme Runs(double nmse, const char* keys, const char* values) {
-  Scheme scheme{.name = S::kLabel, .source = "KIVI (arXiv 2402.02750), quant/new_pack.py at 876b4d2", .keys = KeysCodec<S::kBits>(),
-                .values = plain::MakeCodec<S>(), .refused = ""};
+  Scheme scheme{.name = S::kLabel, .source = "KIVI (arXiv 2402.02750), quant/new_pack.py at 876b4d2",
+                .keys = KeysCodec<S::kBits>(), .values = plain::MakeCodec<S>(), .refused = ""};
   scheme.keys.golden = keys, scheme.values.golden = values;
   for (Codec* codec : {&scheme.keys, &scheme.values}) {
     codec->nmse = nmse;
