@@ -26,7 +26,7 @@ def encode(x, bits):
     steps = (x - low) / np.where(scale == 0, H(1), scale)
     assert steps.dtype == scale.dtype == np.float16
     codes = np.where(scale == 0, 0, np.rint(np.clip(steps, H(0), last))).astype(np.uint8)
-    return codes, scale[..., 0], low[..., 0]
+    return codes, scale[..., 0], low[..., 0] + H(0)  # of a minimum that is zero the sign says nothing
 
 
 def decode(codes, scale, low):

@@ -28,7 +28,7 @@ def fake(x, per_group):
         low, high = low.clone(), high.clone()
         low[none], high[none] = -1, 1
         scale = (high - low) / MAXQ
-        return scale, torch.round(-low / scale)
+        return scale, torch.round((0 - low) / scale)  # of a zero the sign says nothing
 
     low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
     zeros = torch.zeros(low.shape)
@@ -48,7 +48,7 @@ def cuda(x):
     """asym_quantize_and_pack_i4 of kv_cache.py; decoded in float32."""
     low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
     scale = (high - low).clamp(min=1e-5) / MAXQ
-    zero = -low
+    zero = 0 - low  # of a zero the sign says nothing
     q = torch.clamp(torch.round((x + zero) / scale), 0, MAXQ)
     assert scale.dtype == zero.dtype == torch.float16
     return q, scale, zero, q.float() * scale.float() - zero.float()

@@ -94,7 +94,7 @@ def encode_values(x, bits):
     low, high = x.min(1, keepdims=True), x.max(1, keepdims=True)
     scale = np.maximum((high - low) / last, F(1e-8))
     codes = np.clip(np.trunc((x - low) / scale + F(0.5)), 0, last).astype(np.uint8)
-    return codes, scale.astype(np.float16), low.astype(np.float16)
+    return codes, scale.astype(np.float16), low.astype(np.float16) + np.float16(0)  # a zero's sign says nothing
 
 
 def decode_values(codes, scale, low):

@@ -73,6 +73,9 @@ KVQ_HD inline float AsHalf(float v) { return HalfToFloat(FloatToHalf(v)); }
 // v, or NaN where the poison is one. (Adding it would lose the sign of a zero.)
 KVQ_HD inline float Poisoned(float v, float poison) { return poison == poison ? v : poison; }
 
+// v, but 0 for -0: where the smallest of several zeros is stored, CPU and GPU may have found another one.
+KVQ_HD inline float PlusZero(float v) { return v + 0.0f; }
+
 // The largest magnitude of a group; NaN where something in it is not finite.
 template <typename Numbers>
 KVQ_HD inline float Magnitude(const Numbers& x, int n) {

@@ -48,7 +48,7 @@ template <int kBits, typename Numbers>
 KVQ_HD inline Fit FitGroup(const Numbers& x, int n) {
   const GroupRange range = plain::Range(Halves<Numbers>{x}, n);
   const float scale = plain::Poisoned(plain::AsHalf(plain::AsHalf(range.high - range.low) / kMaxCode<kBits>), range.poison);
-  const float minimum = plain::Poisoned(range.low, range.poison);
+  const float minimum = plain::Poisoned(plain::PlusZero(range.low), range.poison);
   return {scale, minimum, {FloatToHalf(scale), FloatToHalf(minimum)}};
 }
 template <int kBits>

@@ -53,7 +53,7 @@ template <bool kHalf>
 KVQ_HD inline Fit FitOf(float low, float high, float poison) {
   if (low == 0 && high == 0) low = -1, high = 1;
   const float scale = plain::Poisoned(Rounded<kHalf>(Rounded<kHalf>(high - low) / kLargest), poison);
-  const float zero = rintf(Rounded<kHalf>(-low / scale));
+  const float zero = rintf(Rounded<kHalf>((0 - low) / scale));
   return {scale, zero, {FloatToHalf(scale), FloatToHalf(zero)}};
 }
 
@@ -112,7 +112,7 @@ struct Cuda : Common {
     const GroupRange range = plain::Range(Halves<Numbers>{x}, n);
     const float wide = Larger(plain::AsHalf(range.high - range.low), plain::AsHalf(1e-5f));
     const float scale = plain::Poisoned(plain::AsHalf(wide / kLargest), range.poison);
-    const float zero = plain::Poisoned(-range.low, range.poison);
+    const float zero = plain::Poisoned(0 - range.low, range.poison);
     return {scale, zero, {FloatToHalf(scale), FloatToHalf(zero)}};
   }
   KVQ_HD static uint32_t Code(const Fit& fit, float x) {

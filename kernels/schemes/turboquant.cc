@@ -172,7 +172,7 @@ struct Values {
   KVQ_HD static Fit FitGroup(const Numbers& x, int n) {
     const GroupRange range = plain::Range(x, n);
     const float scale = plain::Poisoned(Larger((range.high - range.low) / kLargest, 1e-8f), range.poison);
-    const float minimum = plain::Poisoned(range.low, range.poison);
+    const float minimum = plain::Poisoned(plain::PlusZero(range.low), range.poison);
     return {scale, minimum, {FloatToHalf(scale), FloatToHalf(minimum)}};
   }
   KVQ_HD static uint32_t Code(const Fit& fit, float x) {
