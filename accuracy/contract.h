@@ -171,6 +171,8 @@ inline std::vector<int64_t> GroupsOf(const Codec& codec) {
 }
 
 inline bool Takes(const Codec& codec, int64_t group, int64_t head_dim) {
+  const auto only = codec.head_dims;
+  if (!only.empty() && std::find(only.begin(), only.end(), head_dim) == only.end()) return false;
   return head_dim % codec.head_dim_multiple == 0 && (group == 0 || head_dim % group == 0);
 }
 
@@ -437,10 +439,29 @@ inline std::string CheckUnusual(const Codec& codec) {
     }
     return out;
   };
+  // Whether each token lies at most `error` of its length from what it was, and its length at most doubles: all that is to be
+  // said of single numbers where they are turned. (Constant ones become one large number and zeros; without a code for zero
+  // that costs up to sqrt(2) of the length, with 2 bits and 32 channels.)
+  const auto near_as_a_whole = [&](const Values& x, const Values& out, double error) {
+    for (int64_t first = 0; first < shape.count(); first += head_dim) {
+      double off = 0, before = 0, after = 0;
+      for (int64_t i = first; i < first + head_dim; ++i) {
+        off += (double{out[i]} - x[i]) * (double{out[i]} - x[i]);
+        before += double{x[i]} * x[i], after += double{out[i]} * out[i];
+      }
+      if (!(std::sqrt(off) <= error * std::sqrt(before) + 1e-3 && std::sqrt(after) <= 2 * std::sqrt(before) + 1e-3)) return false;
+    }
+    return true;
+  };
   // Constant numbers decode to one number, near them; zeros to zero.
   for (const float value : {0.0f, -0.0f, 0.75f, -3.0f, 1000.0f, -30000.0f}) {
     const std::string what = StrCat("all ", value);
-    for (const float v : decoded(what, Values(shape.count(), value))) {
+    const Values constant(shape.count(), value), out = decoded(what, constant);
+    if (codec.turned && value != 0) {
+      if (std::fabs(value) <= 400 && !near_as_a_whole(constant, out, 1.5)) findings.Add(what, ": decodes to something far from it");
+      continue;
+    }
+    for (const float v : out) {
       const bool near = value == 0 ? v == 0 : std::fabs(v - value) <= std::fabs(value) / 2;
       if (near || std::fabs(value) > 400 || codec.one_sign_saturates) continue;  // fp8 ends at 448
       findings.Add(what, ": decodes to ", v);
@@ -467,7 +488,12 @@ inline std::string CheckUnusual(const Codec& codec) {
       v = v * scale + shift;
       largest = std::max(largest, std::fabs(v));
     }
-    for (const float v : decoded(what, x)) {
+    const Values out = decoded(what, x);
+    if (codec.turned) {
+      if (!near_as_a_whole(x, out, 2)) findings.Add(what, ": decodes to something far from it");
+      continue;
+    }
+    for (const float v : out) {
       // A scale has a smallest number; what lies far below may become nothing, but not much.
       if (std::fabs(v) <= 2 * largest + 1e-3f) continue;
       findings.Add(what, ": of at most ", largest, " one decodes to ", v);

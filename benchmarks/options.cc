@@ -207,6 +207,7 @@ static std::string SideText(const Codec& codec) {
   if (codec.encode == nullptr) return "as they are";
   std::string text = codec.grouping;
   if (codec.groups.size() > 1) text += StrCat(" (@group: ", GroupsText(codec.groups), ")");
+  if (!codec.head_dims.empty()) return StrCat(text, ", head_dim ", GroupsText(codec.head_dims));
   return StrCat(text, ", head_dim a multiple of ", std::lcm(codec.head_dim_multiple, std::max<int64_t>(codec.default_group, 1)));
 }
 

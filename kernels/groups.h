@@ -125,6 +125,12 @@ inline void CheckGroups(const char* package, std::span<const int64_t> groups, in
   }
 }
 
+// Throws InputError, naming the scheme, for a head_dim that is none of those it takes.
+inline void CheckHeadDims(const char* scheme, std::span<const int64_t> head_dims, int64_t head_dim) {
+  if (std::find(head_dims.begin(), head_dims.end(), head_dim) != head_dims.end()) return;
+  throw InputError(scheme, " takes a head_dim of ", GroupsText(head_dims), ", not ", head_dim);
+}
+
 // Throws InputError where codes of a row do not fill the words that code_row.h wants.
 inline void CheckRun(int bits, int64_t head_dim) {
   if (head_dim * bits % 128 == 0) return;

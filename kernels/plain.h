@@ -24,6 +24,14 @@
 //   Opened, Open(q, n, ...)   made from all codes q[0], ... of a group and what is stored (Stored, then Vector) before it is
 //                             decoded; then it is Value(opened, q)
 //
+// and, where a token's numbers are turned before they are coded, by an orthonormal matrix that all tokens have in common:
+//
+//   Turn(x, n, team)      turns the n numbers of a token in place; FitVector sees them before, FitGroup and Code after it
+//   TurnBack(x, n, team)  the way back, of what Value gave. A team is the threads that do so together: each takes the
+//                         numbers team.rank, team.rank + team.size, ..., and Sync() is between what depends on others
+//
+// kHeadDims names the only head_dims that a scheme takes, where there are only some.
+//
 // A group with a NaN or an infinity has to decode to NaN: Magnitude and Range below give NaN then, and a scale of NaN does
 // the rest. Codes lie as code_row.h says, so that fused attention can read them once there is a device codec; codes that have
 // a sign are kept with an offset (q + 128).
@@ -36,6 +44,7 @@
 #include "kernels/code_row.h"
 #include "kernels/groups.h"
 #ifndef __CUDACC__
+#include <cmath>
 #include <numeric>
 #include <vector>
 
@@ -63,6 +72,9 @@ KVQ_HD inline float AsHalf(float v) { return HalfToFloat(FloatToHalf(v)); }
 
 // v, or NaN where the poison is one. (Adding it would lose the sign of a zero.)
 KVQ_HD inline float Poisoned(float v, float poison) { return poison == poison ? v : poison; }
+
+// v, but 0 for -0: where the smallest of several zeros is stored, CPU and GPU may have found another one.
+KVQ_HD inline float PlusZero(float v) { return v + 0.0f; }
 
 // The largest magnitude of a group; NaN where something in it is not finite.
 template <typename Numbers>
@@ -100,6 +112,42 @@ KVQ_HD inline GroupRange Range(const Numbers& x, int n) {
   return range;
 }
 
+// ---- turning
+
+// The one thread that turns a token's numbers on a CPU.
+struct Alone {
+  static constexpr int rank = 0, size = 1;
+  KVQ_HD void Sync() const {}
+};
+
+// Each `block` of n numbers times the Sylvester matrix of (-1)^popcount(i & j), in place: butterflies over distances 1, 2, 4, ...
+template <typename Numbers, typename Team>
+KVQ_HD inline void Butterflies(Numbers&& x, int n, int block, const Team& team) {
+  for (int distance = 1; distance < block; distance *= 2) {
+    for (int pair = team.rank; pair < n / 2; pair += team.size) {
+      const int i = 2 * pair - (pair & (distance - 1));
+      const float u = x[i], v = x[i + distance];
+      x[i] = u + v, x[i + distance] = u - v;
+    }
+    team.Sync();
+  }
+}
+
+// Each number of a token times a factor.
+template <typename Numbers, typename Team>
+KVQ_HD inline void Scale(Numbers&& x, int n, float factor, const Team& team) {
+  for (int i = team.rank; i < n; i += team.size) x[i] = x[i] * factor;
+  team.Sync();
+}
+
+// Each `block` of n numbers times the Hadamard matrix, Sylvester's over sqrt(block), which is its own inverse: first the
+// factor, then butterflies, as ggml does it.
+template <typename Numbers, typename Team>
+KVQ_HD inline void Hadamard(Numbers&& x, int n, int block, const Team& team) {
+  Scale(x, n, 1 / sqrtf(static_cast<float>(block)), team);
+  Butterflies(x, n, block, team);
+}
+
 // ---- what a scheme says, and what it leaves out
 
 template <typename S>
@@ -129,6 +177,8 @@ template <typename S>
 using Vector = typename VectorOf<S>::Type;
 template <typename S>
 inline constexpr bool kHasVector = requires { typename S::Vector; };
+template <typename S>
+inline constexpr bool kTurns = requires(float* x) { S::Turn(x, 0, Alone{}); };
 template <typename S>
 inline constexpr bool kOpens = requires { typename S::Opened; };
 
@@ -251,6 +301,7 @@ void Encode(const CodecParams& params, const DenseView& x, int64_t first_token, 
     LoadRow(x.data, x.dtype, Offset(x, row.b, row.h, row.t, 0), dim, values.data());
     const Vector<S> vector = FitVector<S>(values.data(), static_cast<int>(dim));
     StoreVector<S>(vector, out, row.b, row.h, slot);
+    if constexpr (kTurns<S>) S::Turn(values.data(), static_cast<int>(dim), Alone{});
     for (int64_t g = 0; g < groups; ++g) {
       const typename S::Fit fit = FitGroup<S>(&values[g * n], static_cast<int>(n), vector);
       CodeGroup<S>(fit, &values[g * n], n, &codes[g * n]);
@@ -280,6 +331,7 @@ void Decode(const CodecParams& params, const KvView& in, int64_t first_token, co
       Load<S>(in, row.b, row.h, slot, groups, g, kept.stored);
       DecodeGroup<S>(Open<S>(&codes[g * n], static_cast<int>(n), kept), &codes[g * n], n, &values[g * n]);
     }
+    if constexpr (kTurns<S>) S::TurnBack(values.data(), static_cast<int>(dim), Alone{});
     StoreRow(values.data(), dim, out.dtype, Offset(out, row.b, row.h, row.t, 0), out.data);
   });
 }
@@ -333,7 +385,8 @@ Codec MakeCodec() {
   if (!kWhole) codec.groups = kGroups;
   codec.head_dim_multiple = kRunChannels<kLow<S>>;
   codec.grouping = kWhole ? "all channels of one token" : StrCat(kGroups[0], " consecutive channels of one token");
-  codec.vector_wide = kHasVector<S>;
+  codec.vector_wide = kHasVector<S>, codec.turned = kTurns<S>;
+  if constexpr (requires { S::kHeadDims; }) codec.head_dims = S::kHeadDims;
   codec.planes = [](int64_t /*heads*/, int64_t head_dim, const CodecParams& params) -> std::vector<Plane> {
     if constexpr (!kWhole) {
       CheckGroups(S::kLabel, kGroups, head_dim, params.group_size);
@@ -341,6 +394,7 @@ Codec MakeCodec() {
       throw InputError(S::kLabel, " takes all channels of a token for a group; leave out @group");
     }
     CheckRun(kLow<S>, head_dim);
+    if constexpr (requires { S::kHeadDims; }) CheckHeadDims(S::kLabel, S::kHeadDims, head_dim);
     const int64_t groups = head_dim / GroupOf(params, head_dim);
     std::vector<Plane> planes = {{"codes", head_dim * kLow<S> / 8}};
     if (kOdd<S>) planes.push_back({"odd bits", head_dim / 8});
@@ -366,6 +420,17 @@ struct SharedNumbers {
   uint32_t first;
   __device__ __forceinline__ float operator[](int i) const { return tile[Padded(first + i)]; }
 };
+struct SharedNumbersToTurn {
+  float* tile;
+  uint32_t first;
+  __device__ __forceinline__ float& operator[](int i) const { return tile[Padded(first + i)]; }
+};
+// A warp that turns a token's numbers.
+struct Warp {
+  static constexpr int size = 32;
+  int rank;
+  __device__ __forceinline__ void Sync() const { __syncwarp(); }
+};
 
 template <typename S, DType kType>
 __global__ void __launch_bounds__(kThreads) EncodeKernel(DenseView x, int64_t first_token, KvView out, const Split split) {
@@ -387,6 +452,12 @@ __global__ void __launch_bounds__(kThreads) EncodeKernel(DenseView x, int64_t fi
     for (uint32_t t = threadIdx.x; t < tokens; t += kThreads) {
       vectors[t] = FitVector<S>(SharedNumbers{tile, t * dim}, static_cast<int>(dim));
       StoreVector<S>(vectors[t], out, b, h, slot + t);
+    }
+    __syncthreads();
+  }
+  if constexpr (kTurns<S>) {
+    for (uint32_t t = threadIdx.x / 32; t < tokens; t += kThreads / 32) {
+      S::Turn(SharedNumbersToTurn{tile, t * dim}, static_cast<int>(dim), Warp{static_cast<int>(threadIdx.x % 32)});
     }
     __syncthreads();
   }
@@ -458,10 +529,29 @@ __global__ void __launch_bounds__(kThreads) DecodeKernel(KvView in, int64_t firs
     keys[i] = Open<S>(codes_of(t, g * n), static_cast<int>(n), kept);
   }
   __syncthreads();
-  for (uint32_t i = threadIdx.x; i < tokens * dim; i += kThreads) {
-    const auto [t, channel] = split.head_dim.Of(i);
-    StoreElement(out.data, kType, Offset(out, b, h, first + t, channel),
-                 Value<S>(keys[t * groups + split.group.Of(channel).quotient], codes_of(t, channel)[0]));
+  const auto value_of = [&](uint32_t t, uint32_t channel) {
+    return Value<S>(keys[t * groups + split.group.Of(channel).quotient], codes_of(t, channel)[0]);
+  };
+  if constexpr (kTurns<S>) {
+    __shared__ float tile[kTile + kTile / 32];
+    for (uint32_t i = threadIdx.x; i < tokens * dim; i += kThreads) {
+      const auto [t, channel] = split.head_dim.Of(i);
+      tile[Padded(i)] = value_of(t, channel);
+    }
+    __syncthreads();
+    for (uint32_t t = threadIdx.x / 32; t < tokens; t += kThreads / 32) {
+      S::TurnBack(SharedNumbersToTurn{tile, t * dim}, static_cast<int>(dim), Warp{static_cast<int>(threadIdx.x % 32)});
+    }
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < tokens * dim; i += kThreads) {
+      const auto [t, channel] = split.head_dim.Of(i);
+      StoreElement(out.data, kType, Offset(out, b, h, first + t, channel), tile[Padded(i)]);
+    }
+  } else {
+    for (uint32_t i = threadIdx.x; i < tokens * dim; i += kThreads) {
+      const auto [t, channel] = split.head_dim.Of(i);
+      StoreElement(out.data, kType, Offset(out, b, h, first + t, channel), value_of(t, channel));
+    }
   }
 }
 

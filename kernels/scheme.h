@@ -34,11 +34,13 @@ struct Codec {
   int bits = 16;                // of a code
   int64_t default_group = 0;    // elements that share a scale; 0: all channels of a token, or no scales
   std::span<const int64_t> groups;  // what @group may ask for, the default among them; empty: there is no choice
-  int64_t head_dim_multiple = 1;    // a head_dim is a multiple of this and of the group; no other is refused
+  int64_t head_dim_multiple = 1;    // a head_dim is a multiple of this and of the group; no other is refused, but where
+  std::span<const int64_t> head_dims;  // names the only ones it takes
   std::string grouping;         // in words, for tables and --help
   int64_t min_block_tokens = 1; // a block holds a multiple of these
   bool block_wide = false;      // groups span heads and tokens of a block: its size matters
   bool vector_wide = false;     // groups of a token share more than their own scale: NaN in one may reach all
+  bool turned = false;          // a token's numbers are turned (Hadamard) before they are coded: an error of one is spread
   bool typed = false;           // computes in the type of its input, as its source does: bytes depend on the type
   bool one_sign_saturates = false;  // its codes always reach zero: numbers of one sign, far from it, are cut off
 

@@ -1,0 +1,109 @@
+// exl3-2, exl3-3, exl3-4, exl3-5, exl3-8: exllamav3's quantized cache (CacheLayer_quant, `-cq BITS`), without its compander.
+//
+// Source: exllamav3, exllamav3_ext/cache/q_cache_kernels.cuh @80fd9eec (v1.4.1's midpoint grid), quant_block_x4 and
+// dequant_block_x4, in float32.
+//
+// A group of 32 channels x of one token, as fp16 holds them, m = 2^(bits - 1), H the Sylvester-Hadamard matrix of 32 of +-1:
+//   y = (x H) (1 / sqrt(32)), butterflies over distances 1, 2, 4, 8, 16, the factor last;   s = max |y| + 1e-10
+//   code q = clamp(floor(y (1 / s) m + m), 0, 2 m - 1), by the s that is not rounded;   stored are q and fp16(s)
+//   decoded: v H, v = (q - m + 1/2) (fp16(s) (1 / sqrt(32)) / m), butterflies again
+// So numbers lie in the middle of their cells, and none is zero. The rotation is part of the format.
+//
+// Exact bytes: bits / 8 + 1/16 an element (4.5 bits for exl3-4). Planes, per token and head:
+//   codes     head_dim bits / 8 bytes; of 5 and 3 bits the low 4 and 2, see kernels/code_row.h (exllamav3 has bit planes of
+//             powers of two, the high bits first)
+//   odd bits  of 5 and 3 bits: head_dim / 8 bytes
+//   metadata  head_dim / 32 fp16 numbers s
+// Refused: head_dim that is no multiple of 32 (of 64 with 2 and 3 bits); other groups. exllamav3 has 6 and 7 bits, too, for
+// which code_row.h has no rows.
+//
+// Where it differs. An s that fp16 cannot hold is stored as 65504, there as infinity. A group with NaN or infinity, also one
+// that fp16 makes of a number, decodes to NaN; there its codes are not defined. exllamav3 writes decoded numbers as fp16.
+// Releases before the midpoint grid rounded to a grid with a zero, which has some 5 % more error.
+//
+// exllamav3 encodes each token when it is written: `exl3-4@residual=0`.
+#include "kernels/plain.h"
+
+namespace kvq::exllamav3 {
+
+inline constexpr int kBlock = 32;
+inline constexpr float kFactor = 0.17677669529663688110f;  // 1 / sqrt(32)
+
+template <int kBits_>
+struct Midpoints {
+  static constexpr char kFile[] = "kernels/schemes/exllamav3.cc";
+  static constexpr int kBits = kBits_;
+  static constexpr int64_t kGroups[] = {kBlock};
+  static constexpr float kHalf = 1 << (kBits - 1);
+
+  struct Stored {
+    uint16_t scale;
+  };
+  static constexpr int kStored[] = {2};
+  struct Fit {
+    float inverse;
+    Stored stored;
+  };
+
+  template <typename Numbers, typename Team>
+  KVQ_HD static void Turn(Numbers&& x, int n, const Team& team) {
+    for (int i = team.rank; i < n; i += team.size) x[i] = plain::AsHalf(x[i]);
+    team.Sync();
+    plain::Butterflies(x, n, kBlock, team);
+    plain::Scale(x, n, kFactor, team);
+  }
+  template <typename Numbers, typename Team>
+  KVQ_HD static void TurnBack(Numbers&& x, int n, const Team& team) {
+    plain::Butterflies(x, n, kBlock, team);
+  }
+  template <typename Numbers>
+  KVQ_HD static Fit FitGroup(const Numbers& x, int n) {
+    const float scale = plain::Magnitude(x, n) + 1e-10f;
+    return {1 / scale, {FloatToHalf(scale > 65504 ? 65504 : scale)}};
+  }
+  KVQ_HD static uint32_t Code(const Fit& fit, float x) {
+    return static_cast<uint32_t>(plain::Clamped(x * fit.inverse * kHalf + kHalf, 0, 2 * kHalf - 1));
+  }
+  KVQ_HD static float Value(const Stored& stored, uint32_t code) {
+    return (static_cast<float>(code) - (kHalf - 0.5f)) * (HalfToFloat(stored.scale) * kFactor * (1 / kHalf));
+  }
+};
+
+struct Bits2 : Midpoints<2> {
+  static constexpr char kName[] = "kvq::exllamav3::Bits2", kLabel[] = "exl3-2";
+};
+struct Bits3 : Midpoints<3> {
+  static constexpr char kName[] = "kvq::exllamav3::Bits3", kLabel[] = "exl3-3";
+};
+struct Bits4 : Midpoints<4> {
+  static constexpr char kName[] = "kvq::exllamav3::Bits4", kLabel[] = "exl3-4";
+};
+struct Bits5 : Midpoints<5> {
+  static constexpr char kName[] = "kvq::exllamav3::Bits5", kLabel[] = "exl3-5";
+};
+struct Bits8 : Midpoints<8> {
+  static constexpr char kName[] = "kvq::exllamav3::Bits8", kLabel[] = "exl3-8";
+};
+
+#ifndef __CUDACC__
+namespace {
+
+template <typename S>
+Scheme Row(double nmse, const char* golden) {
+  Codec codec = plain::MakeCodec<S>();
+  codec.nmse = nmse;
+  codec.nmse_source = "NumPy, from the formula above";
+  codec.golden = golden;
+  return {.name = S::kLabel, .source = "exllamav3, q_cache_kernels.cuh @80fd9eec", .keys = codec, .values = codec, .refused = ""};
+}
+
+const RegisterScheme k2{Row<Bits2>(0.1260, "exl3-2.json")};
+const RegisterScheme k3{Row<Bits3>(0.0316, "exl3-3.json")};
+const RegisterScheme k4{Row<Bits4>(7.90e-3, "exl3-4.json")};
+const RegisterScheme k5{Row<Bits5>(1.974e-3, "exl3-5.json")};
+const RegisterScheme k8{Row<Bits8>(3.095e-5, "exl3-8.json")};
+
+}  // namespace
+#endif  // __CUDACC__
+
+}  // namespace kvq::exllamav3

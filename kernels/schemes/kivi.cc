@@ -1,0 +1,249 @@
+// kivi-4, kivi-2: KIVI's asymmetric groups, keys along tokens, values along channels, in float16 arithmetic.
+//
+// Source: Liu et al., "KIVI" (arXiv 2402.02750); jy-yuan/KIVI 876b4d2, quant/new_pack.py
+// (triton_quantize_and_pack_along_last_dim and its twin in torch) and quant/csrc/gemv_cuda.cu.
+//
+// A group x is, of keys, one channel of 32 consecutive tokens, of values 32 consecutive channels of one token. Every operation
+// is float16's, f(.): computed in float32 and rounded; m = 2^bits - 1; numbers of other types become float16 first:
+//   s = f(f(max - min) / m);   t = f(f(x - min) / s)
+//   code q = round(clamp(t, 0, m)), half to even; 0 where s = 0
+//   stored are q, s and min, as fp16;   decoded: q s + min, by float32's fused multiply-add, whose product is exact anyway
+//
+// Exact bytes: D bits / 8 + D / 8 a vector of D channels, keys' metadata spread over their tokens (D = 128: 80, 48; 5 and 3
+// bits an element). Planes, per head:
+//   codes     head_dim bits / 8 bytes a token, see kernels/code_row.h (KIVI has 32-bit words along tokens or channels)
+//   scales    fp16 numbers: of keys head_dim for 32 tokens, of values head_dim / 32 a token;  minima  likewise
+// Refused: head_dim that is no multiple of 32, with 2 bits of 64; other groups; of keys, blocks that are no multiple of 32.
+//
+// Where it differs. KIVI has 0 / 0 where a group is constant, which its CUDA code takes for 0, as here, and its CPU code for
+// some negative number that reaches the word's other codes. Its product with a decoded key is rounded to float16 before the
+// softmax. Numbers beyond float16 are infinite, there and here: their group decodes to NaN. torch on a GPU multiplies by 1 / m,
+// which gives the same float16 for every range. transformers' QuantizedCache is not KIVI (int4-hqq-kivi).
+//
+// Which tokens are encoded when is the spec's: KIVI keeps the newest tokens mod 128 of the keys, and exactly the newest 128 of
+// the values, one of which is encoded in each step; `residual=128` does with the values as with the keys.
+#include "kernels/plain.h"
+
+namespace kvq::kivi {
+
+inline constexpr int kGroup = 32;
+
+struct Affine {
+  uint16_t scale, minimum;
+};
+struct Fit {
+  float scale, minimum;
+  Affine stored;
+};
+
+// A group's numbers as float16 has them.
+template <typename Numbers>
+struct Halves {
+  const Numbers& x;
+  KVQ_HD float operator[](int i) const { return plain::AsHalf(x[i]); }
+};
+
+// What a group is coded with. NaN in all of it where something in it is not finite.
+template <int kBits, typename Numbers>
+KVQ_HD inline Fit FitGroup(const Numbers& x, int n) {
+  const GroupRange range = plain::Range(Halves<Numbers>{x}, n);
+  const float scale = plain::Poisoned(plain::AsHalf(plain::AsHalf(range.high - range.low) / kMaxCode<kBits>), range.poison);
+  const float minimum = plain::Poisoned(plain::PlusZero(range.low), range.poison);
+  return {scale, minimum, {FloatToHalf(scale), FloatToHalf(minimum)}};
+}
+template <int kBits>
+KVQ_HD inline uint32_t Code(const Fit& fit, float x) {
+  if (fit.scale == 0) return 0;
+  const float steps = plain::AsHalf(plain::AsHalf(plain::AsHalf(x) - fit.minimum) / fit.scale);
+  return static_cast<uint32_t>(RoundCode(steps, kMaxCode<kBits>));
+}
+KVQ_HD inline float Value(const Affine& stored, uint32_t code) {
+  return static_cast<float>(code) * HalfToFloat(stored.scale) + HalfToFloat(stored.minimum);
+}
+
+// ---- values
+
+template <int kBits_>
+struct Values {
+  static constexpr char kFile[] = "kernels/schemes/kivi.cc";
+  static constexpr int kBits = kBits_;
+  static constexpr int64_t kGroups[] = {kGroup};
+
+  using Stored = Affine;
+  static constexpr int kStored[] = {2, 2};
+  using Fit = kivi::Fit;
+
+  template <typename Numbers>
+  KVQ_HD static Fit FitGroup(const Numbers& x, int n) {
+    return kivi::FitGroup<kBits>(x, n);
+  }
+  KVQ_HD static uint32_t Code(const Fit& fit, float x) { return kivi::Code<kBits>(fit, x); }
+  KVQ_HD static float Value(const Stored& stored, uint32_t code) { return kivi::Value(stored, code); }
+};
+
+struct Values4 : Values<4> {
+  static constexpr char kName[] = "kvq::kivi::Values4", kLabel[] = "kivi-4";
+};
+struct Values2 : Values<2> {
+  static constexpr char kName[] = "kvq::kivi::Values2", kLabel[] = "kivi-2";
+};
+
+// ---- keys
+
+// Scales (plane 1) or minima (plane 2) of the channels, of the group of tokens that has token `slot`.
+KVQ_HD inline uint16_t* OfGroup(const KvView& view, int plane, int64_t b, int64_t h, int64_t slot) {
+  return MetadataRow(view, plane, view.head_dim, b, h, slot / kGroup);
+}
+
+#ifndef __CUDACC__
+namespace {
+
+template <int kBits>
+void EncodeKeys(const CodecParams&, const DenseView& x, int64_t first_token, const KvView& out) {
+  const int64_t dim = x.head_dim, blocks = x.tokens / kGroup;
+  ForEach(/*parallel=*/true, x.batch * x.heads * blocks, [&](int64_t index) {
+    const int64_t b = index / blocks / x.heads, h = index / blocks % x.heads, first = index % blocks * kGroup;
+    const int64_t slot = first_token + first;
+    std::vector<float> values(kGroup * dim), group(kGroup);
+    std::vector<uint8_t> codes(kGroup * dim);
+    for (int64_t t = 0; t < kGroup; ++t) LoadRow(x.data, x.dtype, Offset(x, b, h, first + t, 0), dim, &values[t * dim]);
+    for (int64_t d = 0; d < dim; ++d) {
+      for (int64_t t = 0; t < kGroup; ++t) group[t] = values[t * dim + d];
+      const Fit fit = FitGroup<kBits>(group.data(), kGroup);
+      for (int64_t t = 0; t < kGroup; ++t) codes[t * dim + d] = static_cast<uint8_t>(Code<kBits>(fit, group[t]));
+      OfGroup(out, 1, b, h, slot)[d] = fit.stored.scale;
+      OfGroup(out, 2, b, h, slot)[d] = fit.stored.minimum;
+    }
+    for (int64_t t = 0; t < kGroup; ++t) PackRow<kBits>(&codes[t * dim], dim, CodeRow<kBits>(out, b, h, slot + t));
+  });
+}
+
+template <int kBits>
+void DecodeKeys(const CodecParams&, const KvView& in, int64_t first_token, const DenseView& out) {
+  const int64_t dim = out.head_dim;
+  ForEach(/*parallel=*/true, RowsOf(out), [&](int64_t index) {
+    const Row row(out, index);
+    const int64_t slot = first_token + row.t;
+    const uint16_t *scales = OfGroup(in, 1, row.b, row.h, slot), *minima = OfGroup(in, 2, row.b, row.h, slot);
+    std::vector<float> values(dim);
+    std::vector<uint8_t> codes(dim);
+    UnpackRow<kBits>(CodeRow<kBits>(in, row.b, row.h, slot), dim, codes.data());
+    for (int64_t d = 0; d < dim; ++d) values[d] = Value({scales[d], minima[d]}, codes[d]);
+    StoreRow(values.data(), dim, out.dtype, Offset(out, row.b, row.h, row.t, 0), out.data);
+  });
+}
+
+// A block has a group of tokens of a head; its threads are as many as channels, in whole warps.
+KernelLaunch KernelOf(const char* kernel, int bits, const DenseView& x) {
+  if (x.head_dim > 1024) throw InputError("kivi: a head_dim of ", x.head_dim, " is too large for a GPU");
+  return {.instance = {{"kernels/schemes/kivi.cc"}, InstanceName(kernel, bits, TypeName(x.dtype))},
+          .grid = {static_cast<unsigned>(x.tokens / kGroup), static_cast<unsigned>(x.heads), static_cast<unsigned>(x.batch)},
+          .threads = static_cast<int>((x.head_dim + 31) / 32 * 32),
+          .early = false};
+}
+template <int kBits>
+void EncodeKeysCuda(const CodecParams&, const DenseView& x, int64_t first_token, const KvView& out, void* stream) {
+  if (RowsOf(x) == 0) return;
+  Launch("kivi encode", KernelOf("kvq::kivi::EncodeKernel", kBits, x), stream, x, first_token, out);
+}
+template <int kBits>
+void DecodeKeysCuda(const CodecParams&, const KvView& in, int64_t first_token, const DenseView& out, void* stream) {
+  if (RowsOf(out) == 0) return;
+  Launch("kivi decode", KernelOf("kvq::kivi::DecodeKernel", kBits, out), stream, in, first_token, out);
+}
+
+// ---- the rows
+
+template <int kBits>
+Codec KeysCodec() {
+  static constexpr int64_t kGroups[] = {kGroup};
+  Codec codec;
+  codec.bits = kBits;
+  codec.default_group = kGroup, codec.groups = kGroups, codec.head_dim_multiple = kRunChannels<kBits>;
+  codec.grouping = "32 consecutive tokens of one channel";
+  codec.min_block_tokens = kGroup;
+  codec.block_wide = true;  // though which multiple of 32 a block is does not matter
+  codec.planes = [](int64_t /*heads*/, int64_t head_dim, const CodecParams& params) -> std::vector<Plane> {
+    CheckGroups("kivi", kGroups, head_dim, params.group_size);
+    CheckRun(kBits, head_dim);
+    return {{"codes", head_dim * kBits / 8}, {"scales", head_dim * 2, kGroup}, {"minima", head_dim * 2, kGroup}};
+  };
+  codec.encode = EncodeKeys<kBits>;
+  codec.decode = DecodeKeys<kBits>;
+  codec.encode_cuda = EncodeKeysCuda<kBits>;
+  codec.decode_cuda = DecodeKeysCuda<kBits>;
+  return codec;
+}
+
+template <typename S>
+Scheme Runs(double nmse, const char* keys, const char* values) {
+  Scheme scheme{.name = S::kLabel, .source = "KIVI (arXiv 2402.02750), quant/new_pack.py at 876b4d2",
+                .keys = KeysCodec<S::kBits>(), .values = plain::MakeCodec<S>(), .refused = ""};
+  scheme.keys.golden = keys, scheme.values.golden = values;
+  for (Codec* codec : {&scheme.keys, &scheme.values}) {
+    codec->nmse = nmse;
+    codec->nmse_source = "NumPy in float16, from the formula above";
+  }
+  return scheme;
+}
+
+const RegisterScheme k4{Runs<Values4>(6.12e-3, "kivi-4-keys.json", "kivi-4-values.json")};
+const RegisterScheme k2{Runs<Values2>(0.155, "kivi-2-keys.json", "kivi-2-values.json")};
+
+}  // namespace
+
+#else
+// ---- CUDA: the same bits. A thread goes through the tokens of its channel; then all of them make words.
+
+template <DType kType>
+struct ChannelNumbers {
+  const DenseView& x;
+  int64_t first;
+  __device__ __forceinline__ float operator[](int i) const { return LoadElement(x.data, kType, first + i * x.token_stride); }
+};
+
+template <int kBits, DType kType>
+__global__ void __launch_bounds__(1024) EncodeKernel(DenseView x, int64_t first_token, KvView out) {
+  __shared__ uint8_t codes[kGroup * 1024];  // [token, channel]
+  constexpr int kFields = 16 / kBits;
+  const int64_t b = blockIdx.z, h = blockIdx.y, first = int64_t{blockIdx.x} * kGroup;
+  const int64_t slot = TokenBase(out) + first_token + first;
+  const uint32_t dim = static_cast<uint32_t>(x.head_dim), words = dim * kBits / 32, d = threadIdx.x;
+  if (d < dim) {
+    const ChannelNumbers<kType> channel{x, Offset(x, b, h, first, d)};
+    const Fit fit = FitGroup<kBits>(channel, kGroup);
+    for (int t = 0; t < kGroup; ++t) codes[t * dim + d] = static_cast<uint8_t>(Code<kBits>(fit, channel[t]));
+    OfGroup(out, 1, b, h, slot)[d] = fit.stored.scale;
+    OfGroup(out, 2, b, h, slot)[d] = fit.stored.minimum;
+  }
+  __syncthreads();
+  for (uint32_t i = threadIdx.x; i < kGroup * words; i += blockDim.x) {
+    const uint32_t t = i / words, place = i % words, chunk = place / (words / 4), w = place % (words / 4);
+    uint32_t word = 0;
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+#pragma unroll
+      for (int field = 0; field < kFields; ++field) {
+        word |= uint32_t{codes[t * dim + ChannelOf<kBits>(chunk, w, side, field)]} << (16 * side + field * kBits);
+      }
+    }
+    reinterpret_cast<uint32_t*>(CodeRow<kBits>(out, b, h, slot + t))[place] = word;
+  }
+}
+
+template <int kBits, DType kType>
+__global__ void __launch_bounds__(1024) DecodeKernel(KvView in, int64_t first_token, DenseView out) {
+  const int64_t b = blockIdx.z, h = blockIdx.y, first = int64_t{blockIdx.x} * kGroup, slot = first_token + first;
+  const uint32_t dim = static_cast<uint32_t>(out.head_dim), d = threadIdx.x;
+  if (d >= dim) return;
+  const Affine stored{OfGroup(in, 1, b, h, slot)[d], OfGroup(in, 2, b, h, slot)[d]};
+  const WordPlace place = PlaceOf<kBits>(d, dim * kBits / 128);
+  for (int t = 0; t < kGroup; ++t) {
+    const uint32_t word = reinterpret_cast<const uint32_t*>(CodeRow<kBits>(in, b, h, slot + t))[place.word];
+    StoreElement(out.data, kType, Offset(out, b, h, first + t, d), Value(stored, word >> place.shift & ((1u << kBits) - 1)));
+  }
+}
+
+#endif  // __CUDACC__
+
+}  // namespace kvq::kivi

@@ -1,0 +1,215 @@
+// turboquant-k4, turboquant-k3 (keys), turboquant-v4, turboquant-v3 (values): TurboQuant as vLLM serves it; and
+// turboquant-k4-raw, turboquant-k3-raw, without its correction of the norm.
+//
+// Source: vLLM 0.33.0, quantization/turboquant/{config,centroids}.py, v1/attention/ops/triton_turboquant_{store,decode}.py;
+// after Zandieh, Daliri, Hadian & Mirrokni, "TurboQuant" (arXiv 2504.19874), without its residual bits (QJL), which vLLM left
+// out on purpose. Its presets, K and V: turboquant_4bit_nc is `turboquant-k4+turboquant-v4@residual=0`, k3v4_nc
+// `turboquant-k3+turboquant-v4@residual=0`, 3bit_nc `turboquant-k3+turboquant-v3@residual=0`. vLLM keeps the first two and the
+// last two layers in 16 bits, which a spec has to say (@layers=0-1:none@layers=30-31:none).
+//
+// Keys, of all D channels x of a token, in float32:
+//   n = sqrt(sum x^2), summed in the channels' order, stored as fp16;   y = (x / (n + 1e-8)) H,
+//   H the Sylvester-Hadamard matrix of D over sqrt(D), without random signs: part of the format, whatever a spec's @rotate says
+//   code q = how many of the middles between neighbouring centroids c[0], ..., c[2^bits - 1] are <= y: a tie goes up
+//   decoded: (r H) fp16(n), r = c[q] / sqrt(sum c[q]^2 + 1e-16) ("nc", norm correction), or r = c[q] ("-raw")
+// The centroids are what Lloyd and Max's iteration gave vLLM for N(0, 1 / D) when it ended, which with 4 bits is not at its
+// goal but after 200 rounds: tables below, for each D.
+// Values, of all channels of a token, not turned: s = max((max - min) / m, 1e-8), m = 2^bits - 1
+//   code q = min(m, floor((x - min) / s + 0.5)), by the s that is not rounded;   decoded: q fp16(s) + fp16(min)
+//
+// Exact bytes: keys D bits / 8 + 2, values D bits / 8 + 4 (D = 128: 66, 50; 68, 52). Planes, per token and head:
+//   codes     head_dim / 2 bytes, of 3 bits the low two, head_dim / 4, see kernels/code_row.h (vLLM: byte i has channels 2i and
+//             2i + 1; 3-bit codes lie one after the other)
+//   odd bits  of 3 bits: head_dim / 8 bytes
+//   metadata  keys: fp16(n);  values: fp16(s), and fp16(min)
+// Refused: keys' head_dim that is none of 64, 128, 256, 512 (vLLM: no power of two); values' that does not fill its row; @group.
+//
+// Where it differs. vLLM multiplies by H as a matrix, in an order that its library picks, here it is butterflies: a y within
+// some 1e-7 of a middle may get the neighbour's code. Its attention does not turn decoded keys back but queries forth, and its
+// chunked prefill turns keys back in fp16, which moves them by 2^-11. A norm that fp16 cannot hold is stored as 65504, in vLLM
+// as infinity. Other engines' "turbo" formats (llama.cpp's forks, LMDeploy) are other ones.
+#include "kernels/plain.h"
+
+namespace kvq::turboquant {
+
+inline constexpr int64_t kTurnedHeadDims[] = {64, 128, 256, 512};
+
+// The centroids from zero on, the others are their mirror images: [D = 64, 128, 256, 512].
+struct Centroids {
+  float of4[4][8], of3[4][4];
+};
+inline constexpr Centroids kCentroids = {
+    {{.0160534576f, .0485172239f, .0821099898f, .11780603f, .157032196f, .20223522f, .25855589f, .341365277f},
+     {.0113515087f, .034306858f, .0580605306f, .083301443f, .111038531f, .143001895f, .182826623f, .241381702f},
+     {.00802672841f, .0242586117f, .0410549939f, .0589030161f, .0785160959f, .101117611f, .129277945f, .170682639f},
+     {.00567575451f, .0171534289f, .0290302653f, .0416507199f, .0555192642f, .0715009496f, .0914133117f, .120690852f}},
+    {{.0306229492f, .0944556879f, .167897501f, .268793693f},
+     {.0216536951f, .0667902575f, .118721462f, .190065843f},
+     {.0153114749f, .0472278446f, .0839487538f, .134396851f},
+     {.0108268475f, .0333951302f, .0593607314f, .0950329229f}}};
+#ifdef __CUDACC__
+__device__ const Centroids kDeviceCentroids = kCentroids;
+#endif
+
+template <int kBits>
+KVQ_HD inline float Centroid(int of_dim, uint32_t code) {
+#ifdef __CUDACC__
+  const Centroids& all = kDeviceCentroids;
+#else
+  const Centroids& all = kCentroids;
+#endif
+  constexpr uint32_t kHalf = 1 << (kBits - 1);
+  const uint32_t i = code < kHalf ? kHalf - 1 - code : code - kHalf;
+  const float c = kBits == 4 ? all.of4[of_dim][i] : all.of3[of_dim][i];
+  return code < kHalf ? -c : c;
+}
+
+KVQ_HD inline int TableOf(int head_dim) { return head_dim <= 64 ? 0 : head_dim <= 128 ? 1 : head_dim <= 256 ? 2 : 3; }
+
+template <typename Numbers>
+KVQ_HD inline float Norm(const Numbers& x, int n) {
+  float sum = 0;
+  for (int i = 0; i < n; ++i) sum += x[i] * x[i];
+  return sqrtf(sum);
+}
+
+template <int kBits_, bool kCorrected>
+struct Keys {
+  static constexpr char kFile[] = "kernels/schemes/turboquant.cc";
+  static constexpr int kBits = kBits_;
+  static constexpr int64_t kGroups[] = {0};
+  static constexpr auto& kHeadDims = kTurnedHeadDims;
+
+  struct Stored {};
+  struct Vector {
+    uint16_t norm;
+  };
+  struct Fit {
+    int table;
+    Stored stored;
+  };
+  struct Opened {
+    int table;
+    float root, norm;
+  };
+
+  template <typename Numbers>
+  KVQ_HD static Vector FitVector(const Numbers& x, int n) {
+    float poison = 0;
+    for (int i = 0; i < n; ++i) poison += x[i] * 0;
+    return {FloatToHalf(plain::Poisoned(Smaller(Norm(x, n), 65504), poison))};
+  }
+  template <typename Numbers, typename Team>
+  KVQ_HD static void Turn(Numbers&& x, int n, const Team& team) {
+    const float divisor = Norm(x, n) + 1e-8f;
+    team.Sync();
+    for (int i = team.rank; i < n; i += team.size) x[i] = x[i] / divisor;
+    team.Sync();
+    plain::Hadamard(x, n, n, team);
+  }
+  template <typename Numbers, typename Team>
+  KVQ_HD static void TurnBack(Numbers&& x, int n, const Team& team) {
+    plain::Hadamard(x, n, n, team);
+  }
+  template <typename Numbers>
+  KVQ_HD static Fit FitGroup(const Numbers&, int n, const Vector&) {
+    return {TableOf(n), {}};
+  }
+  KVQ_HD static uint32_t Code(const Fit& fit, float y) {
+    uint32_t code = 0;
+    for (uint32_t step = 1 << (kBits - 1); step > 0; step /= 2) {
+      const uint32_t upper = code + step;
+      const float middle = (Centroid<kBits>(fit.table, upper - 1) + Centroid<kBits>(fit.table, upper)) * 0.5f;
+      code = y >= middle ? upper : code;
+    }
+    return code;
+  }
+  template <typename Codes>
+  KVQ_HD static Opened Open(const Codes& codes, int n, const Stored&, const Vector& vector) {
+    const int table = TableOf(n);
+    float sum = 0;
+    for (int i = 0; i < n; ++i) {
+      const float c = Centroid<kBits>(table, codes[i]);
+      sum += c * c;
+    }
+    return {table, kCorrected ? sqrtf(sum + 1e-16f) : 1.0f, HalfToFloat(vector.norm)};
+  }
+  KVQ_HD static float Value(const Opened& opened, uint32_t code) {
+    return Centroid<kBits>(opened.table, code) / opened.root * opened.norm;
+  }
+};
+
+struct K4 : Keys<4, true> {
+  static constexpr char kName[] = "kvq::turboquant::K4", kLabel[] = "turboquant-k4";
+};
+struct K3 : Keys<3, true> {
+  static constexpr char kName[] = "kvq::turboquant::K3", kLabel[] = "turboquant-k3";
+};
+struct K4Raw : Keys<4, false> {
+  static constexpr char kName[] = "kvq::turboquant::K4Raw", kLabel[] = "turboquant-k4-raw";
+};
+struct K3Raw : Keys<3, false> {
+  static constexpr char kName[] = "kvq::turboquant::K3Raw", kLabel[] = "turboquant-k3-raw";
+};
+
+template <int kBits_>
+struct Values {
+  static constexpr char kFile[] = "kernels/schemes/turboquant.cc";
+  static constexpr int kBits = kBits_;
+  static constexpr int64_t kGroups[] = {0};
+  static constexpr float kLargest = (1 << kBits) - 1;
+
+  struct Stored {
+    uint16_t scale, minimum;
+  };
+  static constexpr int kStored[] = {2, 2};
+  struct Fit {
+    float scale, minimum;
+    Stored stored;
+  };
+
+  template <typename Numbers>
+  KVQ_HD static Fit FitGroup(const Numbers& x, int n) {
+    const GroupRange range = plain::Range(x, n);
+    const float scale = plain::Poisoned(Larger((range.high - range.low) / kLargest, 1e-8f), range.poison);
+    const float minimum = plain::Poisoned(plain::PlusZero(range.low), range.poison);
+    return {scale, minimum, {FloatToHalf(scale), FloatToHalf(minimum)}};
+  }
+  KVQ_HD static uint32_t Code(const Fit& fit, float x) {
+    return static_cast<uint32_t>(plain::Clamped((x - fit.minimum) / fit.scale + 0.5f, 0, kLargest));
+  }
+  KVQ_HD static float Value(const Stored& stored, uint32_t code) {
+    return static_cast<float>(code) * HalfToFloat(stored.scale) + HalfToFloat(stored.minimum);
+  }
+};
+
+struct V4 : Values<4> {
+  static constexpr char kName[] = "kvq::turboquant::V4", kLabel[] = "turboquant-v4";
+};
+struct V3 : Values<3> {
+  static constexpr char kName[] = "kvq::turboquant::V3", kLabel[] = "turboquant-v3";
+};
+
+#ifndef __CUDACC__
+namespace {
+
+template <typename S>
+Scheme Row(double nmse, const char* golden) {
+  Codec codec = plain::MakeCodec<S>();
+  codec.nmse = nmse;
+  codec.nmse_source = "NumPy, from the formula above, head_dim 128";
+  codec.golden = golden;
+  return {.name = S::kLabel, .source = "vLLM 0.33.0, turboquant", .keys = codec, .values = codec, .refused = ""};
+}
+
+const RegisterScheme kK4{Row<K4>(9.17e-3, "turboquant-k4.json")};
+const RegisterScheme kK3{Row<K3>(3.38e-2, "turboquant-k3.json")};
+const RegisterScheme kK4Raw{Row<K4Raw>(9.31e-3, "turboquant-k4-raw.json")};
+const RegisterScheme kK3Raw{Row<K3Raw>(3.4e-2, "turboquant-k3-raw.json")};
+const RegisterScheme kV4{Row<V4>(9.99e-3, "turboquant-v4.json")};
+const RegisterScheme kV3{Row<V3>(4.59e-2, "turboquant-v3.json")};
+
+}  // namespace
+#endif  // __CUDACC__
+
+}  // namespace kvq::turboquant
