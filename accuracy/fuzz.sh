@@ -36,8 +36,11 @@ sources=("$root"/fixtures/{safetensors,model_config,cache/spec}.cc
 # A header or this script that has changed makes all of ours anew.
 mapfile -t headers < <(ls -t "$root"/*/*.{h,cuh} "$root"/*/*/*.{h,cuh} "$0" 2>/dev/null)
 compile() {  # SOURCE
-  [[ $(basename "$1").o -nt $1 && $(basename "$1").o -nt ${headers[0]} ]] || clang++ "${checked[@]}" -std=c++20 -Wno-unknown-pragmas -I "$root" -isystem "$oniguruma/src" \
-    -isystem "$cache/cuda-13.0.96/include" -c "$1" -o "$(basename "$1").o"
+  local object
+  object=$(basename "$1").o
+  [[ $object -nt $1 && $object -nt ${headers[0]} ]] ||
+    clang++ "${checked[@]}" -std=c++20 -Wno-unknown-pragmas -I "$root" -isystem "$oniguruma/src" \
+      -isystem "$cache/cuda-13.0.96/include" -c "$1" -o "$object"
 }
 waiting=0
 for source in "${sources[@]}"; do
