@@ -29,7 +29,7 @@ checked=(-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fs
 
 # Architectures' rows are parsers of config.json, schemes' rows check specs.
 mapfile -t architectures < <(grep -l '^const RegisterArchitecture' "$root"/fixtures/architectures/*.cc)
-sources=("$root"/fixtures/{safetensors,model_config,cache/spec}.cc
+sources=("$root"/fixtures/{safetensors,model_config,cache/{spec,presets}}.cc
   "$root"/fixtures/tokenizer/{tokenizer,tokenizer_formats,tokenizer_stages,added_tokens,bpe,unicode}.cc
   "${architectures[@]}" "$root"/kernels/{scheme.cc,schemes/*.cc} "$root/benchmarks/results_file.cc"
   "$root/accuracy/fuzz_loaders.cc")

@@ -10,23 +10,6 @@
 namespace kvq {
 namespace {
 
-// Over the keys and values that are encoded at all; nothing where none are.
-std::optional<double> EncodedBits(const Spec& spec, const CacheShape& shape) {
-  double bits = 0, elements = 0;  // of one token
-  for (size_t layer = 0; layer < shape.layers.size(); ++layer) {
-    const KvShape& of = shape.layers[layer];
-    const SchemePair pair = spec.At(static_cast<int64_t>(layer), shape.count());
-    for (const Codec* codec : {&pair.keys->keys, &pair.values->values}) {
-      if (codec->encode == nullptr) continue;
-      for (const Plane& plane : codec->planes(of.kv_heads, of.head_dim, spec.Params(*codec))) {
-        bits += 8.0 * static_cast<double>(of.kv_heads * plane.bytes) / static_cast<double>(plane.tokens);
-      }
-      elements += static_cast<double>(of.kv_heads * of.head_dim);
-    }
-  }
-  return elements > 0 ? std::optional(bits / elements) : std::nullopt;
-}
-
 Counters KvSize(Session& session, const Cell& cell, benchmark::State& state) {
   const ModelConfig config = FindModel(cell.model).config();
   const CacheShape shape = CacheShapeOf(config, cell.batch);

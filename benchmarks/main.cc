@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -19,6 +20,8 @@
 #include "benchmarks/progress.h"
 #include "benchmarks/results_file.h"
 #include "benchmarks/schema_v2.h"
+#include "fixtures/cache/kv_cache.h"
+#include "fixtures/cache/presets.h"
 #include "fixtures/machine/host_memory.h"
 #include "fixtures/machine/out_of_memory.h"
 #include "kernels/error.h"
@@ -134,7 +137,7 @@ void Measure(benchmark::State& state, const Measurement& measurement, const Cell
   // The kernels that really ran: nothing falls back silently.
   state.SetLabel(StrCat(session.device().is_cuda() ? "cuda" : "cpu", " ",
                         c10::toString(session.dtype()), ", ", session.ran,
-                        stages.empty() ? "" : "; ", stages,
+                        spec.meaning.empty() ? "" : "; ", spec.meaning, stages.empty() ? "" : "; ", stages,
                         session.note.empty() ? "" : "; ", session.note));
 }
 
@@ -295,6 +298,42 @@ std::set<std::string> Missing(const std::vector<std::string>& names, const Outpu
   return {patched.begin(), patched.end()};
 }
 
+// Presets with the bits per element of `context` tokens of a model's cache, all counted, and of encoded tokens alone.
+std::string PresetList(const std::string& model, int64_t context) {
+  const ModelFiles files = FindModel(model);
+  const CacheShape shape = CacheShapeOf(files.config(), 1);
+  const at::ScalarType dense = CacheTypeOf(files.config(), files.dir);
+  std::vector<std::array<std::string, 6>> rows = {{"preset", StrCat("bits, ", context), "encoded", "engine", "spec", "the engine's flags"}};
+  const auto bits = [](double value) {
+    char text[16];
+    std::snprintf(text, sizeof text, "%.3f", value);
+    return std::string(text);
+  };
+  for (const Preset& preset : Presets()) {
+    const Spec spec = ParseSpec(preset.name);
+    std::string all = "-", encoded = "-";
+    try {
+      CheckSpec(spec, shape);
+      all = bits(8.0 * static_cast<double>(KvBytes(spec, shape, context, dense)) /
+                 static_cast<double>(shape.TokenElements() * context));
+      encoded = bits(EncodedBits(spec, shape).value_or(16));
+    } catch (const InputError&) {  // not for this shape
+    }
+    rows.push_back({preset.name, all, encoded, preset.engine, preset.spec, preset.flags});
+  }
+  std::array<size_t, 6> widths = {};
+  for (const auto& row : rows) {
+    for (size_t i = 0; i < row.size(); ++i) widths[i] = std::max(widths[i], row[i].size());
+  }
+  std::string text = StrCat("of ", ModelLabel(model), "; -: not for its head_dim\n");
+  for (const auto& row : rows) {
+    for (size_t i = 0; i < row.size(); ++i) {
+      text += row[i] + (i + 1 < row.size() ? std::string(widths[i] + 2 - row[i].size(), ' ') : "\n");
+    }
+  }
+  return text;
+}
+
 // A cell, as a run of Google Benchmark by itself: of one run it could not be tried a second time.
 void RunBenchmark(const std::string& name, const Measurement& measurement, const Cell& cell, Session& session,
                   Progress& progress, Tee& reporter) {
@@ -342,6 +381,10 @@ int Main(int argc, char** argv) {
   }
   if (line.output.list_devices) {
     std::cout << DeviceList();
+    return 0;
+  }
+  if (line.output.list_presets) {
+    std::cout << PresetList(line.options.models.front(), line.options.contexts.front());
     return 0;
   }
   if (!line.output.to_v2.empty()) {

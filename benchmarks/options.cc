@@ -160,6 +160,8 @@ CommandLine ParseCommandLine(const std::vector<std::string>& arguments) {
       line.output.to_v2 = value;
     } else if (name == "--vram-diag") {
       line.options.vram_diag = value != "false" && value != "0";
+    } else if (name == "--list-presets") {
+      line.output.list_presets = value != "false" && value != "0";
     } else if (name == "--list-devices") {
       line.output.list_devices = value != "false" && value != "0";
     } else if (name == "--benchmark_list_tests") {
@@ -223,6 +225,7 @@ std::string HelpText() {
     rows.emplace_back(flag.name, flag.what + (flag.value.empty() ? "" : " (" + flag.value + ")"));
   }
   rows.emplace_back("--list-devices", "lists what --device can name, and ends");
+  rows.emplace_back("--list-presets", "lists what engines store and --schemes can name, with its bits per element for the first of --models, and ends");
   rows.emplace_back("--vram-diag", "memory lists the largest live blocks of GPU memory on stderr");
   help << Columns(rows)
        << "  --benchmark_filter=REGEX, --benchmark_format=console|json, --benchmark_out=FILE.json,\n"

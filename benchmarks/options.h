@@ -19,6 +19,7 @@ struct OutputOptions {
   std::string summary_file;     // --summary-file
   bool list_tests = false;
   bool list_devices = false;
+  bool list_presets = false;
   std::string to_v2;              // --to-v2: a folder; nothing is measured
   std::vector<std::string> files;  // what it converts
 };
