@@ -28,7 +28,7 @@ def signs(n):
 
 
 def balance(tile):
-    """Column and row scales of a tile: 16 rounds of Sinkhorn's iteration on logarithms, the best of all."""
+    """Column and row scales of a tile: 16 rounds of Sinkhorn's iteration on logarithms, the best of all; and which it was."""
     log_column, log_row = torch.zeros(1, tile.shape[1], dtype=tile.dtype), torch.zeros(tile.shape[0], 1, dtype=tile.dtype)
 
     def now():
@@ -38,14 +38,14 @@ def balance(tile):
         columns, rows = b.std(dim=0), b.std(dim=1)
         return columns.max() / columns.min().clamp_min(1e-8) + rows.max() / rows.min().clamp_min(1e-8)
 
-    best, scales = imbalance(now()), (log_column.exp(), log_row.exp())
-    for _ in range(16):
+    best, scales, which = imbalance(now()), (log_column.exp(), log_row.exp()), 0
+    for i in range(1, 17):
         log_column = (log_column + now().std(dim=0, keepdim=True).clamp(1e-3, 1e3).log()).clamp(-0.3, 10.0)
         log_row = (log_row + now().std(dim=1, keepdim=True).clamp(1e-3, 1e3).log()).clamp(-0.3, 10.0)
         found = imbalance(now())
         if found <= best:
-            best, scales = found, (log_column.exp(), log_row.exp())
-    return scales
+            best, scales, which = found, (log_column.exp(), log_row.exp()), i
+    return *scales, which
 
 
 def halves(v):
@@ -56,11 +56,12 @@ def halves(v):
 
 
 def encode(x, bits, keys):
-    """x [128, channels]: codes like x, three arrays of float16, decoded numbers, and whether codes and arrays are sure."""
+    """x [128, channels]: codes like x, three arrays of float16, decoded numbers, the best round,
+    and whether codes and arrays are sure."""
     h = signs(x.shape[1]) / math.sqrt(x.shape[1])
     turned = torch.from_numpy(x).double() @ h
     tile = turned.T if keys else turned
-    column, row = balance(tile)
+    column, row, which = balance(tile)
     balanced = tile / column / row
     low, high = balanced.amin(dim=1, keepdim=True), balanced.amax(dim=1, keepdim=True)
     step = ((high - low) / ((1 << bits) - 1)).clamp_min(1e-10)
@@ -76,7 +77,7 @@ def encode(x, bits, keys):
     decoded = (q * scale[:, None] + minimum[:, None]) * columns[None, :]
     back = (decoded.T if keys else decoded) @ h
     codes = (q.T if keys else q).to(torch.uint8).numpy()
-    return codes, numbers, back.float().numpy(), sure
+    return codes, numbers, back.float().numpy(), which, sure
 
 
 def numbers_of(seed, head_dim):
@@ -89,9 +90,10 @@ def numbers_of(seed, head_dim):
 
 def cases(bits, keys):
     for seed in range(2000):
-        x = numbers_of(seed, 64)
-        codes, numbers, decoded, sure = encode(x, bits, keys)
-        if sure:
+        # Scales are limited: of small keys and of large values the last round is the best, else mostly an earlier one.
+        x = numbers_of(seed, 64) * np.float32(1 if bits == 2 else 0.3 if keys else 3)
+        codes, numbers, decoded, which, sure = encode(x, bits, keys)
+        if sure and (which == 16) == (bits == 4):
             yield golden_schemes.case("scales of many sizes", x, 0, decoded, codes, numbers)
             return
     raise ValueError("no seed gives sure codes")
