@@ -176,8 +176,9 @@ inline bool Takes(const Codec& codec, int64_t group, int64_t head_dim) {
   return head_dim % codec.head_dim_multiple == 0 && (group == 0 || head_dim % group == 0);
 }
 
-// The smallest head_dim from `least` on that it takes.
+// The smallest head_dim from `least` on that it takes; the largest one where it takes none of these.
 inline int64_t HeadDim(const Codec& codec, int64_t group, int64_t least) {
+  if (!codec.head_dims.empty()) least = std::min(least, *std::max_element(codec.head_dims.begin(), codec.head_dims.end()));
   while (!Takes(codec, group, least)) ++least;
   return least;
 }
