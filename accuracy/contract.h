@@ -6,7 +6,7 @@
 //   source     what made it
 //   differing  how many decoded numbers may differ at all (0: none does), and
 //   tolerance  by how much, as a share of the largest magnitude of their token
-//   cases      each with: what; shape [batch, heads, tokens, head_dim]; group; bytes of a token of one head; and, as the bytes
+//   cases      each with: what; shape [batch, heads, tokens, head_dim]; group; and, where the source has blocks, the bytes of a token of one head; and, as the bytes
 //              of little-endian numbers in hexadecimal digits, x and decoded (float32), and where the source has them
 //                codes    a byte each, in the order of x, as the scheme keeps them (with its offset)
 //                numbers  one text for each plane of metadata: its bytes in the order of groups (of tokens: "vector")
@@ -176,8 +176,9 @@ inline bool Takes(const Codec& codec, int64_t group, int64_t head_dim) {
   return head_dim % codec.head_dim_multiple == 0 && (group == 0 || head_dim % group == 0);
 }
 
-// The smallest head_dim from `least` on that it takes.
+// The smallest head_dim from `least` on that it takes; the largest one where it takes none of these.
 inline int64_t HeadDim(const Codec& codec, int64_t group, int64_t least) {
+  if (!codec.head_dims.empty()) least = std::min(least, *std::max_element(codec.head_dims.begin(), codec.head_dims.end()));
   while (!Takes(codec, group, least)) ++least;
   return least;
 }
@@ -581,7 +582,9 @@ inline std::string CheckGolden(const Codec& codec) {
     }
     const int64_t block = c.value("block", shape.tokens);  // where the file does not say: all tokens
     const int64_t bytes = EncodedBytes(codec, {.group_size = group}, 1, shape.heads, shape.head_dim, block);
-    if (bytes != c["bytes"].get<int64_t>() * shape.heads * block) findings.Add(what, bytes, " bytes, not ", c["bytes"], " a token and head");
+    if (c.contains("bytes") && bytes != c["bytes"].get<int64_t>() * shape.heads * block) {
+      findings.Add(what, bytes, " bytes, not ", c["bytes"], " a token and head");
+    }
     const Encoded encoded = Encode(codec, group, shape, x, {.block = block});
     if (c.contains("codes")) {
       std::string codes;

@@ -56,10 +56,12 @@ def inputs(head_dim, group, ties, largest=3e4, seed=11):
     yield "ties", ties[:len(ties) * group // head_dim * head_dim // group].reshape(-1, head_dim)
 
 
-def case(what, x, group, decoded, token_bytes, codes=None, numbers=None, heads=1):
+def case(what, x, group, decoded, codes=None, numbers=None, heads=1, token_bytes=None):
     """x and decoded [tokens, head_dim]; codes likewise; numbers: an array for each plane of metadata."""
-    made = {"what": what, "shape": [1, heads, len(x) // heads, x.shape[1]], "group": group, "bytes": token_bytes,
+    made = {"what": what, "shape": [1, heads, len(x) // heads, x.shape[1]], "group": group,
             "x": hexadecimal(x), "decoded": hexadecimal(decoded)}
+    if token_bytes is not None:
+        made["bytes"] = token_bytes
     if codes is not None:
         made["codes"] = hexadecimal(codes, np.uint8)
     if numbers is not None:

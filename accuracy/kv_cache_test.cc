@@ -5,6 +5,7 @@
 #include "accuracy/golden.h"
 #include "fixtures/cache/codec_tensors.h"
 #include "fixtures/cache/kv_cache.h"
+#include "fixtures/cache/presets.h"
 #include "kernels/error.h"
 
 namespace kvq {
@@ -77,6 +78,29 @@ TEST(Spec, ParsesEveryPart) {
   }
   EXPECT_TRUE(ParseSpec("none").stores_dense());
   EXPECT_FALSE(ParseSpec("none+int4-hqq").stores_dense());
+}
+
+// A preset's name means its spec, and results say both; a name that is a scheme's, too, only when it stands alone.
+TEST(Spec, PresetsMeanTheirSpecs) {
+  std::set<std::string> names;
+  for (const Preset& preset : Presets()) {
+    SCOPED_TRACE(preset.name);
+    EXPECT_TRUE(names.insert(preset.name).second);
+    const Spec spec = ParseSpec(preset.name), plain = ParseSpec(StrCat(preset.spec, "@sinks=0"));
+    EXPECT_EQ(spec.text, preset.name);
+    EXPECT_EQ(spec.meaning, preset.spec);
+    EXPECT_EQ(spec.schemes.keys, plain.schemes.keys);
+    EXPECT_EQ(spec.schemes.values, plain.schemes.values);
+    EXPECT_EQ(spec.keys, plain.keys);
+    EXPECT_EQ(spec.values, plain.values);
+    EXPECT_EQ(spec.policy, plain.policy);
+  }
+  EXPECT_EQ(ParseSpec("llamacpp-q4_0@sinks=4").sink_tokens, 4);
+  EXPECT_EQ(ParseSpec("llamacpp-q4_0@sinks=4").keys.rotation.kind, Rotation::kHadamard);
+  EXPECT_THROW(ParseSpec("llamacpp-q4_0@residual=4"), InputError) << "it says that already";
+  EXPECT_EQ(ParseSpec("kivi-2").policy, Policy::kKivi);
+  EXPECT_EQ(ParseSpec("kivi-2@residual=64").policy, Policy::kAppend);
+  EXPECT_EQ(ParseSpec("q4_0").meaning, "");
 }
 
 TEST(Spec, RefusesWithTheReason) {

@@ -109,8 +109,8 @@ def cases(name):
                       quantize(x + F(0) if name in ("q4_0", "q5_0") else x, kind).reshape(-1, size))
             decoded = dequantize(blocks.reshape(len(x), -1), kind)
             codes, numbers = take_apart(name, blocks)
-            yield golden_schemes.case(what, x, GROUP, decoded, blocks.nbytes // len(x), codes, numbers,
-                                      heads=2 if len(x) % 2 == 0 else 1)
+            yield golden_schemes.case(what, x, GROUP, decoded, codes, numbers, heads=2 if len(x) % 2 == 0 else 1,
+                                      token_bytes=blocks.nbytes // len(x))
 
 
 def main(arguments):

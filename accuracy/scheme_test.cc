@@ -117,6 +117,26 @@ void ExpectSameBitsOnGpu(const Codec& codec, const std::vector<Case>& cases, con
   }
 }
 
+// Bytes of a token and head in head_dim 64 and 128, all metadata counted, as the engines' sources lay them out.
+TEST(SchemeParity, BytesAreTheEngines) {
+  const std::map<std::string, std::array<int64_t, 2>> bytes = {
+      {"q8_0", {68, 136}}, {"q5_1", {48, 96}}, {"q5_0", {44, 88}}, {"q4_1", {40, 80}}, {"q4_0", {36, 72}}, {"iq4_nl", {36, 72}},
+      {"kivi-4", {40, 80}}, {"kivi-2", {24, 48}}, {"fp8-e4m3", {64, 128}}, {"fp8-e5m2", {64, 128}}, {"int8-token", {68, 132}},
+      {"fp8-e4m3-token", {68, 132}}, {"int4-token", {36, 68}}, {"turboquant-k4", {34, 66}}, {"turboquant-k3", {26, 50}},
+      {"turboquant-v4", {36, 68}}, {"turboquant-v3", {28, 52}}, {"nvfp4", {36, 72}}, {"nvfp4-4over6", {36, 72}},
+      {"mxfp4", {34, 68}}, {"mxfp8", {66, 132}}, {"lmdeploy-8", {68, 132}}, {"lmdeploy-4", {36, 68}}, {"mlx-4", {36, 72}},
+      {"mlx-8", {68, 136}}, {"sglang-fp4", {36, 72}}, {"quarot-4", {36, 68}}, {"exl3-4", {36, 72}}};
+  for (const auto& [name, expected] : bytes) {
+    for (const auto& [side, codec] : CodecsOf(FindScheme(name))) {
+      for (const size_t i : {0, 1}) {
+        const int64_t tokens = 128;
+        EXPECT_EQ(EncodedBytes(*codec, {.group_size = codec->default_group}, 1, 1, 64 << i, tokens), expected[i] * tokens)
+            << name << ", " << side << ", head_dim " << (64 << i);
+      }
+    }
+  }
+}
+
 class EverySchemeGpu : public testing::TestWithParam<std::string> {};
 
 TEST_P(EverySchemeGpu, SameBitsAsTheCpu) {
