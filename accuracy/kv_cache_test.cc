@@ -2,6 +2,8 @@
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 
+#include <set>
+
 #include "accuracy/golden.h"
 #include "fixtures/cache/codec_tensors.h"
 #include "fixtures/cache/kv_cache.h"

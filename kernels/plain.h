@@ -70,8 +70,8 @@ KVQ_HD inline int32_t Nearest(float v) {
 // What fp16 keeps of a number.
 KVQ_HD inline float AsHalf(float v) { return HalfToFloat(FloatToHalf(v)); }
 
-// v, or NaN where the poison is one. (Adding it would lose the sign of a zero.)
-KVQ_HD inline float Poisoned(float v, float poison) { return poison == poison ? v : poison; }
+// v, or NaN where the poison is one, of the same bits everywhere. (Adding it would lose the sign of a zero.)
+KVQ_HD inline float Poisoned(float v, float poison) { return poison == poison ? v : BitsFloat(0x7FC00000); }
 
 // v, but 0 for -0: where the smallest of several zeros is stored, CPU and GPU may have found another one.
 KVQ_HD inline float PlusZero(float v) { return v + 0.0f; }
@@ -100,7 +100,8 @@ KVQ_HD inline float SignedMagnitude(const Numbers& x, int n) {
   return Poisoned(with_sign, poison);
 }
 
-// Smallest and largest, and the poison for what is stored.
+// Smallest and largest, NaN where something is not finite (which comparisons see in some orders and not in others), and the
+// poison for what is stored.
 template <typename Numbers>
 KVQ_HD inline GroupRange Range(const Numbers& x, int n) {
   GroupRange range{x[0], x[0], 0};
@@ -109,6 +110,7 @@ KVQ_HD inline GroupRange Range(const Numbers& x, int n) {
     range.high = Larger(x[i], range.high);
     range.poison += x[i] * 0;
   }
+  range.low = Poisoned(range.low, range.poison), range.high = Poisoned(range.high, range.poison);
   return range;
 }
 

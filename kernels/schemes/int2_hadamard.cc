@@ -73,7 +73,7 @@ struct Clipped {
     const GroupRange range = plain::Range(x, n);
     const float low = plain::Clamped(range.low, -threshold, threshold), high = plain::Clamped(range.high, -threshold, threshold);
     const float scale = plain::Poisoned(Larger(high - low, 1e-8f) / 3, range.poison);
-    return {threshold, {scale, (0 - low) / scale}};
+    return {threshold, {scale, plain::Poisoned((0 - low) / scale, range.poison)}};
   }
   KVQ_HD static uint32_t Code(const Fit& fit, float x) {
     const float clipped = plain::Clamped(x, -fit.threshold, fit.threshold);
