@@ -82,7 +82,7 @@ void UseSpec(const std::string& text) {
     }
     // What was allowed has a size.
     for (size_t layer = 0; layer < shape.layers.size(); ++layer) {
-      const kvq::SchemePair pair = spec.At(static_cast<int64_t>(layer));
+      const kvq::SchemePair pair = spec.At(static_cast<int64_t>(layer), shape.count());
       for (const kvq::Codec* codec : {&pair.keys->keys, &pair.values->values}) {
         if (codec->encode == nullptr) continue;
         const auto [heads, head_dim] = shape.layers[layer];
