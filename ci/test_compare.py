@@ -34,7 +34,7 @@ import prove_gate  # noqa: E402
 import timing  # noqa: E402
 
 KVQBENCH = os.environ.get("KVQ_BENCH_EXE") or os.path.join(ROOT, "build", "release", "kvqbench")
-BASELINE = os.path.join(HERE, "baselines", "smollm2-135m-cpu", "benchmarks.json")
+BASELINE = os.path.join(HERE, "baselines", "smollm2-135m-cpu-sdpa", "benchmarks.json")
 loader = importlib.machinery.SourceFileLoader("compare", os.path.join(HERE, "compare"))
 compare = importlib.util.module_from_spec(importlib.util.spec_from_loader("compare", loader))
 sys.dont_write_bytecode = True
