@@ -110,7 +110,11 @@ def legend(figure, handles):
     entry = 0.55 + 0.06 * max(len(handle.get_label()) for handle in handles)  # inches
     rows = math.ceil(len(handles) / max(1, int(width / entry)))
     columns = math.ceil(len(handles) / rows)
-    room = (0.1 + 0.16 * rows) / height
+    room = 0.1 + 0.16 * rows  # inches
+    if room > height / 3:  # of many specs: what is drawn keeps its size
+        height += room
+        figure.set_size_inches(width, height)
+    room /= height
     figure.get_layout_engine().set(rect=(0, room, 1, 1 - room))
     figure.legend(handles=handles, loc="lower center", ncol=columns, handlelength=2.8, borderaxespad=0)
 
