@@ -29,7 +29,13 @@ struct Side {
   Tensor sinks, residual, dense;
   EncodedTensors encoded;
   Tensor decoded, weight;
+  CodecParams params;
+  Turn turn;
 };
+
+CodecParams ParamsOf(const Codec& codec, const AttentionCase& c) {
+  return {.group_size = codec.device.plain == nullptr ? c.group : codec.default_group};
+}
 
 // `other_dense`: of the other side.
 Side MakeSide(const Codec& codec, bool other_dense, const AttentionCase& c, int64_t capacity) {
@@ -52,11 +58,29 @@ Side MakeSide(const Codec& codec, bool other_dense, const AttentionCase& c, int6
     }
     side.dense = side.dense.cuda();
   } else {
-    const CodecParams params{.group_size = c.group};
+    const CodecParams params = side.params = ParamsOf(codec, c);
+    side.turn = TurnOf(codec, {}, c.head_dim);
     EncodedTensors on_cpu = Encode(codec, params, tokens, 1);
     Tensor decoded = at::empty({batch, kKvHeads, capacity, c.head_dim}, at::kFloat);
     DecodeTensor(codec, params, on_cpu, 0, decoded);
     side.decoded = decoded.to(at::kDouble);
+    if (codec.device.plain != nullptr) {
+      // What a code times its scale is at most, twice the largest magnitude of a token; where it is turned, about four times
+      // the mean, and the errors of all channels join in each.
+      side.weight = codec.turned ? 24 * side.decoded.norm(2, 3, /*keepdim=*/true) / std::sqrt(static_cast<double>(c.head_dim))
+                                 : 2 * side.decoded.abs().amax(3, /*keepdim=*/true);
+      side.weight = side.weight.expand_as(side.decoded).contiguous();
+      for (size_t plane = 1; plane < on_cpu.planes.size(); ++plane) {
+        const Tensor bytes = on_cpu.planes[plane].view({batch, kKvHeads, capacity, -1});
+        for (int64_t b = 0; b < batch; ++b) {
+          const int64_t first = c.lengths[b].encoded;
+          bytes[b].narrow(1, first, capacity - first).fill_(0xFF);
+        }
+      }
+      side.encoded = on_cpu;
+      for (Tensor& plane : side.encoded.planes) plane = plane.cuda();
+      return side;
+    }
     // p scale is rounded and meets a code: at most 2^bits - 1 of them.
     side.weight = on_cpu.planes[1].view(at::kHalf).to(at::kDouble).abs().mul((1 << codec.bits) - 1)
                       .view({batch, kKvHeads, capacity, c.head_dim / c.group})
@@ -83,8 +107,8 @@ void Check(const AttentionCase& c) {
   const Codec &key_codec = pair.keys->keys, &value_codec = pair.values->values;
   const bool keys_dense = key_codec.encode == nullptr, values_dense = value_codec.encode == nullptr;
   const int64_t batch = static_cast<int64_t>(c.lengths.size());
-  int64_t capacity = 8;
-  for (const SequenceLength& length : c.lengths) capacity = std::max<int64_t>(capacity, (length.encoded + 15) / 8 * 8);
+  int64_t capacity = 16;
+  for (const SequenceLength& length : c.lengths) capacity = std::max<int64_t>(capacity, (length.encoded + 23) / 16 * 16);
   Side keys = MakeSide(key_codec, values_dense, c, capacity), values = MakeSide(value_codec, keys_dense, c, capacity);
   const Tensor queries = at::randn({batch, kKvHeads, c.ratio, c.head_dim}).to(c.dtype);
   const double scale = 1 / std::sqrt(static_cast<double>(c.head_dim));
@@ -107,7 +131,10 @@ void Check(const AttentionCase& c) {
         at::matmul(queries[b].to(at::kDouble), all(keys, keys.decoded).transpose(1, 2)) * scale, -1);
     expected[b].copy_(at::matmul(p, all(values, values.decoded)));
     const Tensor in_codes = all(values, values.weight).abs(), as_are = all(values, at::zeros_like(values.weight)).abs();
-    allowed[b].copy_(roundoff * expected[b].abs() + (values_dense ? roundoff : half) * at::matmul(p, in_codes) +
+    // Turned queries are rounded to float16, and so are a table's elements: what that may change of a weight.
+    const double of_logits =
+        keys.turn.block > 0 ? 4 * half * scale * (queries[b].norm(2, -1).max() * all(keys, keys.decoded).norm(2, -1).max()).item<double>() : 0;
+    allowed[b].copy_(of_logits * at::matmul(p, all(values, values.decoded).abs()) + roundoff * expected[b].abs() + (values_dense ? roundoff : half) * at::matmul(p, in_codes) +
                      (values_dense ? 0 : roundoff) * at::matmul(p, as_are));
   }
 
@@ -136,12 +163,14 @@ void Check(const AttentionCase& c) {
                            .scale = static_cast<float>(scale),
                            .keys = view(keys),
                            .values = view(values),
-                           .key_params = {.group_size = c.group},
-                           .value_params = {.group_size = c.group},
+                           .key_params = keys.params,
+                           .value_params = values.params,
                            .sink_keys = ViewOf(keys.sinks),
                            .sink_values = ViewOf(values.sinks),
                            .residual_keys = residual(keys, values_dense),
                            .residual_values = residual(values, keys_dense),
+                           .key_turn = keys.turn,
+                           .value_turn = values.turn,
                            .window = c.window,
                            .lengths = reinterpret_cast<const SequenceLength*>(lengths.data_ptr())};
   const Tensor workspace =
@@ -173,7 +202,8 @@ void CheckAll(const std::vector<AttentionCase>& cases) {
       args.dtype = DTypeOf(c.dtype), args.query_heads = kKvHeads * c.ratio, args.window = c.window;
       args.keys.batch = static_cast<int64_t>(c.lengths.size()), args.keys.heads = kKvHeads, args.keys.head_dim = c.head_dim;
       args.keys.capacity = 1, args.values = args.keys;
-      args.key_params = args.value_params = {.group_size = c.group};
+      args.key_params = ParamsOf(pair.keys->keys, c), args.value_params = ParamsOf(pair.values->values, c);
+      args.key_turn = TurnOf(pair.keys->keys, {}, c.head_dim), args.value_turn = TurnOf(pair.values->values, {}, c.head_dim);
       DecodeAttention(pair.keys->keys, pair.values->values, args, nullptr);
     }
   });
@@ -226,6 +256,82 @@ TEST(DecodeAttentionGpu, EveryPairOfSchemes) {
     }
   }
   CheckAll(cases);
+}
+
+// Plain schemes, each with itself where it knows keys and values.
+std::vector<std::string> PlainSpecs() {
+  std::vector<std::string> specs = {"turboquant-k4+turboquant-v4", "turboquant-k3+turboquant-v3", "turboquant-k3-raw+q8_0",
+                                    "q8_0+q4_0", "fp8-e4m3+turboquant-v4", "none+q5_1", "nvfp4+none", "int8-hqq+q4_0",
+                                    "mxfp4+int4-quanto"};
+  for (const Scheme& scheme : Schemes()) {
+    if (scheme.keys.device.plain != nullptr && HasDecodeAttention(scheme.keys, scheme.values)) specs.push_back(scheme.name);
+  }
+  return specs;
+}
+
+// Of a shape that a scheme refuses, nothing.
+void AddCase(std::vector<AttentionCase>& cases, AttentionCase c) {
+  const SchemePair pair = ParseSpec(c.spec).schemes;
+  for (const Codec* codec : {&pair.keys->keys, &pair.values->values}) {
+    if (codec->planes == nullptr) continue;
+    try {
+      codec->planes(kKvHeads, c.head_dim, ParamsOf(*codec, c));
+    } catch (const InputError&) {
+      return;
+    }
+    if (codec->turned && c.head_dim != 64 && c.head_dim != 128 && c.head_dim != 256) return;
+  }
+  if (pair.values->values.turned) {
+    for (SequenceLength& length : c.lengths) length = {0, length.encoded + length.residual, 0};
+  }
+  cases.push_back(std::move(c));
+}
+
+TEST(DecodeAttentionGpu, EveryPlainScheme) {
+  KVQ_NEEDS_CUDA();
+  const c10::InferenceMode guard;
+  at::manual_seed(12);
+  std::vector<AttentionCase> cases;
+  for (const std::string& spec : PlainSpecs()) {
+    AddCase(cases, {spec, 128, 64, 4, {{3, 1000, 40}, {0, 0, 5}, {8, 129, 0}, {0, 1, 0}}});
+    AddCase(cases, {spec, 128, 64, 4, {{0, 1000, 100}}, at::kBFloat16, 700});
+    AddCase(cases, {spec, 128, 64, 16, {{0, 700, 128}}, at::kBFloat16});
+    AddCase(cases, {spec, 64, 64, 7, {{5, 97, 77}}});
+    AddCase(cases, {spec, 256, 64, 2, {{0, 333, 1}}});
+    AddCase(cases, {spec, 96, 32, 3, {{2, 300, 50}, {0, 0, 0}}, at::kBFloat16});
+  }
+  CheckAll(cases);
+}
+
+// A token whose numbers are not finite makes what reads it NaN, also where its codes alone say so.
+TEST(DecodeAttentionGpu, WhatIsNotANumberStaysSo) {
+  KVQ_NEEDS_CUDA();
+  const c10::InferenceMode guard;
+  at::manual_seed(13);
+  for (const char* name : {"fp8-e4m3", "fp8-e5m2", "q8_0", "nvfp4", "mxfp4", "lmdeploy-4", "int4-token", "turboquant-v4"}) {
+    const Codec& codec = FindScheme(name).values;
+    const AttentionCase c{name, 128, 64, 4, {}};
+    for (const int64_t broken : {-1, 0, 77, 198}) {
+      const CodecParams params = ParamsOf(codec, c);
+      Tensor tokens = at::randn({1, kKvHeads, 200, 128}, at::kCPU).to(at::kHalf);
+      if (broken >= 0) tokens[0][1][broken][5] = NAN;
+      EncodedTensors encoded = Encode(codec, params, tokens, 1);
+      for (Tensor& plane : encoded.planes) plane = plane.cuda();
+      const Tensor queries = at::randn({1, kKvHeads, 4, 128}).to(at::kHalf).cuda();
+      Tensor out = at::full_like(queries, 7);
+      const Tensor lengths = at::tensor({0, 199, 0}, at::kInt).cuda();
+      DecodeAttentionArgs args{.dtype = DType::kFloat16, .query_heads = kKvHeads * 4, .queries = queries.data_ptr(),
+                               .out = out.data_ptr(), .keys = encoded.view(), .values = encoded.view(),
+                               .key_params = params, .value_params = params,
+                               .lengths = reinterpret_cast<const SequenceLength*>(lengths.data_ptr())};
+      const Tensor workspace = at::zeros({DecodeAttentionWorkspace(codec, codec, args)}, queries.options().dtype(at::kByte));
+      args.workspace = workspace.data_ptr();
+      DecodeAttention(codec, codec, args, nullptr);
+      const Tensor nan = out.isnan().cpu();
+      EXPECT_FALSE(nan[0][0].any().item<bool>()) << name << ", " << broken;
+      EXPECT_EQ(nan[0][1].any().item<bool>(), broken >= 0) << name << ", token " << broken;
+    }
+  }
 }
 
 // A window that ends within the residual, the encoded tokens and the sinks, and one that hides nothing.

@@ -132,7 +132,13 @@ TEST(DecodeGraphGpu, SaysWhichPoliciesItRefuses) {
   const Model model(Config({"mistral-7b", 128, 4, 2, 64, 128}), Weights::Random(1, at::kHalf, at::kCUDA));
   for (const auto& [spec, why] : {std::pair("int4-hqq@policy=kivi", "one length for keys and values"),
                                   std::pair("int4-hqq@residual=128+0", "one length for keys and values"),
-                                  std::pair("int4-hqq@rotate=hadamard", "do not rotate")}) {
+                                  std::pair("int4-hqq@rotate=hadamard", "what a plain scheme encodes as it comes"),
+                                  std::pair("q4_0@rotate=hadamard", "what a plain scheme encodes as it comes"),
+                                  std::pair("q4_0@residual=0@rotate=hadamard@sinks=4", "no sinks"),
+                                  std::pair("exl3-4", "residual=0 and no sinks"),
+                                  std::pair("exl3-4@residual=0@rotate=signs", "turn a token once"),
+                                  std::pair("turboquant-v4+turboquant-k4@residual=0", "no fused attention"),
+                                  std::pair("kvarn-4", "no fused attention")}) {
     EXPECT_NE(RefusalOf(model, spec).find(why), std::string::npos) << RefusalOf(model, spec);
   }
   EXPECT_EQ(RefusalOf(model, "int4-hqq@residual=0"), "no refusal");
@@ -166,6 +172,20 @@ std::vector<Case> Cases() {
     cases.push_back({llama, spec, 8, at::kHalf});
     cases.push_back({odd, spec, 2, at::kHalf});
     cases.push_back({mistral, spec, 9, at::kBFloat16});  // more than own products take
+  }
+  for (const char* spec : {"llamacpp-q4_0", "llamacpp-q8_0-q4_0", "llamacpp-iq4_nl-unrotated", "vllm-int4-per-token-head", "vllm-fp8",
+                           "vllm-nvfp4", "turboquant-k4+turboquant-v4@residual=0@prefill=raw",
+                           "fp8-e4m3+turboquant-v4@residual=0@dense=1+0", "turboquant-k3+turboquant-v3@residual=32",
+                           "none+q5_1@residual=0@rotate=hadamard", "q4_0@residual=32@sinks=4", "mlx-4@residual=0@sinks=4",
+                           "exl3-4@residual=0", "int2-hadamard@residual=0", "int8-hqq+q4_0@residual=0"}) {
+    cases.push_back({mistral, spec, 1, at::kHalf});
+    cases.push_back({qwen2, spec, 3, at::kBFloat16});
+  }
+  for (const char* spec : {"llamacpp-q8_0", "vllm-int8-per-token-head"}) {
+    cases.push_back({Gemma3(), spec, 2, at::kHalf});
+  }
+  for (const char* spec : {"q8_0@residual=0", "vllm-int8-per-token-head"}) {  // a head_dim of 512, too, which is not turned
+    cases.push_back({Gemma4(), spec, 2, at::kBFloat16});
   }
   for (const ModelConfig& config : {Gemma3(), Gemma4(), Gpt2(), WindowedMistral()}) {
     for (const char* spec : {"none", "int4-hqq@residual=32", "int8-hqq+int4-hqq@residual=32"}) {

@@ -68,12 +68,15 @@ void AddAttention(Collector& all, const std::string& spec, int64_t dim, int64_t 
   DecodeAttentionArgs args;
   args.dtype = dtype, args.query_heads = 2 * ratio, args.window = window;
   args.keys.batch = 1, args.keys.heads = 2, args.keys.head_dim = dim, args.keys.capacity = 4096;
-  args.values = args.keys, args.key_params = args.value_params = {.group_size = group};
+  args.values = args.keys;
   const Codec &keys = pair.keys->keys, &values = pair.values->values;
-  for (const Codec* codec : {&keys, &values}) {
+  for (const auto& [codec, params, turn] : {std::tuple(&keys, &args.key_params, &args.key_turn),
+                                            std::tuple(&values, &args.value_params, &args.value_turn)}) {
     if (codec->planes == nullptr) continue;
+    params->group_size = codec->device.plain == nullptr ? group : codec->default_group;
+    *turn = TurnOf(*codec, {}, dim);
     try {
-      codec->planes(2, dim, args.key_params);
+      codec->planes(2, dim, *params);
     } catch (const InputError&) {
       return;  // a shape that the scheme refuses
     }
@@ -162,10 +165,12 @@ void AddSage(Collector& all, DType dtype, int64_t dim) {
   all.Add([&] { SageAttentionCuda(sage, nullptr); });
 }
 
-std::vector<std::string> FusedSchemes() {
+// As NAME or NAME+NAME: each scheme with itself, or where it knows one side alone with another that knows the other.
+std::vector<std::string> FusedSchemes(bool plain) {
   std::vector<std::string> names;
   for (const Scheme& scheme : Schemes()) {
-    if (scheme.refused.empty() && HasDecodeAttention(scheme.keys, scheme.values)) names.push_back(scheme.name);
+    if (!scheme.refused.empty() || !HasDecodeAttention(scheme.keys, scheme.values)) continue;
+    if ((scheme.keys.device.plain != nullptr) == plain) names.push_back(scheme.name);
   }
   return names;
 }
@@ -191,8 +196,13 @@ class EveryCard : public testing::TestWithParam<DeviceShape> {};
 TEST_P(EveryCard, TakesTheDefaultInstances) {
   KVQ_NEEDS_NVRTC();
   Collector all(GetParam());
-  for (const std::string& spec : FusedSchemes()) {
+  for (const std::string& spec : FusedSchemes(/*plain=*/false)) {
     for (const int64_t dim : {64, 128}) AddAttention(all, spec, dim, 64, 4, 0, DType::kFloat16);
+  }
+  if (GetParam().arch == 90) {  // they are many; EveryInstance takes them for all cards
+    for (const std::string& spec : FusedSchemes(/*plain=*/true)) AddAttention(all, spec, 128, 0, 4, 0, DType::kFloat16);
+    AddAttention(all, "turboquant-k4+turboquant-v4", 128, 0, 4, 0, DType::kFloat16);
+    AddAttention(all, "turboquant-k3+turboquant-v3", 128, 0, 4, 0, DType::kFloat16);
   }
   AddAttention(all, "int8-hqq+int4-hqq", 128, 64, 4, 0, DType::kFloat16);
   AddAttention(all, "none+int4-hqq", 256, 64, 2, 512, DType::kFloat16);
@@ -211,7 +221,12 @@ class EveryCardEveryInstance : public testing::TestWithParam<DeviceShape> {};
 TEST_P(EveryCardEveryInstance, Fits) {
   KVQ_NEEDS_NVRTC();
   Collector all(GetParam());
-  const std::vector<std::string> schemes = FusedSchemes();
+  for (const std::string& spec : FusedSchemes(/*plain=*/true)) {
+    for (const int64_t dim : {64, 128, 256}) AddAttention(all, spec, dim, 0, 4, 0, DType::kFloat16);
+    AddAttention(all, spec, 128, 0, 16, 512, DType::kFloat16);
+    AddAttention(all, spec, 96, 0, 3, 0, DType::kBFloat16);
+  }
+  const std::vector<std::string> schemes = FusedSchemes(/*plain=*/false);
   for (const std::string& keys : schemes) {
     for (const std::string& values : schemes) {
       const std::string spec = keys + "+" + values;

@@ -238,6 +238,8 @@ Counters Attention(Session& session, const Cell& cell, benchmark::State& state) 
     args.scale = static_cast<float>(scale);
     args.keys = job.sides[0].view, args.values = job.sides[1].view;
     args.key_params = job.sides[0].params, args.value_params = job.sides[1].params;
+    args.key_turn = TurnOf(*codecs[0], spec.keys.rotation, shape.head_dim);
+    args.value_turn = TurnOf(*codecs[1], spec.values.rotation, shape.head_dim);
     args.lengths = reinterpret_cast<const SequenceLength*>(lengths.data_ptr());
     job.workspace = at::zeros({DecodeAttentionWorkspace(*codecs[0], *codecs[1], args)}, job.queries.options().dtype(at::kByte));
     args.workspace = job.workspace.data_ptr();

@@ -30,6 +30,15 @@
 //   TurnBack(x, n, team)  the way back, of what Value gave. A team is the threads that do so together: each takes the
 //                         numbers team.rank, team.rank + team.size, ..., and Sync() is between what depends on others
 //
+// and, so that fused attention on a GPU reads it on tensor cores (kernels/device/plain_codes.cuh); without it none does:
+//
+//   kElement              what a code is: Element::kNumber, itself; kE4M3, kE5M2, kE2M1; kTable, TableEntry(code, head_dim)
+//   LineOf(stored)        what makes its value, {scale, zero}: scale (element - zero) or, by kZero, scale element - zero;
+//                         without kZero there is no zero. Where there is a Vector it is LineOf(vector, head_dim)
+//   kNormed               a row of elements is divided by its norm; of keys alone
+//   kTurnBlock            where Turn is there: channels that its Hadamard matrix mixes, 0 all. Then its values and theirs, who
+//                         see turned queries and turn the output back, differ by rounding
+//
 // kHeadDims names the only head_dims that a scheme takes, where there are only some.
 //
 // A group with a NaN or an infinity has to decode to NaN: Magnitude and Range below give NaN then, and a scale of NaN does
@@ -43,6 +52,7 @@
 
 #include "kernels/code_row.h"
 #include "kernels/groups.h"
+#include "kernels/turn.h"
 #ifndef __CUDACC__
 #include <cmath>
 #include <numeric>
@@ -114,42 +124,6 @@ KVQ_HD inline GroupRange Range(const Numbers& x, int n) {
   return range;
 }
 
-// ---- turning
-
-// The one thread that turns a token's numbers on a CPU.
-struct Alone {
-  static constexpr int rank = 0, size = 1;
-  KVQ_HD void Sync() const {}
-};
-
-// Each `block` of n numbers times the Sylvester matrix of (-1)^popcount(i & j), in place: butterflies over distances 1, 2, 4, ...
-template <typename Numbers, typename Team>
-KVQ_HD inline void Butterflies(Numbers&& x, int n, int block, const Team& team) {
-  for (int distance = 1; distance < block; distance *= 2) {
-    for (int pair = team.rank; pair < n / 2; pair += team.size) {
-      const int i = 2 * pair - (pair & (distance - 1));
-      const float u = x[i], v = x[i + distance];
-      x[i] = u + v, x[i + distance] = u - v;
-    }
-    team.Sync();
-  }
-}
-
-// Each number of a token times a factor.
-template <typename Numbers, typename Team>
-KVQ_HD inline void Scale(Numbers&& x, int n, float factor, const Team& team) {
-  for (int i = team.rank; i < n; i += team.size) x[i] = x[i] * factor;
-  team.Sync();
-}
-
-// Each `block` of n numbers times the Hadamard matrix, Sylvester's over sqrt(block), which is its own inverse: first the
-// factor, then butterflies, as ggml does it.
-template <typename Numbers, typename Team>
-KVQ_HD inline void Hadamard(Numbers&& x, int n, int block, const Team& team) {
-  Scale(x, n, 1 / sqrtf(static_cast<float>(block)), team);
-  Butterflies(x, n, block, team);
-}
-
 // ---- what a scheme says, and what it leaves out
 
 template <typename S>
@@ -183,6 +157,17 @@ template <typename S>
 inline constexpr bool kTurns = requires(float* x) { S::Turn(x, 0, Alone{}); };
 template <typename S>
 inline constexpr bool kOpens = requires { typename S::Opened; };
+
+enum class Element : uint8_t { kNumber, kE4M3, kE5M2, kE2M1, kTable };
+struct Line {
+  float scale, zero;
+};
+template <typename S>
+inline constexpr bool kHasElement = requires { S::kElement; };
+template <typename S>
+inline constexpr bool kHasZero = requires { S::kZero; };
+template <typename S>
+inline constexpr bool kNormed = requires { requires S::kNormed; };
 
 // What a group's codes are decoded with.
 template <typename S>
@@ -352,6 +337,14 @@ struct Split {
       : head_dim(dim), group(n), groups(dim / n), words(dim * low / 32), tokens(static_cast<int32_t>(kTile / dim)) {}
 };
 
+// The newest token of each sequence on one side, before and after it is encoded.
+struct NewestSide {
+  DenseView x;  // float16 or bfloat16, one token
+  KvView out;   // to slot *token_base
+  Split split;
+  Turn turn;
+};
+
 #ifndef __CUDACC__
 template <typename S>
 KernelLaunch KernelOf(const char* kernel, const DenseView& x, const Split& split) {
@@ -388,6 +381,14 @@ Codec MakeCodec() {
   codec.head_dim_multiple = kRunChannels<kLow<S>>;
   codec.grouping = kWhole ? "all channels of one token" : StrCat(kGroups[0], " consecutive channels of one token");
   codec.vector_wide = kHasVector<S>, codec.turned = kTurns<S>;
+  codec.device.source = S::kFile, codec.device.plain = S::kName;
+  if constexpr (kTurns<S> && kHasElement<S>) codec.turn_block = S::kTurnBlock;
+  if constexpr (kHasElement<S>) {
+    codec.device.label = S::kLabel, codec.device.keys_alone = kNormed<S>;
+    codec.device.type = [](const CodecParams& params, int64_t head_dim) {
+      return InstanceName("kvq::PlainCodes", S::kName, GroupOf(params, head_dim), head_dim);
+    };
+  }
   if constexpr (requires { S::kHeadDims; }) codec.head_dims = S::kHeadDims;
   codec.planes = [](int64_t /*heads*/, int64_t head_dim, const CodecParams& params) -> std::vector<Plane> {
     if constexpr (!kWhole) {
@@ -427,29 +428,16 @@ struct SharedNumbersToTurn {
   uint32_t first;
   __device__ __forceinline__ float& operator[](int i) const { return tile[Padded(first + i)]; }
 };
-// A warp that turns a token's numbers.
-struct Warp {
-  static constexpr int size = 32;
-  int rank;
-  __device__ __forceinline__ void Sync() const { __syncwarp(); }
-};
 
-template <typename S, DType kType>
-__global__ void __launch_bounds__(kThreads) EncodeKernel(DenseView x, int64_t first_token, KvView out, const Split split) {
-  __shared__ float tile[kTile + kTile / 32];
+// A block encodes `tokens` tokens whose numbers lie in `tile`, to the slots from `slot` on.
+template <typename S>
+__device__ __forceinline__ void EncodeTile(float* tile, uint32_t tokens, const KvView& out, const Split& split, int64_t b,
+                                           int64_t h, int64_t slot) {
   __shared__ typename S::Fit fits[kTile / kSmallestGroup];
   __shared__ Vector<S> vectors[kHasVector<S> ? kTile / kSmallestGroup : 1];
   constexpr int kFields = 16 / kLow<S>;
   constexpr uint32_t kMask = (1u << kLow<S>) - 1;
-  const int64_t b = blockIdx.z, h = blockIdx.y, first = int64_t{blockIdx.x} * split.tokens;
-  const int64_t slot = TokenBase(out) + first_token + first;
-  const auto tokens = static_cast<uint32_t>(x.tokens - first < split.tokens ? x.tokens - first : split.tokens);
   const uint32_t dim = split.head_dim.divisor, groups = split.groups.divisor, words = split.words.divisor;
-  for (uint32_t i = threadIdx.x; i < tokens * dim; i += kThreads) {
-    const auto [t, channel] = split.head_dim.Of(i);
-    tile[Padded(i)] = LoadElement(x.data, kType, Offset(x, b, h, first + t, channel));
-  }
-  __syncthreads();
   if constexpr (kHasVector<S>) {
     for (uint32_t t = threadIdx.x; t < tokens; t += kThreads) {
       vectors[t] = FitVector<S>(SharedNumbers{tile, t * dim}, static_cast<int>(dim));
@@ -491,6 +479,51 @@ __global__ void __launch_bounds__(kThreads) EncodeKernel(DenseView x, int64_t fi
       row[0] = static_cast<uint8_t>(odd);
       if constexpr (kFields == 8) row[1] = static_cast<uint8_t>(odd >> 8);
     }
+  }
+}
+
+template <typename S, DType kType>
+__global__ void __launch_bounds__(kThreads) EncodeKernel(DenseView x, int64_t first_token, KvView out, const Split split) {
+  __shared__ float tile[kTile + kTile / 32];
+  const int64_t b = blockIdx.z, h = blockIdx.y, first = int64_t{blockIdx.x} * split.tokens;
+  const auto tokens = static_cast<uint32_t>(x.tokens - first < split.tokens ? x.tokens - first : split.tokens);
+  for (uint32_t i = threadIdx.x; i < tokens * split.head_dim.divisor; i += kThreads) {
+    const auto [t, channel] = split.head_dim.Of(i);
+    tile[Padded(i)] = LoadElement(x.data, kType, Offset(x, b, h, first + t, channel));
+  }
+  __syncthreads();
+  EncodeTile<S>(tile, tokens, out, split, b, h, TokenBase(out) + first_token + first);
+}
+
+// The newest token of each sequence, keys and values in one launch: block (head, sequence, side).
+template <typename S, DType kType>
+__device__ __forceinline__ void EncodeOne(const NewestSide& side) {
+  __shared__ float tile[kTile + kTile / 32];
+  const DenseView& x = side.x;
+  const int64_t b = blockIdx.y, h = blockIdx.x;
+  if (h >= x.heads) return;
+  const int dim = static_cast<int>(x.head_dim);
+  const auto* row = static_cast<const uint16_t*>(x.data) + Offset(x, b, h, 0, 0);
+  for (int i = threadIdx.x; i < dim; i += kThreads) {  // past the L1 cache, as there could be older lines
+    tile[Padded(i)] = kType == DType::kFloat16 ? HalfToFloat(__ldcg(row + i)) : BFloat16ToFloat(__ldcg(row + i));
+  }
+  __syncthreads();
+  if (side.turn.block > 0) {
+    if (threadIdx.x < 32) TurnBy(side.turn, SharedNumbersToTurn{tile, 0}, dim, static_cast<int>(threadIdx.x));
+    __syncthreads();
+  }
+  EncodeTile<S>(tile, 1, side.out, side.split, b, h, __ldcg(side.out.token_base));
+}
+
+template <typename Keys, typename Values, DType kType>
+__global__ void __launch_bounds__(kThreads) EncodeNewestKernel(const __grid_constant__ NewestSide keys,
+                                                               const __grid_constant__ NewestSide values) {
+  LaunchDependents();
+  WaitForPredecessors();
+  if (blockIdx.z == 0) {
+    EncodeOne<Keys, kType>(keys);
+  } else {
+    EncodeOne<Values, kType>(values);
   }
 }
 
@@ -560,3 +593,7 @@ __global__ void __launch_bounds__(kThreads) DecodeKernel(KvView in, int64_t firs
 #endif  // __CUDACC__
 
 }  // namespace kvq::plain
+
+#ifdef __CUDACC__
+#include "kernels/device/plain_codes.cuh"
+#endif

@@ -4,15 +4,11 @@
 #include <cmath>
 
 #include "kernels/error.h"
+#include "kernels/scheme.h"
 
 namespace kvq {
 namespace {
 
-constexpr int64_t kMostSigns = 512;
-
-// Bit i of the words says whether channel i keeps its sign. A shorter vector of that generator is a longer one's beginning.
-constexpr uint64_t kKeepsSign[kMostSigns / 64] = {0x808035b16573590d, 0x6b7f5438a6443d6c, 0xabafc4414aa48b81, 0xfa2043a0320b9848,
-                                                  0xa8a9c7cb4d6e1c33, 0x9803b3591b951dda, 0xcd26200e3038796e, 0x8a9dacb9c9a02476};
 constexpr std::array<float, kMostSigns> kSignsOf = [] {
   std::array<float, kMostSigns> signs{};
   for (int64_t i = 0; i < kMostSigns; ++i) signs[i] = kKeepsSign[i / 64] >> i % 64 & 1 ? 1.0f : -1.0f;
@@ -48,6 +44,12 @@ void CheckRotation(const Rotation& rotation, int64_t head_dim) {
 }
 
 const float* RotationSigns(int64_t head_dim) { return head_dim <= kMostSigns ? kSignsOf.data() : nullptr; }
+
+Turn TurnOf(const Codec& codec, const Rotation& rotation, int64_t head_dim) {
+  if (rotation) return {static_cast<int32_t>(rotation.Block(head_dim)), rotation.kind == Rotation::kSigns};
+  if (codec.turned) return {static_cast<int32_t>(codec.turn_block > 0 ? codec.turn_block : head_dim)};
+  return {};
+}
 
 void Rotate(const Rotation& rotation, int64_t head_dim, float* x) {
   if (!rotation) return;

@@ -12,7 +12,11 @@
 
 #include <cstdint>
 
+#include "kernels/turn.h"
+
 namespace kvq {
+
+struct Codec;  // scheme.h
 
 struct Rotation {
   enum Kind : uint8_t { kNone, kHadamard, kSigns };
@@ -30,6 +34,10 @@ void CheckRotation(const Rotation& rotation, int64_t head_dim);
 
 // +1 and -1 of each channel, for Rotation::kSigns; null where there are none for the head_dim.
 const float* RotationSigns(int64_t head_dim);
+
+// By which attention turns queries of encoded keys, and back what it gives of encoded values: the rotation, or where there is
+// none the scheme's own.
+Turn TurnOf(const Codec& codec, const Rotation& rotation, int64_t head_dim);
 
 // One token and head in place, and back.
 void Rotate(const Rotation& rotation, int64_t head_dim, float* x);

@@ -26,7 +26,9 @@ struct Plane {
 struct DeviceCodec {
   const char* label = nullptr;  // in the names of kernels, "int4"; null: fused attention cannot read it
   const char* source = "kernels/device/codecs.cuh";
-  std::string (*type)(const CodecParams&) = nullptr;  // its name in C++ for these parameters
+  std::string (*type)(const CodecParams&, int64_t head_dim) = nullptr;  // its name in C++
+  bool keys_alone = false;  // it reads keys only
+  const char* plain = nullptr;  // of a plain scheme its own name, by which EncodeNewest (device/newest.h) finds it
 };
 
 // How one side (keys or values) is encoded.
@@ -41,6 +43,7 @@ struct Codec {
   bool block_wide = false;      // groups span heads and tokens of a block: its size matters
   bool vector_wide = false;     // groups of a token share more than their own scale: NaN in one may reach all
   bool turned = false;          // a token's numbers are turned (Hadamard) before they are coded: an error of one is spread
+  int64_t turn_block = 0;       // where `turned`, in blocks of so many channels, for fused attention; 0: all
   bool typed = false;           // computes in the type of its input, as its source does: bytes depend on the type
   bool one_sign_saturates = false;  // its codes always reach zero: numbers of one sign, far from it, are cut off
 

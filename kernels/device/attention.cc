@@ -74,6 +74,7 @@ Plan PlanTiles(const Codec& keys, const Codec& values, const DecodeAttentionArgs
   const bool dense = keys.planes == nullptr || values.planes == nullptr;
   // Eight query heads share what a block reads, or sixteen where registers hold so many; more are dealt to several blocks.
   const int most_heads = dim == 64 || (dim == 128 && keys.planes == nullptr && values.planes == nullptr) ? 16 : 8;
+  const bool turns_keys = args.key_turn.block > 0, turns_values = args.value_turn.block > 0;
   int64_t parts = 1;
   while (ratio % parts != 0 || ratio / parts > most_heads) ++parts;
   const int head_tiles = ratio / parts <= 8 ? 1 : 2;
@@ -82,7 +83,7 @@ Plan PlanTiles(const Codec& keys, const Codec& values, const DecodeAttentionArgs
   const bool shelf = values.planes != nullptr && (dim > 128 || head_tiles > 1);  // Config::kShelf
   const auto shared_bytes = [&](int warps, int stages, int tile) {
     return std::max<int64_t>(warps * stages * up(tile * token), up(merge_bytes(warps))) +
-           (shelf ? warps * 8 * head_tiles * dim * 4 : 0);
+           (shelf ? warps * 8 * head_tiles * dim * 4 : 0) + (turns_keys ? 8 * head_tiles * dim * 4 : 0);
   };
   int warps = 0, stages = 0;
   for (const auto& [with_warps, with_stages] : {std::pair(8, 3), std::pair(4, 3), std::pair(4, 2), std::pair(2, 3), std::pair(2, 2)}) {
@@ -92,7 +93,7 @@ Plan PlanTiles(const Codec& keys, const Codec& values, const DecodeAttentionArgs
   }
   if (warps == 0) throw InputError("decode attention: tiles of ", token, " bytes a token do not fit into ", room, " bytes of shared memory");
   const auto groups = [&](const Codec& codec, const CodecParams& params) {
-    return codec.planes == nullptr ? 0 : dim / params.group_size;
+    return codec.planes == nullptr ? 0 : params.group_size == 0 ? 1 : dim / params.group_size;
   };
   const int64_t key_groups = groups(keys, args.key_params), value_groups = groups(values, args.value_params);
   const bool narrow = std::max(key_groups, value_groups) > 2;  // each group of a token wants registers
@@ -100,14 +101,15 @@ Plan PlanTiles(const Codec& keys, const Codec& values, const DecodeAttentionArgs
       !dense && !narrow && warps * stages * up(32 * token) <= kInFlight && shared_bytes(warps, stages, 32) <= room ? 32 : 16;
   // What leaves room for a block of the product that follows, which then fetches its weights meanwhile. Where it would be
   // too few for the kernel, which EveryCard tells, it gets what there is.
-  const bool few = warps == 8 && head_tiles == 1 && parts == 1 && dim <= 128 && value_groups * values.bits <= 16;
+  const bool few = warps == 8 && head_tiles == 1 && parts == 1 && dim <= 128 && value_groups * values.bits <= 16 &&
+                   !keys.device.keys_alone;
   const int registers = !few ? 255 : CurrentDevice().arch < 120 ? 184 : 192;
   Plan plan;
   plan.instance = {{"kernels/device/attention.cuh", keys.device.source, values.device.source},
                    InstanceName("kvq::decode_attention::Kernel",
-                                InstanceName("kvq::decode_attention::Config", keys.device.type(args.key_params),
-                                             values.device.type(args.value_params), dim, parts, head_tiles, warps, stages, tile,
-                                             registers, args.window > 0))};
+                                InstanceName("kvq::decode_attention::Config", keys.device.type(args.key_params, dim),
+                                             values.device.type(args.value_params, dim), dim, parts, head_tiles, warps, stages,
+                                             tile, registers, args.window > 0, turns_keys + 2 * turns_values))};
   plan.tile_text = StrCat(warps, " warps x ", stages, " x ", tile, " tokens");
   plan.threads = 32 * warps;
   plan.pairs = args.keys.batch * args.keys.heads * parts, plan.heads = ratio / parts;
@@ -125,8 +127,8 @@ Plan PlanAny(const Codec& keys, const Codec& values, const DecodeAttentionArgs& 
   Plan plan;
   plan.instance = {{"kernels/device/attention_any.cuh", keys.device.source, values.device.source},
                    InstanceName("kvq::decode_attention::AnyKernel",
-                                InstanceName("kvq::decode_attention::AnyConfig", keys.device.type(args.key_params),
-                                             values.device.type(args.value_params), dim, heads),
+                                InstanceName("kvq::decode_attention::AnyConfig", keys.device.type(args.key_params, dim),
+                                             values.device.type(args.value_params, dim), dim, heads),
                                 args.dtype == DType::kBFloat16)};
   plan.tile_text = StrCat(kWarps, " warps, token by token");
   plan.threads = 32 * kWarps;
@@ -139,6 +141,9 @@ Plan PlanAny(const Codec& keys, const Codec& values, const DecodeAttentionArgs& 
 Plan PlanOf(const Codec& keys, const Codec& values, const DecodeAttentionArgs& args) {
   const int64_t dim = args.keys.head_dim, ratio = RatioOf(args);
   if (dim == 64 || dim == 128 || dim == 256) return PlanTiles(keys, values, args, ratio);
+  if (args.key_turn.block > 0 || args.value_turn.block > 0) {
+    throw InputError("decode attention turns keys and values with head_dims of 64, 128 and 256, not ", dim);
+  }
   if (dim % 8 != 0 || dim > 512) {
     throw InputError("decode attention wants a head_dim that is a multiple of 8 up to 512, not ", dim);
   }
@@ -150,7 +155,7 @@ void CheckArgs(const Codec& keys, const Codec& values, const DecodeAttentionArgs
   const auto aligned = [](const void* p, int64_t bytes) { return (reinterpret_cast<uintptr_t>(p) | bytes) % 16 == 0; };
   bool all = aligned(args.queries, 0) && aligned(args.out, 0) && aligned(args.workspace, 0);
   for (const auto& [codec, view] : {std::pair(&keys, &args.keys), std::pair(&values, &args.values)}) {
-    for (int p = 0; p < (codec->planes == nullptr ? 1 : 3); ++p) all &= aligned(view->planes[p], view->plane_stride[p]);
+    for (int p = 0; p < kMaxPlanes; ++p) all &= aligned(view->planes[p], view->plane_stride[p]);
   }
   for (const DenseView* view : {&args.sink_keys, &args.sink_values, &args.residual_keys, &args.residual_values}) {
     all &= aligned(view->data, (view->batch_stride | view->head_stride | view->token_stride) * 2);
@@ -161,7 +166,7 @@ void CheckArgs(const Codec& keys, const Codec& values, const DecodeAttentionArgs
 }  // namespace
 
 bool HasDecodeAttention(const Codec& keys, const Codec& values) {
-  return keys.device.label != nullptr && values.device.label != nullptr;
+  return keys.device.label != nullptr && values.device.label != nullptr && !values.device.keys_alone;
 }
 
 std::string DecodeAttentionName(const Codec& keys, const Codec& values, const DecodeAttentionArgs& args) {

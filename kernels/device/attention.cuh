@@ -33,6 +33,7 @@
 namespace kvq::decode_attention {
 
 inline constexpr int kMostSplits = 128;
+inline constexpr uint32_t kBrokenBits = 0x80808080;  // of a codec's Broken
 
 // Where the kernel keeps what blocks tell each other, per KV head of a sequence ("pair"): a counter of blocks
 // that have finished; then per slot and query head m and the sum l of 2^(logit - m); then sums of 2^(logit - m) v.
@@ -127,17 +128,35 @@ struct DenseTokens {
 
 template <class C>
 struct Ring {
-  // Copies of a lane: of keys, of values, of the planes of metadata, which lie one behind the other in a tile.
+  // Copies of a lane: of keys, of values, of the planes behind them, which lie one behind the other in a tile.
   template <class R>
   static constexpr int kCopies = (C::kTile * R::kGranules + 31) / 32;
-  template <class R>
-  static constexpr int kPlaneGranules = C::kTile * R::kMeta / 16;
-  template <class R>
-  static constexpr int kTokensOfGranule = R::kDense ? 1 : 16 / (R::kDense ? 1 : R::kMeta);  // of metadata
   using K = typename C::K;
   using V = typename C::V;
-  static constexpr int kKeyMeta = K::kPlanes * kPlaneGranules<K>, kAllMeta = kKeyMeta + V::kPlanes * kPlaneGranules<V>;
+  static constexpr int kKeyMeta = C::kTile * K::kBehind / 16, kAllMeta = kKeyMeta + C::kTile * V::kBehind / 16;
   static constexpr int kMetaCopies = (kAllMeta + 31) / 32;
+  // Granule n of those planes: whose it is, in which plane, what that has of a token, and the place in it.
+  struct Behind {
+    bool of_keys;
+    int plane, bytes, granule;
+  };
+  __device__ __forceinline__ static Behind BehindAt(int n) {
+    Behind at{n < kKeyMeta, 1, 0, n < kKeyMeta ? n : n - kKeyMeta};
+    const auto find = [&]<class R>(R*) {
+      if constexpr (R::kPlanesBehind > 0) {
+        at.bytes = R::PlaneBytes(0);
+#pragma unroll
+        for (int plane = 1; plane < R::kPlanesBehind; ++plane) {
+          const int before = C::kTile * R::PlaneBytes(plane - 1) / 16;
+          if (at.plane != plane || at.granule < before) continue;
+          at.plane = plane + 1, at.granule -= before, at.bytes = R::PlaneBytes(plane);
+        }
+      }
+    };
+    if (at.of_keys) find(static_cast<K*>(nullptr));
+    else find(static_cast<V*>(nullptr));
+    return at;
+  }
 
   ptx::Shared tiles;                    // [kStages, kTileBytes]
   ptx::Shared key_place, value_place;   // of the lane's first granule in a tile's rows
@@ -178,14 +197,8 @@ struct Ring {
     values = at(args.values, 0, V::kRow) + lane * 16;
 #pragma unroll
     for (int i = 0; i < kMetaCopies; ++i) {
-      const int n = lane + 32 * i;
-      if (n < kKeyMeta) {
-        meta[i] = at(args.keys, 1 + n / max(kPlaneGranules<K>, 1), K::kMeta) + n % max(kPlaneGranules<K>, 1) * 16;
-      } else {
-        const int m = n - kKeyMeta;
-        meta[i] = at(args.values, 1 + min(m / max(kPlaneGranules<V>, 1), V::kPlanes - 1), V::kMeta) +
-                  m % max(kPlaneGranules<V>, 1) * 16;
-      }
+      const Behind behind = BehindAt(lane + 32 * i);
+      meta[i] = at(behind.of_keys ? args.keys : args.values, behind.plane, behind.bytes) + behind.granule * 16;
     }
   }
 
@@ -214,9 +227,8 @@ struct Ring {
     for (int i = 0; i < kMetaCopies; ++i) {
       const int n = lane + 32 * i;
       if (kAllMeta % 32 != 0 && n >= kAllMeta) continue;
-      const int token = n < kKeyMeta ? n % max(kPlaneGranules<K>, 1) * kTokensOfGranule<K>
-                                     : (n - kKeyMeta) % max(kPlaneGranules<V>, 1) * kTokensOfGranule<V>;
-      copy(to + C::kKeyMetaAt + n * 16, meta[i], token);
+      const Behind behind = BehindAt(n);
+      copy(to + C::kKeyMetaAt + n * 16, meta[i], kWhole ? 0 : behind.granule * 16 / max(behind.bytes, 1));
     }
   }
 
@@ -232,8 +244,7 @@ struct Ring {
       values += C::kWarps * C::kTile * V::kRow;
 #pragma unroll
       for (int i = 0; i < kMetaCopies; ++i) {
-        const bool of_keys = static_cast<int>(threadIdx.x) % 32 + 32 * i < kKeyMeta;
-        meta[i] += C::kWarps * C::kTile * (K::kMeta == V::kMeta || of_keys ? K::kMeta : V::kMeta);
+        meta[i] += C::kWarps * C::kTile * BehindAt(static_cast<int>(threadIdx.x) % 32 + 32 * i).bytes;
       }
     }
     ptx::CopyCommit();
@@ -322,10 +333,14 @@ __device__ void Merge(const Partial<C>& partial, bool has_dense, const Partial<C
         factor = ptx::Exp2(partial.m[ht][i] - m), dense_factor = ptx::Exp2(dense.m[ht][i] - m);
         l = fmaf(l, factor, over_rows(dense.l[ht][i]) * dense_factor);
       }
+      if constexpr (C::K::kMayBreak || C::V::kMayBreak) {
+        if (__any_sync(~0u, (partial.broken & kBrokenBits) != 0)) l = BitsFloat(0x7FC00000);
+      }
       if (g == 0) sums[warp * C::kHeads + head] = {m, l};
+      constexpr bool kZeros = kCodes && !C::V::kCentred;
       float zero[C::V::kGroups];
 #pragma unroll
-      for (int group = 0; kCodes && group < C::V::kGroups; ++group) zero[group] = over_rows(partial.zero[ht][i][group]);
+      for (int group = 0; kZeros && group < C::V::kGroups; ++group) zero[group] = over_rows(partial.zero[ht][i][group]);
 #pragma unroll
       for (int step = 0; step < C::kSteps; ++step) {
 #pragma unroll
@@ -334,7 +349,8 @@ __device__ void Merge(const Partial<C>& partial, bool has_dense, const Partial<C
           int channel = step / 4 * 64 + 8 * g + step % 4 * 2 + half;
           if constexpr (kCodes) {
             const float shift = 1 << C::V::FieldShift(2 * (step % C::V::kWordSteps) + half);
-            x = fmaf(x, C::V::kUnit / shift, -zero[step * 16 / C::V::kGroup]);
+            if constexpr (kZeros) x = fmaf(x, C::V::kUnit / shift, -zero[step * 16 / C::V::kGroup]);
+            else x *= C::V::kUnit / shift;
             channel = 16 * step + 8 * half + g;
           }
           if (head < ratio) of_head[channel] = x * factor;
@@ -385,6 +401,7 @@ __device__ void Combine(const DecodeAttentionArgs& args, int pair, int slots, in
   constexpr int kMostSlots = (kMostSplits + 31) / 32 * 32;
   float* weights = reinterpret_cast<float*>(shared);  // [head, slot]
   float4* shares = reinterpret_cast<float4*>(shared + (ratio * slots * 4 + 15) / 16 * 16);
+  float4* turned = shares + C::kThreads;  // [head, channel], where outputs are turned back
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   // Four channels of a head a thread; where there are threads to spare, they share the slots among them.
   const int columns = ratio * (C::kDim / 4), parts = max(C::kThreads / columns, 1);
@@ -444,11 +461,23 @@ __device__ void Combine(const DecodeAttentionArgs& args, int pair, int slots, in
         sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
       }
     }
-    if (works && part == 0) {
+    if (C::kTurnsValues && works && part == 0) turned[column] = sum;
+    if (!C::kTurnsValues && works && part == 0) {
       const bool half = args.dtype == DType::kFloat16;
       const uint2 packed = {half ? ptx::PackHalf(sum.x, sum.y) : ptx::PackBFloat16(sum.x, sum.y),
                             half ? ptx::PackHalf(sum.z, sum.w) : ptx::PackBFloat16(sum.z, sum.w)};
       static_cast<uint2*>(args.out)[static_cast<int64_t>(pair) * columns + column] = packed;
+    }
+  }
+  if constexpr (C::kTurnsValues) {
+    __syncthreads();
+    for (int head = warp; head < ratio; head += C::kWarps) {
+      float* row = reinterpret_cast<float*>(turned) + head * C::kDim;
+      TurnBack(args.value_turn, row, C::kDim, lane);
+      for (int i = lane; i < C::kDim / 2; i += 32) {
+        static_cast<uint32_t*>(args.out)[(static_cast<int64_t>(pair) * ratio + head) * (C::kDim / 2) + i] =
+            args.dtype == DType::kFloat16 ? ptx::PackHalf(row[2 * i], row[2 * i + 1]) : ptx::PackBFloat16(row[2 * i], row[2 * i + 1]);
+      }
     }
   }
 }
@@ -476,12 +505,17 @@ __global__ void __maxnreg__(C::kRegisters)
   if (!args.early) WaitForPredecessors();
   SequenceLength length = length_now();
   Ring<C> ring = ring_of(length);
-  bool started = !C::kDense || ring.StartsOld();
+  // The newest token, of `none` or encoded within the step, is not there yet.
+  bool started = (!C::kDense && !args.newest_is_encoded) || ring.StartsOld();
   if (started) ring.Start();
   if (args.early) WaitForPredecessors();
   Queries<C> q;
   if constexpr (C::K::kDense) {
     LoadQueriesForDense<C>(args, part, g, t, q);
+  } else if constexpr (C::kTurnsKeys) {
+    float* turned = reinterpret_cast<float*>(shared + C::kTurnedAt);
+    TurnQueries<C>(args, part, ratio, turned);
+    if constexpr (C::kEager) LoadTurnedQueries<C>(args, ratio, turned, g, t, q);
   } else if constexpr (C::kEager) {
     LoadQueries<C>(args, part, g, t, q);
   }
@@ -520,8 +554,15 @@ __global__ void __maxnreg__(C::kRegisters)
       if (C::kEager && unit < units) tokens.Load(args, pair, length, unit, g, t);
     }
     if (C::kShelf && has_dense) Shelve<C>(dense, ShelfOf<C>(shared, warp), g, t);
-    if constexpr (!C::K::kDense && !C::kEager) LoadQueries<C>(args, part, g, t, q);
-    if constexpr (!C::K::kDense) PrepareQueries<C>(args, t, q);
+    if constexpr (C::kTurnsKeys) {
+      if constexpr (!C::kEager) {
+        LoadTurnedQueries<C>(args, ratio, reinterpret_cast<const float*>(shared + C::kTurnedAt), g, t, q);
+      }
+      SumQueries<C>(q);
+    } else if constexpr (!C::K::kDense) {
+      if constexpr (!C::kEager) LoadQueries<C>(args, part, g, t, q);
+      PrepareQueries<C>(args, t, q);
+    }
     const auto stream = [&](auto bfloat16) {
       ring.Stream([&](ptx::Shared tile, int valid, int hidden) {
         AttendTile<C, decltype(bfloat16)::value>(tile, valid, hidden, g, t, q, partial);

@@ -8,6 +8,7 @@
 #include <string>
 #endif
 
+#include "kernels/turn.h"
 #include "kernels/views.h"
 
 namespace kvq {
@@ -40,15 +41,21 @@ struct DecodeAttentionArgs {
   // `encoded` tokens, and the view of it begins with the first of those.
   DenseView sink_keys, sink_values, residual_keys, residual_values;
 
+  // Where encoded tokens are turned (kernels/turn.h), the query is turned and the output turned back, both in float32. Head_dims
+  // of 64, 128 and 256; turned values have no dense tokens beside them.
+  Turn key_turn, value_turn;
+
   // A sliding window: the query, which is the newest token's, sees so many tokens, itself among them; 0: all.
   int32_t window = 0;
 
   const SequenceLength* lengths = nullptr;  // [batch] in device memory, none above its capacity
 
   // The tokens that `lengths` counted before, or counts now, were written before the kernel began that precedes this
-  // one on the stream, but for the newest of `none`: fetching the encoded ones may begin before that kernel has ended.
+  // one on the stream, but for the newest of `none` or where newest_is_encoded: fetching the encoded ones may begin before that kernel has ended.
   // The lengths themselves may still change until then; they are read again.
   bool early = false;
+  // The newest of the encoded tokens is one that the kernel before this has encoded.
+  bool newest_is_encoded = false;
 
   // DecodeAttentionWorkspace() bytes of device memory, 256-byte aligned, all zero before the first launch; launches leave it fit
   // for the next. Not to be shared by launches that may overlap.

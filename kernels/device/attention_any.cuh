@@ -22,6 +22,8 @@ struct AnyConfig {
   using K = Row<K_, kDim>;
   using V = Row<V_, kDim>;
   static constexpr bool kOneDense = K::kDense != V::kDense;
+  static constexpr bool kTurnsValues = false;  // for Combine
+  static_assert(!K::kNormed, "rows of keys that are normed have tiles");
 };
 
 // A lane's share of a row: kLoads words of codes, or kLoads times four of a dense row, each some pairs of neighbouring
@@ -78,7 +80,7 @@ struct DensePairs {
 template <class R, int kDim>
 struct CodePairs {
   using S = Share<R, kDim>;
-  uint32_t words[S::kLoads];
+  uint32_t words[S::kLoads], odd[S::kLoads];
   float scales[S::kLoads][S::kLoadGroups], zeros[S::kLoads][S::kLoadGroups];
 
   // `base`: of this KV head, for each plane.
@@ -86,29 +88,48 @@ struct CodePairs {
     const auto plane = [&](int p) { return view.planes[p] + pair * view.plane_stride[p]; };
 #pragma unroll
     for (int load = 0; load < S::kLoads; ++load) {
-      words[load] = 0;
+      words[load] = odd[load] = 0;
 #pragma unroll
       for (int i = 0; i < S::kLoadGroups; ++i) scales[load][i] = zeros[load][i] = 0;
       if (!S::There(load, lane)) continue;
-      words[load] = __ldcg(reinterpret_cast<const uint32_t*>(plane(0) + token * R::kRow) + lane + 32 * load);
+      const int unit = lane + 32 * load;
+      words[load] = __ldcg(reinterpret_cast<const uint32_t*>(plane(0) + token * R::kRow) + unit);
+      if constexpr (R::kOdd) {  // of the low half from bit 0 on, of the high one from bit 16 on
+        const std::byte* bits = plane(1) + token * R::kOddRow;
+        if constexpr (R::kBits == 4) {
+          odd[load] = __ldcg(reinterpret_cast<const uint8_t*>(bits) + unit);
+          odd[load] |= odd[load] << 12;
+        } else {
+          odd[load] = ptx::PickBytes(__ldcg(reinterpret_cast<const uint16_t*>(bits) + unit), 0, 0x4140);
+        }
+      }
       const int group = S::Channel(load, 0, lane) / R::kGroup;
 #pragma unroll
       for (int i = 0; i < S::kLoadGroups; ++i) {
-        const auto meta = [&](int p) {
-          return ptx::HalfAt(__ldcg(reinterpret_cast<const uint16_t*>(plane(p)) + token * R::kGroups + group + i), 0);
-        };
-        scales[load][i] = meta(1), zeros[load][i] = meta(2);
+        uint32_t meta[std::max(R::kPlanes, 1)][1] = {};  // of this group alone
+#pragma unroll
+        for (int p = 0; p < R::kPlanes; ++p) {
+          const std::byte* at = plane((R::kOdd ? 2 : 1) + p) + (token * R::kGroups + group + i) * R::kMetaBytes;
+          if constexpr (R::kMetaBytes == 1) meta[p][0] = __ldcg(reinterpret_cast<const uint8_t*>(at));
+          if constexpr (R::kMetaBytes == 2) meta[p][0] = __ldcg(reinterpret_cast<const uint16_t*>(at));
+          if constexpr (R::kMetaBytes == 4) meta[p][0] = __ldcg(reinterpret_cast<const uint32_t*>(at));
+        }
+        scales[load][i] = R::Scale(meta, 0);
+        if constexpr (!R::kCentred) zeros[load][i] = R::ZeroOf(meta, 0);
       }
     }
   }
   template <bool kBFloat16>
   __device__ __forceinline__ float2 Pair(int load, int pair) const {
     const int i = S::kLoadGroups == 1 ? 0 : 8 * pair / R::kGroup;
-    const uint32_t word = words[load] >> (pair * R::kBits);
+    const uint32_t word = words[load] >> (pair * R::kBits), above = odd[load] >> pair;
     const auto decoded = [&](int shift) {
-      const float code = CodeToFloat(word, shift, R::kBits);
-      return R::kZero == Zero::kOfCodes ? (code - zeros[load][i]) * scales[load][i]
-                                        : scales[load][i] * code - zeros[load][i];
+      uint32_t code = word >> shift & ((1u << R::kBits) - 1);
+      if constexpr (R::kOdd) code |= (above >> shift & 1) << R::kBits;
+      const float element = R::Element(code);
+      if constexpr (R::kCentred) return element * scales[load][i];
+      return R::kZero == Zero::kOfCodes ? (element - zeros[load][i]) * scales[load][i]
+                                        : scales[load][i] * element - zeros[load][i];
     };
     return {decoded(0), decoded(16)};
   }

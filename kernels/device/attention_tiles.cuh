@@ -9,6 +9,7 @@
 #include "kernels/device/attention.h"
 #include "kernels/device/codecs.cuh"
 #include "kernels/device/ptx.cuh"
+#include "kernels/turn.h"
 
 namespace kvq::decode_attention {
 
@@ -17,14 +18,20 @@ constexpr float kNoReference = -1e30f;  // m before the first token
 constexpr float kHeadroom = 8;          // a new m puts the largest p s at 2^kHeadroom
 constexpr float kOverflow = 32768;      // and p s above this asks for a new m
 
-// One side, keys or values, of a tile: a token's codes, kRow bytes, and kPlanes times kMeta bytes of metadata.
+// One side, keys or values, of a tile: a token's codes, kRow bytes, their odd bits, kOddRow, and kPlanes times kMeta bytes of
+// metadata.
 template <class Codec_, int kDim>
 struct Row : Codec_ {
   using Codec = Codec_;
   static constexpr int kRow = kDim * Codec::kBits / 8, kGranules = kRow / 16;
   static constexpr int kGroups = Codec::kDense ? 1 : kDim / (Codec::kDense ? 1 : Codec::kGroup);
-  static constexpr int kMeta = Codec::kDense ? 0 : 2 * kGroups;
-  static constexpr int kTokenBytes = kRow + Codec::kPlanes * kMeta;
+  static constexpr int kOddRow = Codec::kOdd ? kDim / 8 : 0;
+  static constexpr int kMeta = Codec::kMetaBytes * kGroups;
+  static constexpr int kBehind = kOddRow + Codec::kPlanes * kMeta;  // bytes of a token behind its codes
+  static constexpr int kTokenBytes = kRow + kBehind;
+  // Planes behind the codes and what each has of a token.
+  static constexpr int kPlanesBehind = (Codec::kOdd ? 1 : 0) + Codec::kPlanes;
+  __device__ static constexpr int PlaneBytes(int plane) { return Codec::kOdd && plane == 0 ? kOddRow : kMeta; }
   static constexpr int kWordSteps = Codec::kDense ? 1 : 8 / Codec::kBits;  // steps of a product in one word of codes
 
   // Rows lie one behind the other, but for the order of 16-byte granules within 128 bytes: granule i of a row is at
@@ -40,12 +47,13 @@ struct Row : Codec_ {
 // Everything that is fixed when a kernel is compiled. The host chooses warps, stages, tokens of a tile and registers by
 // what the device has (attention.cc).
 template <class Keys, class Values, int kDim_, int kParts_, int kHeadTiles_, int kWarps_, int kStages_, int kTile_, int kRegisters_,
-          bool kWindow_>
+          bool kWindow_, int kTurns_>
 struct Config {
   static constexpr int kDim = kDim_, kHeadTiles = kHeadTiles_;
   static constexpr int kParts = kParts_;  // of a KV head's query heads, each for a block of its own
   static constexpr int kWarps = kWarps_, kStages = kStages_, kTile = kTile_, kRegisters = kRegisters_;
   static constexpr bool kWindow = kWindow_;  // tokens may be hidden by a sliding window
+  static constexpr bool kTurnsKeys = (kTurns_ & 1) != 0, kTurnsValues = (kTurns_ & 2) != 0;
   using K = Row<Keys, kDim>;
   using V = Row<Values, kDim>;
   static constexpr bool kDense = K::kDense && V::kDense;
@@ -58,27 +66,38 @@ struct Config {
   static constexpr int kHeads = 8 * kHeadTiles;  // columns for query heads
   static constexpr int kSteps = kDim / 16;       // of a product over channels
   static constexpr int kThreads = 32 * kWarps;
-  // A tile: key rows, value rows, the keys' planes of metadata, the values'.
+  // A tile: key rows, value rows, the keys' planes behind them, the values'.
   static constexpr int kValuesAt = kTile * K::kRow, kKeyMetaAt = kValuesAt + kTile * V::kRow;
-  static constexpr int kValueMetaAt = kKeyMetaAt + kTile * K::kPlanes * K::kMeta;
+  static constexpr int kValueMetaAt = kKeyMetaAt + kTile * K::kBehind;
   static constexpr int kTileBytes = (kTile * (K::kTokenBytes + V::kTokenBytes) + 127) / 128 * 128;
   static constexpr int kHeadStride = kDim + 4;  // floats, in the merge: lanes of one store in different banks
   static constexpr int kMergeBytes = kWarps * kHeads * (kHeadStride + 2) * 4;
   static constexpr int kShelfAt = std::max(kWarps * kStages * kTileBytes, (kMergeBytes + 127) / 128 * 128);
+  // Turned queries, float32 [head, channel].
+  static constexpr int kTurnedAt = kShelfAt + (kShelf ? kWarps * kHeads * kDim * 4 : 0);
 };
 
-// Scales (or zeros) of one token, of all groups.
+// Metadata of one token, of all groups.
 template <class R>
 struct Meta {
-  uint32_t words[(R::kGroups + 1) / 2];
-  __device__ __forceinline__ explicit Meta(ptx::Shared at) {
-    if constexpr (R::kGroups == 1) {
-      words[0] = ptx::LoadShared16(at);
-    } else {
-      ptx::LoadShared(at, words);
+  uint32_t words[std::max(R::kPlanes, 1)][std::max((R::kMeta + 3) / 4, 1)];
+  // `at`: of the token in the first plane; the next one is kPlane bytes further.
+  template <int kPlane>
+  __device__ __forceinline__ Meta(ptx::Shared at, std::integral_constant<int, kPlane>) {
+    if constexpr (R::kPlanes > 0) {
+#pragma unroll
+      for (int p = 0; p < R::kPlanes; ++p) {
+        if constexpr (R::kMeta == 2) {
+          words[p][0] = ptx::LoadShared16(at + p * kPlane);
+        } else {
+          static_assert(R::kMeta % 4 == 0);
+          ptx::LoadShared(at + p * kPlane, words[p]);
+        }
+      }
     }
   }
-  __device__ __forceinline__ float operator[](int group) const { return ptx::HalfAt(words[group / 2], group % 2); }
+  __device__ __forceinline__ float scale(int group) const { return R::Scale(words, group); }
+  __device__ __forceinline__ float zero(int group) const { return R::ZeroOf(words, group); }
 };
 
 // ---- what a warp knows. Heads 8 ht + 2 t and + 1 are this lane's, `i` = 0 and 1 below.
@@ -90,6 +109,7 @@ struct Partial {
   float o[C::kHeadTiles][C::kSteps][4];
   float m[C::kHeadTiles][2], l[C::kHeadTiles][2];
   float zero[C::kHeadTiles][2][C::V::kGroups];
+  uint32_t broken = 0;  // where codes may stand for NaN: bits of codecs' Broken
 
   __device__ __forceinline__ Partial() {
 #pragma unroll
@@ -156,6 +176,27 @@ __device__ void LoadQueries(const DecodeAttentionArgs& args, int pair, int g, in
   }
 }
 
+// The sums over a group's channels: products with codes that are all 1.
+template <class C>
+__device__ void SumQueries(Queries<C>& q) {
+  if constexpr (!C::K::kCentred) {
+#pragma unroll
+    for (int ht = 0; ht < C::kHeadTiles; ++ht) {
+      float sum[4];
+#pragma unroll
+      for (int step = 0; step < C::kSteps; ++step) {
+        if (step * 16 % C::K::kGroup == 0) sum[0] = sum[1] = sum[2] = sum[3] = 0;
+        const uint32_t ones[2] = {0x00010001u << C::K::FieldShift(2 * (step % C::K::kWordSteps)),
+                                  0x00010001u << C::K::FieldShift(2 * (step % C::K::kWordSteps) + 1)};
+        ptx::MmaHalf(sum, ones[0], ones[0], ones[1], ones[1], q.b[ht][step][0], q.b[ht][step][1]);
+        if ((step + 1) * 16 % C::K::kGroup != 0) continue;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) q.sum[ht][i][step * 16 / C::K::kGroup] = sum[i];
+      }
+    }
+  }
+}
+
 // After LoadQueries, for codes: times the power of two that puts a head's largest into [2^14, 2^15), for float16 at most
 // 2^30, and less by the fields' shifts.
 template <class C>
@@ -202,19 +243,59 @@ __device__ void PrepareQueries(const DecodeAttentionArgs& args, int t, Queries<C
         word = ptx::PackHalf(ptx::BFloat16At(word, 0) * of_field, ptx::BFloat16At(word, 1) * of_field);
       }
     }
-    // The sums over a group's channels: products with codes that are all 1.
-    float sum[4];
-#pragma unroll
-    for (int step = 0; step < C::kSteps; ++step) {
-      if (step * 16 % C::K::kGroup == 0) sum[0] = sum[1] = sum[2] = sum[3] = 0;
-      const uint32_t ones[2] = {0x00010001u << C::K::FieldShift(2 * (step % C::K::kWordSteps)),
-                                0x00010001u << C::K::FieldShift(2 * (step % C::K::kWordSteps) + 1)};
-      ptx::MmaHalf(sum, ones[0], ones[0], ones[1], ones[1], q.b[ht][step][0], q.b[ht][step][1]);
-      if ((step + 1) * 16 % C::K::kGroup != 0) continue;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) q.sum[ht][i][step * 16 / C::K::kGroup] = sum[i];
-    }
     // From lanes of head g to lanes of heads 2 t and 2 t + 1.
+    const float down = __uint_as_float(static_cast<uint32_t>(127 - up) << 23);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      q.factor[ht][i] = __shfl_sync(~0u, args.scale * kLog2E * down * C::K::kUnit, 8 * t + 4 * i);
+    }
+  }
+  SumQueries<C>(q);
+}
+
+// What a block's warps turn together, in float32 [head, channel] of shared memory, and what a warp takes of it: as
+// PrepareQueries, but for the sums.
+template <class C>
+__device__ void TurnQueries(const DecodeAttentionArgs& args, int pair, int ratio, float* turned) {
+  const int lane = threadIdx.x % 32;
+  for (int head = static_cast<int>(threadIdx.x) / 32; head < ratio; head += C::kWarps) {
+    const uint32_t* row = QueryRow<C>(args, pair, head);
+    float* to = turned + head * C::kDim;
+    for (int i = lane; i < C::kDim / 2; i += 32) {
+      const uint32_t word = __ldcg(row + i);
+      const bool half = args.dtype == DType::kFloat16;
+      to[2 * i] = half ? ptx::HalfAt(word, 0) : ptx::BFloat16At(word, 0);
+      to[2 * i + 1] = half ? ptx::HalfAt(word, 1) : ptx::BFloat16At(word, 1);
+    }
+    __syncwarp();
+    TurnBy(args.key_turn, to, C::kDim, lane);
+  }
+  __syncthreads();
+}
+template <class C>
+__device__ void LoadTurnedQueries(const DecodeAttentionArgs& args, int ratio, const float* turned, int g, int t,
+                                  Queries<C>& q) {
+#pragma unroll
+  for (int ht = 0; ht < C::kHeadTiles; ++ht) {
+    const int head = 8 * ht + g;
+    const float2* row = reinterpret_cast<const float2*>(turned + min(head, ratio - 1) * C::kDim);
+    const auto at = [&](int i) {  // channels 2 t, 2 t + 1 of a half step
+      const float2 x = row[4 * i + t];
+      return head < ratio ? x : float2{0, 0};
+    };
+    float largest = 0;
+#pragma unroll
+    for (int i = 0; i < 2 * C::kSteps; ++i) largest = fmaxf(largest, fmaxf(fabsf(at(i).x), fabsf(at(i).y)));
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
+    const uint32_t exponent = min(max(__float_as_uint(largest) >> 23, 16u), 127u + 127);
+    const int up = 14 + 127 - static_cast<int>(exponent);
+    const float factor = __uint_as_float(static_cast<uint32_t>(up + 127) << 23);
+#pragma unroll
+    for (int i = 0; i < 2 * C::kSteps; ++i) {
+      const float of_field = factor / static_cast<float>(1 << C::K::FieldShift(i % (2 * C::K::kWordSteps)));
+      q.b[ht][i / 2][i % 2] = ptx::PackHalf(at(i).x * of_field, at(i).y * of_field);
+    }
     const float down = __uint_as_float(static_cast<uint32_t>(127 - up) << 23);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -253,31 +334,56 @@ struct CodeReader {
   static constexpr int kWords = R::kRow / 16;  // of a chunk
   static constexpr int kVector = kWords < 4 ? kWords : 4;
   static constexpr int kPlane = C::kTile * R::kMeta;
+  static constexpr int kOddBytes = R::kOddRow / 4;  // of a chunk: a byte or two for each word
 
-  ptx::Shared rows, meta;
+  ptx::Shared rows, odd, meta;
 
   __device__ __forceinline__ CodeReader(ptx::Shared rows_at, ptx::Shared meta_at, int row, int chunk, int g)
-      : rows(rows_at + row * R::kRow + (chunk * kWords * 4 ^ R::SwizzleOf(row) * 16)), meta(meta_at + g * R::kMeta) {}
+      : rows(rows_at + row * R::kRow + (chunk * kWords * 4 ^ R::SwizzleOf(row) * 16)),
+        odd(meta_at + row * R::kOddRow + chunk * kOddBytes),
+        meta(meta_at + C::kTile * R::kOddRow + g * R::kMeta) {}
 
   // Words `first` and on of the row `on` further. Keys: `on` is a multiple of 8. Values: the reader's row is even.
   __device__ __forceinline__ void Words(int on, int first, uint32_t (&words)[kVector]) const {
     ptx::LoadShared((rows ^ (first * 4 ^ R::SwizzleOf(on % 8) * 16)) + on * R::kRow, words);
   }
-  // Plane p of metadata, token g + `on`.
-  __device__ __forceinline__ Meta<R> MetaOf(int p, int on) const { return Meta<R>(meta + p * kPlane + on * R::kMeta); }
+  // The odd bits of the chunk's words, of the row `on` further.
+  using OddBits = uint32_t[std::max(kOddBytes / 4, 1)];
+  __device__ __forceinline__ void Odd(int on, OddBits& bits) const {
+    if constexpr (kOddBytes == 2) {
+      bits[0] = ptx::LoadShared16(odd + on * R::kOddRow);
+    } else if constexpr (kOddBytes > 0) {
+      ptx::LoadShared(odd + on * R::kOddRow, bits);
+    }
+  }
+  // Those of word w: the low half's fields from bit 0 on, the high half's from bit 16 on; other bits are anything.
+  __device__ __forceinline__ static uint32_t OddOf(const OddBits& bits, int w) {
+    if constexpr (!R::kOdd) return 0;
+    if constexpr (R::kBits == 4) {
+      const uint32_t byte = bits[w / 4] >> w % 4 * 8 & 0xFF;
+      return byte | byte << 12;
+    }
+    return ptx::PickBytes(bits[w / 2], 0, w % 2 == 0 ? 0x4140 : 0x4342);
+  }
+  // Metadata of token g + `on`.
+  __device__ __forceinline__ Meta<R> MetaOf(int on) const {
+    return Meta<R>(meta + on * R::kMeta, std::integral_constant<int, kPlane>());
+  }
 };
 
 template <class C>
-__device__ __forceinline__ void LogitsOfCodes(ptx::Shared tile, int g, int t, const Queries<C>& q, TileLogits<C>& x) {
+__device__ __forceinline__ void LogitsOfCodes(ptx::Shared tile, int g, int t, const Queries<C>& q, TileLogits<C>& x,
+                                              uint32_t& broken) {
   using K = typename C::K;
   using Reader = CodeReader<C, K>;
   constexpr int kBlocks = C::kTile / 16, kWords = Reader::kWords, kVector = Reader::kVector, kFields = 16 / K::kBits;
   const Reader reader(tile, tile + C::kKeyMetaAt, g, t, g);
 #pragma unroll
   for (int n = 0; n < kBlocks; ++n) {
-    const Meta<K> scale[2] = {reader.MetaOf(0, 16 * n), reader.MetaOf(0, 16 * n + 8)};
-    const Meta<K> zero[2] = {reader.MetaOf(1, 16 * n), reader.MetaOf(1, 16 * n + 8)};
-    float sum[C::kHeadTiles][4];
+    const Meta<K> meta[2] = {reader.MetaOf(16 * n), reader.MetaOf(16 * n + 8)};
+    typename Reader::OddBits odd[2];
+    reader.Odd(16 * n, odd[0]), reader.Odd(16 * n + 8, odd[1]);
+    float sum[C::kHeadTiles][4], squares[2] = {0, 0};
 #pragma unroll
     for (int first = 0; first < kWords; first += kVector) {
       uint32_t words[2][kVector];
@@ -286,8 +392,10 @@ __device__ __forceinline__ void LogitsOfCodes(ptx::Shared tile, int g, int t, co
 #pragma unroll
       for (int w = 0; w < kVector; ++w) {
         uint32_t low[kFields], high[kFields];
-        K::Unpack(words[0][w], low);
-        K::Unpack(words[1][w], high);
+        K::Unpack(words[0][w], Reader::OddOf(odd[0], first + w), low);
+        K::Unpack(words[1][w], Reader::OddOf(odd[1], first + w), high);
+        if constexpr (K::kMayBreak) broken |= K::Broken(words[0][w]) | K::Broken(words[1][w]);
+        if constexpr (K::kNormed) squares[0] += ptx::SumOfSquares(low), squares[1] += ptx::SumOfSquares(high);
 #pragma unroll
         for (int s = 0; s < K::kWordSteps; ++s) {
           const int step = (first + w) * K::kWordSteps + s, group = step * 16 / K::kGroup;
@@ -300,16 +408,30 @@ __device__ __forceinline__ void LogitsOfCodes(ptx::Shared tile, int g, int t, co
             if ((step + 1) * 16 % K::kGroup != 0) continue;
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-              const float before = group == 0 ? 0.0f : x[n][ht][i];
-              if constexpr (K::kZero == Zero::kOfCodes) {
-                const float centred = fmaf(-zero[i / 2][group], q.sum[ht][i % 2][group], d[i]);
-                x[n][ht][i] = fmaf(scale[i / 2][group], centred, before);
+              const float before = group == 0 ? 0.0f : x[n][ht][i], scale = meta[i / 2].scale(group);
+              if constexpr (K::kCentred) {
+                x[n][ht][i] = fmaf(scale, d[i], before);
+              } else if constexpr (K::kZero == Zero::kOfCodes) {
+                const float centred = fmaf(-meta[i / 2].zero(group), q.sum[ht][i % 2][group], d[i]);
+                x[n][ht][i] = fmaf(scale, centred, before);
               } else {
-                x[n][ht][i] = fmaf(scale[i / 2][group], d[i], fmaf(-zero[i / 2][group], q.sum[ht][i % 2][group], before));
+                x[n][ht][i] = fmaf(scale, d[i], fmaf(-meta[i / 2].zero(group), q.sum[ht][i % 2][group], before));
               }
             }
           }
         }
+      }
+    }
+    if constexpr (K::kNormed) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {  // the row's other chunks are in the lanes beside
+        squares[i] += __shfl_xor_sync(~0u, squares[i], 1);
+        squares[i] += __shfl_xor_sync(~0u, squares[i], 2);
+      }
+#pragma unroll
+      for (int ht = 0; ht < C::kHeadTiles; ++ht) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[n][ht][i] *= ptx::InverseRoot(squares[i / 2]);
       }
     }
   }
@@ -365,10 +487,10 @@ __device__ __forceinline__ void AddCodes(ptx::Shared tile, int valid, int g, int
   const Reader reader(tile + C::kValuesAt, tile + C::kValueMetaAt, 2 * t, g / 2, g);
   if (valid < C::kTile) {
     // Where there is no token, what lies in the planes is anything, and 0 times that must be 0.
-    const ptx::Shared meta = tile + C::kValueMetaAt;
+    const ptx::Shared meta = tile + C::kValueMetaAt + C::kTile * V::kOddRow;
     for (int i = valid * V::kMeta + 2 * (4 * g + t); i < Reader::kPlane; i += 64) {
-      ptx::ZeroShared16(meta + i);
-      ptx::ZeroShared16(meta + Reader::kPlane + i);
+#pragma unroll
+      for (int p = 0; p < V::kPlanes; ++p) ptx::ZeroShared16(meta + p * Reader::kPlane + i);
     }
     __syncwarp();
   }
@@ -386,10 +508,12 @@ __device__ __forceinline__ void AddCodes(ptx::Shared tile, int valid, int g, int
           for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-              const Meta<V> scale = reader.MetaOf(0, 16 * n + 8 * half);
+              const Meta<V> meta = reader.MetaOf(16 * n + 8 * half);
               float largest = 0x1p-24f;
 #pragma unroll
-              for (int group = 0; group < V::kGroups; ++group) largest = fmaxf(largest, scale[group]);
+              for (int group = 0; group < V::kGroups; ++group) {
+                largest = fmaxf(largest, V::kSigned ? fabsf(meta.scale(group)) : meta.scale(group));
+              }
               highest = fmaxf(highest, fmaf(x[n][ht][2 * half + i], factor[ht][i], ptx::Log2(largest)));
             }
           }
@@ -412,7 +536,7 @@ __device__ __forceinline__ void AddCodes(ptx::Shared tile, int valid, int g, int
     for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const Meta<V> scale = reader.MetaOf(0, 16 * n + 8 * half), zero = reader.MetaOf(1, 16 * n + 8 * half);
+        const Meta<V> meta = reader.MetaOf(16 * n + 8 * half);
 #pragma unroll
         for (int ht = 0; ht < C::kHeadTiles; ++ht) {
           float p[2];
@@ -426,12 +550,14 @@ __device__ __forceinline__ void AddCodes(ptx::Shared tile, int valid, int g, int
             float weight[2];
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-              weight[i] = p[i] * scale[group];
-              z[ht][i][group] =
-                  fmaf(V::kZero == Zero::kOfCodes ? weight[i] : p[i], zero[group], z[ht][i][group]);
+              weight[i] = p[i] * meta.scale(group);
+              if constexpr (!V::kCentred) {
+                z[ht][i][group] =
+                    fmaf(V::kZero == Zero::kOfCodes ? weight[i] : p[i], meta.zero(group), z[ht][i][group]);
+              }
             }
             weights[ht][group][n][half] = ptx::PackHalf(weight[0], weight[1]);
-            top = ptx::MaxHalf(top, weights[ht][group][n][half]);
+            top = ptx::MaxHalf(top, weights[ht][group][n][half] & (V::kSigned ? 0x7FFF7FFFu : ~0u));
           }
         }
       }
@@ -464,6 +590,9 @@ __device__ __forceinline__ void AddCodes(ptx::Shared tile, int valid, int g, int
         for (int half = 0; half < 2; ++half) b[ht][group][half] = ptx::Transpose(weights[ht][group][n][half]);
       }
     }
+    typename Reader::OddBits odd[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) reader.Odd(16 * n + i % 2 + i / 2 * 8, odd[i]);
 #pragma unroll
     for (int first = 0; first < kWords; first += kVector) {
       uint32_t words[4][kVector];
@@ -472,8 +601,15 @@ __device__ __forceinline__ void AddCodes(ptx::Shared tile, int valid, int g, int
 #pragma unroll
       for (int w = 0; w < kVector; ++w) {
         uint32_t low[kFields], high[kFields];
-        V::Unpack(ptx::PickBytes(words[0][w], words[1][w], side), low);
-        V::Unpack(ptx::PickBytes(words[2][w], words[3][w], side), high);
+        const auto odd_of = [&](int i) {
+          return ptx::PickBytes(Reader::OddOf(odd[i], first + w), Reader::OddOf(odd[i + 1], first + w), side);
+        };
+        V::Unpack(ptx::PickBytes(words[0][w], words[1][w], side), V::kOdd ? odd_of(0) : 0, low);
+        V::Unpack(ptx::PickBytes(words[2][w], words[3][w], side), V::kOdd ? odd_of(2) : 0, high);
+        if constexpr (V::kMayBreak) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) partial.broken |= V::Broken(words[i][w]);
+        }
 #pragma unroll
         for (int s = 0; s < V::kWordSteps; ++s) {
           const int step = (first + w) * V::kWordSteps + s, group = step * 16 / V::kGroup;
@@ -557,7 +693,7 @@ __device__ __forceinline__ void AttendTile(ptx::Shared tile, int valid, int hidd
           q, [&](int i, int j) { return load((keys ^ j % 2 * 64) + j / 2 * 128 + (16 * n + 8 * i) * C::K::kRow); }, x[n]);
     }
   } else {
-    LogitsOfCodes<C>(tile, g, t, q, x);
+    LogitsOfCodes<C>(tile, g, t, q, x, partial.broken);
   }
   if (C::kDense || valid < C::kTile || (C::kWindow && hidden > 0)) {
 #pragma unroll

@@ -1,18 +1,25 @@
-// How fused attention (attention.cuh) reads what a scheme has stored. A codec is a struct of constants and of one function
-// that makes operands for m16n8k16 products from a word of codes; a row of the scheme table names it (Codec::device).
-// Device code alone.
+// How fused attention (attention.cuh) reads what a scheme has stored. A codec is a struct of constants and of functions that
+// make operands for m16n8k16 products from a word of codes; a row of the scheme table names it (Codec::device). A plain
+// scheme's is made from its formula (plain_codes.cuh). Device code alone.
 //
 // What attention asks of a codec:
-//   kDense      tokens as they are, in 16 bits; then nothing below is there
-//   kBits       of a code; rows lie as code_row.h says
-//   kGroup      channels, of one token, that share a scale and a zero point
+//   kDense      tokens as they are, in 16 bits; then of the rest only kBits and zeros are there
+//   kBits       of a code in words; rows lie as code_row.h says
+//   kOdd        a code has one bit more, in plane 1, of which a row is head_dim / 8 bytes
+//   kGroup      channels, of one token, that share a scale
 //   kZero       what a zero point is taken from, see Zero
-//   kPlanes     planes of metadata behind the codes: fp16 numbers, one a group
+//   kCentred    there are no zero points
+//   kSigned     scales may be negative
+//   kNormed     a row of elements is divided by the root of its sum of squares; of keys alone
+//   kMayBreak   Broken tells from a word's codes whether one stands for NaN (which no operand does), in its bytes' highest bits
+//   kPlanes     planes of metadata behind the codes, and kMetaBytes, what each has of a group
 //   kUnit       what an unpacked operand has too little, as a factor
 //   FieldShift  log2 of what a field has too much besides
-//   Unpack      a word's fields as pairs of float16: neighbouring channels
-// A scale meets one number a group and head, never an element (attention.cuh says how), so that all there is to a new kind
-// of code is its Unpack.
+//   Unpack      a word's fields, and their odd bits, as pairs of float16: neighbouring channels
+//   Element     what a code is, as float32: Unpack's, with kUnit
+//   Scale, ZeroOf  of a group, from the words of a token's metadata, [plane, word]
+// A value is Scale (Element - ZeroOf), or Scale Element - ZeroOf. A scale meets one number a group and head, never an element
+// (attention.cuh says how), so that all there is to a new kind of code is its Unpack.
 #pragma once
 
 #include "kernels/device/ptx.cuh"
@@ -21,25 +28,20 @@
 namespace kvq {
 
 struct Dense16 {
-  static constexpr bool kDense = true;
-  static constexpr int kBits = 16, kGroup = 0, kPlanes = 0;
+  static constexpr bool kDense = true, kOdd = false, kCentred = true, kSigned = false, kNormed = false, kMayBreak = false;
+  static constexpr int kBits = 16, kGroup = 0, kPlanes = 0, kMetaBytes = 0;
 };
 
-// Codes of 8, 4 or 2 bits in groups along channels. A field at the bottom of a float16 is the subnormal number
-// field * 2^-24, which tensor cores multiply in full.
-template <int kBits_, int kGroup_, Zero kZero_>
-struct AffineCodes {
-  static constexpr bool kDense = false;
-  static constexpr int kBits = kBits_, kGroup = kGroup_, kPlanes = 2;  // scales, zeros
-  static constexpr Zero kZero = kZero_;
-  static constexpr float kUnit = 16777216.0f;  // 2^24
-
-  __device__ static constexpr int FieldShift(int field) {
+// The bits of a word's fields as whole numbers, with those of the odd bits above them: pairs of float16, times
+// 2^(FieldShift - 24). A number below 2^11 at the bottom of a float16 is that many times 2^-24, which tensor cores multiply in
+// full.
+struct NumberFields {
+  template <int kBits>
+  __device__ static constexpr int Shift(int field) {
     return kBits == 8 ? 0 : kBits == 4 ? field % 2 * 4 : field < 5 ? 2 * field : 2 * (field - 5);
   }
-
-  // All fields of a word as pairs of float16, times 2^(FieldShift - 24).
-  __device__ __forceinline__ static void Unpack(uint32_t word, uint32_t (&pairs)[16 / kBits]) {
+  template <int kBits, bool kOdd>
+  __device__ __forceinline__ static void Unpack(uint32_t word, uint32_t odd, uint32_t (&pairs)[16 / kBits]) {
     if constexpr (kBits == 8) {
       pairs[0] = word & 0x00FF00FF;
       pairs[1] = ptx::PickBytes(word, 0, 0x4341);
@@ -54,6 +56,37 @@ struct AffineCodes {
 #pragma unroll
       for (int field = 5; field < 8; ++field) pairs[field] = word >> 10 & 0x00030003 << 2 * (field - 5);
     }
+    if constexpr (kOdd) {
+#pragma unroll
+      for (int field = 0; field < 16 / kBits; ++field) {
+        const int up = Shift<kBits>(field) + kBits - field;  // from bit `field` of each half to above the field's others
+        const uint32_t bit = odd & 0x00010001u << field;
+        pairs[field] |= up >= 0 ? bit << up : bit >> -up;
+      }
+    }
+  }
+};
+
+// Codes of 8, 4 or 2 bits in groups along channels, with fp16 scales and zeros.
+template <int kBits_, int kGroup_, Zero kZero_>
+struct AffineCodes {
+  static constexpr bool kDense = false, kOdd = false, kCentred = false, kSigned = false, kNormed = false, kMayBreak = false;
+  static constexpr int kBits = kBits_, kGroup = kGroup_, kPlanes = 2, kMetaBytes = 2;
+  static constexpr Zero kZero = kZero_;
+  static constexpr float kUnit = 16777216.0f;  // 2^24
+
+  __device__ static constexpr int FieldShift(int field) { return NumberFields::Shift<kBits>(field); }
+  __device__ __forceinline__ static void Unpack(uint32_t word, uint32_t odd, uint32_t (&pairs)[16 / kBits]) {
+    NumberFields::Unpack<kBits, kOdd>(word, odd, pairs);
+  }
+  __device__ __forceinline__ static float Element(uint32_t code) { return static_cast<float>(code); }
+  template <int kWords>
+  __device__ __forceinline__ static float Scale(const uint32_t (&words)[2][kWords], int group) {
+    return ptx::HalfAt(words[0][group / 2], group % 2);
+  }
+  template <int kWords>
+  __device__ __forceinline__ static float ZeroOf(const uint32_t (&words)[2][kWords], int group) {
+    return ptx::HalfAt(words[1][group / 2], group % 2);
   }
 };
 

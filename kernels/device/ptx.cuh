@@ -192,6 +192,20 @@ __device__ __forceinline__ uint32_t MaxBFloat16(uint32_t a, uint32_t b) {
   asm("max.bf16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
   return word;
 }
+// 1 / sqrt(x), relative error 2^-22.
+__device__ __forceinline__ float InverseRoot(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// Of pairs of float16, their squares' sum in float16 by halves: of numbers around 1, few enough to stay below 2^10.
+template <int n>
+__device__ __forceinline__ float SumOfSquares(const uint32_t (&pairs)[n]) {
+  uint32_t sum = 0;
+#pragma unroll
+  for (int i = 0; i < n; ++i) asm("fma.rn.f16x2 %0, %1, %1, %0;" : "+r"(sum) : "r"(pairs[i]));
+  return HalfAt(sum, 0) + HalfAt(sum, 1);
+}
 __device__ __forceinline__ uint32_t MultiplyHalf(uint32_t a, uint32_t b) {
   uint32_t word;
   asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));

@@ -369,7 +369,7 @@ Source SourceOf(const DenseView& view, int64_t b, int64_t h, int64_t first) {
 
 std::string Label(const Codec& codec) {
   if (codec.planes == nullptr) return "dense";
-  return codec.device.label != nullptr ? codec.device.label : StrCat("int", codec.bits, "_tiles");
+  return IsAffine(codec) && codec.device.label != nullptr ? codec.device.label : StrCat("int", codec.bits, "_tiles");
 }
 
 }  // namespace

@@ -135,7 +135,10 @@ std::vector<std::string> Options(int arch) {
 
 std::string ProgramText(const KernelInstance& instance) {
   std::string text;
-  for (const std::string& source : instance.sources) text += "#include \"" + source + "\"\n";
+  std::set<std::string> included;  // a scheme's source, which keys and values may both name, is no header
+  for (const std::string& source : instance.sources) {
+    if (included.insert(source).second) text += "#include \"" + source + "\"\n";
+  }
   return text;
 }
 

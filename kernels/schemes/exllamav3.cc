@@ -67,6 +67,12 @@ struct Midpoints {
   KVQ_HD static float Value(const Stored& stored, uint32_t code) {
     return (static_cast<float>(code) - (kHalf - 0.5f)) * (HalfToFloat(stored.scale) * kFactor * (1 / kHalf));
   }
+
+  static constexpr plain::Element kElement = plain::Element::kNumber;
+  static constexpr Zero kZero = Zero::kOfCodes;
+  static constexpr int64_t kTurnBlock = kBlock;
+  // Of the orthonormal matrix, which has the factor.
+  KVQ_HD static plain::Line LineOf(const Stored& stored) { return {HalfToFloat(stored.scale) * (1 / kHalf), kHalf - 0.5f}; }
 };
 
 struct Bits2 : Midpoints<2> {

@@ -39,13 +39,17 @@ struct Cast {
   }
   KVQ_HD static uint32_t Code(const Fit& /*fit*/, float x) { return Format::Code(x); }
   KVQ_HD static float Value(const Stored& /*stored*/, uint32_t code) { return Format::Value(code); }
+
+  KVQ_HD static plain::Line LineOf(const Stored& /*stored*/) { return {1, 0}; }
 };
 
 struct Fp8E4M3 : Cast<E4M3> {
   static constexpr char kName[] = "kvq::fp8::Fp8E4M3", kLabel[] = "fp8-e4m3";
+  static constexpr plain::Element kElement = plain::Element::kE4M3;
 };
 struct Fp8E5M2 : Cast<E5M2> {
   static constexpr char kName[] = "kvq::fp8::Fp8E5M2", kLabel[] = "fp8-e5m2";
+  static constexpr plain::Element kElement = plain::Element::kE5M2;
 };
 
 #ifndef __CUDACC__

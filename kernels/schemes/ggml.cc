@@ -64,6 +64,10 @@ struct Symmetric {
   KVQ_HD static float Value(const Stored& stored, uint32_t code) {
     return (static_cast<float>(code) - kOffset) * HalfToFloat(stored.d);
   }
+
+  static constexpr plain::Element kElement = plain::Element::kNumber;
+  static constexpr Zero kZero = Zero::kOfCodes;
+  KVQ_HD static plain::Line LineOf(const Stored& stored) { return {HalfToFloat(stored.d), kOffset}; }
 };
 
 // q4_1, q5_1
@@ -92,6 +96,10 @@ struct Asymmetric {
   KVQ_HD static float Value(const Stored& stored, uint32_t code) {
     return static_cast<float>(code) * HalfToFloat(stored.d) + HalfToFloat(stored.m);
   }
+
+  static constexpr plain::Element kElement = plain::Element::kNumber;
+  static constexpr Zero kZero = Zero::kOfValues;
+  KVQ_HD static plain::Line LineOf(const Stored& stored) { return {HalfToFloat(stored.d), -HalfToFloat(stored.m)}; }
 };
 
 struct Q4_0 : Symmetric<4> {
@@ -108,7 +116,7 @@ struct Q5_1 : Asymmetric<5> {
 };
 
 // v[code] of iq4_nl: signed bytes, the first in the low bits, so that a GPU has them in registers.
-KVQ_HD inline float NonLinear(uint32_t code) {
+KVQ_HD constexpr float NonLinear(uint32_t code) {
   const uint64_t half = code < 8 ? 0xF6EADDCFBFAD9881u : 0x7159453526190D01u;
   return static_cast<float>(static_cast<int8_t>(half >> (8 * (code % 8))));
 }
@@ -147,6 +155,10 @@ struct Iq4Nl {
   }
   KVQ_HD static uint32_t Code(const Fit& fit, float x) { return fit.inverse == 0 ? 8 : Nearest(x * fit.inverse); }
   KVQ_HD static float Value(const Stored& stored, uint32_t code) { return NonLinear(code) * HalfToFloat(stored.d); }
+
+  static constexpr plain::Element kElement = plain::Element::kTable;
+  static constexpr float TableEntry(int code, int /*head_dim*/) { return NonLinear(static_cast<uint32_t>(code)); }
+  KVQ_HD static plain::Line LineOf(const Stored& stored) { return {HalfToFloat(stored.d), 0}; }
 };
 
 #ifndef __CUDACC__

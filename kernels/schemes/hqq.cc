@@ -329,7 +329,7 @@ Codec MakeCodec() {
   codec.decode_cuda = DecodeCuda<kBits, kAcross>;
   if constexpr (!kAcross) {  // keys of neighbouring channels would have scales of groups that end with the block
     codec.device = {.label = kBits == 8 ? "int8" : kBits == 4 ? "int4" : "int2",
-                    .type = [](const CodecParams& params) {
+                    .type = [](const CodecParams& params, int64_t) {
                       return InstanceName("kvq::AffineCodes", kBits, params.group_size, "kvq::Zero::kOfCodes");
                     }};
   }

@@ -82,6 +82,11 @@ struct Clipped {
   KVQ_HD static float Value(const Stored& stored, uint32_t code) {
     return (static_cast<float>(code) - stored.zero) * stored.scale;
   }
+
+  static constexpr plain::Element kElement = plain::Element::kNumber;
+  static constexpr Zero kZero = Zero::kOfCodes;
+  static constexpr int64_t kTurnBlock = 0;
+  KVQ_HD static plain::Line LineOf(const Stored& stored) { return {stored.scale, stored.zero}; }
 };
 
 struct Keys : Clipped<96> {

@@ -79,6 +79,12 @@ struct Values {
   }
   KVQ_HD static uint32_t Code(const Fit& fit, float x) { return kivi::Code<kBits>(fit, x); }
   KVQ_HD static float Value(const Stored& stored, uint32_t code) { return kivi::Value(stored, code); }
+
+  static constexpr plain::Element kElement = plain::Element::kNumber;
+  static constexpr Zero kZero = Zero::kOfValues;
+  KVQ_HD static plain::Line LineOf(const Stored& stored) {
+    return {HalfToFloat(stored.scale), -HalfToFloat(stored.minimum)};
+  }
 };
 
 struct Values4 : Values<4> {

@@ -61,6 +61,10 @@ struct Affine {
   KVQ_HD static float Value(const Stored& stored, uint32_t code) {
     return (static_cast<float>(code) - HalfToFloat(stored.z)) * HalfToFloat(stored.s);
   }
+
+  static constexpr plain::Element kElement = plain::Element::kNumber;
+  static constexpr Zero kZero = Zero::kOfCodes;
+  KVQ_HD static plain::Line LineOf(const Stored& stored) { return {HalfToFloat(stored.s), HalfToFloat(stored.z)}; }
 };
 
 struct Lmdeploy8 : Affine<8> {

@@ -57,6 +57,12 @@ struct Affine {
   KVQ_HD static float Value(const Stored& stored, uint32_t code) {
     return static_cast<float>(code) * HalfToFloat(stored.scale) + HalfToFloat(stored.bias);
   }
+
+  static constexpr plain::Element kElement = plain::Element::kNumber;
+  static constexpr Zero kZero = Zero::kOfValues;
+  KVQ_HD static plain::Line LineOf(const Stored& stored) {
+    return {HalfToFloat(stored.scale), -HalfToFloat(stored.bias)};
+  }
 };
 
 struct Mlx4 : Affine<4> {

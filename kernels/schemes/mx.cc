@@ -76,6 +76,9 @@ struct Mx {
   }
   KVQ_HD static uint32_t Code(const Fit& fit, float x) { return Element::Code(x * fit.inverse); }
   KVQ_HD static float Value(const Stored& stored, uint32_t code) { return Element::Value(code) * PowerOfTwo(stored.e); }
+
+  static constexpr plain::Element kElement = kElementBits == 4 ? plain::Element::kE2M1 : plain::Element::kE4M3;
+  KVQ_HD static plain::Line LineOf(const Stored& stored) { return {PowerOfTwo(stored.e), 0}; }
 };
 
 struct Mxfp4 : Mx<E2M1, 4, 6, 2, Rule::kFloor> {
@@ -115,6 +118,9 @@ struct SglangFp4 {
     return number + (scaled < 0 ? 8 : 0);
   }
   KVQ_HD static float Value(const Stored& stored, uint32_t code) { return E2M1::Value(code) * PowerOfTwo(stored.e); }
+
+  static constexpr plain::Element kElement = plain::Element::kE2M1;
+  KVQ_HD static plain::Line LineOf(const Stored& stored) { return {PowerOfTwo(stored.e), 0}; }
 };
 
 #ifndef __CUDACC__

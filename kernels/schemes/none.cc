@@ -6,7 +6,7 @@ namespace {
 
 Codec Dense() {
   Codec codec;
-  codec.device = {.label = "16bit", .type = [](const CodecParams&) -> std::string { return "kvq::Dense16"; }};
+  codec.device = {.label = "16bit", .type = [](const CodecParams&, int64_t) -> std::string { return "kvq::Dense16"; }};
   return codec;
 }
 

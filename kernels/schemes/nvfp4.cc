@@ -82,6 +82,9 @@ struct Blocks {
   }
   KVQ_HD static uint32_t Code(const Fit& fit, float x) { return E2M1::Code(x * fit.inverse); }
   KVQ_HD static float Value(const Stored& stored, uint32_t code) { return E2M1::Value(code) * E4M3::Value(stored.s); }
+
+  static constexpr plain::Element kElement = plain::Element::kE2M1;
+  KVQ_HD static plain::Line LineOf(const Stored& stored) { return {E4M3::Value(stored.s), 0}; }
 };
 
 struct Nvfp4 : Blocks<false> {

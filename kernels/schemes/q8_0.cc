@@ -44,6 +44,10 @@ struct Q8_0 {
   KVQ_HD static float Value(const Stored& stored, uint32_t code) {
     return (static_cast<float>(code) - 128) * HalfToFloat(stored.d);
   }
+
+  static constexpr plain::Element kElement = plain::Element::kNumber;
+  static constexpr Zero kZero = Zero::kOfCodes;
+  KVQ_HD static plain::Line LineOf(const Stored& stored) { return {HalfToFloat(stored.d), 128}; }
 };
 
 #ifndef __CUDACC__

@@ -178,7 +178,7 @@ Codec MakeCodec() {
   codec.decode = Decode<kBits>;
   codec.encode_cuda = EncodeCuda<kBits>;
   codec.decode_cuda = DecodeCuda<kBits>;
-  codec.device = {.label = kBits == 4 ? "int4_quanto" : "int2_quanto", .type = [](const CodecParams& params) {
+  codec.device = {.label = kBits == 4 ? "int4_quanto" : "int2_quanto", .type = [](const CodecParams& params, int64_t) {
                     return InstanceName("kvq::AffineCodes", kBits, params.group_size, "kvq::Zero::kOfValues");
                   }};
   codec.affine = Zero::kOfValues;

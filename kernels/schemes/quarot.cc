@@ -74,6 +74,10 @@ KVQ_HD inline float ValueOf(const ScaleAndZero& stored, uint32_t code) {
   return Rounded<kHalf>(HalfToFloat(stored.scale) * Rounded<kHalf>(static_cast<float>(code) - HalfToFloat(stored.zero)));
 }
 
+KVQ_HD inline plain::Line LineOfCodes(const ScaleAndZero& stored) {
+  return {HalfToFloat(stored.scale), HalfToFloat(stored.zero)};
+}
+
 struct Common {
   static constexpr char kFile[] = "kernels/schemes/quarot.cc";
   static constexpr int kBits = 4;
@@ -91,6 +95,10 @@ struct Keys : Common {
   }
   KVQ_HD static uint32_t Code(const Fit& fit, float x) { return CodeOf<false>(fit, x); }
   KVQ_HD static float Value(const Stored& stored, uint32_t code) { return ValueOf<false>(stored, code); }
+
+  static constexpr plain::Element kElement = plain::Element::kNumber;
+  static constexpr Zero kZero = Zero::kOfCodes;
+  KVQ_HD static plain::Line LineOf(const Stored& stored) { return LineOfCodes(stored); }
 };
 
 struct Values : Common {
@@ -103,6 +111,11 @@ struct Values : Common {
   }
   KVQ_HD static uint32_t Code(const Fit& fit, float x) { return CodeOf<true>(fit, x); }
   KVQ_HD static float Value(const Stored& stored, uint32_t code) { return ValueOf<true>(stored, code); }
+
+  // But for float16's rounding of the product.
+  static constexpr plain::Element kElement = plain::Element::kNumber;
+  static constexpr Zero kZero = Zero::kOfCodes;
+  KVQ_HD static plain::Line LineOf(const Stored& stored) { return LineOfCodes(stored); }
 };
 
 struct Cuda : Common {
@@ -121,6 +134,10 @@ struct Cuda : Common {
   KVQ_HD static float Value(const Stored& stored, uint32_t code) {
     return static_cast<float>(code) * HalfToFloat(stored.scale) - HalfToFloat(stored.zero);
   }
+
+  static constexpr plain::Element kElement = plain::Element::kNumber;
+  static constexpr Zero kZero = Zero::kOfValues;
+  KVQ_HD static plain::Line LineOf(const Stored& stored) { return {HalfToFloat(stored.scale), HalfToFloat(stored.zero)}; }
 };
 
 #ifndef __CUDACC__

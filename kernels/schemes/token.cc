@@ -69,6 +69,10 @@ struct Int8 {
     return static_cast<uint32_t>(static_cast<int32_t>(plain::Clamped(y + half, -128, 127)) + 128);
   }
   KVQ_HD static float Value(const Stored& stored, uint32_t code) { return (static_cast<float>(code) - 128) * stored.s; }
+
+  static constexpr plain::Element kElement = plain::Element::kNumber;
+  static constexpr Zero kZero = Zero::kOfCodes;
+  KVQ_HD static plain::Line LineOf(const Stored& stored) { return {stored.s, 128}; }
 };
 
 struct Int8Token : Int8<false> {
@@ -98,6 +102,9 @@ struct Fp8Token {
   }
   KVQ_HD static uint32_t Code(const Fit& fit, float x) { return E4M3::Code(x * fit.inverse); }
   KVQ_HD static float Value(const Stored& stored, uint32_t code) { return E4M3::Value(code) * stored.s; }
+
+  static constexpr plain::Element kElement = plain::Element::kE4M3;
+  KVQ_HD static plain::Line LineOf(const Stored& stored) { return {stored.s, 0}; }
 };
 
 struct Int4Token {
@@ -128,6 +135,13 @@ struct Int4Token {
   KVQ_HD static float Value(const Stored& stored, uint32_t code) {
     const uint32_t zero = stored.scale_and_zero & 15;
     return (static_cast<float>(code) - static_cast<float>(zero)) * BitsFloat(stored.scale_and_zero - zero);
+  }
+
+  static constexpr plain::Element kElement = plain::Element::kNumber;
+  static constexpr Zero kZero = Zero::kOfCodes;
+  KVQ_HD static plain::Line LineOf(const Stored& stored) {
+    const uint32_t zero = stored.scale_and_zero & 15;
+    return {BitsFloat(stored.scale_and_zero - zero), static_cast<float>(zero)};
   }
 };
 

@@ -64,7 +64,10 @@ KVQ_HD inline float Centroid(int of_dim, uint32_t code) {
   return code < kHalf ? -c : c;
 }
 
-KVQ_HD inline int TableOf(int head_dim) { return head_dim <= 64 ? 0 : head_dim <= 128 ? 1 : head_dim <= 256 ? 2 : 3; }
+KVQ_HD constexpr int TableOf(int head_dim) { return head_dim <= 64 ? 0 : head_dim <= 128 ? 1 : head_dim <= 256 ? 2 : 3; }
+KVQ_HD constexpr float RootOf(int head_dim) {
+  return head_dim <= 64 ? 8.0f : head_dim <= 128 ? 11.3137085f : head_dim <= 256 ? 16.0f : 22.627417f;
+}
 
 template <typename Numbers>
 KVQ_HD inline float Norm(const Numbers& x, int n) {
@@ -137,6 +140,20 @@ struct Keys {
   KVQ_HD static float Value(const Opened& opened, uint32_t code) {
     return Centroid<kBits>(opened.table, code) / opened.root * opened.norm;
   }
+
+  static constexpr plain::Element kElement = plain::Element::kTable;
+  static constexpr bool kNormed = kCorrected;
+  static constexpr int64_t kTurnBlock = 0;
+  // Times sqrt(head_dim), which float16 has more bits for; the same for all head_dims, nearly.
+  static constexpr float TableEntry(int code, int head_dim) {
+    constexpr int kHalf = 1 << (kBits - 1);
+    const int of_dim = TableOf(head_dim), i = code < kHalf ? kHalf - 1 - code : code - kHalf;
+    const float c = (kBits == 4 ? kCentroids.of4[of_dim][i] : kCentroids.of3[of_dim][i]) * RootOf(head_dim);
+    return code < kHalf ? -c : c;
+  }
+  KVQ_HD static plain::Line LineOf(const Vector& vector, int head_dim) {
+    return {HalfToFloat(vector.norm) / (kCorrected ? 1 : RootOf(head_dim)), 0};
+  }
 };
 
 struct K4 : Keys<4, true> {
@@ -180,6 +197,12 @@ struct Values {
   }
   KVQ_HD static float Value(const Stored& stored, uint32_t code) {
     return static_cast<float>(code) * HalfToFloat(stored.scale) + HalfToFloat(stored.minimum);
+  }
+
+  static constexpr plain::Element kElement = plain::Element::kNumber;
+  static constexpr Zero kZero = Zero::kOfValues;
+  KVQ_HD static plain::Line LineOf(const Stored& stored) {
+    return {HalfToFloat(stored.scale), -HalfToFloat(stored.minimum)};
   }
 };
 

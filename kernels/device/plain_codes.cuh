@@ -1,0 +1,142 @@
+// The codec (codecs.cuh) of a plain scheme that says what its codes and the metadata of a group are to tensor cores
+// (kElement and LineOf, kernels/plain.h). Device code alone.
+#pragma once
+
+#include "kernels/device/codecs.cuh"
+#include "kernels/plain.h"
+#include "kernels/small_float.h"
+
+namespace kvq {
+
+// A number as float16's bits, to the nearest, ties to even, of magnitudes from 2^-14 to 65504, and 0.
+constexpr uint32_t ConstantHalf(float x) {
+  const auto bits = __builtin_bit_cast(uint32_t, x);
+  const uint32_t magnitude = bits & 0x7FFFFFFF;
+  const uint32_t half = magnitude == 0 ? 0 : (magnitude - 0x38000000 + 0xFFF + (magnitude >> 13 & 1)) >> 13;
+  return half | (bits >> 16 & 0x8000);
+}
+
+// A scheme's kTable as bytes of float16: [low and high byte, four entries a word].
+template <class S, int kDim>
+struct TableBytes {
+  static constexpr int kWords = S::kBits == 4 ? 4 : 2;
+  uint32_t bytes[2][kWords] = {};
+  constexpr TableBytes() {
+    for (int code = 0; code < 4 * kWords; ++code) {
+      const uint32_t half = ConstantHalf(S::TableEntry(code, kDim));
+      bytes[0][code / 4] |= (half & 0xFF) << code % 4 * 8;
+      bytes[1][code / 4] |= half >> 8 << code % 4 * 8;
+    }
+  }
+};
+
+template <class S, int kGroup_, int kDim>
+struct PlainCodes {
+  static constexpr bool kDense = false, kOdd = plain::kOdd<S>, kCentred = !plain::kHasZero<S>, kSigned = true;
+  static constexpr bool kNormed = plain::kNormed<S>, kMayBreak = S::kElement == plain::Element::kE4M3 && plain::kMembers<S> == 0;
+  static constexpr int kBits = plain::kLow<S>, kGroup = kGroup_;
+  static constexpr bool kOfVector = plain::kHasVector<S>;
+  static constexpr int kPlanes = kOfVector ? 1 : plain::kMembers<S>;
+  static constexpr int kMetaBytes = [] {
+    if constexpr (kOfVector) return static_cast<int>(sizeof(plain::Vector<S>));
+    else if constexpr (plain::kMembers<S> > 0) return S::kStored[0];
+    else return 0;
+  }();
+  static constexpr Zero kZero = [] {
+    if constexpr (plain::kHasZero<S>) return S::kZero;
+    else return Zero::kOfCodes;
+  }();
+  static constexpr plain::Element kElement = S::kElement;
+  static constexpr float kUnit = kElement == plain::Element::kNumber ? 16777216.0f : kElement == plain::Element::kE4M3 ? 256.0f
+                                 : kElement == plain::Element::kE2M1 ? 16384.0f : 1.0f;
+
+  __device__ static constexpr int FieldShift(int field) {
+    return kElement == plain::Element::kNumber ? NumberFields::Shift<kBits>(field) : 0;
+  }
+
+  __device__ __forceinline__ static void Unpack(uint32_t word, uint32_t odd, uint32_t (&pairs)[16 / kBits]) {
+    if constexpr (kElement == plain::Element::kNumber) {
+      NumberFields::Unpack<kBits, kOdd>(word, odd, pairs);
+    } else if constexpr (kElement == plain::Element::kE4M3) {  // a float16 of the same exponent is 2^8 too small
+      pairs[0] = (word << 7 & 0x3F803F80) | (word << 8 & 0x80008000);
+      pairs[1] = (word >> 1 & 0x3F803F80) | (word & 0x80008000);
+    } else if constexpr (kElement == plain::Element::kE5M2) {  // a float16's high byte
+      pairs[0] = word << 8 & 0xFF00FF00;
+      pairs[1] = word & 0xFF00FF00;
+    } else if constexpr (kElement == plain::Element::kE2M1) {  // 2^14 too small
+#pragma unroll
+      for (int field = 0; field < 4; ++field) {
+        const int up = 9 - 4 * field, sign_up = 12 - 4 * field;
+        pairs[field] = ((up >= 0 ? word << up : word >> -up) & 0x0E000E00) | (word << sign_up & 0x80008000);
+      }
+    } else if constexpr (kBits == 4) {
+      Look(word, pairs[0], pairs[1], pairs[2], pairs[3]);
+    } else {  // 2 bits and an odd one: fields 0, 2, 4, 6 of a half first, each with its odd bit above, then the others
+#pragma unroll
+      for (int first = 0; first < 2; ++first) {
+        const uint32_t alternate = odd >> first & 0x00550055;
+        const uint32_t spread = (alternate & 0x00050005) | (alternate & 0x00500050) << 4;
+        const uint32_t above = (spread & 0x01010101) << 2 | (spread & 0x04040404) << 4;
+        Look((word >> 2 * first & 0x33333333) | above, pairs[first], pairs[2 + first], pairs[4 + first], pairs[6 + first]);
+      }
+    }
+  }
+  // The table's entries of a word of eight codes of 4 bits: pairs of fields 0 to 3 of both halves.
+  __device__ __forceinline__ static void Look(uint32_t word, uint32_t& pair0, uint32_t& pair1, uint32_t& pair2, uint32_t& pair3) {
+    Entries((word & 0x0F0F) | (word >> 12 & 0xF0F0), pair0, pair2);
+    Entries((word >> 4 & 0x0F0F) | (word >> 16 & 0xF0F0), pair1, pair3);
+  }
+  // Of four codes, in the low 16 bits: the first two and the last two.
+  __device__ __forceinline__ static void Entries(uint32_t codes, uint32_t& first, uint32_t& last) {
+    constexpr TableBytes<S, kDim> kTable;
+    uint32_t bytes[2];
+    if constexpr (S::kBits == 4) {
+      const uint32_t mask = ptx::PickBytes(0xFF00, 0, codes >> 3 & 0x1111);  // of the codes from 8 on
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t low = ptx::PickBytes(kTable.bytes[i][0], kTable.bytes[i][1], codes & 0x7777);
+        const uint32_t high = ptx::PickBytes(kTable.bytes[i][2], kTable.bytes[i][3], codes & 0x7777);
+        bytes[i] = (high & mask) | (low & ~mask);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) bytes[i] = ptx::PickBytes(kTable.bytes[i][0], kTable.bytes[i][1], codes);
+    }
+    first = ptx::PickBytes(bytes[0], bytes[1], 0x5140);
+    last = ptx::PickBytes(bytes[0], bytes[1], 0x7362);
+  }
+
+  __device__ __forceinline__ static float Element(uint32_t code) {
+    if constexpr (kElement == plain::Element::kNumber) return static_cast<float>(code);
+    else if constexpr (kElement == plain::Element::kE4M3) return E4M3::Value(code);
+    else if constexpr (kElement == plain::Element::kE5M2) return E5M2::Value(code);
+    else if constexpr (kElement == plain::Element::kE2M1) return E2M1::Value(code);
+    else return S::TableEntry(static_cast<int>(code), kDim);
+  }
+
+  // The NaN of E4M3, all bits but the sign's, carries into the highest bit of its byte.
+  __device__ __forceinline__ static uint32_t Broken(uint32_t word) { return (word & 0x7F7F7F7F) + 0x01010101; }
+
+  template <int kPlanes_, int kWords>
+  __device__ __forceinline__ static plain::Line LineOf(const uint32_t (&words)[kPlanes_][kWords], int group) {
+    plain::Kept<S> kept{};
+    char* to = kOfVector ? reinterpret_cast<char*>(&kept.vector) : reinterpret_cast<char*>(&kept.stored);
+#pragma unroll
+    for (int p = 0; p < kPlanes; ++p) {
+      const uint32_t bits = words[p][group * kMetaBytes / 4] >> group * kMetaBytes % 4 * 8;
+      memcpy(to + p * kMetaBytes, &bits, kMetaBytes);
+    }
+    if constexpr (kOfVector) return S::LineOf(kept.vector, kDim);
+    else return S::LineOf(kept.stored);
+  }
+  template <int kPlanes_, int kWords>
+  __device__ __forceinline__ static float Scale(const uint32_t (&words)[kPlanes_][kWords], int group) {
+    return LineOf(words, group).scale;
+  }
+  template <int kPlanes_, int kWords>
+  __device__ __forceinline__ static float ZeroOf(const uint32_t (&words)[kPlanes_][kWords], int group) {
+    return LineOf(words, group).zero;
+  }
+};
+
+}  // namespace kvq

@@ -1,0 +1,100 @@
+// How a token's channels are turned by a Hadamard matrix, the same bits on host and device; and which turn attention over turned
+// tokens takes, by Rotation (rotation.h) or by the scheme itself.
+#pragma once
+
+#include <cstdint>
+#ifndef __CUDACC__
+#include <cmath>
+#endif
+
+#include "kernels/vector_math.h"
+
+namespace kvq {
+
+// By which a token was turned before it was encoded: its channels' signs first, where `signs`; then Hadamard matrices over
+// neighbouring `block` channels, a power of two. block 0: it was not.
+struct Turn {
+  int32_t block = 0;
+  bool signs = false;
+};
+
+// Bit i of the words says whether channel i keeps its sign (rotation.h says which vector that is). A shorter vector of that
+// generator is a longer one's beginning.
+inline constexpr int64_t kMostSigns = 512;
+inline constexpr uint64_t kKeepsSign[kMostSigns / 64] = {0x808035b16573590d, 0x6b7f5438a6443d6c, 0xabafc4414aa48b81,
+                                                         0xfa2043a0320b9848, 0xa8a9c7cb4d6e1c33, 0x9803b3591b951dda,
+                                                         0xcd26200e3038796e, 0x8a9dacb9c9a02476};
+
+namespace plain {
+
+// The one thread that turns a token's numbers on a CPU.
+struct Alone {
+  static constexpr int rank = 0, size = 1;
+  KVQ_HD void Sync() const {}
+};
+
+// Each `block` of n numbers times the Sylvester matrix of (-1)^popcount(i & j), in place: butterflies over distances 1, 2, 4, ...
+template <typename Numbers, typename Team>
+KVQ_HD inline void Butterflies(Numbers&& x, int n, int block, const Team& team) {
+  for (int distance = 1; distance < block; distance *= 2) {
+    for (int pair = team.rank; pair < n / 2; pair += team.size) {
+      const int i = 2 * pair - (pair & (distance - 1));
+      const float u = x[i], v = x[i + distance];
+      x[i] = u + v, x[i + distance] = u - v;
+    }
+    team.Sync();
+  }
+}
+
+// Each number of a token times a factor.
+template <typename Numbers, typename Team>
+KVQ_HD inline void Scale(Numbers&& x, int n, float factor, const Team& team) {
+  for (int i = team.rank; i < n; i += team.size) x[i] = x[i] * factor;
+  team.Sync();
+}
+
+// Each `block` of n numbers times the Hadamard matrix, Sylvester's over sqrt(block), which is its own inverse: first the
+// factor, then butterflies, as ggml does it.
+template <typename Numbers, typename Team>
+KVQ_HD inline void Hadamard(Numbers&& x, int n, int block, const Team& team) {
+  Scale(x, n, 1 / sqrtf(static_cast<float>(block)), team);
+  Butterflies(x, n, block, team);
+}
+
+#ifdef __CUDACC__
+// A warp that does so.
+struct Warp {
+  static constexpr int size = 32;
+  int rank;
+  __device__ __forceinline__ void Sync() const { __syncwarp(); }
+};
+#endif
+
+}  // namespace plain
+
+#ifdef __CUDACC__
+struct DeviceSigns {
+  uint64_t keeps[kMostSigns / 64];
+};
+__device__ const DeviceSigns kDeviceSigns = {{kKeepsSign[0], kKeepsSign[1], kKeepsSign[2], kKeepsSign[3], kKeepsSign[4],
+                                              kKeepsSign[5], kKeepsSign[6], kKeepsSign[7]}};
+
+template <typename Numbers>
+__device__ __forceinline__ void TurnSigns(Numbers&& x, int n, int lane) {
+  for (int i = lane; i < n; i += 32) x[i] = kDeviceSigns.keeps[i / 64] >> i % 64 & 1 ? x[i] : -x[i];
+  __syncwarp();
+}
+// A warp turns a token's n numbers in place, which its lanes see, and back.
+template <typename Numbers>
+__device__ __forceinline__ void TurnBy(const Turn& turn, Numbers&& x, int n, int lane) {
+  if (turn.signs) TurnSigns(x, n, lane);
+  plain::Hadamard(x, n, turn.block, plain::Warp{lane});
+}
+template <typename Numbers>
+__device__ __forceinline__ void TurnBack(const Turn& turn, Numbers&& x, int n, int lane) {
+  plain::Hadamard(x, n, turn.block, plain::Warp{lane});
+  if (turn.signs) TurnSigns(x, n, lane);
+}
+#endif
+
+}  // namespace kvq
