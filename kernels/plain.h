@@ -32,9 +32,11 @@
 //
 // and, so that fused attention on a GPU reads it on tensor cores (kernels/device/plain_codes.cuh); without it none does:
 //
-//   kElement              what a code is: Element::kNumber, itself; kE4M3, kE5M2, kE2M1; kTable, TableEntry(code, head_dim)
+//   kElement              what a code is: Element::kNumber, itself; kE4M3, kE5M2, kE2M1; kTable, TableEntry(code, head_dim);
+//                         kBytes, the same where entries are whole numbers below 256
 //   LineOf(stored)        what makes its value, {scale, zero}: scale (element - zero) or, by kZero, scale element - zero;
 //                         without kZero there is no zero. Where there is a Vector it is LineOf(vector, head_dim)
+//   kScaleByte            where Stored is one byte that is the scale: in which float (its LineOf says the same)
 //   kNormed               a row of elements is divided by its norm; of keys alone
 //   kTurnBlock            where Turn is there: channels that its Hadamard matrix mixes, 0 all. Then its values and theirs, who
 //                         see turned queries and turn the output back, differ by rounding
@@ -90,6 +92,7 @@ KVQ_HD inline float PlusZero(float v) { return v + 0.0f; }
 template <typename Numbers>
 KVQ_HD inline float Magnitude(const Numbers& x, int n) {
   float largest = 0, poison = 0;
+  KVQ_UNROLL
   for (int i = 0; i < n; ++i) {
     largest = Larger(Absolute(x[i]), largest);
     poison += x[i] * 0;
@@ -101,6 +104,7 @@ KVQ_HD inline float Magnitude(const Numbers& x, int n) {
 template <typename Numbers>
 KVQ_HD inline float SignedMagnitude(const Numbers& x, int n) {
   float largest = 0, with_sign = 0, poison = 0;
+  KVQ_UNROLL
   for (int i = 0; i < n; ++i) {
     const float v = x[i], magnitude = Absolute(v);
     with_sign = magnitude > largest ? v : with_sign;
@@ -115,6 +119,7 @@ KVQ_HD inline float SignedMagnitude(const Numbers& x, int n) {
 template <typename Numbers>
 KVQ_HD inline GroupRange Range(const Numbers& x, int n) {
   GroupRange range{x[0], x[0], 0};
+  KVQ_UNROLL
   for (int i = 0; i < n; ++i) {
     range.low = Smaller(x[i], range.low);
     range.high = Larger(x[i], range.high);
@@ -158,7 +163,8 @@ inline constexpr bool kTurns = requires(float* x) { S::Turn(x, 0, Alone{}); };
 template <typename S>
 inline constexpr bool kOpens = requires { typename S::Opened; };
 
-enum class Element : uint8_t { kNumber, kE4M3, kE5M2, kE2M1, kTable };
+enum class Element : uint8_t { kNumber, kE4M3, kE5M2, kE2M1, kTable, kBytes };
+enum class ScaleByte : uint8_t { kNone, kE4M3, kE8M0 };
 struct Line {
   float scale, zero;
 };
@@ -166,6 +172,11 @@ template <typename S>
 inline constexpr bool kHasElement = requires { S::kElement; };
 template <typename S>
 inline constexpr bool kHasZero = requires { S::kZero; };
+template <typename S>
+inline constexpr ScaleByte kScaleByte = [] {
+  if constexpr (requires { S::kScaleByte; }) return S::kScaleByte;
+  else return ScaleByte::kNone;
+}();
 template <typename S>
 inline constexpr bool kNormed = requires { requires S::kNormed; };
 

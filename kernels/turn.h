@@ -57,6 +57,11 @@ KVQ_HD inline void Scale(Numbers&& x, int n, float factor, const Team& team) {
 // factor, then butterflies, as ggml does it.
 template <typename Numbers, typename Team>
 KVQ_HD inline void Hadamard(Numbers&& x, int n, int block, const Team& team) {
+#ifdef __CUDACC__
+  if constexpr (requires { team.InRegisters(x, n, block); }) {
+    if (team.InRegisters(x, n, block)) return;
+  }
+#endif
   Scale(x, n, 1 / sqrtf(static_cast<float>(block)), team);
   Butterflies(x, n, block, team);
 }
@@ -67,6 +72,49 @@ struct Warp {
   static constexpr int size = 32;
   int rank;
   __device__ __forceinline__ void Sync() const { __syncwarp(); }
+
+  // Hadamard of numbers that the warp's registers hold, without a trip to shared memory for each distance: the same
+  // operations. False, and nothing is done, for an n that is none of 64, 128, 256 or 512.
+  template <typename Numbers>
+  __device__ __forceinline__ bool InRegisters(Numbers&& x, int n, int block) const {
+    switch (n) {
+      case 64: Butterfly<2>(x, block); return true;
+      case 128: Butterfly<4>(x, block); return true;
+      case 256: Butterfly<8>(x, block); return true;
+      case 512: Butterfly<16>(x, block); return true;
+      default: return false;
+    }
+  }
+  template <int kEach, typename Numbers>
+  __device__ __forceinline__ void Butterfly(Numbers&& x, int block) const {
+    float v[kEach];  // numbers rank, rank + 32, ...
+    const float factor = 1 / sqrtf(static_cast<float>(block));
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) v[i] = x[rank + 32 * i] * factor;
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+      if (distance >= block) continue;
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        const float other = __shfl_xor_sync(~0u, v[i], distance);
+        v[i] = (rank & distance) != 0 ? other - v[i] : v[i] + other;
+      }
+    }
+#pragma unroll
+    for (int distance = 1; distance < kEach; distance *= 2) {
+      if (32 * distance >= block) continue;
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        if ((i & distance) != 0) continue;
+        const float u = v[i], w = v[i + distance];
+        v[i] = u + w, v[i + distance] = u - w;
+      }
+    }
+    Sync();
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) x[rank + 32 * i] = v[i];
+    Sync();
+  }
 };
 #endif
 

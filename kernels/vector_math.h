@@ -7,8 +7,10 @@
 
 #ifdef __CUDACC__
 #define KVQ_HD __host__ __device__
+#define KVQ_UNROLL _Pragma("unroll 8")  // of a loop over shared memory by one thread: several loads at a time
 #else
 #define KVQ_HD
+#define KVQ_UNROLL
 #endif
 
 // One compilation per instruction set, picked when the program starts; the results are the same.

@@ -115,6 +115,7 @@ struct CodePairs {
           if constexpr (R::kMetaBytes == 4) meta[p][0] = __ldcg(reinterpret_cast<const uint32_t*>(at));
         }
         scales[load][i] = R::Scale(meta, 0);
+        if constexpr (R::kPoisons) scales[load][i] = R::Poison(meta[0][0]) != 0 ? BitsFloat(0x7FC00000) : scales[load][i] * 256;
         if constexpr (!R::kCentred) zeros[load][i] = R::ZeroOf(meta, 0);
       }
     }

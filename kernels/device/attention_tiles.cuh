@@ -97,6 +97,16 @@ struct Meta {
     }
   }
   __device__ __forceinline__ float scale(int group) const { return R::Scale(words, group); }
+  // NaN where a scale is one that scale() does not tell, else 0.
+  __device__ __forceinline__ float poison() const {
+    uint32_t found = 0;
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof words[0] / 4); ++i) {
+      const bool half = R::kMeta % 4 != 0;  // its word has two bytes of it
+      found |= R::Poison(half ? words[0][i] & 0xFFFF : words[0][i]);
+    }
+    return found != 0 ? BitsFloat(0x7FC00000) : 0.0f;
+  }
   __device__ __forceinline__ float zero(int group) const { return R::ZeroOf(words, group); }
 };
 
@@ -422,6 +432,13 @@ __device__ __forceinline__ void LogitsOfCodes(ptx::Shared tile, int g, int t, co
         }
       }
     }
+    if constexpr (K::kPoisons) {
+#pragma unroll
+      for (int ht = 0; ht < C::kHeadTiles; ++ht) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[n][ht][i] += meta[i / 2].poison();
+      }
+    }
     if constexpr (K::kNormed) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {  // the row's other chunks are in the lanes beside
@@ -544,6 +561,7 @@ __device__ __forceinline__ void AddCodes(ptx::Shared tile, int valid, int g, int
           for (int i = 0; i < 2; ++i) {
             p[i] = ptx::Exp2(fmaf(x[n][ht][2 * half + i], factor[ht][i], -partial.m[ht][i]));
             l[ht][i] += p[i];
+            if constexpr (V::kPoisons) l[ht][i] += meta.poison();
           }
 #pragma unroll
           for (int group = 0; group < V::kGroups; ++group) {

@@ -12,6 +12,7 @@
 //   kSigned     scales may be negative
 //   kNormed     a row of elements is divided by the root of its sum of squares; of keys alone
 //   kMayBreak   Broken tells from a word's codes whether one stands for NaN (which no operand does), in its bytes' highest bits
+//   kPoisons    likewise Poison from a word of plane 1's metadata, whose scales do not
 //   kPlanes     planes of metadata behind the codes, and kMetaBytes, what each has of a group
 //   kUnit       what an unpacked operand has too little, as a factor
 //   FieldShift  log2 of what a field has too much besides
@@ -29,6 +30,7 @@ namespace kvq {
 
 struct Dense16 {
   static constexpr bool kDense = true, kOdd = false, kCentred = true, kSigned = false, kNormed = false, kMayBreak = false;
+  static constexpr bool kPoisons = false;
   static constexpr int kBits = 16, kGroup = 0, kPlanes = 0, kMetaBytes = 0;
 };
 
@@ -71,6 +73,7 @@ struct NumberFields {
 template <int kBits_, int kGroup_, Zero kZero_>
 struct AffineCodes {
   static constexpr bool kDense = false, kOdd = false, kCentred = false, kSigned = false, kNormed = false, kMayBreak = false;
+  static constexpr bool kPoisons = false;
   static constexpr int kBits = kBits_, kGroup = kGroup_, kPlanes = 2, kMetaBytes = 2;
   static constexpr Zero kZero = kZero_;
   static constexpr float kUnit = 16777216.0f;  // 2^24

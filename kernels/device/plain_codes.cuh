@@ -16,14 +16,16 @@ constexpr uint32_t ConstantHalf(float x) {
   return half | (bits >> 16 & 0x8000);
 }
 
-// A scheme's kTable as bytes of float16: [low and high byte, four entries a word].
+// A scheme's table as bytes of float16: [low and high byte, four entries a word]; and as whole numbers.
 template <class S, int kDim>
 struct TableBytes {
   static constexpr int kWords = S::kBits == 4 ? 4 : 2;
-  uint32_t bytes[2][kWords] = {};
+  uint32_t bytes[2][kWords] = {}, whole[kWords] = {};
   constexpr TableBytes() {
     for (int code = 0; code < 4 * kWords; ++code) {
-      const uint32_t half = ConstantHalf(S::TableEntry(code, kDim));
+      const float entry = S::TableEntry(code, kDim);
+      const uint32_t half = ConstantHalf(entry);
+      whole[code / 4] |= (entry >= 0 && entry < 256 ? static_cast<uint32_t>(entry) : 0) << code % 4 * 8;
       bytes[0][code / 4] |= (half & 0xFF) << code % 4 * 8;
       bytes[1][code / 4] |= half >> 8 << code % 4 * 8;
     }
@@ -47,8 +49,13 @@ struct PlainCodes {
     else return Zero::kOfCodes;
   }();
   static constexpr plain::Element kElement = S::kElement;
-  static constexpr float kUnit = kElement == plain::Element::kNumber ? 16777216.0f : kElement == plain::Element::kE4M3 ? 256.0f
-                                 : kElement == plain::Element::kE2M1 ? 16384.0f : 1.0f;
+  static constexpr plain::ScaleByte kScaleByte = plain::kScaleByte<S>;
+  static constexpr bool kPoisons = kScaleByte == plain::ScaleByte::kE4M3;
+  // What operands have too little; and scales, where a float16 of an E4M3's exponent is 2^8 too small.
+  static constexpr float kElementUnit = kElement == plain::Element::kNumber || kElement == plain::Element::kBytes ? 16777216.0f
+                                        : kElement == plain::Element::kE4M3 ? 256.0f
+                                        : kElement == plain::Element::kE2M1 ? 16384.0f : 1.0f;
+  static constexpr float kUnit = kElementUnit * (kPoisons ? 256.0f : 1.0f);
 
   __device__ static constexpr int FieldShift(int field) {
     return kElement == plain::Element::kNumber ? NumberFields::Shift<kBits>(field) : 0;
@@ -68,6 +75,22 @@ struct PlainCodes {
       for (int field = 0; field < 4; ++field) {
         const int up = 9 - 4 * field, sign_up = 12 - 4 * field;
         pairs[field] = ((up >= 0 ? word << up : word >> -up) & 0x0E000E00) | (word << sign_up & 0x80008000);
+      }
+    } else if constexpr (kElement == plain::Element::kBytes) {
+      constexpr TableBytes<S, kDim> kTable;
+      const uint32_t low = word & 0x77777777, high = word >> 3 & 0x11111111;
+      uint32_t halves[2];  // four entries each
+#pragma unroll
+      for (int side = 0; side < 2; ++side) {
+        const uint32_t code = low >> 16 * side, mask = ptx::PickBytes(0xFF00, 0, high >> 16 * side);  // of the codes from 8 on
+        halves[side] = (ptx::PickBytes(kTable.whole[2], kTable.whole[3], code) & mask) |
+                       (ptx::PickBytes(kTable.whole[0], kTable.whole[1], code) & ~mask);
+      }
+#pragma unroll
+      for (int field = 0; field < 4; field += 2) {  // two fields' entries of both halves
+        const uint32_t four = ptx::PickBytes(halves[0], halves[1], field == 0 ? 0x5410 : 0x7632);
+        pairs[field] = four & 0x00FF00FF;
+        pairs[field + 1] = ptx::PickBytes(four, 0, 0x4341);
       }
     } else if constexpr (kBits == 4) {
       Look(word, pairs[0], pairs[1], pairs[2], pairs[3]);
@@ -131,8 +154,20 @@ struct PlainCodes {
   }
   template <int kPlanes_, int kWords>
   __device__ __forceinline__ static float Scale(const uint32_t (&words)[kPlanes_][kWords], int group) {
-    return LineOf(words, group).scale;
+    const uint32_t word = words[0][group * kMetaBytes / 4];
+    if constexpr (kScaleByte == plain::ScaleByte::kE4M3) {  // none is negative; NaN is Poison's
+      const uint32_t pair = (group % 2 == 0 ? word << 7 : word >> 1) & 0x3F803F80;
+      return ptx::HalfAt(pair, group % 4 / 2);
+    } else if constexpr (kScaleByte == plain::ScaleByte::kE8M0) {  // 0 for 2^-127; infinity becomes NaN
+      const uint32_t bits = (group % 4 == 3 ? word >> 1 : word << (23 - 8 * (group % 4))) & 0x7F800000;
+      const float power = BitsFloat(bits);
+      return fmaf(power, 0.0f, power);
+    } else {
+      return LineOf(words, group).scale;
+    }
   }
+  // Bits where a word of scales has one that is NaN.
+  __device__ __forceinline__ static uint32_t Poison(uint32_t word) { return Broken(word) & 0x80808080; }
   template <int kPlanes_, int kWords>
   __device__ __forceinline__ static float ZeroOf(const uint32_t (&words)[kPlanes_][kWords], int group) {
     return LineOf(words, group).zero;

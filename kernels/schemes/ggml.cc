@@ -136,8 +136,10 @@ struct Iq4Nl {
   // Of the two entries around v the nearer one, by the differences that ggml takes.
   KVQ_HD static uint32_t Nearest(float v) {
     if (!(v > NonLinear(0))) return 0;
-    uint32_t lower = 0;
-    for (uint32_t i = 1; i < 15; ++i) lower = NonLinear(i) <= v ? i : lower;
+    uint32_t lower = 0;  // the last of 0 ... 14 that is not above v
+    for (uint32_t step = 8; step > 0; step /= 2) {
+      if (lower + step < 15 && NonLinear(lower + step) <= v) lower += step;
+    }
     return v - NonLinear(lower) < NonLinear(lower + 1) - v ? lower : lower + 1;
   }
   template <typename Numbers>
@@ -146,6 +148,7 @@ struct Iq4Nl {
     if (plain::Absolute(largest) < 1e-15f) return {0, {0}};
     const float inverse = 1 / (largest / NonLinear(0));
     float with_x = 0, with_itself = 0;
+    KVQ_UNROLL
     for (int i = 0; i < n; ++i) {
       const float v = x[i], weight = v * v, q = NonLinear(Nearest(inverse * v));
       with_x += weight * q * v;
@@ -156,9 +159,10 @@ struct Iq4Nl {
   KVQ_HD static uint32_t Code(const Fit& fit, float x) { return fit.inverse == 0 ? 8 : Nearest(x * fit.inverse); }
   KVQ_HD static float Value(const Stored& stored, uint32_t code) { return NonLinear(code) * HalfToFloat(stored.d); }
 
-  static constexpr plain::Element kElement = plain::Element::kTable;
-  static constexpr float TableEntry(int code, int /*head_dim*/) { return NonLinear(static_cast<uint32_t>(code)); }
-  KVQ_HD static plain::Line LineOf(const Stored& stored) { return {HalfToFloat(stored.d), 0}; }
+  static constexpr plain::Element kElement = plain::Element::kBytes;
+  static constexpr Zero kZero = Zero::kOfCodes;
+  static constexpr float TableEntry(int code, int /*head_dim*/) { return NonLinear(static_cast<uint32_t>(code)) + 128; }
+  KVQ_HD static plain::Line LineOf(const Stored& stored) { return {HalfToFloat(stored.d), 128}; }
 };
 
 #ifndef __CUDACC__

@@ -313,7 +313,9 @@ __global__ void __launch_bounds__(256) EncodeKernel(DenseView x, int64_t first_t
   }
   block.Sync();
   for (int t = block.rank / 32; t < kTile; t += block.size / 32) {
-    plain::Hadamard(numbers + t * pitch, dim, dim, plain::Warp{block.rank % 32});
+    // In shared memory: a thread has no registers left for it.
+    plain::Scale(numbers + t * pitch, dim, 1 / sqrtf(static_cast<float>(dim)), plain::Warp{block.rank % 32});
+    plain::Butterflies(numbers + t * pitch, dim, dim, plain::Warp{block.rank % 32});
   }
   block.Sync();
   Solve(numbers, shape, balance, block);

@@ -78,6 +78,7 @@ struct Mx {
   KVQ_HD static float Value(const Stored& stored, uint32_t code) { return Element::Value(code) * PowerOfTwo(stored.e); }
 
   static constexpr plain::Element kElement = kElementBits == 4 ? plain::Element::kE2M1 : plain::Element::kE4M3;
+  static constexpr plain::ScaleByte kScaleByte = plain::ScaleByte::kE8M0;
   KVQ_HD static plain::Line LineOf(const Stored& stored) { return {PowerOfTwo(stored.e), 0}; }
 };
 
@@ -120,6 +121,7 @@ struct SglangFp4 {
   KVQ_HD static float Value(const Stored& stored, uint32_t code) { return E2M1::Value(code) * PowerOfTwo(stored.e); }
 
   static constexpr plain::Element kElement = plain::Element::kE2M1;
+  static constexpr plain::ScaleByte kScaleByte = plain::ScaleByte::kE8M0;
   KVQ_HD static plain::Line LineOf(const Stored& stored) { return {PowerOfTwo(stored.e), 0}; }
 };
 

@@ -84,6 +84,7 @@ struct Blocks {
   KVQ_HD static float Value(const Stored& stored, uint32_t code) { return E2M1::Value(code) * E4M3::Value(stored.s); }
 
   static constexpr plain::Element kElement = plain::Element::kE2M1;
+  static constexpr plain::ScaleByte kScaleByte = plain::ScaleByte::kE4M3;
   KVQ_HD static plain::Line LineOf(const Stored& stored) { return {E4M3::Value(stored.s), 0}; }
 };
 

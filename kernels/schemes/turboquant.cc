@@ -72,6 +72,7 @@ KVQ_HD constexpr float RootOf(int head_dim) {
 template <typename Numbers>
 KVQ_HD inline float Norm(const Numbers& x, int n) {
   float sum = 0;
+  KVQ_UNROLL
   for (int i = 0; i < n; ++i) sum += x[i] * x[i];
   return sqrtf(sum);
 }
@@ -99,6 +100,7 @@ struct Keys {
   template <typename Numbers>
   KVQ_HD static Vector FitVector(const Numbers& x, int n) {
     float poison = 0;
+    KVQ_UNROLL
     for (int i = 0; i < n; ++i) poison += x[i] * 0;
     return {FloatToHalf(plain::Poisoned(Smaller(Norm(x, n), 65504), poison))};
   }
