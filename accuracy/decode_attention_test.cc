@@ -303,6 +303,21 @@ TEST(DecodeAttentionGpu, EveryPlainScheme) {
   CheckAll(cases);
 }
 
+TEST(DecodeAttentionGpu, AFewShapesOfPlainSchemes) {  // under a sanitizer
+  KVQ_NEEDS_CUDA();
+  const c10::InferenceMode guard;
+  at::manual_seed(14);
+  std::vector<AttentionCase> cases;
+  for (const char* spec : {"q8_0", "q5_1", "turboquant-k3+turboquant-v3", "iq4_nl", "fp8-e4m3", "nvfp4", "mxfp4", "int4-token",
+                           "exl3-4", "q5_0+none", "int8-hqq+exl3-3"}) {
+    AddCase(cases, {spec, 128, 64, 4, {{3, 200, 40}, {0, 0, 5}}});
+    AddCase(cases, {spec, 64, 32, 7, {{0, 129, 0}}, at::kBFloat16, 90});
+    AddCase(cases, {spec, 256, 128, 16, {{0, 100, 128}}});
+    AddCase(cases, {spec, 96, 32, 4, {{3, 100, 40}}});
+  }
+  CheckAll(cases);
+}
+
 // A token whose numbers are not finite makes what reads it NaN, also where its codes alone say so.
 TEST(DecodeAttentionGpu, WhatIsNotANumberStaysSo) {
   KVQ_NEEDS_CUDA();

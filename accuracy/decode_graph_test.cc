@@ -277,6 +277,15 @@ TEST(DecodeGraphGpu, StepsEqualForward) {
   KVQ_NEEDS_CUDA();
   ExpectStepsEqualForward(Cases(), {1, 3, 4, 5, 32, 33, 36, 37, 100, 164}, at::kCUDA);
 }
+TEST(DecodeGraphGpu, AFewShapesOfNewestTokens) {  // under a sanitizer
+  KVQ_NEEDS_CUDA();
+  std::vector<Case> cases;
+  for (const char* spec : {"llamacpp-q8_0-q4_0", "vllm-int4-per-token-head", "turboquant-k3+turboquant-v4@residual=0",
+                           "none+q5_1@residual=0@rotate=hadamard"}) {
+    cases.push_back({Config({"mistral-7b", 128, 4, 2, 64, 128}), spec, 2, at::kHalf});
+  }
+  ExpectStepsEqualForward(cases, {1, 33}, at::kCUDA);
+}
 TEST(DecodeGraph, StepsOnACpuEqualForward) {
   if (!host::HasAvx2()) GTEST_SKIP() << host::kWantsAvx2;
   ExpectStepsEqualForward(HostCases(), {1, 36, 70}, at::kCPU);
