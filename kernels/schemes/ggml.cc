@@ -133,14 +133,20 @@ struct Iq4Nl {
     Stored stored;
   };
 
-  // Of the two entries around v the nearer one, by the differences that ggml takes.
-  KVQ_HD static uint32_t Nearest(float v) {
-    if (!(v > NonLinear(0))) return 0;
-    uint32_t lower = 0;  // the last of 0 ... 14 that is not above v
-    for (uint32_t step = 8; step > 0; step /= 2) {
-      if (lower + step < 15 && NonLinear(lower + step) <= v) lower += step;
+  // Of the two entries around v the nearer one, by the differences that ggml takes, and its number.
+  struct Entry {
+    uint32_t code;
+    float value;
+  };
+  KVQ_HD static Entry Nearest(float v) {
+    uint32_t lower = 0;
+    float below = NonLinear(0), above = NonLinear(1);
+    for (uint32_t i = 1; i < 15; ++i) {  // unrolled: all entries are constants
+      const bool reached = NonLinear(i) <= v;
+      lower = reached ? i : lower, below = reached ? NonLinear(i) : below, above = reached ? NonLinear(i + 1) : above;
     }
-    return v - NonLinear(lower) < NonLinear(lower + 1) - v ? lower : lower + 1;
+    if (!(v > NonLinear(0))) return {0, NonLinear(0)};
+    return v - below < above - v ? Entry{lower, below} : Entry{lower + 1, above};
   }
   template <typename Numbers>
   KVQ_HD static Fit FitGroup(const Numbers& x, int n) {
@@ -150,13 +156,13 @@ struct Iq4Nl {
     float with_x = 0, with_itself = 0;
     KVQ_UNROLL
     for (int i = 0; i < n; ++i) {
-      const float v = x[i], weight = v * v, q = NonLinear(Nearest(inverse * v));
+      const float v = x[i], weight = v * v, q = Nearest(inverse * v).value;
       with_x += weight * q * v;
       with_itself += weight * q * q;
     }
     return {inverse, {FloatToHalf(with_x / with_itself)}};
   }
-  KVQ_HD static uint32_t Code(const Fit& fit, float x) { return fit.inverse == 0 ? 8 : Nearest(x * fit.inverse); }
+  KVQ_HD static uint32_t Code(const Fit& fit, float x) { return fit.inverse == 0 ? 8 : Nearest(x * fit.inverse).code; }
   KVQ_HD static float Value(const Stored& stored, uint32_t code) { return NonLinear(code) * HalfToFloat(stored.d); }
 
   static constexpr plain::Element kElement = plain::Element::kBytes;

@@ -89,7 +89,7 @@ struct Keys {
     uint16_t norm;
   };
   struct Fit {
-    int table;
+    float middles[(1 << kBits) - 1];  // of neighbouring centroids
     Stored stored;
   };
   struct Opened {
@@ -118,14 +118,17 @@ struct Keys {
   }
   template <typename Numbers>
   KVQ_HD static Fit FitGroup(const Numbers&, int n, const Vector&) {
-    return {TableOf(n), {}};
+    Fit fit = {};
+    for (uint32_t i = 0; i < (1u << kBits) - 1; ++i) {
+      fit.middles[i] = (Centroid<kBits>(TableOf(n), i) + Centroid<kBits>(TableOf(n), i + 1)) * 0.5f;
+    }
+    return fit;
   }
   KVQ_HD static uint32_t Code(const Fit& fit, float y) {
     uint32_t code = 0;
     for (uint32_t step = 1 << (kBits - 1); step > 0; step /= 2) {
       const uint32_t upper = code + step;
-      const float middle = (Centroid<kBits>(fit.table, upper - 1) + Centroid<kBits>(fit.table, upper)) * 0.5f;
-      code = y >= middle ? upper : code;
+      code = y >= fit.middles[upper - 1] ? upper : code;
     }
     return code;
   }
