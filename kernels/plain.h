@@ -348,6 +348,22 @@ struct Split {
       : head_dim(dim), group(n), groups(dim / n), words(dim * low / 32), tokens(static_cast<int32_t>(kTile / dim)) {}
 };
 
+// The same where it is known when a kernel is compiled: nothing divides then.
+template <uint32_t kDivisor>
+struct FixedDivisor {
+  static constexpr uint32_t divisor = kDivisor;
+  KVQ_HD static Divisor::Result Of(uint32_t n) { return {n / kDivisor, n % kDivisor}; }
+};
+template <int kDim, int kGroup, int kLow>
+struct FixedSplit {
+  static constexpr FixedDivisor<kDim> head_dim{};
+  static constexpr FixedDivisor<kGroup> group{};
+  static constexpr FixedDivisor<kDim / kGroup> groups{};
+  static constexpr FixedDivisor<kDim * kLow / 32> words{};
+  static constexpr int32_t tokens = kTile / kDim;
+  KVQ_HD explicit FixedSplit(const Split&) {}
+};
+
 // The newest token of each sequence on one side, before and after it is encoded.
 struct NewestSide {
   DenseView x;  // float16 or bfloat16, one token
@@ -368,8 +384,12 @@ KernelLaunch KernelOf(const char* kernel, const DenseView& x, const Split& split
 
 template <typename S>
 void EncodeCuda(const CodecParams& params, const DenseView& x, int64_t first_token, const KvView& out, void* stream) {
-  const Split split(x.head_dim, GroupOf(params, x.head_dim), kLow<S>);
-  Launch(S::kLabel, KernelOf<S>("kvq::plain::EncodeKernel", x, split), stream, x, first_token, out, split);
+  const int64_t dim = x.head_dim, group = GroupOf(params, dim);
+  const Split split(dim, group, kLow<S>);
+  KernelLaunch launch = KernelOf<S>("kvq::plain::EncodeKernel", x, split);
+  const std::string chosen = dim == 64 || dim == 128 ? InstanceName("kvq::plain::FixedSplit", dim, group, kLow<S>) : "kvq::plain::Split";
+  launch.instance.name = InstanceName("kvq::plain::EncodeKernel", S::kName, TypeName(x.dtype), chosen);
+  Launch(S::kLabel, launch, stream, x, first_token, out, split, IsWide(x));
 }
 template <typename S>
 void DecodeCuda(const CodecParams& params, const KvView& in, int64_t first_token, const DenseView& out, void* stream) {
@@ -441,8 +461,8 @@ struct SharedNumbersToTurn {
 };
 
 // A block encodes `tokens` tokens whose numbers lie in `tile`, to the slots from `slot` on.
-template <typename S>
-__device__ __forceinline__ void EncodeTile(float* tile, uint32_t tokens, const KvView& out, const Split& split, int64_t b,
+template <typename S, typename Splits>
+__device__ __forceinline__ void EncodeTile(float* tile, uint32_t tokens, const KvView& out, const Splits& split, int64_t b,
                                            int64_t h, int64_t slot) {
   __shared__ typename S::Fit fits[kTile / kSmallestGroup];
   __shared__ Vector<S> vectors[kHasVector<S> ? kTile / kSmallestGroup : 1];
@@ -474,12 +494,15 @@ __device__ __forceinline__ void EncodeTile(float* tile, uint32_t tokens, const K
     const auto [t, place] = split.words.Of(i);
     const uint32_t chunk = place / (words / 4), w = place % (words / 4);
     uint32_t word = 0, odd = 0;
+    const uint32_t run = split.group.Of(w * kRunChannels<kLow<S>>).quotient;  // of a word's first channel
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
 #pragma unroll
       for (int field = 0; field < kFields; ++field) {
         const uint32_t channel = ChannelOf<kLow<S>>(chunk, w, side, field);
-        const uint32_t code = S::Code(fits[t * groups + split.group.Of(channel).quotient], tile[Padded(t * dim + channel)]);
+        uint32_t g = run;
+        if (split.group.divisor % kRunChannels<kLow<S>> != 0) g = split.group.Of(channel).quotient;
+        const uint32_t code = S::Code(fits[t * groups + g], tile[Padded(t * dim + channel)]);
         word |= (code & kMask) << (16 * side + field * kLow<S>);
         odd |= (code >> kLow<S> & 1) << (side * kFields + field);
       }
@@ -493,14 +516,19 @@ __device__ __forceinline__ void EncodeTile(float* tile, uint32_t tokens, const K
   }
 }
 
-template <typename S, DType kType>
-__global__ void __launch_bounds__(kThreads) EncodeKernel(DenseView x, int64_t first_token, KvView out, const Split split) {
+template <typename S, DType kType, typename Splits>
+__global__ void __launch_bounds__(kThreads)
+    EncodeKernel(DenseView x, int64_t first_token, KvView out, const Split known, bool wide) {
   __shared__ float tile[kTile + kTile / 32];
+  const Splits split(known);
   const int64_t b = blockIdx.z, h = blockIdx.y, first = int64_t{blockIdx.x} * split.tokens;
   const auto tokens = static_cast<uint32_t>(x.tokens - first < split.tokens ? x.tokens - first : split.tokens);
-  for (uint32_t i = threadIdx.x; i < tokens * split.head_dim.divisor; i += kThreads) {
-    const auto [t, channel] = split.head_dim.Of(i);
-    tile[Padded(i)] = LoadElement(x.data, kType, Offset(x, b, h, first + t, channel));
+  for (uint32_t i = threadIdx.x; i < tokens * split.head_dim.divisor / 8; i += kThreads) {
+    const auto [t, channel] = split.head_dim.Of(8 * i);
+    float values[8];
+    LoadEight<kType>(x, Offset(x, b, h, first + t, channel), wide, values);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) tile[Padded(8 * i) + j] = values[j];
   }
   __syncthreads();
   EncodeTile<S>(tile, tokens, out, split, b, h, TokenBase(out) + first_token + first);

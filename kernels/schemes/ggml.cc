@@ -121,6 +121,23 @@ KVQ_HD constexpr float NonLinear(uint32_t code) {
   return static_cast<float>(static_cast<int8_t>(half >> (8 * (code % 8))));
 }
 
+// Of a whole number + 128, the entries of 0 ... 14 and 1 ... 15 around it: which the lower one is, and both, a byte each.
+struct Around {
+  uint32_t entries[256] = {};
+  constexpr Around() {
+    for (int number = -128; number < 128; ++number) {
+      uint32_t lower = 0;
+      while (lower < 14 && NonLinear(lower + 1) <= static_cast<float>(number)) ++lower;
+      const auto byte = [](uint32_t code) { return static_cast<uint32_t>(static_cast<uint8_t>(static_cast<int8_t>(NonLinear(code)))); };
+      entries[number + 128] = lower | byte(lower) << 8 | byte(lower + 1) << 16;
+    }
+  }
+};
+inline constexpr Around kAround;
+#ifdef __CUDACC__
+__device__ const Around kDeviceAround = kAround;
+#endif
+
 struct Iq4Nl {
   static constexpr char kFile[] = "kernels/schemes/ggml.cc", kName[] = "kvq::ggml::Iq4Nl", kLabel[] = "iq4_nl";
   static constexpr int kBits = 4;
@@ -139,13 +156,16 @@ struct Iq4Nl {
     float value;
   };
   KVQ_HD static Entry Nearest(float v) {
-    uint32_t lower = 0;
-    float below = NonLinear(0), above = NonLinear(1);
-    for (uint32_t i = 1; i < 15; ++i) {  // unrolled: all entries are constants
-      const bool reached = NonLinear(i) <= v;
-      lower = reached ? i : lower, below = reached ? NonLinear(i) : below, above = reached ? NonLinear(i + 1) : above;
-    }
     if (!(v > NonLinear(0))) return {0, NonLinear(0)};
+    // Entries are whole numbers, so that those below v are those below its floor.
+    const auto floor = static_cast<uint32_t>(static_cast<int32_t>(Smaller(v, 127) + 128));
+#ifdef __CUDACC__
+    const uint32_t around = kDeviceAround.entries[floor];
+#else
+    const uint32_t around = kAround.entries[floor];
+#endif
+    const uint32_t lower = around & 0xFF;
+    const float below = static_cast<float>(static_cast<int8_t>(around >> 8)), above = static_cast<float>(static_cast<int8_t>(around >> 16));
     return v - below < above - v ? Entry{lower, below} : Entry{lower + 1, above};
   }
   template <typename Numbers>
