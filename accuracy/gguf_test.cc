@@ -1,6 +1,8 @@
 // Models as llama.cpp has them: GGUF files that its own converter made from tiny random models of transformers
 // (accuracy/make_golden_gguf.py), given to the loaders as users give them.
 #include <ATen/ATen.h>
+#include <fcntl.h>
+#include <sys/file.h>
 
 #include <algorithm>
 #include <filesystem>
@@ -9,6 +11,7 @@
 #include "accuracy/command.h"
 #include "accuracy/golden.h"
 #include "fixtures/dataset.h"
+#include "fixtures/gguf.h"
 #include "fixtures/model.h"
 #include "fixtures/tokenizer/tokenizer.h"
 #include "kernels/error.h"
@@ -116,6 +119,59 @@ TEST(Gguf, TheCommandTakesAFile) {
   outcome = Execute(arguments);
   EXPECT_EQ(outcome.code, 0);
   EXPECT_EQ(outcome.err, "");
+}
+
+TEST(Gguf, ConversionsHaveABound) {
+  using std::chrono::hours;
+  const OwnCache cache;
+  const auto folder = [&](const std::string& name) { return cache.dir() / "gguf" / name; };
+  // A conversion of so many bytes that was used so long ago; a hole takes no space on the disk.
+  const auto make = [&](const std::string& name, uint64_t bytes, hours ago) {
+    fs::create_directories(folder(name));
+    std::ofstream(folder(name) / "model.safetensors") << "x";
+    fs::resize_file(folder(name) / "model.safetensors", bytes);
+    fs::last_write_time(folder(name), fs::file_time_type::clock::now() - ago);
+  };
+  const std::string named = GoldenPath("gguf/qwen3.gguf"), arguments = " --schemes=none --contexts=32 --benchmark_list_tests";
+  ASSERT_EQ(Execute("--models=" + named + arguments).code, 0);
+  fs::path conversion;
+  for (const auto& entry : fs::directory_iterator(cache.dir() / "gguf")) {
+    if (entry.is_directory()) conversion = entry.path();
+  }
+  ASSERT_TRUE(fs::exists(conversion / "config.json")) << conversion;
+  fs::last_write_time(conversion, fs::file_time_type::clock::now() - hours(9));
+
+  make("read-0", kConvertedGgufBytes / 3, hours(4)), make("old-1", kConvertedGgufBytes / 3, hours(3));
+  make("old-2", kConvertedGgufBytes / 3, hours(2)), make("at-work.part.77", kConvertedGgufBytes, hours(5));
+  const int reader = open(folder("read-0").c_str(), O_RDONLY | O_DIRECTORY);  // as another process that reads it
+  ASSERT_EQ(flock(reader, LOCK_SH), 0);
+  const Outcome outcome = Execute("--models=" + named + arguments);
+  EXPECT_EQ(outcome.code, 0);
+  EXPECT_EQ(outcome.err, StrCat("kvqbench: removing ", folder("old-1").string(),
+                                ", which was not used for longest: conversions have more than 64 GiB\n"));
+  EXPECT_TRUE(fs::exists(conversion)) << "the present command names it";
+  EXPECT_LT(fs::file_time_type::clock::now() - fs::last_write_time(conversion), hours(1)) << "and has used it now";
+  EXPECT_TRUE(fs::exists(folder("read-0"))) << "is read";
+  EXPECT_FALSE(fs::exists(folder("old-1"))) << "the least recently used of the others";
+  EXPECT_TRUE(fs::exists(folder("old-2"))) << "the rest has room";
+  EXPECT_TRUE(fs::exists(folder("at-work.part.77"))) << "is no conversion yet";
+
+  // Nobody reads it any more; and any command looks, whatever it is about.
+  close(reader);
+  make("old-3", kConvertedGgufBytes / 3, hours(1));
+  EXPECT_EQ(Execute("--models=mistral-7b" + arguments).code, 0);
+  EXPECT_FALSE(fs::exists(folder("read-0")));
+  EXPECT_TRUE(fs::exists(folder("old-2"))) << "the rest has room";
+  EXPECT_TRUE(fs::exists(folder("old-3")));
+
+  // One of this process stays, however old it seems.
+  const fs::path own = FindModel(named).dir;
+  EXPECT_EQ(own, conversion);
+  fs::last_write_time(own, fs::file_time_type::clock::now() - hours(9));
+  make("old-4", kConvertedGgufBytes, hours(0));
+  BoundConvertedGgufs();
+  EXPECT_TRUE(fs::exists(own));
+  for (const char* name : {"old-2", "old-3", "old-4"}) EXPECT_FALSE(fs::exists(folder(name))) << name;
 }
 
 TEST(Gguf, SaysWhatIsWrongInOneLine) {

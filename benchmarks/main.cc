@@ -22,6 +22,7 @@
 #include "benchmarks/schema_v2.h"
 #include "fixtures/cache/kv_cache.h"
 #include "fixtures/cache/presets.h"
+#include "fixtures/gguf.h"
 #include "fixtures/machine/host_memory.h"
 #include "fixtures/machine/out_of_memory.h"
 #include "kernels/error.h"
@@ -181,6 +182,7 @@ std::vector<std::pair<const Measurement*, Cell>> Cells(const CommandLine& line) 
     const CacheShape shape = CacheShapeOf(FindModel(model).config(), 1);
     for (const std::string& spec : o.schemes) CheckSpec(ParseSpec(spec), shape);
   }
+  BoundConvertedGgufs();  // when all models are held that this command names
   const std::vector<std::string> none = {"none"};
   std::set<std::string> names;  // a list may say the same twice
   for (const Measurement& measurement : Measurements()) {

@@ -15,6 +15,7 @@ namespace {
 
 constexpr int64_t kTileFloats = 2048, kMostTokens = 64;  // of a tile's keys: with the values half a first cache
 constexpr float kLog2E = 1.44269504f;
+using Logits = float[kMostTokens + 8];  // of a tile's tokens, with room for whole vectors
 
 // One head's codes, and how their words become channels (kernels/code_row.h).
 struct Codes {
@@ -23,7 +24,7 @@ struct Codes {
   int64_t dim = 0, words = 0, width = 0, groups = 0;  // of a token; of a vector
   const uint32_t* rows = nullptr;
   const uint16_t *scales = nullptr, *zeros = nullptr;
-  std::vector<int32_t> places;  // of each word: the group of its first field
+  std::vector<int32_t> places;  // of each lane of words that are read together: the group of its first field
 };
 
 // Words of a row that are decoded together.
@@ -86,6 +87,7 @@ struct Segment {
 struct Head {
   int64_t dim, heads;  // query heads
   const float *queries, *coded_queries;  // times scale and log2 e, [heads, dim]; the second rotated, in the keys' order of codes
+  const float* sums;   // of the second, [heads, groups]
   float *m, *l;        // of each query head: the largest logit, the sum of exponentials
   float* by_order[2];  // the output, [heads, dim], of dense values and of encoded ones, which are rotated and may have an order
   std::vector<Segment> segments = {};
@@ -95,46 +97,6 @@ struct Head {
 };
 
 #if KVQ_HAS_AVX2
-// Words of codes, and the numbers that they become.
-template <int kWords>
-struct Words;
-template <>
-struct Words<4> {
-  using Ints = __m128i;
-  using Floats = __m128;
-  KVQ_AVX2 inline __attribute__((always_inline)) static Ints Load(const uint32_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
-  KVQ_AVX2 inline __attribute__((always_inline)) static Floats Set(float x) { return _mm_set1_ps(x); }
-  KVQ_AVX2 inline __attribute__((always_inline)) static Floats Gather(const float* p, const int32_t* at) {
-    return _mm_i32gather_ps(p, _mm_loadu_si128(reinterpret_cast<const __m128i*>(at)), 4);
-  }
-  KVQ_AVX2 inline __attribute__((always_inline)) static Floats Multiply(Floats a, Floats b) { return _mm_mul_ps(a, b); }
-  KVQ_AVX2 inline __attribute__((always_inline)) static Floats Negated(Floats x) { return _mm_xor_ps(x, _mm_set1_ps(-0.0f)); }
-  KVQ_AVX2 inline __attribute__((always_inline)) static Floats Fma(Floats a, Floats b, Floats c) { return _mm_fmadd_ps(a, b, c); }
-  KVQ_AVX2 inline __attribute__((always_inline)) static Ints ShiftRight(Ints x, int n) { return _mm_srli_epi32(x, n); }
-  KVQ_AVX2 inline __attribute__((always_inline)) static Ints And(Ints x, int mask) { return _mm_and_si128(x, _mm_set1_epi32(mask)); }
-  KVQ_AVX2 inline __attribute__((always_inline)) static Floats ToFloats(Ints x) { return _mm_cvtepi32_ps(x); }
-  KVQ_AVX2 inline __attribute__((always_inline)) static void Store(float* p, Floats x) { _mm_storeu_ps(p, x); }
-};
-template <>
-struct Words<8> {
-  using Ints = __m256i;
-  using Floats = __m256;
-  KVQ_AVX2 inline __attribute__((always_inline)) static Ints Load(const uint32_t* p) {
-    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  }
-  KVQ_AVX2 inline __attribute__((always_inline)) static Floats Set(float x) { return _mm256_set1_ps(x); }
-  KVQ_AVX2 inline __attribute__((always_inline)) static Floats Gather(const float* p, const int32_t* at) {
-    return _mm256_i32gather_ps(p, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)), 4);
-  }
-  KVQ_AVX2 inline __attribute__((always_inline)) static Floats Multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
-  KVQ_AVX2 inline __attribute__((always_inline)) static Floats Negated(Floats x) { return _mm256_xor_ps(x, _mm256_set1_ps(-0.0f)); }
-  KVQ_AVX2 inline __attribute__((always_inline)) static Floats Fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
-  KVQ_AVX2 inline __attribute__((always_inline)) static Ints ShiftRight(Ints x, int n) { return _mm256_srli_epi32(x, n); }
-  KVQ_AVX2 inline __attribute__((always_inline)) static Ints And(Ints x, int mask) { return _mm256_and_si256(x, _mm256_set1_epi32(mask)); }
-  KVQ_AVX2 inline __attribute__((always_inline)) static Floats ToFloats(Ints x) { return _mm256_cvtepi32_ps(x); }
-  KVQ_AVX2 inline __attribute__((always_inline)) static void Store(float* p, Floats x) { _mm256_storeu_ps(p, x); }
-};
-
 // ---- tokens of a tile as float32, one behind the other
 
 KVQ_AVX2 void Widen(const uint16_t* from, DType dtype, int64_t n, float* to) {
@@ -147,57 +109,180 @@ KVQ_AVX2 void Widen(const uint16_t* from, DType dtype, int64_t n, float* to) {
   for (; i < n; ++i) to[i] = LoadElement(from, dtype, i);
 }
 
-// Codes of some tokens in the order of CodeOrder, kWords at a time in a vector; kFields of a word are in one group.
-template <int kBits, int kWords, bool kZeroOfCodes, int kFields, bool kOneGroup>
-KVQ_AVX2 void DecodeRows(const Codes& c, int64_t first, int64_t n, float* to) {
-  using V = Words<kWords>;
-  constexpr int kMask = (1 << kBits) - 1, kAllFields = 16 / kBits;
-  alignas(64) float meta[2][kTileFloats / 32 + 16];
-  const int64_t groups = c.groups, words = c.words;
-  Widen(c.scales + first * groups, DType::kFloat16, n * groups, meta[0]);
-  Widen(c.zeros + first * groups, DType::kFloat16, n * groups, meta[1]);
-  const uint32_t* row = c.rows + first * words;
-  const float *scales = meta[0], *zeros = meta[1];
-  for (int64_t t = 0; t < n; ++t, row += words, scales += groups, zeros += groups) {
-    for (int64_t w = 0; w < words; w += kWords, to += 2 * kAllFields * kWords) {
-      const typename V::Ints codes = V::Load(row + w);
-#pragma GCC unroll 2
-      for (int part = 0; part < kAllFields / kFields; ++part) {
-        const int32_t* places = c.places.data() + w;
-        const typename V::Floats scale = kOneGroup ? V::Set(*scales) : V::Gather(scales + part, places);
-        const typename V::Floats zero = kOneGroup ? V::Set(*zeros) : V::Gather(zeros + part, places);
-        // (code - z) s as code s - z s.
-        const typename V::Floats shift = V::Negated(kZeroOfCodes ? V::Multiply(zero, scale) : zero);
-#pragma GCC unroll 16
-        for (int i = part * 2 * kFields; i < (part + 1) * 2 * kFields; ++i) {  // field i / 2, side i % 2
-          const typename V::Ints code = V::And(V::ShiftRight(codes, i / 2 * kBits + i % 2 * 16), kMask);
-          V::Store(to + i * kWords, V::Fma(V::ToFloats(code), scale, shift));
+// ---- tokens that are read as they are stored, some vectors of eight numbers from each load
+
+constexpr int64_t kAhead = 4096;  // bytes, of codes half: what is fetched before its use; a core alone stops at each page
+constexpr int kMostHeads = 3;     // query heads whose sums are in registers
+
+// Scales of a tile's groups, and what is added to code times scale; zero behind them.
+struct Meta {
+  alignas(64) float scales[kTileFloats / 32 + 16], shifts[kTileFloats / 32 + 16];
+};
+KVQ_AVX2 void LoadMeta(const Codes& c, int64_t first, int64_t n, Meta& meta) {
+  const int64_t all = n * c.groups, next = (first + 2 * n) * c.groups;
+  for (int64_t i = 0; i < all; i += 32) {
+    __builtin_prefetch(c.scales + next + i, 0, 2), __builtin_prefetch(c.zeros + next + i, 0, 2);
+  }
+  Widen(c.scales + first * c.groups, DType::kFloat16, all, meta.scales);
+  Widen(c.zeros + first * c.groups, DType::kFloat16, all, meta.shifts);
+  // (code - z) s as code s - z s.
+  if (c.zero == Zero::kOfCodes) {
+    for (int64_t i = 0; i < all; ++i) meta.shifts[i] *= -meta.scales[i];
+  } else {
+    for (int64_t i = 0; i < all; ++i) meta.shifts[i] = -meta.shifts[i];
+  }
+  Store(meta.scales + all, Zeros()), Store(meta.shifts + all, Zeros());
+}
+
+// Codes in the order of CodeOrder, from kWidth words: eight, or four whose low halves are in the first four lanes and
+// whose high halves are in the others.
+template <int kBits, int kWidth, bool kOne>
+struct CodeReader {
+  static constexpr bool kCodes = true, kOneGroup = kOne;
+  static constexpr int kVectors = 32 / kBits * kWidth / 8;
+  const Codes& c;
+  const uint32_t* rows;
+  const Meta& meta;
+
+  KVQ_AVX2_INLINE __m256i Read(int64_t t, int64_t i) const {
+    const uint32_t* from = rows + t * c.words + i * kWidth;
+    if constexpr (kWidth == 8) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    return _mm256_srlv_epi32(both, _mm256_setr_epi32(0, 0, 0, 0, 16, 16, 16, 16));
+  }
+  KVQ_AVX2_INLINE static Floats Number(__m256i codes, int v) {
+    const int shift = kWidth == 8 ? v / 2 * kBits + v % 2 * 16 : v * kBits;
+    return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(codes, shift), _mm256_set1_epi32((1 << kBits) - 1)));
+  }
+  // Of numbers of a token's groups those of vectors v and v + 1. There are some behind them.
+  KVQ_AVX2_INLINE Floats Places(const float* groups, int64_t i, int v) const {
+    const __m256i places = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(c.places.data() + i * kLanes));
+    groups += v * (kWidth == 8 ? 4 : 8) / c.group;
+    return c.groups <= kLanes ? _mm256_permutevar8x32_ps(Load(groups), places) : _mm256_i32gather_ps(groups, places, 4);
+  }
+  KVQ_AVX2_INLINE void Fetch(int64_t t) const {
+    const char* row = reinterpret_cast<const char*>(rows + t * c.words) + kAhead / 2;
+    __builtin_prefetch(row, 0, 2);
+    for (int64_t at = 64; at < c.words * 4; at += 64) __builtin_prefetch(row + at, 0, 2);
+  }
+};
+
+// Rows of 16-bit numbers.
+template <bool kHalf>
+struct RowReader {
+  static constexpr bool kCodes = false, kOneGroup = false;
+  static constexpr int kVectors = 2;
+  const uint16_t* rows;
+  int64_t stride, dim;
+
+  KVQ_AVX2_INLINE const uint16_t* Read(int64_t t, int64_t i) const { return rows + t * stride + i * 2 * kLanes; }
+  KVQ_AVX2_INLINE static Floats Number(const uint16_t* from, int v) {
+    return kHalf ? LoadHalf(from + v * kLanes) : LoadBFloat16(from + v * kLanes);
+  }
+  KVQ_AVX2_INLINE void Fetch(int64_t t) const {
+    for (int64_t i = 0; i < dim; i += 32) __builtin_prefetch(rows + t * stride + i + kAhead / 2, 0, 2);
+  }
+};
+
+// x[h][t]: logits of n tokens for some queries; `sums` of their numbers, [heads, groups].
+template <int kHeads, typename R>
+KVQ_AVX2 void ReadDots(const R& r, const float* queries, const float* sums, int64_t n, int64_t dim, Logits* x) {
+  constexpr bool kScales = R::kCodes && !R::kOneGroup;  // each vector has its own
+  alignas(32) float lanes[kHeads][kMostTokens + 4][kLanes];
+  for (int64_t t = 0; t < n; ++t) {
+    Floats sum[2][kHeads];  // two, so that none waits long for the one before
+    for (int h = 0; h < kHeads; ++h) sum[0][h] = sum[1][h] = Zeros();
+    const float* q = queries;
+    r.Fetch(t);
+    for (int64_t i = 0; i < dim / (R::kVectors * kLanes); ++i) {
+      const auto stored = r.Read(t, i);
+#pragma GCC unroll 8
+      for (int v = 0; v < R::kVectors; v += 2, q += 2 * kLanes) {
+        const Floats numbers[2] = {R::Number(stored, v), R::Number(stored, v + 1)};
+        if constexpr (kScales) {
+          const Floats scale = r.Places(r.meta.scales + t * r.c.groups, i, v);
+          const Floats scaled[2] = {Multiply(numbers[0], scale), Multiply(numbers[1], scale)};
+          for (int h = 0; h < kHeads; ++h) {
+            for (int k = 0; k < 2; ++k) sum[k][h] = Fma(scaled[k], Load(q + h * dim + k * kLanes), sum[k][h]);
+          }
+        } else {
+          for (int h = 0; h < kHeads; ++h) {
+            for (int k = 0; k < 2; ++k) sum[k][h] = Fma(numbers[k], Load(q + h * dim + k * kLanes), sum[k][h]);
+          }
         }
+      }
+    }
+    for (int h = 0; h < kHeads; ++h) Store(lanes[h][t], Add(sum[0][h], sum[1][h]));
+  }
+  for (int h = 0; h < kHeads; ++h) {
+    for (int64_t t = 0; t < n; t += 4) {
+      const float(*of)[kLanes] = lanes[h] + t;
+      _mm_storeu_ps(x[h] + t, Sums(Load(of[0]), Load(of[1]), Load(of[2]), Load(of[3])));
+    }
+    if constexpr (R::kCodes && R::kOneGroup) {
+      for (int64_t t = 0; t < n; t += kLanes) {
+        Store(x[h] + t, Fma(Load(x[h] + t), Load(r.meta.scales + t), Multiply(Load(r.meta.shifts + t), Set(sums[h]))));
+      }
+    } else if constexpr (R::kCodes) {
+      for (int64_t t = 0; t < n; ++t) {
+        for (int64_t g = 0; g < r.c.groups; ++g) x[h][t] += r.meta.shifts[t * r.c.groups + g] * sums[h * r.c.groups + g];
       }
     }
   }
 }
-template <int kBits, int kWords, bool kZeroOfCodes>
-KVQ_AVX2 void DecodeRows(const Codes& c, int64_t first, int64_t n, float* to) {
-  constexpr int kFields = 16 / kBits;
-  if (c.groups == 1) return DecodeRows<kBits, kWords, kZeroOfCodes, kFields, true>(c, first, n, to);
-  if (c.group >= 8 * kFields) return DecodeRows<kBits, kWords, kZeroOfCodes, kFields, false>(c, first, n, to);
-  if constexpr (kBits == 2) DecodeRows<kBits, kWords, kZeroOfCodes, kFields / 2, false>(c, first, n, to);  // of 32
-}
-template <int kBits, int kWords>
-KVQ_AVX2 void DecodeRows(const Codes& c, int64_t first, int64_t n, float* to) {
-  c.zero == Zero::kOfCodes ? DecodeRows<kBits, kWords, true>(c, first, n, to)
-                           : DecodeRows<kBits, kWords, false>(c, first, n, to);
-}
-template <int kBits>
-KVQ_AVX2 void DecodeRows(const Codes& c, int64_t first, int64_t n, float* to) {
-  c.width == 8 ? DecodeRows<kBits, 8>(c, first, n, to) : DecodeRows<kBits, 4>(c, first, n, to);
-}
-KVQ_AVX2 void DecodeCodes(const Codes& c, int64_t first, int64_t n, float* to) {
-  switch (c.bits) {
-    case 8: return DecodeRows<8>(c, first, n, to);
-    case 4: return DecodeRows<4>(c, first, n, to);
-    default: return DecodeRows<2>(c, first, n, to);
+
+// out[h] += sum over tokens of x[h][t] times the values of t. Behind n, x is zero to the end of a vector.
+template <int kHeads, typename R>
+KVQ_AVX2 void ReadWeighted(const R& r, const Logits* x, int64_t n, int64_t dim, float* out) {
+  alignas(32) Logits scaled[kHeads];
+  alignas(32) float shift[kHeads][kTileFloats / 64];  // of a group: what all its channels get
+  if constexpr (R::kCodes && R::kOneGroup) {
+    for (int h = 0; h < kHeads; ++h) {
+      Floats sum = Zeros();
+      for (int64_t t = 0; t < n; t += kLanes) {
+        const Floats weights = Load(x[h] + t);
+        sum = Fma(weights, Load(r.meta.shifts + t), sum);
+        Store(scaled[h] + t, Multiply(weights, Load(r.meta.scales + t)));
+      }
+      shift[h][0] = Sum(sum);
+    }
+  } else if constexpr (R::kCodes) {
+    for (int64_t g = 0; g < r.c.groups; g += kLanes) {  // some lanes may be of no group
+      Floats sum[kHeads];
+      for (int h = 0; h < kHeads; ++h) sum[h] = Zeros();
+      for (int64_t t = 0; t < n; ++t) {
+        const Floats shifts = Load(r.meta.shifts + t * r.c.groups + g);
+        for (int h = 0; h < kHeads; ++h) sum[h] = Fma(Set(x[h][t]), shifts, sum[h]);
+      }
+      for (int h = 0; h < kHeads; ++h) Store(shift[h] + g, sum[h]);
+    }
+  }
+  const Logits* weights = R::kOneGroup ? scaled : x;
+  for (int64_t t = 0; t < n; ++t) r.Fetch(t);
+  for (int64_t i = 0; i < dim / (R::kVectors * kLanes); ++i) {
+    // Two vectors: the sums of three heads and what they are made of are in registers.
+#pragma GCC unroll 8
+    for (int v = 0; v < R::kVectors; v += 2, out += 2 * kLanes) {
+      Floats sum[kHeads][2];
+      for (int h = 0; h < kHeads; ++h) sum[h][0] = Load(out + h * dim), sum[h][1] = Load(out + h * dim + kLanes);
+      for (int64_t t = 0; t < n; ++t) {
+        const auto stored = r.Read(t, i);
+        Floats numbers[2] = {R::Number(stored, v), R::Number(stored, v + 1)};
+        if constexpr (R::kCodes && !R::kOneGroup) {
+          const Floats scale = r.Places(r.meta.scales + t * r.c.groups, i, v);
+          numbers[0] = Multiply(numbers[0], scale), numbers[1] = Multiply(numbers[1], scale);
+        }
+        for (int h = 0; h < kHeads; ++h) {
+          const Floats weight = Set(weights[h][t]);
+          sum[h][0] = Fma(weight, numbers[0], sum[h][0]), sum[h][1] = Fma(weight, numbers[1], sum[h][1]);
+        }
+      }
+      for (int h = 0; h < kHeads; ++h) {
+        Floats added = Zeros();
+        if constexpr (R::kCodes) added = R::kOneGroup ? Set(shift[h][0]) : r.Places(shift[h], i, v);
+        Store(out + h * dim, Add(sum[h][0], added)), Store(out + h * dim + kLanes, Add(sum[h][1], added));
+      }
+    }
   }
 }
 
@@ -283,49 +368,107 @@ KVQ_AVX2 float Exponentials(float* x, int64_t n, float m) {
   return all;
 }
 
-// n tokens of keys and values for all query heads of a KV head. `out` has one order of channels for the values.
-KVQ_AVX2 void AttendTile(const float* queries, const float* keys, const float* values, int64_t n, int64_t dim,
-                                  int64_t heads, float* m, float* l, float* const (&outs)[2],
-                         int into) {
-  alignas(64) float x[kMostTokens + kLanes];
-  for (int64_t head = 0; head < heads; ++head) {
-    Dots(queries + head * dim, keys, n, dim, x);
-    const float top = Largest(x, n);
-    if (!(top <= m[head])) {
-      const float factor = m[head] - top > -125 ? Exp2(m[head] - top) : 0;
-      m[head] = top, l[head] *= factor;
-      for (float* out : outs) {
-        for (int64_t i = 0; i < dim; ++i) out[head * dim + i] *= factor;
-      }
+// What n tokens of a side are read by: numbers of 16 bits and codes as they are stored, all else as float32.
+struct Tile {
+  const Source* source;
+  const float* floats;
+  int64_t first;  // of the tokens
+  Meta meta;
+};
+
+// Calls work(reader) for tokens that have one; whether they have.
+template <int kBits, int kWidth, typename Work>
+KVQ_AVX2 void WithCodes(const Tile& tile, const Work& work) {
+  const Codes& c = *tile.source->codes;
+  const uint32_t* rows = c.rows + tile.first * c.words;
+  c.groups == 1 ? work(CodeReader<kBits, kWidth, true>{c, rows, tile.meta})
+                : work(CodeReader<kBits, kWidth, false>{c, rows, tile.meta});
+}
+template <typename Work>
+KVQ_AVX2 bool WithReader(const Tile& tile, int64_t dim, const Work& work) {
+  if (tile.floats != nullptr) return false;
+  if (const Codes* c = tile.source->codes; c != nullptr) {
+    switch (c->bits * 16 + c->width) {
+      case 8 * 16 + 8: WithCodes<8, 8>(tile, work); break;
+      case 8 * 16 + 4: WithCodes<8, 4>(tile, work); break;
+      case 4 * 16 + 8: WithCodes<4, 8>(tile, work); break;
+      case 4 * 16 + 4: WithCodes<4, 4>(tile, work); break;
+      case 2 * 16 + 8: WithCodes<2, 8>(tile, work); break;
+      default: WithCodes<2, 4>(tile, work);
     }
-    l[head] += Exponentials(x, n, m[head]);
-    AddWeighted(x, values, n, dim, outs[into] + head * dim);
+    return true;
+  }
+  const auto* rows = static_cast<const uint16_t*>(tile.source->rows) + tile.first * tile.source->stride;
+  tile.source->dtype == DType::kFloat16 ? work(RowReader<true>{rows, tile.source->stride, dim})
+                                        : work(RowReader<false>{rows, tile.source->stride, dim});
+  return true;
+}
+// work(count) with some query heads' number as a constant.
+template <typename Work>
+KVQ_AVX2 void WithHeads(int64_t count, const Work& work) {
+  if (count == 3) return work(std::integral_constant<int, 3>());
+  count == 2 ? work(std::integral_constant<int, 2>()) : work(std::integral_constant<int, 1>());
+}
+
+// n tokens of keys and values for all query heads of a KV head.
+KVQ_AVX2 void AttendTile(const Head& of, const Tile& keys, const Tile& values, int64_t n) {
+  alignas(64) Logits x[kMostHeads];
+  const int64_t dim = of.dim;
+  const float* queries = keys.source->encoded() ? of.coded_queries : of.queries;
+  const int64_t groups = keys.source->codes != nullptr ? keys.source->codes->groups : 0;
+  for (int64_t head = 0, count; head < of.heads; head += count) {
+    const int64_t left = of.heads - head;
+    count = left == 4 ? 2 : std::min<int64_t>(left, kMostHeads);
+    const float* q = queries + head * dim;
+    const bool read = WithReader(keys, dim, [&](const auto& reader) KVQ_AVX2 {
+      WithHeads(count, [&](auto some) KVQ_AVX2 { ReadDots<some>(reader, q, of.sums + head * groups, n, dim, x); });
+    });
+    for (int64_t h = 0; !read && h < count; ++h) Dots(q + h * dim, keys.floats, n, dim, x[h]);
+    for (int64_t h = 0; h < count; ++h) {
+      float &m = of.m[head + h], &l = of.l[head + h];
+      const float top = Largest(x[h], n);
+      if (!(top <= m)) {
+        const float factor = m - top > -125 ? Exp2(m - top) : 0;
+        m = top, l *= factor;
+        for (float* out : of.by_order) {
+          for (int64_t i = 0; i < dim; ++i) out[(head + h) * dim + i] *= factor;
+        }
+      }
+      l += Exponentials(x[h], n, m);
+    }
+    float* out = of.by_order[values.source->encoded()] + head * dim;
+    const bool added = WithReader(values, dim, [&](const auto& reader) KVQ_AVX2 {
+      WithHeads(count, [&](auto some) KVQ_AVX2 { ReadWeighted<some>(reader, x, n, dim, out); });
+    });
+    for (int64_t h = 0; !added && h < count; ++h) AddWeighted(x[h], values.floats, n, dim, out + h * dim);
   }
 }
 
-// n tokens of one side from token `at` of its segment on, as float32: where they are, or in `to`.
-KVQ_AVX2 const float* TokensOf(const Source& source, int64_t at, int64_t n, int64_t dim, float* to) {
-  if (source.block != nullptr) return source.block->Tokens(source.head, source.first + at);
-  if (source.codes != nullptr) {
-    DecodeCodes(*source.codes, source.first + at, n, to);
-    return to;
-  }
-  for (int64_t t = 0; t < n; ++t) {
-    const int64_t token = source.first + at + t;
-    const int64_t offset = (source.ring > 0 ? token % source.ring : token) * source.stride;
-    if (source.dtype == DType::kFloat32) {
-      memcpy(to + t * dim, static_cast<const float*>(source.rows) + offset, static_cast<size_t>(dim) * 4);
-    } else {
-      Widen(static_cast<const uint16_t*>(source.rows) + offset, source.dtype, dim, to + t * dim);
+// n tokens of one side from token `at` of its segment on; those that no reader knows are at `floats`, or in `to`.
+KVQ_AVX2 void Take(const Source& source, int64_t at, int64_t n, int64_t dim, float* to, Tile& tile) {
+  tile.source = &source, tile.first = source.first + at, tile.floats = nullptr;
+  if (source.block != nullptr) {
+    tile.floats = source.block->Tokens(source.head, tile.first);
+  } else if (source.codes != nullptr) {
+    LoadMeta(*source.codes, tile.first, n, tile.meta);
+  } else if (source.dtype == DType::kFloat32 || source.ring > 0) {
+    tile.floats = to;
+    for (int64_t t = 0; t < n; ++t) {
+      const int64_t token = tile.first + t, offset = (source.ring > 0 ? token % source.ring : token) * source.stride;
+      if (source.dtype == DType::kFloat32) {
+        memcpy(to + t * dim, static_cast<const float*>(source.rows) + offset, static_cast<size_t>(dim) * 4);
+      } else {
+        Widen(static_cast<const uint16_t*>(source.rows) + offset, source.dtype, dim, to + t * dim);
+      }
     }
   }
-  return to;
 }
 
 // Tokens [begin, end) of some heads, tile by tile, so that a block which spans them is decoded once.
 KVQ_AVX2 void Attend(std::vector<Head>& all, int64_t begin, int64_t end) {
   const int64_t dim = all[0].dim, tile = std::min<int64_t>(kTileFloats / dim, kMostTokens);
   alignas(64) float keys[kTileFloats], values[kTileFloats];
+  Tile tiles[2];
   for (int64_t at = begin; at < end;) {
     const Segment& segment = all[0].SegmentAt(at);
     const int64_t from = at - segment.begin;
@@ -335,10 +478,8 @@ KVQ_AVX2 void Attend(std::vector<Head>& all, int64_t begin, int64_t end) {
     }
     for (Head& of : all) {
       const Segment& own = of.SegmentAt(at);
-      const float* k = TokensOf(own.sides[0], from, n, dim, keys);
-      const float* v = TokensOf(own.sides[1], from, n, dim, values);
-      AttendTile(own.sides[0].encoded() ? of.coded_queries : of.queries, k, v, n, dim, of.heads, of.m, of.l, of.by_order,
-                 own.sides[1].encoded());
+      Take(own.sides[0], from, n, dim, keys, tiles[0]), Take(own.sides[1], from, n, dim, values, tiles[1]);
+      AttendTile(of, tiles[0], tiles[1], n);
     }
     at += n;
   }
@@ -355,7 +496,8 @@ Codes CodesOf(const Codec& codec, const CodecParams& params, const KvView& view,
   const auto plane = [&](int p) { return view.planes[p] + pair * view.plane_stride[p]; };
   c.rows = reinterpret_cast<const uint32_t*>(plane(0));
   c.scales = reinterpret_cast<const uint16_t*>(plane(1)), c.zeros = reinterpret_cast<const uint16_t*>(plane(2));
-  for (int64_t w = 0; w < c.words; ++w) {
+  for (int64_t lane = 0; lane < c.words / c.width * kLanes; ++lane) {
+    const int64_t w = lane / kLanes * c.width + lane % c.width;
     c.places.push_back(static_cast<int32_t>(w % (c.words / 4) * (128 / c.bits) / params.group_size));
   }
   return c;
@@ -390,7 +532,7 @@ void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttenti
   const std::vector<int32_t> key_order = IsAffine(keys) ? CodeOrder(keys.bits, dim) : std::vector<int32_t>();
   const std::vector<int32_t> value_order = IsAffine(values) ? CodeOrder(values.bits, dim) : std::vector<int32_t>();
 
-  // Pieces of equal work, a few for each thread: one that is held up leaves the rest to others.
+  // Pieces of equal work, as many and a few for each thread: one that is held up leaves the rest to others.
   constexpr int64_t kLeast = 64;  // tokens that are worth a piece
   int64_t most = 0;
   for (int64_t b = 0; b < args.keys.batch; ++b) {
@@ -401,7 +543,8 @@ void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttenti
   // A piece has one head, or all of a sequence where groups span them.
   const int64_t together = keys.block_wide || values.block_wide ? kv_heads : 1;
   const int64_t threads = omp_get_max_threads(), rows = pairs / together;
-  const int64_t splits = std::clamp<int64_t>(std::min((4 * threads + rows - 1) / rows, most / kLeast), 1, 64);
+  const int64_t few = (4 * threads + rows - 1) / rows, even = (few + threads - 1) / threads * threads;
+  const int64_t splits = std::clamp<int64_t>(std::min(even, most / kLeast), 1, 64);
   std::vector<float> sums(static_cast<size_t>(pairs * splits * 2 * heads)), outs(static_cast<size_t>(pairs * splits * heads * dim));
   const auto sum_of = [&](int64_t pair, int64_t split) { return &sums[static_cast<size_t>((pair * splits + split) * 2 * heads)]; };
   const auto out_of = [&](int64_t pair, int64_t split) { return &outs[static_cast<size_t>((pair * splits + split) * heads * dim)]; };
@@ -412,12 +555,17 @@ void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttenti
     const SequenceLength& length = args.lengths[b];
     const auto values_of = static_cast<size_t>(heads * dim);
     std::vector<float> queries(static_cast<size_t>(together) * values_of), coded(coded_keys ? queries.size() : 0);
+    const int64_t groups = IsAffine(keys) ? dim / args.key_params.group_size : 0;
+    std::vector<float> query_sums(static_cast<size_t>(together * heads * groups));
     std::vector<float> in_order(static_cast<size_t>(together) * 2 * values_of);
     LoadRow(args.queries, args.dtype, first_pair * heads * dim, together * heads * dim, queries.data());
     for (float& q : queries) q *= args.scale * kLog2E;
     for (int64_t head = 0; coded_keys && head < together * heads; ++head) {
       std::vector<float> rotated(queries.begin() + head * dim, queries.begin() + (head + 1) * dim);
       Rotate(rules.key_rotation, dim, rotated.data());
+      for (int64_t i = 0; groups > 0 && i < dim; ++i) {
+        query_sums[static_cast<size_t>(head * groups + i / args.key_params.group_size)] += rotated[static_cast<size_t>(i)];
+      }
       for (int64_t i = 0; i < dim; ++i) {
         coded[static_cast<size_t>(head * dim + i)] = rotated[static_cast<size_t>(key_order.empty() ? i : key_order[static_cast<size_t>(i)])];
       }
@@ -476,6 +624,7 @@ void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttenti
                     .heads = heads,
                     .queries = queries.data() + at,
                     .coded_queries = coded.empty() ? nullptr : coded.data() + at,
+                    .sums = query_sums.data() + i * heads * groups,
                     .m = sum,
                     .l = sum + heads,
                     .by_order = {out, out + heads * dim},

@@ -44,8 +44,8 @@ struct CacheRules {
 };
 
 // As DecodeAttention of kernels/device/attention.h, but that dense tokens are in the types of their views, those in plane
-// 0 in `tokens`. `args.workspace` is not used. Codes are decoded some tokens at a time, into what a core's first cache
-// holds.
+// 0 in `tokens`. `args.workspace` is not used. Codes and 16-bit numbers are widened in registers, what only a codec reads is
+// decoded a block at a time.
 void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttentionArgs& args, DType tokens,
                      const CacheRules& rules = {});
 
