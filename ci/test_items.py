@@ -10,6 +10,7 @@ import json
 import math
 import os
 import random
+import subprocess
 import sys
 import tempfile
 import unittest
@@ -254,6 +255,44 @@ class Command(unittest.TestCase):
         a, b = self.file("a.json", {"int4": lines(old)}), self.file("b.json", {"int4": lines(new)})
         self.assertEqual(self.run_it(b, "--against", a)[0], 1)
         self.assertEqual(self.run_it(a, "--against=" + a)[0], 0)
+
+    def results(self, name, cells):
+        """A results file with items beside it."""
+        path = self.file(name, cells)
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump({"context": {"date": "2026-11-28T00:00:00", "kvqbench_build": "Release", "dtype": "Float"}, "benchmarks": [
+                {"name": CELL.format(spec).replace("ruler", measurement), "run_name": "x", "kld_nats": .25, "kv_own": .5,
+                 "kv_own_lo": .25, "kv_own_hi": .75} for spec in cells for measurement in ("ruler", "drift", "reuse")]}, file)
+        return path
+
+    def test_tables_page_and_gate_show_them(self):
+        new, old = rights(200, 100, 40, 4)
+        path = self.results("r.json", {"none": lines(old, share=0), "int2": lines(new)})
+        def command(*arguments):
+            return subprocess.run([os.path.join(HERE, arguments[0]), *arguments[1:]], capture_output=True, text=True, check=False)
+        table = command("table", path)
+        self.assertEqual((table.returncode, table.stderr), (0, ""))
+        for words in ("item by item", "40/4", "worse", "drift KLD", "reuse kv"):
+            self.assertIn(words, table.stdout)
+        out = os.path.join(self.dir.name, "out")
+        report = command("report", path, "--out", out)
+        self.assertEqual(report.returncode, 0, report.stderr)
+        for name, words in (("index.html", "40/4"), ("tables/items.csv", "40/4"), ("tables/results_table.tex", "0.25000")):
+            with open(os.path.join(out, name), encoding="utf-8") as file:
+                self.assertIn(words, file.read())
+        other = self.results("new.json", {"none": lines(new, share=0), "int2": lines(new)})
+        gate = command("compare", path, other)
+        self.assertEqual(gate.returncode, 0, gate.stdout)  # facts decide
+        self.assertIn("items, NEW against OLD", gate.stdout)
+        self.assertIn("40/4", gate.stdout)
+        changed = {"none": lines(old, share=0)}
+        changed["none"]["3"]["prompt_sha256"] = "other"
+        self.assertIn("items not compared", command("compare", path, self.results("o.json", changed)).stdout)
+        with open(path + ".samples.jsonl", "a", encoding="utf-8") as file:
+            file.write("{\n")
+        table = command("table", path)
+        self.assertEqual(table.returncode, 2)
+        self.assertIn("line 401", table.stderr)
 
     def test_bad_input(self):
         path = self.file("r.json", {"none": lines([1, 0])})
