@@ -83,7 +83,7 @@ class ReuseOfTinyModel : public TinyModel {
 
 TEST_F(ReuseOfTinyModel, CountsWhatItsItemsSay) {
   const std::string file = dir_ / "reuse.json";
-  const Outcome outcome = Execute(Tiny() + " --benchmark_filter=^reuse/ --dtype=float32 --contexts=600 --windows=2 "
+  const Outcome outcome = Execute(Tiny() + " --benchmark_filter=^reuse/ --dtype=float32 --contexts=600 --windows=1 "
       "--schemes=none,int4-hqq@residual=16,int2-hqq@policy=hf@residual=16 --benchmark_out=" + file);
   ASSERT_EQ(outcome.code, 0) << outcome.err;
   const auto runs = ByName(ReadFile(file));
@@ -95,19 +95,19 @@ TEST_F(ReuseOfTinyModel, CountsWhatItsItemsSay) {
   }
   ASSERT_EQ(items.size(), 3u);
   for (const auto& [name, of] : items) {
-    EXPECT_EQ(of.size(), 2u * 2 * 2 * 5);  // contexts, tasks, histories, questions
+    EXPECT_EQ(of.size(), 2u * 2 * 5);  // tasks, histories, questions
     std::set<std::string> clusters;
     double right = 0, nll = 0;
     for (const json& line : of) {
       clusters.insert(line.at("cluster"));
       if (line.at("sample").get<std::string>().find("vt:") != 0 || line.at("sample").get<std::string>().find(":gold:") == std::string::npos) continue;
-      right += line.at("right").get<double>() / 10;
-      nll += line.at("nll").get<double>() / 10;
+      right += line.at("right").get<double>() / 5;
+      nll += line.at("nll").get<double>() / 5;
     }
-    EXPECT_EQ(clusters, (std::set<std::string>{"kv:0", "kv:1", "vt:0", "vt:1"}));
+    EXPECT_EQ(clusters, (std::set<std::string>{"kv:0", "vt:0"}));
     EXPECT_NEAR(runs.at(name).at("vt_gold").get<double>(), right, 1e-12);
     EXPECT_NEAR(runs.at(name).at("nll_vt_gold").get<double>(), nll, 1e-9);
-    EXPECT_EQ(runs.at(name).at("questions"), 40.0);
+    EXPECT_EQ(runs.at(name).at("questions"), 20.0);
   }
   const auto kld = [&](const std::string& spec) {
     return runs.at("reuse/tiny/sdpa/" + spec + "/ctx:600/batch:1").at("reprefill_kld_nats").get<double>();
@@ -163,9 +163,9 @@ TEST_F(ReuseOfTinyModel, AKeptCacheIsTheSameAsANewOneBitForBit) {
   }
 }
 
-// The same with all of it in calls of residual_length tokens, as a server would fill a cache anew: products of another
-// size add in another order, so this is float32's rounding and no more under append; and far more under hf.
-TEST_F(ReuseOfTinyModel, WhatIsFilledAnewInOtherCallsDiffersByRoundingAloneUnderAppend) {
+// The same with all of it in calls of residual_length tokens, as a server would fill a cache anew. Products of another size
+// add in another order, and a code at an edge may fall on its other side: little under append, everything under hf.
+TEST_F(ReuseOfTinyModel, FillingAnewInOtherCallsChangesLittleUnderAppend) {
   const auto model = LoadModel(dir_ / "tiny", at::kFloat, at::Device(at::kCPU));
   const c10::InferenceMode no_gradients;
   at::manual_seed(6);
@@ -181,8 +181,11 @@ TEST_F(ReuseOfTinyModel, WhatIsFilledAnewInOtherCallsDiffersByRoundingAloneUnder
     const at::Tensor a = model->Logits(hidden).flatten(), b = model->Logits(theirs.narrow(1, theirs.size(1) - 1, 1)).flatten();
     return ((a - b).norm() / b.norm()).item<double>();
   };
-  EXPECT_LT(difference("int4-hqq@residual=16"), 1e-4);  // codes at an edge may fall on the other side
-  EXPECT_GT(difference("int2-hqq@policy=hf@residual=16"), 1e-2);
+  const double append = difference("int2-hqq@residual=16"), hf = difference("int2-hqq@policy=hf@residual=16");
+  EXPECT_LT(difference("none"), 1e-5);
+  EXPECT_LT(append, 1e-2);
+  EXPECT_GT(hf, 0.1);
+  EXPECT_GT(hf, 20 * append);
 }
 
 }  // namespace

@@ -277,16 +277,19 @@ def latency_table(results, cells):
 def item_pairs(results):
     """What items say of specs against `none`, one Pair a number and cell of all files that are not superseded, judged
     as one report."""
-    files = [file for file in results.files if file.items and not file.superseded_by]
-    if not files:
+    runs = {}
+    for file in results.files:  # oldest first
+        if file.items and not file.superseded_by:
+            runs.setdefault(file.run, {}).update(file.items)
+    if not runs:
         return []
     import items  # wants scipy
     pairs = []
-    for file in files:
+    for run, cells in runs.items():
         try:
-            pairs += items.against_spec(file.items)
+            pairs += items.against_spec(cells)
         except items.Refused as reason:
-            results.refused.append((file.path, str(reason)))
+            results.refused.append((run, str(reason)))
     return items.judge(pairs)
 
 

@@ -250,6 +250,14 @@ class Command(unittest.TestCase):
             self.assertEqual(file.read(), out)
         self.assertEqual(self.run_it(path, "--filter=int8", "--margin=right=.1")[0], 0)
 
+    def test_cells_of_several_files(self):
+        new, old = rights(200, 100, 40, 4)
+        a, b = self.file("a.json", {"none": lines(old)}), self.file("b.json", {"int4": lines(new)})
+        code, out, _ = self.run_it(a, b)
+        self.assertEqual(code, 1)
+        self.assertIn("40/4", out)
+        self.assertIn("another of the files", self.run_it(a, b, a)[2])
+
     def test_two_runs(self):
         new, old = rights(200, 100, 40, 4)
         a, b = self.file("a.json", {"int4": lines(old)}), self.file("b.json", {"int4": lines(new)})
