@@ -155,6 +155,18 @@ COLUMNS = [
            what="share of depths at which the number is found"),
     Column("needle.needle_random_rate", "random needle [95 %]", "Zufalls-Needle [95 %]", "{:.2f}", interval=True,
            what="the same with random numbers"),
+    Column("drift.kld_nats", "drift KLD, nats [95 %]", "Drift-KLD, nat [95 %]", "{:.5f}", interval=True,
+           what="KL divergence along what the unquantized model writes, a token"),
+    Column("drift.kld_slope_nats_per_1k", "drift slope [95 %]", "Drift-Steigung [95 %]", "{:+.4f}", interval=True,
+           what="growth of that divergence over 1000 tokens"),
+    Column("drift.divergence_median", "parts after", "trennt sich nach", "{:.0f}",
+           what="tokens of free greedy decoding that are the unquantized model's, median"),
+    Column("drift.delta_own_nll", "delta own nll [95 %]", "Δ eigene NLL [95 %]", "{:+.4f}", interval=True,
+           what="nll of what it writes under the unquantized model, less that of what the unquantized model writes"),
+    Column("reuse.kv_own", "reuse kv [95 %]", "Reuse kv [95 %]", "{:.2f}", interval=True,
+           what="right answers about a JSON object over a kept cache, own answers in the history"),
+    Column("reuse.vt_own", "reuse vt [95 %]", "Reuse vt [95 %]", "{:.2f}", interval=True,
+           what="variables found over a kept cache, own answers in the history"),
     Column(KERNEL_COLUMN, "what decoded", "Decodiert durch", "{}",
            what="the kernels that ran, where they are not those of the backend's name"),
 ]
@@ -260,6 +272,36 @@ def latency_table(results, cells):
     return as_texts(rows, fields)
 
 
+# ---- items
+
+def item_pairs(results):
+    """What items say of specs against `none`, one Pair a number and cell of all files that are not superseded, judged
+    as one report."""
+    runs = {}
+    for file in results.files:  # oldest first
+        if file.items and not file.superseded_by:
+            runs.setdefault(file.run, {}).update(file.items)
+    if not runs:
+        return []
+    import items  # wants scipy
+    pairs = []
+    for run, cells in runs.items():
+        try:
+            pairs += items.against_spec(cells)
+        except items.Refused as reason:
+            results.refused.append((run, str(reason)))
+    return items.judge(pairs)
+
+
+def item_table(results):
+    """For page and terminal."""
+    pairs = item_pairs(results)
+    if not pairs:
+        return [], []
+    import items
+    return items.HEADS, [items.texts(row) for row in pairs]
+
+
 # ---- Markdown, for the terminal
 
 def aligned(heads, rows):
@@ -288,7 +330,8 @@ def markdown(results, cells=None):
         lines += [f"\nnoise floor (the unquantized model in the same calls): KLD {kld:.5f} nats, top-1 {100 * top1:.2f} %"
                   for kld, top1 in sorted(floors)]
     for title, (heads, rows) in (("time of a decoding step: a line through all contexts", latency_table(results, cells)),
-                                 ("single kernels", kernel_table(results, cells))):
+                                 ("single kernels", kernel_table(results, cells)),
+                                 ("item by item, against none on the same prompts (ci/items.py)", item_table(results))):
         lines += ["", title, ""] + aligned(heads, rows) if rows else []
     for name, reason in skipped(cells):
         lines += ["", f"{name}: {reason}"]
@@ -520,7 +563,7 @@ def results_table(cells, language):
     """Our tables, two for each model, backend, context and batch size: what it costs, and what it does to the answers,
     with the intervals."""
     parts = []
-    quality = ("error.", "perplexity.", "needle.")
+    quality = ("error.", "perplexity.", "needle.", "drift.", "reuse.")
     for (_, device, model, backend, context, batch), group in groups_of(cells).items():
         where = TEXT["where"][language].format(model=tex(model_name(model)), backend=tex(backend), context=context,
                                                batch=batch, device=tex(device))
@@ -639,8 +682,10 @@ def write_all(results, out):
 
     write_csv(os.path.join(out, "results.csv"), *flat_rows(results))
     written.append("results.csv")
+    heads, of_items = item_table(results)
     for name, rows in (("kernels.csv", kernel_rows(results, results.current())),
-                       ("latency_model.csv", latency_rows(results, results.current()))):
+                       ("latency_model.csv", latency_rows(results, results.current())),
+                       ("items.csv", [dict(zip(heads, row)) for row in of_items])):
         if rows:
             write_csv(os.path.join(out, name), list(rows[0]), rows)
             written.append(name)

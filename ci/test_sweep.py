@@ -122,6 +122,18 @@ class Grid(Case):
                 self.assertEqual(len(parts), count)
                 self.assertTrue(all(parts))
 
+    def test_single_items_are_gathered_with_their_cells(self):
+        flags = self.flags(benchmark_filter="drift|kv_size", contexts="24", **{"decode-tokens": 8})
+        self.assertEqual(self.sweep("--out", self.dir, "--no-submit", *flags).returncode, 0)
+        for line in self.shards():
+            self.measure(line)
+        self.assertEqual(self.sweep("gather", self.dir).returncode, 0)
+        whole, gathered = os.path.join(self.folder, "whole.json"), os.path.join(self.dir, "gathered", "benchmarks.json")
+        self.assertEqual(run(KVQBENCH, *flags, f"--benchmark_out={whole}").returncode, 0)
+        items = read(gathered + ".samples.jsonl")
+        self.assertEqual(items.count("\n"), 4)  # two specs, two prompts
+        self.assertEqual(items, read(whole + ".samples.jsonl"))
+
     def test_gathered_equals_one_run_and_mixes_nothing(self):
         self.assertEqual(self.sweep("--out", self.dir, "--no-submit", *self.flags()).returncode, 0)
         self.refused(["gather", self.dir], "no results yet")
