@@ -15,6 +15,7 @@
 #include <set>
 #include <sstream>
 
+#include "accuracy/samples.h"
 #include "benchmarks/json_reporter.h"
 #include "benchmarks/options.h"
 #include "benchmarks/progress.h"
@@ -118,6 +119,7 @@ void Measure(benchmark::State& state, const Measurement& measurement, const Cell
   }
   const c10::InferenceMode no_gradients;
   session.note.clear();
+  session.samples.clear();
   const char* on = spec.stores_dense() ? "" : " on decoded tokens";
   session.ran = StrCat(backend.graph ? "sdpa" : cell.backend, on);
   if (backend.ran != nullptr) backend.ran();  // of a cell that failed
@@ -127,6 +129,7 @@ void Measure(benchmark::State& state, const Measurement& measurement, const Cell
     if (const std::string ways = backend.ran(); !ways.empty()) session.ran = StrCat(ways, on);
   }
   AddGpuState(session, session.TakeWatch(), counters);
+  CheckSamples(session.samples);
   for (const auto& [name, value] : counters) {
     // The model's own numbers were looked at by the measurement (fixtures/finite.h); this is what it made of them.
     if (!std::isfinite(value)) throw std::runtime_error(StrCat(name, " is not a finite number"));
@@ -278,7 +281,7 @@ std::string DTypeFlag(const std::string& name) {
 
 // The cells that are to be measured now: those that have no result yet, or that --patch names.
 std::set<std::string> Missing(const std::vector<std::string>& names, const OutputOptions& output,
-                              ResultsFile& results) {
+                              ResultsFile& results, const SamplesFile& samples) {
   std::set<std::string> missing;
   if (output.patch.empty()) {
     for (const std::string& name : names) {
@@ -294,7 +297,7 @@ std::set<std::string> Missing(const std::vector<std::string>& names, const Outpu
                        "give those that ", output.out, " was made with");
     }
   }
-  results.BeginPatch(output.patch, patched, output.backup);
+  if (results.BeginPatch(output.patch, patched, output.backup) && output.backup) samples.Backup();
   return {patched.begin(), patched.end()};
 }
 
@@ -400,6 +403,7 @@ int Main(int argc, char** argv) {
   }
   if (!line.output.summary_file.empty()) CheckWritable("--summary-file", line.output.summary_file);
   ResultsFile results(line.output.out);
+  SamplesFile samples(line.output.out);
   // What `auto` was when the file was begun: settled again, on a busy machine, it could be the other.
   Session session(line.options, DTypeFlag(results.Fact("dtype")));
 
@@ -429,7 +433,7 @@ int Main(int argc, char** argv) {
   results.Join(ContextText(), !line.output.patch.empty());
   std::vector<std::string> names;
   for (const auto& [measurement, cell] : cells) names.push_back(CellName(*measurement, cell));
-  const std::set<std::string> missing = Missing(names, line.output, results);
+  const std::set<std::string> missing = Missing(names, line.output, results, samples);
 
   Progress progress(line.options, cells.size(), isatty(STDERR_FILENO) != 0);
   OnCompiling([&progress](const std::string& line) {
@@ -462,11 +466,21 @@ int Main(int argc, char** argv) {
   }
   if (!missing.empty()) {
     Tee reporter(std::move(display), missing, results, progress);
+    // Items before the cell that they belong to: a cell that is there has them.
+    const auto save = [&] {
+      std::vector<std::string> known;
+      for (const StoredCell& cell : results.cells()) known.push_back(cell.name);
+      samples.Save(known);
+      results.Save();
+    };
     try {
       for (size_t i = 0; i < cells.size(); ++i) {
         if (missing.count(names[i]) == 0) continue;
-        results.Save();  // all before
+        save();  // all before
+        session.samples.clear();
         RunBenchmark(names[i], *cells[i].first, cells[i].second, session, progress, reporter);
+        const StoredCell* cell = results.Find(names[i]);
+        samples.Put(names[i], cell != nullptr && cell->error.empty() ? session.samples : std::vector<Sample>());
       }
     } catch (const InputError&) {  // results cannot be written
       reporter.End();
@@ -475,7 +489,7 @@ int Main(int argc, char** argv) {
     }
     reporter.End();
     progress.Clear();
-    results.Save();
+    save();
   }
   summarize();
   size_t failures = 0;

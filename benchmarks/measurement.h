@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "accuracy/samples.h"
 #include "fixtures/dataset.h"
 #include "fixtures/machine/device.h"
 #include "fixtures/model.h"
@@ -121,6 +122,8 @@ class Session {
 
   // What the cell that runs has to say beside its numbers; ends up in its label.
   std::string note;
+  // The items that the cell scored, for FILE.json.samples.jsonl.
+  std::vector<Sample> samples;
   void AddNote(const std::string& text) { note += (note.empty() ? "" : "; ") + text; }
 
  private:

@@ -361,16 +361,17 @@ std::vector<std::string> ResultsFile::PatchNames(const std::string& pattern) con
   return names;
 }
 
-void ResultsFile::BeginPatch(const std::string& pattern, const std::vector<std::string>& names,
+bool ResultsFile::BeginPatch(const std::string& pattern, const std::vector<std::string>& names,
                              bool backup) {
   patching_ = true;
-  if (!history_.empty() && history_.back().contains("left")) return;
+  if (!history_.empty() && history_.back().contains("left")) return false;
   if (backup) WriteWhole("--patch", path_ + ".bak", ReadFile(path_));
   nlohmann::ordered_json patch = {{"patched", pattern}};
   patch.update(now_);
   patch["benchmarks"] = names.size();
   patch["left"] = names;
   history_.push_back(patch);
+  return true;
 }
 
 void ResultsFile::Add(std::string_view entries) {

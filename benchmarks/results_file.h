@@ -66,8 +66,8 @@ class ResultsFile {
   // of the same pattern left. Throws InputError if there is none.
   std::vector<std::string> PatchNames(const std::string& pattern) const;
   // From now on cells of `names` replace what is there. Copies the file to PATH.bak, unless an
-  // interrupted patch goes on, whose copy has what was there before it.
-  void BeginPatch(const std::string& pattern, const std::vector<std::string>& names, bool backup);
+  // interrupted patch goes on, whose copy has what was there before it: then it returns false.
+  bool BeginPatch(const std::string& pattern, const std::vector<std::string>& names, bool backup);
 
   // Adds entries, as Google Benchmark's reporter wrote them; a cell that is there is replaced in
   // place.
