@@ -151,7 +151,6 @@ class Generator {
 
   // A sample that fits: a step smaller while it does not.
   virtual RulerSample Fitting(int64_t index, int64_t size) {
-    constexpr int kTries = 50;  // at the smallest size, with new words each time; RULER: for ever
     for (int tries = 0; tries < kTries;) {
       try {
         RulerSample sample = Make(index, size);
@@ -172,6 +171,7 @@ class Generator {
     throw Skip(StrCat(task_.name, " does not fit into ", context_, " tokens, ", task_.new_tokens, " of them for the answer"));
   }
 
+  static constexpr int kTries = 50;  // at the smallest size, with new words each time; RULER: for ever
   const RulerTask& task_;
   const int64_t context_;
   const uint64_t seed_;
@@ -313,7 +313,8 @@ class Variables : public Generator {
       }
     }
     RulerSample example = Make(0, best);
-    while (tokens_(example.prompt) > kExample) {
+    for (int tries = 0; tokens_(example.prompt) > kExample; tries += best == step()) {
+      if (tries == kTries) throw Skip(StrCat(task_.name, ": its example does not fit into ", kExample, " tokens of this tokenizer"));
       if (best > step()) best -= step();
       example = Make(0, best);
     }

@@ -3,11 +3,13 @@
 #include "accuracy/ruler_tasks.h"
 
 #include <algorithm>
+#include <array>
 #include <filesystem>
 #include <set>
 
 #include "accuracy/golden.h"
 #include "accuracy/python_random.h"
+#include "accuracy/tiny_model.h"
 #include "benchmarks/measurement.h"
 #include "fixtures/dataset.h"
 #include "kernels/file.h"
@@ -158,7 +160,114 @@ TEST(Ruler, WhatDoesNotFitIsSkipped) {
   for (const RulerTask& task : RulerTasks()) {
     if (task.words() || task.haystack == RulerTask::kEssay || task.kind == RulerTask::kQuestions) continue;
     EXPECT_THROW(MakeRulerSamples(task, 64, 1, 42, tokens, {}), Skip) << task.name;
+    if (task.kind != RulerTask::kVariables) continue;
+    const auto letters = [](const std::string& text) { return static_cast<int64_t>(text.size()); };
+    EXPECT_THROW(MakeRulerSamples(task, 4096, 1, 42, letters, {}), Skip) << "its example has 500 tokens at most";
   }
+}
+
+// The command, on a tiny model of random weights, whose answers are never right: tasks that need no words.
+class RulerCommand : public TinyModel {
+ protected:
+  void SetUp() override {
+    TinyModel::SetUp();
+    WidenHeads(dir_ / "tiny");
+    nlohmann::json config = nlohmann::json::parse(std::ifstream(dir_ / "tiny" / "config.json"));
+    config["max_position_embeddings"] = 8192;
+    std::ofstream(dir_ / "config.json") << config;
+    std::filesystem::rename(dir_ / "config.json", dir_ / "tiny" / "config.json");
+  }
+  std::string Flags(const std::string& tasks) const {
+    return StrCat(Tiny(), " --dtype=float32 --contexts=1536 --ruler-samples=5 --benchmark_filter='^ruler_(", tasks, ")/'",
+                  " --benchmark_out=", (dir_ / "out.json").string());
+  }
+  // Lines of the samples file by benchmark.
+  std::map<std::string, std::vector<nlohmann::json>> Lines() const {
+    std::map<std::string, std::vector<nlohmann::json>> lines;
+    std::ifstream file(dir_ / "out.json.samples.jsonl");
+    for (std::string line; std::getline(file, line);) {
+      const nlohmann::json one = nlohmann::json::parse(line);
+      lines[one["benchmark"].get<std::string>()].push_back(one);
+    }
+    return lines;
+  }
+  std::map<std::string, nlohmann::json> Results() const { return ByName(ReadFile((dir_ / "out.json").string())); }
+};
+
+// One pass over prompt and answer, and nothing else of what the measurement does.
+TEST_F(RulerCommand, NllAndMarginAreThoseOfAPlainPass) {
+  ASSERT_EQ(Execute(Flags("niah_multikey_3") + " --schemes=none").code, 0);
+  const std::unique_ptr<Model> model = LoadModel((dir_ / "tiny").string(), at::kFloat, at::kCPU);
+  const Tokenizer tokenizer = Tokenizer::Load((dir_ / "tiny").string());
+  const auto tokens = [&](const std::string& text) { return static_cast<int64_t>(tokenizer.Encode(text, false).size()); };
+  const auto task = std::find_if(RulerTasks().begin(), RulerTasks().end(), [](const auto& t) { return t.name == "niah_multikey_3"; });
+  const std::vector<RulerSample> samples = MakeRulerSamples(*task, 1536, 5, 42, tokens, {});
+  const std::vector<nlohmann::json> lines = Lines().at("ruler_niah_multikey_3/tiny/sdpa/none/ctx:1536/batch:1");
+  ASSERT_EQ(lines.size(), samples.size());
+  for (size_t i = 0; i < samples.size(); ++i) {
+    const std::vector<int32_t> prompt = tokenizer.Encode(samples[i].prompt, true);
+    int64_t scored = 0;
+    const auto log_probability = [&](const std::string& value) {
+      const std::vector<int32_t> ids = tokenizer.Encode(samples[i].prompt + " " + value, true);
+      KvCache cache = model->NewCache(ParseSpec("none"), 1, static_cast<int64_t>(ids.size()));
+      const at::Tensor log = at::log_softmax(model->Logits(model->Forward(IdTensor(ids, 1, at::kCPU), cache, FindBackend("eager"))), -1);
+      double sum = 0;
+      scored = 0;
+      for (size_t at = prompt.size(); at < ids.size(); ++at) {
+        if (tokenizer.Decode(std::array{ids[at]}) == " ") continue;
+        sum += log[0][static_cast<int64_t>(at) - 1][ids[at]].item<double>();
+        ++scored;
+      }
+      return sum;
+    };
+    double wrong = -INFINITY;
+    for (size_t d = 0; d < 8; ++d) wrong = std::max(wrong, log_probability(samples[i].distractors[d * samples[i].distractors.size() / 8]));
+    const double right = log_probability(samples[i].references[0]);
+    EXPECT_EQ(lines[i]["prompt_sha256"], PromptSha256(prompt));
+    EXPECT_NEAR(lines[i]["nll"].get<double>(), -right / static_cast<double>(scored), 1e-4);
+    EXPECT_NEAR(lines[i]["margin"].get<double>(), right - wrong, 2e-3);  // of some 200 nats
+  }
+}
+
+TEST_F(RulerCommand, ABatchIsItsPrompts) {
+  const Outcome outcome = Execute(Flags("fwe|niah_multikey_3") + " --schemes=none,int4-hqq@residual=16 --batch=1,3");
+  ASSERT_EQ(outcome.code, 0) << outcome.err;
+  const auto results = Results();
+  const auto lines = Lines();
+  ASSERT_EQ(results.size(), 8u);
+  for (const auto& [name, run] : results) {
+    SCOPED_TRACE(name);
+    EXPECT_EQ(run["ruler_samples"], 5);
+    EXPECT_EQ(run["score"], 0);
+    EXPECT_GT(run["answer_tokens"], 1);
+    const double share = run["encoded_share"];
+    EXPECT_TRUE(name.find("/none/") != std::string::npos ? share == 0 : share > 0.95) << share;
+    const std::string one = name.substr(0, name.rfind(':') + 1) + "1";
+    ASSERT_EQ(lines.at(name).size(), 5u);
+    for (size_t i = 0; i < 5; ++i) {
+      const nlohmann::json &mine = lines.at(name)[i], &alone = lines.at(one)[i];
+      for (const char* same : {"prompt_sha256", "answer", "right", "answer_tokens"}) EXPECT_EQ(mine[same], alone[same]) << same << i;
+      for (const char* near : {"nll", "margin"}) EXPECT_NEAR(mine[near].get<double>(), alone[near].get<double>(), 1e-3) << near << i;
+    }
+  }
+}
+
+TEST_F(RulerCommand, QuestionsComeFromAFileAndAFinishedRunStays) {
+  const std::string flags = Flags("qa_1") + " --schemes=none", file = " --squad-file=" + GoldenPath("ruler/squad.json");
+  ASSERT_EQ(Execute(flags).code, 0);
+  const std::string name = "ruler_qa_1/tiny/sdpa/none/ctx:1536/batch:1";
+  EXPECT_NE(Results().at(name)["error_message"].get<std::string>().find("--squad-file"), std::string::npos);
+  EXPECT_EQ(Lines().count(name), 0u);
+  std::filesystem::remove(dir_ / "out.json");
+  ASSERT_EQ(Execute(flags + file).code, 0);
+  EXPECT_EQ(Lines().at(name).size(), 5u);
+  EXPECT_FALSE(Results().at(name).contains("margin"));
+  const std::string before = ReadFile((dir_ / "out.json").string());
+  ASSERT_EQ(Execute(flags + file).code, 0);
+  EXPECT_EQ(Results().at(name), ByName(before).at(name));
+  ExpectRefused(Execute(flags + file + " --ruler-samples=4"), {"ruler_samples"});
+  std::ofstream(dir_ / "no.json") << "{}";
+  ExpectRefused(Execute(Flags("qa_2") + " --schemes=none --hotpotqa-file=/no/such.json"), {"/no/such.json"});
 }
 
 }  // namespace
