@@ -137,6 +137,7 @@ Counters Needle(Session& session, const Cell& cell, benchmark::State& state) {
   int64_t found = 0, found_random = 0;
   Counters per_depth;
   std::vector<std::string> texts;
+  std::vector<double> share;
   for (auto _ : state) {
     state.SetIterationTime(Time(session.devices(), [&] {
       std::vector<NeedlePrompt> prompts;
@@ -163,6 +164,9 @@ Counters Needle(Session& session, const Cell& cell, benchmark::State& state) {
         const bool right = text.find(numbers[i]) != std::string::npos;
         (constant ? found : found_random) += right;
         per_depth.emplace_back((constant ? "needle" : "needle_random") + suffix, right);
+        const int64_t last = static_cast<int64_t>(prompts[i].ids.size()) - 1;  // where the answer begins
+        share.push_back(EncodedShareRead(spec, session.model(cell.model).cache_shape(1), std::min(spec.sink_tokens + chunk, last + 1),
+                                         last, last + static_cast<int64_t>(answer.size())));
       }
     }));
   }
@@ -177,6 +181,7 @@ Counters Needle(Session& session, const Cell& cell, benchmark::State& state) {
   };
   add("needle_rate", found);
   add("needle_random_rate", found_random);
+  counters.emplace_back("encoded_share", Mean(share));
   counters.emplace_back("needle_trials", static_cast<double>(trials));
   counters.insert(counters.end(), per_depth.begin(), per_depth.end());
   return counters;

@@ -114,6 +114,20 @@ Counters Floor(const Work& work, const Spec& spec, const std::vector<Window>& wi
   return known[calls] = Summary(ScoreAll(work, none, windows, cell.batch));
 }
 
+// Of what the scored tokens' predictions read, the share that is encoded.
+double ShareRead(const Work& work, const Spec& spec, const std::vector<Window>& windows) {
+  const CacheShape shape = work.model.cache_shape(1);
+  double sum = 0, tokens = 0;
+  for (const Window& window : windows) {
+    const int64_t bos = static_cast<int64_t>(work.bos.size()), length = window.end - window.begin + bos;
+    const int64_t begin = window.score_from - window.begin + bos - 1;
+    const double scored = static_cast<double>(length - 1 - begin);
+    sum += scored * EncodedShareRead(spec, shape, std::min(spec.sink_tokens + spec.CallTokens(), length), begin, length - 1);
+    tokens += scored;
+  }
+  return sum / tokens;
+}
+
 Counters DecodeProtocol(const Work& work, const Spec& spec, const Cell& cell,
                         const Options& options) {
   const std::vector<Window> windows = WindowsOf(work, cell, options);
@@ -127,6 +141,7 @@ Counters DecodeProtocol(const Work& work, const Spec& spec, const Cell& cell,
   }
   const Counters floor = Floor(work, spec, windows, cell);
   if (is_floor) counters = floor;
+  counters.emplace_back("encoded_share", ShareRead(work, spec, windows));
   counters.emplace_back("kld_floor_nats", Find(floor, "kld_nats"));
   counters.emplace_back("top1_floor", Find(floor, "top1_agreement"));
   return counters;

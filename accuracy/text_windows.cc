@@ -5,9 +5,9 @@
 
 namespace kvq {
 
-Work WorkOf(Session& session, const Cell& cell) {
+Work WorkOf(Session& session, const Cell& cell, const std::string& what) {
   const Tokenizer& tokenizer = session.tokenizer(cell.model);
-  const std::string key = StrCat(cell.model, "/", cell.backend, "/", cell.context, "/", cell.batch);
+  const std::string key = StrCat(what, cell.model, "/", cell.backend, "/", cell.context, "/", cell.batch);
   const Model& model = session.model(cell.model);
   Work work{key, model, FindBackend(cell.backend), session.corpus_ids(cell.model), {}, session.window_states(key)};
   if (tokenizer.adds_bos()) work.bos.push_back(*tokenizer.bos_id());

@@ -25,7 +25,8 @@ struct Work {
   std::map<int64_t, at::Tensor>& reference_states;
 };
 
-Work WorkOf(Session& session, const Cell& cell);
+// `what` begins the key, for measurements that keep something else than perplexity does.
+Work WorkOf(Session& session, const Cell& cell, const std::string& what = "");
 
 // The windows of protocol `decode`, of cell.context tokens with their BOS. Throws Skip where the
 // text is shorter than one.

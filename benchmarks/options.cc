@@ -82,7 +82,7 @@ std::vector<Flag> Flags(Options& o) {
       numbers("batch", "sequences at a time", o.batches),
       text("corpus", "text by catalogue name", o.corpus),
       text("corpus-file", "a UTF-8 text file, or a folder of them, instead", o.corpus_file),
-      number("windows", "windows of text that perplexity and sensitivity score", o.windows, 1),
+      number("windows", "windows of text that perplexity and sensitivity score; prompts of drift, contexts of reuse", o.windows, 1),
       number("stride", "tokens from window to window; 0: disjoint (decode), half a window (study)",
              o.stride, 0),
       text("protocol", "decode, or study: as the reference study measured, see below",
@@ -96,7 +96,7 @@ std::vector<Flag> Flags(Options& o) {
       number("runs", "timed repetitions of prefill, decode, power, quantize, dequantize, at least", o.runs, 1),
       number("max-runs", "and at most, until the median is known to 1 % (95 % interval)", o.max_runs, 1),
       number("max-seconds", "after which no repetition more than --runs begins", o.max_seconds, 0),
-      number("decode-tokens", "new tokens that decode times", o.decode_tokens, 1),
+      number("decode-tokens", "new tokens that decode times, and that drift writes", o.decode_tokens, 1),
       number("ruler-samples", "prompts of each of RULER's tasks", o.ruler_samples, 1),
       text("squad-file", "SQuAD's dev-v2.0.json, for ruler_qa_1", o.squad_file),
       text("hotpotqa-file", "HotpotQA's hotpot_dev_distractor_v1.json, for ruler_qa_2", o.hotpotqa_file),
@@ -277,6 +277,7 @@ std::string HelpText() {
           "  the run is refused. Free are date, host, paths, load, clocks, caches, probed rates.\n"
           "  --patch wants the flags FILE was made with; the build may be another. The other entries stay as they are,\n"
           "  byte for byte. Interrupted, the same --patch goes on. Runs that took up or patched FILE stand in its \"history\".\n"
+          "  Single items of drift, reuse and ruler_* stand in FILE.json.samples.jsonl and follow their cells; ci/paired compares them\n"
           "\nexit code: 0 measured, 1 a benchmark failed, 2 bad input\n";
   return help.str();
 }

@@ -58,6 +58,7 @@ class File:
     facts: dict        # what the run says of itself
     keys: set = field(default_factory=set)  # what it measured; see Results.mark_superseded
     superseded_by: str = ""
+    items: dict = field(default_factory=dict)  # single items, of cells that have some: see items.read
 
 
 @dataclass
@@ -369,6 +370,16 @@ def read_json(path):
         raise Refused("not results: nested too deep") from None
 
 
+def read_items(file, name):
+    """The items beside a results file. If they are refused, so is the file's part in paired tables."""
+    if os.path.exists(name + ".samples.jsonl"):
+        import items  # wants scipy, which only those need who have items
+        try:
+            file.items = items.read(name)
+        except items.Refused as reason:
+            raise Refused(str(reason)) from None
+
+
 def json_files(path, leave_out):
     if not os.path.isdir(path):
         return [path]
@@ -401,8 +412,10 @@ def load(paths, leave_out=()):
                 kind = kind_of(data)
                 validate(kind, data)
                 timestamp = data["context"]["date"] if kind == "benchmarks" else data["timestamp"]
-                read.append((File(os.path.join(label, shown) if len(paths) > 1 else shown, run, kind,
-                                  timestamp[:19], {}), data))
+                file = File(os.path.join(label, shown) if len(paths) > 1 else shown, run, kind, timestamp[:19], {})
+                read.append((file, data))
+                if kind == "benchmarks":
+                    read_items(file, name)
             except Refused as reason:
                 results.refused.append((name, str(reason)))
     # Oldest first, so that a cell measured twice in one run has its newest values; summaries know by then

@@ -123,6 +123,8 @@ def kernel_that_ran(cell, measurement):
     return None if ran in ("", cell.backend, cell.backend + " on decoded tokens") else ran
 
 
+RULER = [*(f"niah_single_{i}" for i in (1, 2, 3)), *(f"niah_multikey_{i}" for i in (1, 2, 3)), "niah_multivalue", "niah_multiquery",
+         "vt", "cwe", "fwe", "qa_1", "qa_2", *(f"niah_keys_{k}" for k in (2, 4, 8)), *(f"vt_hops_{h}" for h in (1, 2, 3))]
 KERNEL_COLUMN = "decode.label"  # words, for which LaTeX has no room
 COLUMNS = [
     Column("kv_size.kv_bytes", "KV MiB", "KV MiB", "{:.2f}", 1 / MIB, what="KV cache with all its metadata"),
@@ -155,6 +157,20 @@ COLUMNS = [
            what="share of depths at which the number is found"),
     Column("needle.needle_random_rate", "random needle [95 %]", "Zufalls-Needle [95 %]", "{:.2f}", interval=True,
            what="the same with random numbers"),
+    Column("drift.kld_nats", "drift KLD, nats [95 %]", "Drift-KLD, nat [95 %]", "{:.5f}", interval=True,
+           what="KL divergence along what the unquantized model writes, a token"),
+    Column("drift.kld_slope_nats_per_1k", "drift slope [95 %]", "Drift-Steigung [95 %]", "{:+.4f}", interval=True,
+           what="growth of that divergence over 1000 tokens"),
+    Column("drift.divergence_median", "parts after", "trennt sich nach", "{:.0f}",
+           what="tokens of free greedy decoding that are the unquantized model's, median"),
+    Column("drift.delta_own_nll", "delta own nll [95 %]", "Δ eigene NLL [95 %]", "{:+.4f}", interval=True,
+           what="nll of what it writes under the unquantized model, less that of what the unquantized model writes"),
+    Column("reuse.kv_own", "reuse kv [95 %]", "Reuse kv [95 %]", "{:.2f}", interval=True,
+           what="right answers about a JSON object over a kept cache, own answers in the history"),
+    Column("reuse.vt_own", "reuse vt [95 %]", "Reuse vt [95 %]", "{:.2f}", interval=True,
+           what="variables found over a kept cache, own answers in the history"),
+    *(Column(f"ruler_{task}.score", f"{task} % [95 %]", f"{task} % [95 %]", "{:.1f}", interval=True, what=f"RULER's score of {task}")
+      for task in RULER),
     Column(KERNEL_COLUMN, "what decoded", "Decodiert durch", "{}",
            what="the kernels that ran, where they are not those of the backend's name"),
 ]
@@ -260,6 +276,33 @@ def latency_table(results, cells):
     return as_texts(rows, fields)
 
 
+# ---- items
+
+def item_pairs(results):
+    """What items say of specs against `none`, one Pair a number and cell of all files that are not superseded, judged
+    as one report."""
+    files = [file for file in results.files if file.items and not file.superseded_by]
+    if not files:
+        return []
+    import items  # wants scipy
+    pairs = []
+    for file in files:
+        try:
+            pairs += items.against_spec(file.items)
+        except items.Refused as reason:
+            results.refused.append((file.path, str(reason)))
+    return items.judge(pairs)
+
+
+def item_table(results):
+    """For page and terminal."""
+    pairs = item_pairs(results)
+    if not pairs:
+        return [], []
+    import items
+    return items.HEADS, [items.texts(row) for row in pairs]
+
+
 # ---- Markdown, for the terminal
 
 def aligned(heads, rows):
@@ -288,7 +331,8 @@ def markdown(results, cells=None):
         lines += [f"\nnoise floor (the unquantized model in the same calls): KLD {kld:.5f} nats, top-1 {100 * top1:.2f} %"
                   for kld, top1 in sorted(floors)]
     for title, (heads, rows) in (("time of a decoding step: a line through all contexts", latency_table(results, cells)),
-                                 ("single kernels", kernel_table(results, cells))):
+                                 ("single kernels", kernel_table(results, cells)),
+                                 ("item by item, against none on the same prompts (ci/items.py)", item_table(results))):
         lines += ["", title, ""] + aligned(heads, rows) if rows else []
     for name, reason in skipped(cells):
         lines += ["", f"{name}: {reason}"]
@@ -520,7 +564,7 @@ def results_table(cells, language):
     """Our tables, two for each model, backend, context and batch size: what it costs, and what it does to the answers,
     with the intervals."""
     parts = []
-    quality = ("error.", "perplexity.", "needle.")
+    quality = ("error.", "perplexity.", "needle.", "drift.", "reuse.", "ruler_")
     for (_, device, model, backend, context, batch), group in groups_of(cells).items():
         where = TEXT["where"][language].format(model=tex(model_name(model)), backend=tex(backend), context=context,
                                                batch=batch, device=tex(device))
@@ -639,8 +683,10 @@ def write_all(results, out):
 
     write_csv(os.path.join(out, "results.csv"), *flat_rows(results))
     written.append("results.csv")
+    heads, of_items = item_table(results)
     for name, rows in (("kernels.csv", kernel_rows(results, results.current())),
-                       ("latency_model.csv", latency_rows(results, results.current()))):
+                       ("latency_model.csv", latency_rows(results, results.current())),
+                       ("items.csv", [dict(zip(heads, row)) for row in of_items])):
         if rows:
             write_csv(os.path.join(out, name), list(rows[0]), rows)
             written.append(name)

@@ -59,8 +59,9 @@ class Single:
 
 
 class Outcome:
-    def __init__(self, old, new, findings, timed, information, conditions, complete, notes=()):
+    def __init__(self, old, new, findings, timed, information, conditions, complete, notes=(), pairs=()):
         self.old, self.new, self.findings, self.timed = old, new, findings, timed
+        self.pairs = list(pairs)  # of class items.Pair: what items say of NEW against OLD, as information
         self.information = information  # of class Single: times that nobody repeated
         self.conditions, self.notes = conditions, list(notes)
         self.bad_verdicts = comparing.BAD + (comparing.INCOMPLETE if complete else ())
@@ -140,12 +141,22 @@ def agreement_rows(outcome):
                for name in ("median_difference", "largest_difference", "largest_gap"))) for row in agreement(outcome)]
 
 
+def item_rows(outcome):
+    if not outcome.pairs:
+        return []
+    import items  # wants scipy, which only those need who have items
+    return [tuple(items.texts(row)) for row in outcome.pairs]
+
+
 TABLES = [("facts", fact_rows, ("verdict", "what", "old", "new", "change", "rule")),
           ("times", time_rows, ("verdict", "cell", "time of NEW", "95 % interval", "p", "blocks", "remark")),
           ("times, as information", information_rows, ("cell", "counter", "old ms", "old range", "new ms", "new range",
                                                        "change", "ranges")),
           ("do times agree (their ranges overlap)", agreement_rows, (
-              "measurement", "cells", "agree", "apart", "once", "median difference", "largest", "largest gap"))]
+              "measurement", "cells", "agree", "apart", "once", "median difference", "largest", "largest gap")),
+          ("items, NEW against OLD on the same prompts, as information", item_rows, (
+              "items of", "number", "n", "encoded %", "OLD", "NEW", "difference [95 %]", "lost/won", "p", "p (Holm)", "detectable",
+              "verdict"))]
 
 
 def text(outcome):
@@ -173,6 +184,13 @@ def markdown(outcome):
     return "\n".join(lines + [""] * bool(outcome.notes) + outcome.notes) + "\n"
 
 
+def items_json(outcome):
+    if not outcome.pairs:
+        return []
+    import items
+    return [items.as_json(row) for row in outcome.pairs]
+
+
 def as_json(outcome):
     return {
         "headline": outcome.headline(), "regression": bool(outcome.regressions), "old": outcome.old, "new": outcome.new,
@@ -181,7 +199,7 @@ def as_json(outcome):
         "times": [{"cell": t.cell, "verdict": t.verdict, "binding": t.binding, "why": t.why, "first": vars(t.first),
                    "second": vars(t.second) if t.second else None} for t in outcome.timed],
         "information": [vars(s) | {"ranges": s.verdict} for s in outcome.information],
-        "agreement": agreement(outcome)}
+        "agreement": agreement(outcome), "items": items_json(outcome)}
 
 
 def junit(outcome):
