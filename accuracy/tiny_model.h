@@ -57,11 +57,24 @@ inline void Overwrite(const std::filesystem::path& dir, const std::string& tenso
   std::ofstream(dir / "model.safetensors", std::ios::binary) << file;
 }
 
+// Writes tensors, float32, as a safetensors file.
+inline void WriteTensors(const std::filesystem::path& file, const std::vector<std::pair<std::string, at::Tensor>>& tensors) {
+  nlohmann::json header;
+  std::string data;
+  for (const auto& [name, tensor] : tensors) {
+    const at::Tensor weights = tensor.contiguous();
+    header[name] = {{"dtype", "F32"}, {"shape", weights.sizes().vec()}, {"data_offsets", {data.size(), data.size() + weights.nbytes()}}};
+    data.append(static_cast<const char*>(weights.data_ptr()), weights.nbytes());
+  }
+  const uint64_t length = header.dump().size();
+  std::ofstream(file, std::ios::binary).write(reinterpret_cast<const char*>(&length), sizeof length) << header << data;
+}
+
 // Gives the tiny model heads of 64 channels, which the schemes can encode, and random weights.
 inline void WidenHeads(const std::filesystem::path& dir) {
-  nlohmann::json config = nlohmann::json::parse(std::ifstream(dir / "config.json")), header;
+  nlohmann::json config = nlohmann::json::parse(std::ifstream(dir / "config.json"));
   const int64_t wider = 64 / config["head_dim"].get<int64_t>();
-  std::string data;
+  std::vector<std::pair<std::string, at::Tensor>> tensors;
   at::manual_seed(11);
   const Safetensors tiny = Safetensors::Open(dir.string());
   for (const auto& [name, entry] : tiny.entries()) {
@@ -70,18 +83,11 @@ inline void WidenHeads(const std::filesystem::path& dir) {
       if (name.find(projection) != std::string::npos) shape[0] *= wider;
     }
     if (name.find("o_proj") != std::string::npos) shape[1] *= wider;
-    const at::Tensor weights = shape.size() == 1 ? at::ones(shape) : at::randn(shape) * 0.3;
-    header[name] = {{"dtype", "F32"},
-                    {"shape", shape},
-                    {"data_offsets", {data.size(), data.size() + weights.nbytes()}}};
-    data.append(static_cast<const char*>(weights.data_ptr()), weights.nbytes());
+    tensors.emplace_back(name, shape.size() == 1 ? at::ones(shape) : at::randn(shape) * 0.3);
   }
-  const uint64_t length = header.dump().size();
   config["head_dim"] = 64;
   std::ofstream(dir / "wide.json") << config;
-  std::ofstream(dir / "wide.safetensors", std::ios::binary)
-          .write(reinterpret_cast<const char*>(&length), sizeof length)
-      << header << data;
+  WriteTensors(dir / "wide.safetensors", tensors);
   std::filesystem::rename(dir / "wide.json", dir / "config.json");
   // The old one is still mapped.
   std::filesystem::rename(dir / "wide.safetensors", dir / "model.safetensors");

@@ -189,8 +189,10 @@ std::vector<std::pair<const Measurement*, Cell>> Cells(const CommandLine& line) 
   const std::vector<std::string> none = {"none"};
   std::set<std::string> names;  // a list may say the same twice
   for (const Measurement& measurement : Measurements()) {
-    if (measurement.on_request && line.output.filter.find(measurement.name) == std::string::npos &&
-        line.output.patch.find(measurement.name) == std::string::npos) {
+    // ruler_vt runs where ruler_vt is asked for, or ruler.
+    const std::string family = measurement.name.substr(0, negative ? std::string::npos : measurement.name.find('_'));
+    if (measurement.on_request && line.output.filter.find(family) == std::string::npos &&
+        line.output.patch.find(family) == std::string::npos) {
       continue;
     }
     for (const std::string& model : o.models) {
@@ -247,6 +249,11 @@ void AddContext(Session& session, const std::vector<std::string>& benchmark_flag
   benchmark::AddCustomContext("max_runs", std::to_string(o.max_runs));
   benchmark::AddCustomContext("max_seconds", std::to_string(o.max_seconds));
   benchmark::AddCustomContext("decode_tokens", std::to_string(o.decode_tokens));
+  // Where they are asked for: nothing else depends on them.
+  if (o.ruler_samples != Options().ruler_samples) benchmark::AddCustomContext("ruler_samples", std::to_string(o.ruler_samples));
+  for (const auto& [name, file] : {std::pair("squad_file_sha256", o.squad_file), {"hotpotqa_file_sha256", o.hotpotqa_file}}) {
+    if (!file.empty()) benchmark::AddCustomContext(name, Sha256File(file));
+  }
   benchmark::AddCustomContext("windows", std::to_string(o.windows));
   benchmark::AddCustomContext("stride", std::to_string(o.stride));
   benchmark::AddCustomContext("prefill_chunk", std::to_string(o.prefill_chunk));

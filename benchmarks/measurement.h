@@ -38,6 +38,8 @@ struct Options {
   int64_t seed = 42;
   int64_t runs = 3, max_runs = 30, max_seconds = 10;  // see Samples
   int64_t decode_tokens = 128;
+  int64_t ruler_samples = 25;
+  std::string squad_file, hotpotqa_file;  // what ruler_qa_1 and ruler_qa_2 ask about
   int64_t prefill_chunk = 0;  // 0: by device
   int64_t memory_limit = 0;   // MiB; 0: none
   bool vram_diag = false;
@@ -164,7 +166,7 @@ struct Measurement {
   bool needs_encoding = false;  // means nothing for specs that encode nothing
   bool quality = false;         // means nothing on random weights
   bool unquantized = false;     // of the model alone: runs once, under the spec `none`
-  bool on_request = false;      // so costly that it runs only where --benchmark_filter names it
+  bool on_request = false;      // so costly that it runs only where --benchmark_filter names it, or what its name begins with
   int turn = 1;  // cells run turn by turn: 0 what a first table wants, 2 what takes longest
   // Tokens of a prompt that take about as long as a cell: for the time left, while none like it is done.
   double (*like_tokens)(const Options& options, double tokens) = [](const Options&, double tokens) { return 5 * tokens; };

@@ -97,6 +97,9 @@ std::vector<Flag> Flags(Options& o) {
       number("max-runs", "and at most, until the median is known to 1 % (95 % interval)", o.max_runs, 1),
       number("max-seconds", "after which no repetition more than --runs begins", o.max_seconds, 0),
       number("decode-tokens", "new tokens that decode times, and that drift writes", o.decode_tokens, 1),
+      number("ruler-samples", "prompts of each of RULER's tasks", o.ruler_samples, 1),
+      text("squad-file", "SQuAD's dev-v2.0.json, for ruler_qa_1", o.squad_file),
+      text("hotpotqa-file", "HotpotQA's hotpot_dev_distractor_v1.json, for ruler_qa_2", o.hotpotqa_file),
       number("prefill-chunk", "tokens of a sequence that a prefill feeds at once; 0: 1024, on CUDA 8192 over the batch",
              o.prefill_chunk, 0),
       number("memory-limit", "MiB that a run may take of each GPU, or have as a process on a CPU; 0: all there is",
@@ -274,7 +277,7 @@ std::string HelpText() {
           "  the run is refused. Free are date, host, paths, load, clocks, caches, probed rates.\n"
           "  --patch wants the flags FILE was made with; the build may be another. The other entries stay as they are,\n"
           "  byte for byte. Interrupted, the same --patch goes on. Runs that took up or patched FILE stand in its \"history\".\n"
-          "  Single items of drift and reuse stand in FILE.json.samples.jsonl and follow their cells; ci/paired compares them\n"
+          "  Single items of drift, reuse and ruler_* stand in FILE.json.samples.jsonl and follow their cells; ci/paired compares them\n"
           "\nexit code: 0 measured, 1 a benchmark failed, 2 bad input\n";
   return help.str();
 }

@@ -31,7 +31,8 @@ READ = ("bits", "kv_bits")
 RULES = [  # the first that fits
     (r"[._](crc32|digest|encoded_tokens)(_|$)", "exact", ()),
     (r"^kv_size\.|[._]kv_bytes(_|$)", "exact", STORED), (r"[._]bytes_per_token(_|$)", "exact", READ),
-    (r"^kernel[^.]*\.(bytes|flops|gflop)$", "exact", READ), (r"\.(windows|scored_tokens|needle_trials|gflop)$", "exact", ()),
+    (r"^kernel[^.]*\.(bytes|flops|gflop)$", "exact", READ), (r"\.(windows|scored_tokens|needle_trials|ruler_samples|gflop)$", "exact", ()),
+    (r"^ruler_.*\.prompt_tokens", "exact", SAME_INPUT),
     (r"^(error|distribution|sensitivity)\.|[._](nmse|max_error)(_|$)", "arithmetic", SAME_INPUT)]
 SAME_ARITHMETIC = ("device", "cpu", "gpu", "cpu_capability", "threads", "libtorch", "cuda_driver", "cuda_runtime")
 BAD = ("CHANGED", "LOST", "FAILED")  # these end in exit code 1

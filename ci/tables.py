@@ -123,6 +123,8 @@ def kernel_that_ran(cell, measurement):
     return None if ran in ("", cell.backend, cell.backend + " on decoded tokens") else ran
 
 
+RULER = [*(f"niah_single_{i}" for i in (1, 2, 3)), *(f"niah_multikey_{i}" for i in (1, 2, 3)), "niah_multivalue", "niah_multiquery",
+         "vt", "cwe", "fwe", "qa_1", "qa_2", *(f"niah_keys_{k}" for k in (2, 4, 8)), *(f"vt_hops_{h}" for h in (1, 2, 3))]
 KERNEL_COLUMN = "decode.label"  # words, for which LaTeX has no room
 COLUMNS = [
     Column("kv_size.kv_bytes", "KV MiB", "KV MiB", "{:.2f}", 1 / MIB, what="KV cache with all its metadata"),
@@ -167,6 +169,8 @@ COLUMNS = [
            what="right answers about a JSON object over a kept cache, own answers in the history"),
     Column("reuse.vt_own", "reuse vt [95 %]", "Reuse vt [95 %]", "{:.2f}", interval=True,
            what="variables found over a kept cache, own answers in the history"),
+    *(Column(f"ruler_{task}.score", f"{task} % [95 %]", f"{task} % [95 %]", "{:.1f}", interval=True, what=f"RULER's score of {task}")
+      for task in RULER),
     Column(KERNEL_COLUMN, "what decoded", "Decodiert durch", "{}",
            what="the kernels that ran, where they are not those of the backend's name"),
 ]
@@ -563,7 +567,7 @@ def results_table(cells, language):
     """Our tables, two for each model, backend, context and batch size: what it costs, and what it does to the answers,
     with the intervals."""
     parts = []
-    quality = ("error.", "perplexity.", "needle.", "drift.", "reuse.")
+    quality = ("error.", "perplexity.", "needle.", "drift.", "reuse.", "ruler_")
     for (_, device, model, backend, context, batch), group in groups_of(cells).items():
         where = TEXT["where"][language].format(model=tex(model_name(model)), backend=tex(backend), context=context,
                                                batch=batch, device=tex(device))
