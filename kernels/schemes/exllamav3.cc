@@ -1,4 +1,5 @@
-// exl3-2, exl3-3, exl3-4, exl3-5, exl3-6, exl3-7, exl3-8: exllamav3's quantized cache (CacheLayer_quant, `-cq BITS`), without its compander.
+// exl3-2, exl3-3, exl3-4, exl3-5, exl3-6, exl3-7, exl3-8: exllamav3's quantized cache (CacheLayer_quant, `-cq BITS`),
+// without its compander.
 //
 // Source: exllamav3, exllamav3_ext/cache/q_cache_kernels.cuh @80fd9eec (v1.4.1's midpoint grid), quant_block_x4 and
 // dequant_block_x4, in float32.

@@ -22,9 +22,9 @@
 //   metadata  head_dim / 32 fp16 numbers d;  q4_1, q5_1: likewise m
 // Refused: head_dim that is no multiple of 32; other groups.
 //
-// Where it differs. The minimum of zeros of both signs is stored as +0; in C it is the first of them, on a GPU any. A group with
-// NaN or infinity decodes to NaN; in C its codes are not defined. Codes of an iq4_nl group that
-// is zero (below 1e-15) are 8, as CUDA writes them; on a CPU they are what a buffer held.
+// Where it differs. A minimum that is zero is stored as +0; in C it has the sign of the first of them. A group with NaN or
+// infinity decodes to NaN; in C its codes are not defined. Codes of an iq4_nl group that is zero (below 1e-15) are 8, as
+// CUDA writes them; on a CPU they are what a buffer held.
 #include "kernels/plain.h"
 
 namespace kvq::ggml {
