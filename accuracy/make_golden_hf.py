@@ -3,11 +3,11 @@
 
 usage: make_golden_hf.py [--check | --package]
 
-Without a flag writes accuracy/golden/schemes/{int8,int4,int2}-hqq.json, {int4,int2}-hqq-kivi.json and {int4,int2}-quanto.json;
---check makes them anew and compares (golden_files.py). --package compares the codes that these formulas give with those that the
-packages themselves gave (golden/hqq.json, golden/quanto.json). hqq 0.2.8's Quantizer.quantize, whose solver is
-optimize_weights_proximal_legacy, is computed in float64, so that the order of sums does not count; quanto 0.2.7's MaxOptimizer in
-float32. Packages: accuracy/requirements.txt.
+Without a flag writes accuracy/golden/schemes/{int8,int4,int2}-hqq.json, {int4,int2}-hqq-kivi.json, {int4,int2}-quanto.json;
+--check makes them anew and compares (golden_files.py). --package compares the codes that these formulas give with those
+that the packages themselves gave (golden/hqq.json, golden/quanto.json). hqq 0.2.8's Quantizer.quantize, whose solver is
+optimize_weights_proximal_legacy, is computed in float64, so that the order of sums does not count; quanto 0.2.7's
+MaxOptimizer in float32. Packages: accuracy/requirements.txt.
 """
 
 import json

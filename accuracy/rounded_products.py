@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Why llama.cpp's perplexity tool sees more of a cache's error on a CPU than there is: SmolLM2 in NumPy, with its roundings.
+"""Why llama.cpp's perplexity tool sees more of a cache's error on a CPU than there is: a model in NumPy with its roundings.
 
 usage: rounded_products.py MODEL_DIR TEXT_FILE [TOKENS [SCORED_FROM]]
 
-llama.cpp's CPU kernels multiply quantized weights with activations rounded to 8 bits in groups of 32, and quantized keys with
-queries rounded so, too; the cache that it compares with is one of float16. This computes a model of the llama family in float32,
-with activations, queries, keys and values rounded or not (all rotated by 64 channels, as since April 2026), and prints KLD (nats)
-and top-1 agreement of each with the float16 cache, by the same activations: over one window of TOKENS (512), those from
-SCORED_FROM (128) on. Packages: accuracy/requirements.txt.
+llama.cpp's CPU kernels multiply quantized weights with activations rounded to 8 bits in groups of 32, and quantized keys
+with queries rounded so, too; the cache that it compares with is one of float16. This computes a model of the llama family
+in float32, with activations, queries, keys and values rounded or not (all rotated by 64 channels, as since April 2026),
+and prints KLD (nats) and top-1 agreement of each with the float16 cache, by the same activations: over one window of
+TOKENS (512), those from SCORED_FROM (128) on. Packages: accuracy/requirements.txt.
 """
 
 import json
@@ -81,7 +81,8 @@ class Model:
         for i in range(config["num_hidden_layers"]):
             layer = f"model.layers.{i}."
             normed = norm(x, layer + "input_layernorm")
-            q, k, v = (product(normed, f"{layer}self_attn.{side}_proj").reshape(n, -1, dim).transpose(1, 0, 2) for side in "qkv")
+            q, k, v = (product(normed, f"{layer}self_attn.{side}_proj").reshape(n, -1, dim).transpose(1, 0, 2)
+                       for side in "qkv")
             q, k, v = rotated(rope(q), queries), rotated(rope(k), keys), rotated(v, values)
             out = np.empty((heads, n, dim), F)
             for head in range(heads):

@@ -290,14 +290,15 @@ def layer_values(cells, prefix, names):
 
 
 def strips_by_layer(panels, words, label):
-    """Many schemes, a line each: colour by layer, keys, values and what else is measured side by side."""
+    """Many schemes, a line each: colour by layer, keys, values and what else is measured side by side. What is zero (layers
+    that are not encoded) has none."""
     parts = [name for name in words if any(name in found for _, found in panels)]
-    every = [max(v, 1e-9) for _, found in panels for layers in found.values() for v in layers if v is not None]
-    norm = LogNorm(min(every), max(every))
+    every = [v for _, found in panels for layers in found.values() for v in layers if v is not None and v > 0]
+    norm = LogNorm(min(every, default=1e-9), max(every, default=1))
     figure, axes = subplots(1, len(parts), squeeze=False, sharey=True, figsize=(WIDTH, 0.9 + 0.15 * len(panels)))
     for axis, name in zip(axes.flat, parts):
         count = max(len(found.get(name, [])) for _, found in panels)
-        values = [[math.nan if v is None else max(v, norm.vmin) for v in found.get(name, [])] for _, found in panels]
+        values = [[v if v is not None and v > 0 else math.nan for v in found.get(name, [])] for _, found in panels]
         image = mesh(axis, np.array([row + [math.nan] * (count - len(row)) for row in values]), norm, DAMAGE)
         axis.set_yticks(range(len(panels)))
         axis.set_yticklabels([cell.spec for cell, _ in panels], fontsize=6.5)
