@@ -3,7 +3,7 @@
 
 usage: make_golden_exllamav3.py [--check | --nmse]
 
-Without a flag writes accuracy/golden/schemes/exl3-{2,3,4,5,8}.json; --check makes them anew and compares (golden_files.py);
+Without a flag writes accuracy/golden/schemes/exl3-{2,3,4,5,6,7,8}.json; --check makes them anew and compares (golden_files.py);
 --nmse prints the error on normal numbers. Packages: accuracy/requirements.txt.
 """
 
@@ -62,7 +62,7 @@ def cases(bits):
 
 
 def main(arguments):
-    every = (2, 3, 4, 5, 8)
+    every = (2, 3, 4, 5, 6, 7, 8)
     if arguments == ["--nmse"]:  # for the rows
         x = np.random.default_rng(1).standard_normal((1 << 15, 128)).astype(F)
         for bits in every:

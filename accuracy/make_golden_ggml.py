@@ -104,9 +104,9 @@ def cases(name):
                 continue
             kind = GGMLQuantizationType[name.upper()]
             size = 2 * TYPES[name][0] + TYPES[name][1] + (32 if name == "q8_0" else 16)
-            # A group of negative zeros: C's largest number stays +0, NumPy's argmax is the first one.
-            blocks = (encode_iq4_nl(x) if name == "iq4_nl" else
-                      quantize(x + F(0) if name in ("q4_0", "q5_0") else x, kind).reshape(-1, size))
+            # Without negative zeros: of a group of them C's largest number stays +0 where NumPy's argmax is the first one, and
+            # of zeros of both signs which is the smallest depends on the order: the scheme stores +0.
+            blocks = encode_iq4_nl(x) if name == "iq4_nl" else quantize(x if name == "q8_0" else x + F(0), kind).reshape(-1, size)
             decoded = dequantize(blocks.reshape(len(x), -1), kind)
             codes, numbers = take_apart(name, blocks)
             yield golden_schemes.case(what, x, GROUP, decoded, codes, numbers, heads=2 if len(x) % 2 == 0 else 1,

@@ -2,9 +2,10 @@
 
 import math
 
+import labels
 import tables
-from drawing import (FAINT, INK, WIDTH, Drawing, FuncFormatter, Line2D, LogLocator, NullLocator, grid, legend, lines,
-                     panels_of, spec_handles, specs_of, styles, subplots)
+from drawing import (FAINT, INK, PAPER, WIDTH, Drawing, FuncFormatter, Line2D, LogLocator, NullLocator, engine_of, grid,
+                     legend, lines, looks, panels_of, spec_handles, specs_of, subplots)
 from results import MIB, decode_ms_per_token
 from tables import context_label, model_name, spec_order
 
@@ -104,7 +105,7 @@ def decode_speed(results, cells):
         seen.update(near)
         for spec in near:
             axis.plot(*zip(*found[spec]), color=colours[spec], lw=0.9, ls=(0, (1, 1)), alpha=0.9)
-    colours = {spec: look["color"] for spec, look in styles(specs_of(timed)).items()}
+    colours = {spec: look["color"] for spec, look in looks(results, specs_of(timed)).items()}
     seen = set()
     drawn = lines(results, timed, rate, "tokens a second", reference=floors, height=2.7)
     if drawn is None:
@@ -128,7 +129,7 @@ def latency_vs_context(results, cells):
             context = points[0][2]["decode.break_even_context"]
             if context and points[0][0] < context <= points[-1][0]:
                 axis.axvline(context, ymax=0.8, color=colours[spec], lw=0.8, ls=(0, (4, 2)), alpha=0.7)
-    colours = {spec: look["color"] for spec, look in styles(specs_of(
+    colours = {spec: look["color"] for spec, look in looks(results, specs_of(
         [c for c in cells if decode_ms_per_token(c)])).items()}
     drawn = lines(results, cells, decode_ms_per_token, "ms per token", reference=marks)
     if drawn is None:
@@ -144,8 +145,19 @@ def latency_vs_context(results, cells):
                    "the unquantized cache.", rows)
 
 
+def pareto_front(cells, value, better):
+    """From fewest bits on, the cells that no other beats in both."""
+    front, best = [], None
+    for cell in sorted(cells, key=lambda c: (c["kv_size.bits_per_element"], value(c) if better == "less" else -value(c))):
+        if best is None or (value(cell) > best if better == "more" else value(cell) < best):
+            best = value(cell)
+            front.append(cell)
+    return front
+
+
 def pareto_panels(results, cells, y_key, y_label, better, log, interval=False):
-    """Bits per element against y at the longest context; the schemes that no other beats in both are joined."""
+    """Bits per element against y at the longest context; the schemes that no other beats in both are joined. Engines'
+    formats are many: they have their engine's colour and marker and are named where they stand."""
     panels = []
     for title, of in panels_of(results, [c for c in cells if c["kv_size.bits_per_element"] and c[y_key] is not None]):
         longest = max(cell.context for cell in of)
@@ -154,59 +166,142 @@ def pareto_panels(results, cells, y_key, y_label, better, log, interval=False):
             panels.append((f"{title}, {context_label(longest)}", of))
     if not panels:
         return None
-    look = styles(sorted({c.spec for _, of in panels for c in of}, key=spec_order))
-    figure, axes = grid(len(panels), 2.2 if len(panels) > 1 else 3.0)
-    rows = []
+    look = looks(results, {c.spec for _, of in panels for c in of})
+    engines = any(map(engine_of, look))
+    figure, axes = grid(len(panels), 4.6 if engines else 2.2 if len(panels) > 1 else 3.0, columns=1 if engines else 3,
+                        single=WIDTH if engines else 4.4)
+    rows, drawn = [], []
     for axis, (title, of) in zip(axes, panels):
-        front, best = [], None
-        for cell in of:  # from fewest bits on
-            value = abs(cell[y_key]) if log else cell[y_key]
-            if best is None or (value > best if better == "more" else value < best):
-                best = value
-                front.append(cell)
         # `none` and rounding alone may be ever so small: they stand at the bottom then.
         bottom = min((abs(c[y_key]) for c in of if c.spec != "none" and c[y_key]), default=1e-6) / 10
-        def shown(cell, key):
+        def shown(cell, key=y_key):
             return max(abs(cell[key]), bottom) if log else cell[key]
-        axis.plot([c["kv_size.bits_per_element"] for c in front], [shown(c, y_key) for c in front], color=FAINT, lw=0.9,
-                  zorder=1)
-        for cell in of:
-            x, y = cell["kv_size.bits_per_element"], shown(cell, y_key)
-            low, high = cell[y_key + "_lo"] or cell[y_key + "_min"], cell[y_key + "_hi"] or cell[y_key + "_max"]
-            if interval and low is not None and high is not None and (not log or low > 0):
-                axis.plot([x, x], [max(low, bottom) if log else low, high], color=look[cell.spec]["color"], lw=1)
-            axis.plot(x, y, linestyle="", color=look[cell.spec]["color"],
-                      marker=look[cell.spec]["marker"], markersize=5.5)
-            rows.append({"panel": title, "spec": cell.spec, "bits_per_element": x, "value": cell[y_key], "lo": low,
-                         "hi": high, "on_front": cell in front})
+        def bits(cell):
+            return cell["kv_size.bits_per_element"]
+        def ends(cell):
+            return cell[y_key + "_lo"] or cell[y_key + "_min"], cell[y_key + "_hi"] or cell[y_key + "_max"]
+        front = pareto_front(of, lambda c: abs(c[y_key]) if log else c[y_key], better)
+        rows += [{"panel": title, "spec": c.spec, "engine": engine_of(c.spec)[0] if engine_of(c.spec) else None,
+                  "bits_per_element": bits(c), "value": c[y_key], "lo": ends(c)[0], "hi": ends(c)[1], "on_front": c in front}
+                 for c in of]
         floor = next((c["perplexity.kld_floor_nats"] for c in of if c["perplexity.kld_floor_nats"]), None)
-        if y_key == "perplexity.kld_nats" and floor and floor >= bottom:
+        # Where rounding is a line, `none` is that line, and what there is to see has the room.
+        plain = [c for c in of if c.spec == "none"] if engines and y_key == "perplexity.kld_nats" and floor else []
+        of, front = [c for c in of if c not in plain], [c for c in front if c not in plain]
+        if y_key == "perplexity.kld_nats" and floor and (floor >= bottom or plain):
             axis.axhline(floor, color=INK, lw=0.8, ls=(0, (1, 1)))
-            axis.text(0.98, floor, "rounding alone", transform=axis.get_yaxis_transform(), fontsize=6.5, va="bottom",
-                      ha="right")
+            axis.text(0.99, floor, f"{bits(plain[0]):.0f} bits: rounding alone" if plain else "rounding alone",
+                      transform=axis.get_yaxis_transform(), fontsize=6.5, va="bottom", ha="right")
+        axis.plot([bits(c) for c in front], [shown(c) for c in front], color=FAINT, lw=1.4 if engines else 0.9, zorder=1)
+        at_once = pareto_front([c for c in of if encodes_at_once(c)], lambda c: abs(c[y_key]) if log else c[y_key], better)
+        if engines:
+            axis.plot([bits(c) for c in at_once], [shown(c) for c in at_once], color=FAINT, lw=1, ls=(0, (3, 2)), zorder=1)
         if log:
             axis.set_yscale("log")
         else:
             axis.set_ylim(0, 1.08 * max(c[y_key + "_max"] or c[y_key] for c in of))
-        axis.set_xlim(0, max(c["kv_size.bits_per_element"] for c in of) * 1.08)
+        most = max(bits(c) for c in of)
+        axis.set_xlim(max(0, min(bits(c) for c in of) - 1.2) if plain else 0, most * 1.08 if not plain else most + 1.2)
         axis.set_title(title)
         axis.set_xlabel("bits per element")
-        if axis in axes[::3]:
+        if engines or axis in axes[::3]:
             axis.set_ylabel(y_label)
-    legend(figure, [Line2D([], [], label=s, color=l["color"], marker=l["marker"], linestyle="")
-           for s, l in look.items()])
+        drawn.append((axis, of, front, at_once, bits, shown, ends))
+        if engines:  # a range that the layout below is made for
+            axis.plot([bits(c) for c in of], [shown(c) for c in of], linestyle="")
+    if engines:
+        engine_legend(figure, axes, look, log and better == "less")
+    for axis, of, front, at_once, bits, shown, ends in drawn:
+        of = sorted(of, key=lambda c: (c not in front, c not in at_once, bits(c), shown(c)))
+        points = [(bits(c), shown(c)) for c in of]
+        beside = labels.side_by_side(axis, points, size=4.7) if engines else [x for x, _ in points]
+        for cell, x, (_, y) in zip(of, beside, points):
+            of_spec, (low, high) = look[cell.spec], ends(cell)
+            if interval and low is not None and high is not None and (not log or low > 0):
+                axis.plot([x, x], [max(low, shown(cell) * 1e-3), high], color=of_spec["color"], lw=1, alpha=0.8)
+            before = cell.spec.endswith("-unrotated")
+            axis.plot(x, y, linestyle="", color=of_spec["color"], marker=of_spec["marker"], zorder=3,
+                      markersize=5 if engines else 5.5, markerfacecolor=PAPER if before else of_spec["color"])
+        if engines:
+            join_rotated(axis, of, beside, points, look)
+            name_cells(axis, of, beside, points, [front, at_once])
+    if not engines:
+        legend(figure, [Line2D([], [], label=s, color=l["color"], marker=l["marker"], linestyle="")
+                        for s, l in look.items()])
     return figure, rows
+
+
+def encodes_at_once(cell):
+    """Whether every token is encoded as it comes, none kept in 16 bits for a while: by what a preset's name stands for."""
+    labels_of = [text for key, text in cell.texts.items() if key.endswith(".label")]
+    return any("residual=0" in text for text in [cell.spec, *labels_of])
+
+
+def engine_legend(figure, axes, look, corner_is_free):
+    """Of engines, not of their formats: in the lower left, where nothing is as good, or below. Then the figure has its
+    layout, on which names and what steps aside depend."""
+    found = {engine_of(spec) or (spec, spec, look[spec]["color"], look[spec]["marker"]): 0 for spec in look if spec != "none"}
+    handles = [Line2D([], [], color=colour, marker=marker, linestyle="", label=name) for name, _, colour, marker in found]
+    if any(spec.endswith("-unrotated") for spec in look):
+        handles.append(Line2D([], [], color=INK, marker="o", markerfacecolor=PAPER, linestyle="", label="not rotated"))
+    handles += [Line2D([], [], color=FAINT, lw=1.4, label="no other is better in both"),
+                Line2D([], [], color=FAINT, lw=1, ls=(0, (3, 2)), label="... that encodes every token")]
+    figure.spare = None
+    if corner_is_free:
+        axes[0].legend(handles=handles, loc="lower left", ncol=2, handlelength=1.6, columnspacing=1.2, fontsize=7)
+    else:
+        legend(figure, handles)
+    figure.canvas.draw()
+
+
+def join_rotated(axis, cells, xs, points, look):
+    """An arrow from what an engine stored unrotated to the same rotated."""
+    at = {cell.spec: (x, y) for cell, x, (_, y) in zip(cells, xs, points)}
+    for spec, place in at.items():
+        rotated = at.get(spec.removesuffix("-unrotated"))
+        if spec.endswith("-unrotated") and rotated:
+            arrow = axis.annotate("", rotated, place, zorder=2, arrowprops={
+                "arrowstyle": "-|>", "mutation_scale": 6, "lw": 0.8, "color": look[spec]["color"], "alpha": 0.8, "shrinkA": 3,
+                "shrinkB": 3, "connectionstyle": "arc3,rad=0.25"})
+            arrow.set_in_layout(False)
+
+
+def name_cells(axis, cells, xs, points, fronts):
+    """The names of the first front in full, then as many of the others as find room."""
+    scale = 72 / axis.figure.dpi
+    places = [(x, y) for x, (_, y) in zip(xs, points)]
+    obstacles = [(x - 3, y - 3, x + 3, y + 3) for x, y in labels.pixels(axis, places)]
+    for item in [axis.get_legend(), *(text for text in axis.texts if text.get_text())]:
+        if item:
+            box = item.get_window_extent()
+            obstacles.append(tuple(value * scale for value in (box.x0, box.y0, box.x1, box.y1)))
+    for front in fronts:
+        line = sorted(labels.pixels(axis, [point for cell, point in zip(cells, points) if cell in front]))
+        for (x0, y0), (x1, y1) in zip(line, line[1:]):
+            obstacles += [(x - 0.3, y - 0.3, x + 0.3, y + 0.3)
+                          for x, y in ((x0 + (x1 - x0) * t, y0 + (y1 - y0) * t) for t in (i / 60 for i in range(61)))]
+    obstacles = labels.name_points(axis, places, [c.spec.split("@")[0] if c in fronts[0] else "" for c in cells], obstacles,
+                                   fontsize=7.2, fontweight="bold")
+    def short(spec):  # colour and marker say whose it is
+        engine = engine_of(spec)
+        return spec.split("@")[0].removeprefix(engine[1] if engine and engine[1] not in ("mlx-", "kivi-", "turboquant-") else "")
+    rest = sorted(((place, short(cell.spec)) for cell, place in zip(cells, places) if cell not in fronts[0] and
+                   not cell.spec.endswith("-unrotated")), key=lambda item: "+" in item[1])  # presets before bare specs
+    labels.name_points(axis, [place for place, _ in rest], [name for _, name in rest], obstacles, fontsize=6)
 
 
 def pareto_kld(results, cells):
     drawn = pareto_panels(results, cells, "perplexity.kld_nats", "KLD, nats", "less", True, interval=True)
     if drawn:
-        return Drawing(drawn[0], "KL divergence against bits per element; the schemes that none beats in both are joined.",
-                       drawn[1])
+        words = ("KL divergence against bits per element, with 95 % intervals; the schemes that no other beats in both are joined" +
+                 (" and named in bold, dashed those of formats that encode every token as it comes (hf-* and kivi-* keep the "
+                  "newest in 16 bits). What lies on each other stands side by side; arrows lead from an engine's unrotated "
+                  "format to the same rotated." if any(row["engine"] for row in drawn[1]) else "."))
+        return Drawing(drawn[0], words, drawn[1])
     drawn = pareto_panels(results, cells, "perplexity.delta_ppl", "|change of ppl|", "less", True)
     if drawn:
         return Drawing(drawn[0], "Change of perplexity against bits per element (no KL divergence was measured); the "
-                       "schemes that none beats in both are joined.", drawn[1])
+                       "schemes that no other beats in both are joined.", drawn[1])
     return "no KL divergence beside the bits per element"
 
 
@@ -216,7 +311,7 @@ def pareto_decode(results, cells):
                           "net decode, tok/s" if net else "decode, tok/s", "more", False, interval=True)
     if drawn is None:
         return "no decoding was timed beside the bits per element"
-    return Drawing(drawn[0], "Speed of decoding against bits per element; the schemes that none beats in both are joined.",
+    return Drawing(drawn[0], "Speed of decoding against bits per element; the schemes that no other beats in both are joined.",
                    drawn[1])
 
 
@@ -302,7 +397,7 @@ def roofline(results, cells):
         WIDTH, max(map(height_of, found.values())) * math.ceil(len(used) / columns) + 0.3))
     for spare in axes.flat[len(used):]:
         spare.axis("off")
-    look = styles(sorted({row["spec"] for row in rows}, key=spec_order))
+    look = looks(results, {row["spec"] for row in rows})
     for axis, (kind, label) in zip(axes.flat, used):
         shares(axis, found[kind], label, look)
     figure.spare = None
@@ -331,7 +426,7 @@ def kernels(results, cells):
     figure, _ = subplots(figsize=(WIDTH, max(map(sum, heights)) + 0.3))
     figure.clear()
     columns = figure.add_gridspec(1, len(parts))
-    look = styles(sorted({row["spec"] for row in rows}, key=spec_order))
+    look = looks(results, {row["spec"] for row in rows})
     for i, (part, of) in enumerate(zip(parts, heights)):
         spare = max(map(sum, heights)) - sum(of)  # below the shorter column
         column = columns[i].subgridspec(len(part) + (spare > 0.1), 1, height_ratios=of + [spare] * (spare > 0.1))

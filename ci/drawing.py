@@ -59,17 +59,40 @@ class Drawn:
     files: list = field(default_factory=list)
 
 
+# Engines whose formats are measured (kvqbench --list-presets): name, how such specs begin, colour and marker.
+ENGINES = [("llama.cpp", "llamacpp-", "#0072b2", "o"), ("vLLM", "vllm-", "#d55e00", "s"),
+           ("TensorRT-LLM", "trtllm-", "#009e73", "^"), ("SGLang", "sglang-", "#cc79a7", "D"),
+           ("LMDeploy", "lmdeploy-", "#8a5a2b", "v"), ("MLX", "mlx-", "#56b4e9", "P"), ("transformers", "hf-", "#b58900", "X"),
+           ("KIVI", "kivi-", "#7b4fa3", "*"), ("exllamav3", "exl3-", "#5f8d3b", "<"),
+           ("TurboQuant, all layers", "turboquant-", "#b04a6e", ">")]
+
+
+def engine_of(spec):
+    """The row of ENGINES that a spec belongs to, or None."""
+    return next((engine for engine in ENGINES if spec.startswith(engine[1])), None)
+
+
 def styles(items):
-    """item -> colour, marker and dash; `none` is ink."""
-    found, i = {}, 0
+    """item -> colour, marker and dash; `none` is ink, an engine's specs have its colour and marker."""
+    found, i, of_engine = {}, 0, {}
     for item in items:
         if item == "none":
             found[item] = {"color": INK, "marker": "o", "linestyle": "-"}
+        elif engine_of(item):
+            name, _, colour, marker = engine_of(item)
+            of_engine[name] = of_engine.get(name, -1) + 1
+            found[item] = {"color": colour, "marker": marker, "linestyle": DASHES[of_engine[name] % 6], "alpha": 0.9}
         else:
             found[item] = {"color": COLOURS[i % 6], "marker": MARKERS[(i + 1) % 10], "linestyle": DASHES[(i + 1) % 6],
                            "alpha": 0.9}
             i += 1
     return found
+
+
+def looks(results, specs):
+    """spec -> its style, in their order: that of all specs of the results, so that a scheme looks the same in every figure."""
+    every = styles(sorted({cell.spec for cell in results.cells}, key=spec_order))
+    return {spec: every[spec] for spec in sorted(specs, key=spec_order)}
 
 
 def specs_of(cells):
@@ -89,11 +112,11 @@ def panels_of(results, cells, backends_apart=True):
     return list(found.items())
 
 
-def grid(count, height=2.0, columns=3, **kwargs):
-    """A figure with `count` panels; those left over are for the legend."""
+def grid(count, height=2.0, columns=3, single=4.4, **kwargs):
+    """A figure with `count` panels, `single` inches wide where there is one column; those left over are for the legend."""
     columns = min(columns, count)
     rows = math.ceil(count / columns)
-    figure, axes = subplots(rows, columns, figsize=(WIDTH if columns > 1 else 4.4, height * rows + 0.5),
+    figure, axes = subplots(rows, columns, figsize=(WIDTH if columns > 1 else single, height * rows + 0.5),
                                 squeeze=False, **kwargs)
     for spare in axes.flat[count:]:
         spare.axis("off")
@@ -157,7 +180,8 @@ def lines(results, cells, value, label, reference=None, height=2.05):
             panels.append((title, per_spec))
     if not panels:
         return None
-    style = styles(sorted({spec for _, per_spec in panels for spec in per_spec}, key=spec_order))
+    found = {spec for _, per_spec in panels for spec in per_spec}
+    style = looks(results, found) if by_spec else styles(sorted(found))
     figure, axes = grid(len(panels), height)
     for axis, (title, per_spec) in zip(axes, panels):
         for spec in style:

@@ -72,6 +72,19 @@ def rows_of_heatmap(results, cells, key):
     return rows
 
 
+def spec_heatmap(rows, specs, values, texts, norm, cmap):
+    """Rows of panels, columns of schemes; the other way round where schemes are too many to stand side by side."""
+    upright = len(specs) > 9
+    height = 0.9 + 0.17 * len(specs) if upright else 1.1 + 0.32 * len(rows)
+    figure, axis = subplots(figsize=(min(WIDTH, 3.6 + 0.8 * len(rows)) if upright else WIDTH, height))
+    if upright:
+        image = heatmap(axis, [list(column) for column in zip(*values)], [list(column) for column in zip(*texts)], specs,
+                        [title.replace(", ", "\n") for title in rows], norm, cmap)
+    else:
+        image = heatmap(axis, values, texts, rows, spec_ticks(specs), norm, cmap)
+    return figure, axis, image
+
+
 def spec_ticks(specs):
     return [spec.replace("-kivi", "\n-kivi").replace("@", "\n@") for spec in specs]
 
@@ -86,10 +99,9 @@ def delta_ppl_heatmap(results, cells):
         digits = 4 if abs(value) < 0.01 else 3 if abs(value) < 1 else 2 if abs(value) < 100 else 1
         return f"{value:+,.{digits}f}"
     texts = [[text(of[s]["perplexity.delta_ppl"]) if s in of else "" for s in specs] for _, of in rows]
-    figure, axis = subplots(figsize=(WIDTH, 1.1 + 0.32 * len(rows)))
-    norm = LogNorm(1e-4, 100, clip=True)
-    image = heatmap(axis, [[None if v is None else max(v, 1e-4) for v in row] for row in values], texts,
-                    [title for title, _ in rows], spec_ticks(specs), norm, DAMAGE)
+    figure, axis, image = spec_heatmap([title for title, _ in rows], specs,
+                                       [[None if v is None else max(v, 1e-4) for v in row] for row in values], texts,
+                                       LogNorm(1e-4, 100, clip=True), DAMAGE)
     figure.colorbar(image, ax=axis, label="|change of perplexity|", extend="max", fraction=0.05)
     return Drawing(figure, "Change of perplexity by model and scheme; darker is worse.",
                    [{"row": title, "spec": s, "delta_ppl": of[s]["perplexity.delta_ppl"],
@@ -109,10 +121,9 @@ def stability_heatmap(results, cells):
     values = [[None if v is None else sum(abs(v) >= limit for limit in (1, 10, 100)) for v in row] for row in percent]
     texts = [["" if v is None else f"{v:+.2f} %" if abs(v) < 1 else f"{v:+.1f} %" if abs(v) < 100 else f"{v:+,.0f} %"
               for v in row] for row in percent]
-    figure, axis = subplots(figsize=(WIDTH, 1.1 + 0.32 * len(rows)))
-    cmap = ListedColormap(["#fff7dc", "#fec44f", "#d95f0e", "#7f2704"])
-    image = heatmap(axis, values, texts, [title for title, _ in rows], spec_ticks(specs),
-                    BoundaryNorm([-0.5, 0.5, 1.5, 2.5, 3.5], 4), cmap)
+    figure, axis, image = spec_heatmap([title for title, _ in rows], specs, values, texts,
+                                       BoundaryNorm([-0.5, 0.5, 1.5, 2.5, 3.5], 4),
+                                       ListedColormap(["#fff7dc", "#fec44f", "#d95f0e", "#7f2704"]))
     bar = figure.colorbar(image, ax=axis, ticks=range(4), fraction=0.05)
     bar.ax.set_yticklabels(bands)
     bar.ax.tick_params(length=0)
@@ -278,6 +289,27 @@ def layer_values(cells, prefix, names):
             yield cell, {name: layers for name, layers in found.items() if layers}
 
 
+def strips_by_layer(panels, words, label):
+    """Many schemes, a line each: colour by layer, keys, values and what else is measured side by side. What is zero (layers
+    that are not encoded) has none."""
+    parts = [name for name in words if any(name in found for _, found in panels)]
+    every = [v for _, found in panels for layers in found.values() for v in layers if v is not None and v > 0]
+    norm = LogNorm(min(every, default=1e-9), max(every, default=1))
+    figure, axes = subplots(1, len(parts), squeeze=False, sharey=True, figsize=(WIDTH, 0.9 + 0.15 * len(panels)))
+    for axis, name in zip(axes.flat, parts):
+        count = max(len(found.get(name, [])) for _, found in panels)
+        values = [[v if v is not None and v > 0 else math.nan for v in found.get(name, [])] for _, found in panels]
+        image = mesh(axis, np.array([row + [math.nan] * (count - len(row)) for row in values]), norm, DAMAGE)
+        axis.set_yticks(range(len(panels)))
+        axis.set_yticklabels([cell.spec for cell, _ in panels], fontsize=6.5)
+        axis.tick_params(length=0)
+        axis.set_title(words[name])
+        axis.set_xlabel("layer")
+    figure.colorbar(image, ax=list(axes.flat), label=label, fraction=0.05)
+    return figure, [{"model": cell.model, "spec": cell.spec, "context": cell.context, "layer": i, "part": words[name], "value": v}
+                    for cell, found in panels for name, layers in found.items() for i, v in enumerate(layers)]
+
+
 def by_layer(results, cells, prefix, names, label):
     panels = [(cell, found) for _, of in panels_of(results, cells)
               for cell, found in layer_values(sorted(of, key=lambda c: (c.context, spec_order(c.spec))), prefix, names)
@@ -285,7 +317,10 @@ def by_layer(results, cells, prefix, names, label):
     if not panels:
         return None
     if len(panels) > 12:  # more than a page: the longest context alone
-        panels = [(cell, found) for cell, found in panels if cell.context == max(c.context for c, _ in panels)][:12]
+        panels = [(cell, found) for cell, found in panels if cell.context == max(c.context for c, _ in panels)]
+    if len(panels) > 12 and len({cell.model for cell, _ in panels}) == 1:
+        return strips_by_layer(panels, names, label)
+    panels = panels[:12]
     figure, axes = grid(len(panels), 1.75, sharey=True)
     rows, words = [], {name: word for name, word in names.items()}
     look = dict(zip(words, styles(words).values()))
@@ -330,9 +365,9 @@ def layer_error(results, cells):
 
 # name, title, function, whether it is drawn for every run (else once).
 FIGURES = [
+    ("pareto_kld", "Quality against size", pareto_kld, True),
     ("delta_ppl_heatmap", "Change of perplexity", delta_ppl_heatmap, True),
     ("stability_heatmap", "Change of perplexity in percent", stability_heatmap, True),
-    ("pareto_kld", "Quality against size", pareto_kld, True),
     ("decode_speed", "Speed of decoding against context", decode_speed, True),
     ("pareto_decode", "Speed against size", pareto_decode, True),
     ("needle_heatmap", "Needle in a haystack", needle_heatmap, True),

@@ -242,7 +242,8 @@ def figure_section(drawn):
             f'<a href="figures/{e(file)}">{e(file.rsplit(".", 1)[-1].upper())}</a>' for file in item.files)
         svg = item.svg.replace("<svg ", f'<svg role="img" aria-label="{e(item.title + ". " + item.alt)}" ', 1)
         run = f' <span class="soft">({e(item.run)})</span>' if item.run and several_runs else ""
-        shown.append(f'<figure id="{e(item.name)}">{svg}<figcaption><strong>{e(item.title)}{run}</strong>{e(item.alt)} '
+        shown.append(f'<figure id="{e(item.name)}"><div class="drawn" tabindex="0" role="group" '
+                     f'aria-label="{e(item.title)}: figure">{svg}</div><figcaption><strong>{e(item.title)}{run}</strong>{e(item.alt)} '
                      f'<span class="no-print">{links}</span></figcaption></figure>')
     return f'<div class="figures">{"".join(shown)}</div>'
 

@@ -10,9 +10,9 @@
 // So word & mask is a pair of neighbouring channels' codes, as 16-bit numbers.
 // int4, head_dim 128: byte 0 has channels 0 (low bits) and 8, byte 1 channels 16 and 24, byte 2 channels 1 and 9.
 //
-// Codes of 5 and of 3 bits: their low 4 or 2 bits lie so; the odd ones have a row of their own, of head_dim / 8 bytes, where
-// each word of the first has as many bits as codes, one byte or two, in the words' order: bit b is that of the code in bits
-// b kBits, b kBits + 1, ... of the word.
+// Codes of 5, 6, 7 and of 3 bits: their low 4 or 2 bits lie so; each of the odd ones above has a row of its own, of head_dim / 8
+// bytes, the lowest first, where each word of the first row has as many bits as codes, one byte or two, in the words' order:
+// bit b is that of the code in bits b kBits, b kBits + 1, ... of the word.
 #pragma once
 
 #include <cstdint>
@@ -75,22 +75,27 @@ KVQ_VECTOR inline void UnpackRow(const uint8_t* row, int64_t head_dim, T* codes)
   }
 }
 
-// The row of the odd bits of codes whose low kLow bits lie in words: written from whole codes, and added to the low ones.
-template <int kLow>
-inline void PackOddBits(const uint8_t* codes, int64_t head_dim, uint8_t* row) {
-  for (int64_t i = 0; i < head_dim / 8; ++i) row[i] = 0;
+// The rows of the kOdd odd bits of codes whose low kLow bits lie in words: written from whole codes, and added to the low ones.
+template <int kLow, int kOdd>
+inline void PackOddBits(const uint8_t* codes, int64_t head_dim, uint8_t* rows) {
+  for (int64_t i = 0; i < kOdd * head_dim / 8; ++i) rows[i] = 0;
   for (int64_t c = 0; c < head_dim; ++c) {
     const WordPlace place = PlaceOf<kLow>(static_cast<uint32_t>(c), static_cast<uint32_t>(head_dim * kLow / 128));
     const uint32_t bit = place.word * (32 / kLow) + place.shift / kLow;
-    row[bit / 8] = static_cast<uint8_t>(row[bit / 8] | (codes[c] >> kLow & 1) << bit % 8);
+    for (int odd = 0; odd < kOdd; ++odd) {
+      uint8_t& byte = rows[odd * head_dim / 8 + bit / 8];
+      byte = static_cast<uint8_t>(byte | (codes[c] >> (kLow + odd) & 1) << bit % 8);
+    }
   }
 }
-template <int kLow>
-inline void AddOddBits(const uint8_t* row, int64_t head_dim, uint8_t* codes) {
+template <int kLow, int kOdd>
+inline void AddOddBits(const uint8_t* rows, int64_t head_dim, uint8_t* codes) {
   for (int64_t c = 0; c < head_dim; ++c) {
     const WordPlace place = PlaceOf<kLow>(static_cast<uint32_t>(c), static_cast<uint32_t>(head_dim * kLow / 128));
     const uint32_t bit = place.word * (32 / kLow) + place.shift / kLow;
-    codes[c] = static_cast<uint8_t>(codes[c] | (row[bit / 8] >> bit % 8 & 1) << kLow);
+    for (int odd = 0; odd < kOdd; ++odd) {
+      codes[c] = static_cast<uint8_t>(codes[c] | (rows[odd * head_dim / 8 + bit / 8] >> bit % 8 & 1) << (kLow + odd));
+    }
   }
 }
 

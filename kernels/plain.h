@@ -8,7 +8,7 @@
 //
 //   kFile, kName       its file in the repository and its own name, "kernels/schemes/q8_0.cc", "kvq::ggml::Q8_0"
 //   kLabel             in messages, "q8_0"
-//   kBits              of a code: 8, 5, 4, 3 or 2
+//   kBits              of a code: 8, 7, 6, 5, 4, 3 or 2
 //   kGroups            group sizes that @group may ask for, the default first; {0}: all channels of a token, without a choice
 //   Stored             what is kept of a group, a plain struct without gaps
 //   kStored            bytes of each of its members, in order; leave it out where Stored is empty
@@ -47,7 +47,7 @@
 // the rest. Codes lie as code_row.h says, so that fused attention can read them once there is a device codec; codes that have
 // a sign are kept with an offset (q + 128).
 //
-// Planes: "codes"; "odd bits" of codes of 5 and 3 bits; a plane for each member of Stored, of every group; "vector".
+// Planes: "codes"; "odd bits" of codes of 7, 6, 5 and 3 bits; a plane for each member of Stored, of every group; "vector".
 #pragma once
 
 #include <cstdint>
@@ -134,9 +134,9 @@ KVQ_HD inline GroupRange Range(const Numbers& x, int n) {
 template <typename S>
 inline constexpr int kLow = kLowBits<S::kBits>;  // bits of a code in plane 0
 template <typename S>
-inline constexpr bool kOdd = S::kBits != kLow<S>;
+inline constexpr int kOdd = S::kBits - kLow<S>;        // and those above
 template <typename S>
-inline constexpr int kFirstStored = kOdd<S> ? 2 : 1;
+inline constexpr int kFirstStored = kOdd<S> > 0 ? 2 : 1;
 
 template <typename S>
 inline constexpr int kMembers = [] {
@@ -305,8 +305,8 @@ void Encode(const CodecParams& params, const DenseView& x, int64_t first_token, 
       CodeGroup<S>(fit, &values[g * n], n, &codes[g * n]);
       Store<S>(fit.stored, out, row.b, row.h, slot, groups, g);
     }
-    if constexpr (kOdd<S>) {
-      PackOddBits<kLow<S>>(codes.data(), dim, MetadataRow<uint8_t>(out, 1, dim / 8, row.b, row.h, slot));
+    if constexpr (kOdd<S> > 0) {
+      PackOddBits<kLow<S>, kOdd<S>>(codes.data(), dim, MetadataRow<uint8_t>(out, 1, kOdd<S> * dim / 8, row.b, row.h, slot));
       for (uint8_t& code : codes) code &= (1 << kLow<S>) - 1;
     }
     PackRow<kLow<S>>(codes.data(), dim, CodeRow<kLow<S>>(out, row.b, row.h, slot));
@@ -322,7 +322,9 @@ void Decode(const CodecParams& params, const KvView& in, int64_t first_token, co
     std::vector<float> values(dim);
     std::vector<uint8_t> codes(dim);
     UnpackRow<kLow<S>>(CodeRow<kLow<S>>(in, row.b, row.h, slot), dim, codes.data());
-    if constexpr (kOdd<S>) AddOddBits<kLow<S>>(MetadataRow<uint8_t>(in, 1, dim / 8, row.b, row.h, slot), dim, codes.data());
+    if constexpr (kOdd<S> > 0) {
+      AddOddBits<kLow<S>, kOdd<S>>(MetadataRow<uint8_t>(in, 1, kOdd<S> * dim / 8, row.b, row.h, slot), dim, codes.data());
+    }
     Kept<S> kept{};
     LoadVector<S>(in, row.b, row.h, slot, kept.vector);
     for (int64_t g = 0; g < groups; ++g) {
@@ -431,7 +433,7 @@ Codec MakeCodec() {
     if constexpr (requires { S::kHeadDims; }) CheckHeadDims(S::kLabel, S::kHeadDims, head_dim);
     const int64_t groups = head_dim / GroupOf(params, head_dim);
     std::vector<Plane> planes = {{"codes", head_dim * kLow<S> / 8}};
-    if (kOdd<S>) planes.push_back({"odd bits", head_dim / 8});
+    if (kOdd<S> > 0) planes.push_back({"odd bits", kOdd<S> * head_dim / 8});
     if constexpr (kMembers<S> > 0) {
       for (const int bytes : S::kStored) planes.push_back({"metadata", groups * bytes});
     }
@@ -493,7 +495,7 @@ __device__ __forceinline__ void EncodeTile(float* tile, uint32_t tokens, const K
   for (uint32_t i = threadIdx.x; i < tokens * words; i += kThreads) {
     const auto [t, place] = split.words.Of(i);
     const uint32_t chunk = place / (words / 4), w = place % (words / 4);
-    uint32_t word = 0, odd = 0;
+    uint32_t word = 0, odd[kOdd<S> + 1] = {};
     const uint32_t run = split.group.Of(w * kRunChannels<kLow<S>>).quotient;  // of a word's first channel
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
@@ -504,14 +506,16 @@ __device__ __forceinline__ void EncodeTile(float* tile, uint32_t tokens, const K
         if (split.group.divisor % kRunChannels<kLow<S>> != 0) g = split.group.Of(channel).quotient;
         const uint32_t code = S::Code(fits[t * groups + g], tile[Padded(t * dim + channel)]);
         word |= (code & kMask) << (16 * side + field * kLow<S>);
-        odd |= (code >> kLow<S> & 1) << (side * kFields + field);
+#pragma unroll
+        for (int i = 0; i < kOdd<S>; ++i) odd[i] |= (code >> (kLow<S> + i) & 1) << (side * kFields + field);
       }
     }
     reinterpret_cast<uint32_t*>(CodeRow<kLow<S>>(out, b, h, slot + t))[place] = word;
-    if constexpr (kOdd<S>) {
-      uint8_t* row = MetadataRow<uint8_t>(out, 1, dim / 8, b, h, slot + t) + place * (kFields / 4);
-      row[0] = static_cast<uint8_t>(odd);
-      if constexpr (kFields == 8) row[1] = static_cast<uint8_t>(odd >> 8);
+#pragma unroll
+    for (int i = 0; i < kOdd<S>; ++i) {
+      uint8_t* row = MetadataRow<uint8_t>(out, 1, kOdd<S> * dim / 8, b, h, slot + t) + i * dim / 8 + place * (kFields / 4);
+      row[0] = static_cast<uint8_t>(odd[i]);
+      if constexpr (kFields == 8) row[1] = static_cast<uint8_t>(odd[i] >> 8);
     }
   }
 }
@@ -575,9 +579,10 @@ struct RowCodes {
   __device__ __forceinline__ uint32_t operator[](uint32_t i) const {
     const WordPlace place = PlaceOf<kLow<S>>(first + i, chunk_words);
     uint32_t code = words[place.word] >> place.shift & ((1u << kLow<S>) - 1);
-    if constexpr (kOdd<S>) {
-      const uint32_t bit = place.word * (32 / kLow<S>) + place.shift / kLow<S>;
-      code |= (odd[bit / 8] >> bit % 8 & 1u) << kLow<S>;
+    if constexpr (kOdd<S> > 0) {
+      const uint32_t bit = place.word * (32 / kLow<S>) + place.shift / kLow<S>, row = chunk_words * (16 / kLow<S>);  // bytes
+#pragma unroll
+      for (int i = 0; i < kOdd<S>; ++i) code |= (odd[i * row + bit / 8] >> bit % 8 & 1u) << (kLow<S> + i);
     }
     return code;
   }
@@ -591,7 +596,7 @@ __global__ void __launch_bounds__(kThreads) DecodeKernel(KvView in, int64_t firs
   const uint32_t dim = split.head_dim.divisor, groups = split.groups.divisor, n = split.group.divisor;
   const auto codes_of = [&](uint32_t t, uint32_t channel) {
     const uint8_t* odd = nullptr;
-    if constexpr (kOdd<S>) odd = MetadataRow<uint8_t>(in, 1, dim / 8, b, h, slot + t);
+    if constexpr (kOdd<S> > 0) odd = MetadataRow<uint8_t>(in, 1, kOdd<S> * dim / 8, b, h, slot + t);
     return RowCodes<S>{reinterpret_cast<const uint32_t*>(CodeRow<kLow<S>>(in, b, h, slot + t)), odd,
                        split.words.divisor / 4, channel};
   };

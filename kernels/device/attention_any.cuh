@@ -80,7 +80,8 @@ struct DensePairs {
 template <class R, int kDim>
 struct CodePairs {
   using S = Share<R, kDim>;
-  uint32_t words[S::kLoads], odd[S::kLoads];
+  uint32_t words[S::kLoads];
+  OddWords<R::kOdd> odd[S::kLoads];
   float scales[S::kLoads][S::kLoadGroups], zeros[S::kLoads][S::kLoadGroups];
 
   // `base`: of this KV head, for each plane.
@@ -88,19 +89,22 @@ struct CodePairs {
     const auto plane = [&](int p) { return view.planes[p] + pair * view.plane_stride[p]; };
 #pragma unroll
     for (int load = 0; load < S::kLoads; ++load) {
-      words[load] = odd[load] = 0;
+      words[load] = 0;
+#pragma unroll
+      for (int i = 0; i < R::kOdd; ++i) odd[load][i] = 0;
 #pragma unroll
       for (int i = 0; i < S::kLoadGroups; ++i) scales[load][i] = zeros[load][i] = 0;
       if (!S::There(load, lane)) continue;
       const int unit = lane + 32 * load;
       words[load] = __ldcg(reinterpret_cast<const uint32_t*>(plane(0) + token * R::kRow) + unit);
-      if constexpr (R::kOdd) {  // of the low half from bit 0 on, of the high one from bit 16 on
-        const std::byte* bits = plane(1) + token * R::kOddRow;
+#pragma unroll
+      for (int i = 0; i < R::kOdd; ++i) {
+        const std::byte* bits = plane(1) + token * R::kOddRow + i * (kDim / 8);
         if constexpr (R::kBits == 4) {
-          odd[load] = __ldcg(reinterpret_cast<const uint8_t*>(bits) + unit);
-          odd[load] |= odd[load] << 12;
+          const uint32_t byte = __ldcg(reinterpret_cast<const uint8_t*>(bits) + unit);
+          odd[load][i] = byte | byte << 12;
         } else {
-          odd[load] = ptx::PickBytes(__ldcg(reinterpret_cast<const uint16_t*>(bits) + unit), 0, 0x4140);
+          odd[load][i] = ptx::PickBytes(__ldcg(reinterpret_cast<const uint16_t*>(bits) + unit), 0, 0x4140);
         }
       }
       const int group = S::Channel(load, 0, lane) / R::kGroup;
@@ -109,7 +113,7 @@ struct CodePairs {
         uint32_t meta[std::max(R::kPlanes, 1)][1] = {};  // of this group alone
 #pragma unroll
         for (int p = 0; p < R::kPlanes; ++p) {
-          const std::byte* at = plane((R::kOdd ? 2 : 1) + p) + (token * R::kGroups + group + i) * R::kMetaBytes;
+          const std::byte* at = plane((R::kOdd > 0 ? 2 : 1) + p) + (token * R::kGroups + group + i) * R::kMetaBytes;
           if constexpr (R::kMetaBytes == 1) meta[p][0] = __ldcg(reinterpret_cast<const uint8_t*>(at));
           if constexpr (R::kMetaBytes == 2) meta[p][0] = __ldcg(reinterpret_cast<const uint16_t*>(at));
           if constexpr (R::kMetaBytes == 4) meta[p][0] = __ldcg(reinterpret_cast<const uint32_t*>(at));
@@ -123,10 +127,11 @@ struct CodePairs {
   template <bool kBFloat16>
   __device__ __forceinline__ float2 Pair(int load, int pair) const {
     const int i = S::kLoadGroups == 1 ? 0 : 8 * pair / R::kGroup;
-    const uint32_t word = words[load] >> (pair * R::kBits), above = odd[load] >> pair;
+    const uint32_t word = words[load] >> (pair * R::kBits);
     const auto decoded = [&](int shift) {
       uint32_t code = word >> shift & ((1u << R::kBits) - 1);
-      if constexpr (R::kOdd) code |= (above >> shift & 1) << R::kBits;
+#pragma unroll
+      for (int i = 0; i < R::kOdd; ++i) code |= (odd[load][i] >> (pair + shift) & 1) << (R::kBits + i);
       const float element = R::Element(code);
       if constexpr (R::kCentred) return element * scales[load][i];
       return R::kZero == Zero::kOfCodes ? (element - zeros[load][i]) * scales[load][i]

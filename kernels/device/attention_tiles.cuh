@@ -25,13 +25,13 @@ struct Row : Codec_ {
   using Codec = Codec_;
   static constexpr int kRow = kDim * Codec::kBits / 8, kGranules = kRow / 16;
   static constexpr int kGroups = Codec::kDense ? 1 : kDim / (Codec::kDense ? 1 : Codec::kGroup);
-  static constexpr int kOddRow = Codec::kOdd ? kDim / 8 : 0;
+  static constexpr int kOddRow = Codec::kOdd * kDim / 8;
   static constexpr int kMeta = Codec::kMetaBytes * kGroups;
   static constexpr int kBehind = kOddRow + Codec::kPlanes * kMeta;  // bytes of a token behind its codes
   static constexpr int kTokenBytes = kRow + kBehind;
   // Planes behind the codes and what each has of a token.
-  static constexpr int kPlanesBehind = (Codec::kOdd ? 1 : 0) + Codec::kPlanes;
-  __device__ static constexpr int PlaneBytes(int plane) { return Codec::kOdd && plane == 0 ? kOddRow : kMeta; }
+  static constexpr int kPlanesBehind = (Codec::kOdd > 0 ? 1 : 0) + Codec::kPlanes;
+  __device__ static constexpr int PlaneBytes(int plane) { return Codec::kOdd > 0 && plane == 0 ? kOddRow : kMeta; }
   static constexpr int kWordSteps = Codec::kDense ? 1 : 8 / Codec::kBits;  // steps of a product in one word of codes
 
   // Rows lie one behind the other, but for the order of 16-byte granules within 128 bytes: granule i of a row is at
@@ -344,7 +344,8 @@ struct CodeReader {
   static constexpr int kWords = R::kRow / 16;  // of a chunk
   static constexpr int kVector = kWords < 4 ? kWords : 4;
   static constexpr int kPlane = C::kTile * R::kMeta;
-  static constexpr int kOddBytes = R::kOddRow / 4;  // of a chunk: a byte or two for each word
+  static constexpr int kOddPart = R::kOddRow / std::max(R::kOdd, 1);  // of a row: one bit of each code
+  static constexpr int kOddBytes = kOddPart / 4;                      // and of a chunk: a byte or two for each word
 
   ptx::Shared rows, odd, meta;
 
@@ -358,22 +359,29 @@ struct CodeReader {
     ptx::LoadShared((rows ^ (first * 4 ^ R::SwizzleOf(on % 8) * 16)) + on * R::kRow, words);
   }
   // The odd bits of the chunk's words, of the row `on` further.
-  using OddBits = uint32_t[std::max(kOddBytes / 4, 1)];
+  using OddBits = uint32_t[std::max(R::kOdd, 1)][std::max(kOddBytes / 4, 1)];
   __device__ __forceinline__ void Odd(int on, OddBits& bits) const {
-    if constexpr (kOddBytes == 2) {
-      bits[0] = ptx::LoadShared16(odd + on * R::kOddRow);
-    } else if constexpr (kOddBytes > 0) {
-      ptx::LoadShared(odd + on * R::kOddRow, bits);
+#pragma unroll
+    for (int i = 0; i < R::kOdd; ++i) {
+      const ptx::Shared at = odd + on * R::kOddRow + i * kOddPart;
+      if constexpr (kOddBytes == 2) {
+        bits[i][0] = ptx::LoadShared16(at);
+      } else {
+        ptx::LoadShared(at, bits[i]);
+      }
     }
   }
-  // Those of word w: the low half's fields from bit 0 on, the high half's from bit 16 on; other bits are anything.
-  __device__ __forceinline__ static uint32_t OddOf(const OddBits& bits, int w) {
-    if constexpr (!R::kOdd) return 0;
-    if constexpr (R::kBits == 4) {
-      const uint32_t byte = bits[w / 4] >> w % 4 * 8 & 0xFF;
-      return byte | byte << 12;
+  // Those of word w.
+  __device__ __forceinline__ static void OddOf(const OddBits& bits, int w, OddWords<R::kOdd>& words) {
+#pragma unroll
+    for (int i = 0; i < R::kOdd; ++i) {
+      if constexpr (R::kBits == 4) {
+        const uint32_t byte = bits[i][w / 4] >> w % 4 * 8 & 0xFF;
+        words[i] = byte | byte << 12;
+      } else {
+        words[i] = ptx::PickBytes(bits[i][w / 2], 0, w % 2 == 0 ? 0x4140 : 0x4342);
+      }
     }
-    return ptx::PickBytes(bits[w / 2], 0, w % 2 == 0 ? 0x4140 : 0x4342);
   }
   // Metadata of token g + `on`.
   __device__ __forceinline__ Meta<R> MetaOf(int on) const {
@@ -402,8 +410,10 @@ __device__ __forceinline__ void LogitsOfCodes(ptx::Shared tile, int g, int t, co
 #pragma unroll
       for (int w = 0; w < kVector; ++w) {
         uint32_t low[kFields], high[kFields];
-        K::Unpack(words[0][w], Reader::OddOf(odd[0], first + w), low);
-        K::Unpack(words[1][w], Reader::OddOf(odd[1], first + w), high);
+        OddWords<K::kOdd> low_odd, high_odd;
+        Reader::OddOf(odd[0], first + w, low_odd), Reader::OddOf(odd[1], first + w, high_odd);
+        K::Unpack(words[0][w], low_odd, low);
+        K::Unpack(words[1][w], high_odd, high);
         if constexpr (K::kMayBreak) broken |= K::Broken(words[0][w]) | K::Broken(words[1][w]);
         if constexpr (K::kNormed) squares[0] += ptx::SumOfSquares(low), squares[1] += ptx::SumOfSquares(high);
 #pragma unroll
@@ -619,11 +629,16 @@ __device__ __forceinline__ void AddCodes(ptx::Shared tile, int valid, int g, int
 #pragma unroll
       for (int w = 0; w < kVector; ++w) {
         uint32_t low[kFields], high[kFields];
-        const auto odd_of = [&](int i) {
-          return ptx::PickBytes(Reader::OddOf(odd[i], first + w), Reader::OddOf(odd[i + 1], first + w), side);
+        const auto odd_of = [&](int row, OddWords<V::kOdd>& both) {
+          OddWords<V::kOdd> next;
+          Reader::OddOf(odd[row], first + w, both), Reader::OddOf(odd[row + 1], first + w, next);
+#pragma unroll
+          for (int i = 0; i < V::kOdd; ++i) both[i] = ptx::PickBytes(both[i], next[i], side);
         };
-        V::Unpack(ptx::PickBytes(words[0][w], words[1][w], side), V::kOdd ? odd_of(0) : 0, low);
-        V::Unpack(ptx::PickBytes(words[2][w], words[3][w], side), V::kOdd ? odd_of(2) : 0, high);
+        OddWords<V::kOdd> low_odd, high_odd;
+        odd_of(0, low_odd), odd_of(2, high_odd);
+        V::Unpack(ptx::PickBytes(words[0][w], words[1][w], side), low_odd, low);
+        V::Unpack(ptx::PickBytes(words[2][w], words[3][w], side), high_odd, high);
         if constexpr (V::kMayBreak) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) partial.broken |= V::Broken(words[i][w]);

@@ -5,7 +5,7 @@
 // What attention asks of a codec:
 //   kDense      tokens as they are, in 16 bits; then of the rest only kBits and zeros are there
 //   kBits       of a code in words; rows lie as code_row.h says
-//   kOdd        a code has one bit more, in plane 1, of which a row is head_dim / 8 bytes
+//   kOdd        bits that a code has more, in plane 1 (code_row.h), of which a row is kOdd head_dim / 8 bytes
 //   kGroup      channels, of one token, that share a scale
 //   kZero       what a zero point is taken from, see Zero
 //   kCentred    there are no zero points
@@ -28,8 +28,14 @@
 
 namespace kvq {
 
+// A word's odd bits, the lowest first: each of the low half's fields from bit 0 on, of the high half's from bit 16 on; other
+// bits are anything.
+template <int kOdd>
+using OddWords = uint32_t[kOdd > 0 ? kOdd : 1];
+
 struct Dense16 {
-  static constexpr bool kDense = true, kOdd = false, kCentred = true, kSigned = false, kNormed = false, kMayBreak = false;
+  static constexpr int kOdd = 0;
+  static constexpr bool kDense = true, kCentred = true, kSigned = false, kNormed = false, kMayBreak = false;
   static constexpr bool kPoisons = false;
   static constexpr int kBits = 16, kGroup = 0, kPlanes = 0, kMetaBytes = 0;
 };
@@ -42,8 +48,8 @@ struct NumberFields {
   __device__ static constexpr int Shift(int field) {
     return kBits == 8 ? 0 : kBits == 4 ? field % 2 * 4 : field < 5 ? 2 * field : 2 * (field - 5);
   }
-  template <int kBits, bool kOdd>
-  __device__ __forceinline__ static void Unpack(uint32_t word, uint32_t odd, uint32_t (&pairs)[16 / kBits]) {
+  template <int kBits, int kOdd>
+  __device__ __forceinline__ static void Unpack(uint32_t word, const OddWords<kOdd>& odd, uint32_t (&pairs)[16 / kBits]) {
     if constexpr (kBits == 8) {
       pairs[0] = word & 0x00FF00FF;
       pairs[1] = ptx::PickBytes(word, 0, 0x4341);
@@ -58,11 +64,12 @@ struct NumberFields {
 #pragma unroll
       for (int field = 5; field < 8; ++field) pairs[field] = word >> 10 & 0x00030003 << 2 * (field - 5);
     }
-    if constexpr (kOdd) {
+#pragma unroll
+    for (int i = 0; i < kOdd; ++i) {
 #pragma unroll
       for (int field = 0; field < 16 / kBits; ++field) {
-        const int up = Shift<kBits>(field) + kBits - field;  // from bit `field` of each half to above the field's others
-        const uint32_t bit = odd & 0x00010001u << field;
+        const int up = Shift<kBits>(field) + kBits + i - field;  // from bit `field` of each half to above the field's others
+        const uint32_t bit = odd[i] & 0x00010001u << field;
         pairs[field] |= up >= 0 ? bit << up : bit >> -up;
       }
     }
@@ -72,14 +79,15 @@ struct NumberFields {
 // Codes of 8, 4 or 2 bits in groups along channels, with fp16 scales and zeros.
 template <int kBits_, int kGroup_, Zero kZero_>
 struct AffineCodes {
-  static constexpr bool kDense = false, kOdd = false, kCentred = false, kSigned = false, kNormed = false, kMayBreak = false;
+  static constexpr int kOdd = 0;
+  static constexpr bool kDense = false, kCentred = false, kSigned = false, kNormed = false, kMayBreak = false;
   static constexpr bool kPoisons = false;
   static constexpr int kBits = kBits_, kGroup = kGroup_, kPlanes = 2, kMetaBytes = 2;
   static constexpr Zero kZero = kZero_;
   static constexpr float kUnit = 16777216.0f;  // 2^24
 
   __device__ static constexpr int FieldShift(int field) { return NumberFields::Shift<kBits>(field); }
-  __device__ __forceinline__ static void Unpack(uint32_t word, uint32_t odd, uint32_t (&pairs)[16 / kBits]) {
+  __device__ __forceinline__ static void Unpack(uint32_t word, const OddWords<kOdd>& odd, uint32_t (&pairs)[16 / kBits]) {
     NumberFields::Unpack<kBits, kOdd>(word, odd, pairs);
   }
   __device__ __forceinline__ static float Element(uint32_t code) { return static_cast<float>(code); }

@@ -34,7 +34,8 @@ struct TableBytes {
 
 template <class S, int kGroup_, int kDim>
 struct PlainCodes {
-  static constexpr bool kDense = false, kOdd = plain::kOdd<S>, kCentred = !plain::kHasZero<S>, kSigned = true;
+  static constexpr int kOdd = plain::kOdd<S>;
+  static constexpr bool kDense = false, kCentred = !plain::kHasZero<S>, kSigned = true;
   static constexpr bool kNormed = plain::kNormed<S>, kMayBreak = S::kElement == plain::Element::kE4M3 && plain::kMembers<S> == 0;
   static constexpr int kBits = plain::kLow<S>, kGroup = kGroup_;
   static constexpr bool kOfVector = plain::kHasVector<S>;
@@ -61,7 +62,7 @@ struct PlainCodes {
     return kElement == plain::Element::kNumber ? NumberFields::Shift<kBits>(field) : 0;
   }
 
-  __device__ __forceinline__ static void Unpack(uint32_t word, uint32_t odd, uint32_t (&pairs)[16 / kBits]) {
+  __device__ __forceinline__ static void Unpack(uint32_t word, const OddWords<kOdd>& odd, uint32_t (&pairs)[16 / kBits]) {
     if constexpr (kElement == plain::Element::kNumber) {
       NumberFields::Unpack<kBits, kOdd>(word, odd, pairs);
     } else if constexpr (kElement == plain::Element::kE4M3) {  // a float16 of the same exponent is 2^8 too small
@@ -97,7 +98,7 @@ struct PlainCodes {
     } else {  // 2 bits and an odd one: fields 0, 2, 4, 6 of a half first, each with its odd bit above, then the others
 #pragma unroll
       for (int first = 0; first < 2; ++first) {
-        const uint32_t alternate = odd >> first & 0x00550055;
+        const uint32_t alternate = odd[0] >> first & 0x00550055;
         const uint32_t spread = (alternate & 0x00050005) | (alternate & 0x00500050) << 4;
         const uint32_t above = (spread & 0x01010101) << 2 | (spread & 0x04040404) << 4;
         Look((word >> 2 * first & 0x33333333) | above, pairs[first], pairs[2 + first], pairs[4 + first], pairs[6 + first]);

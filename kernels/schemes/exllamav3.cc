@@ -1,4 +1,5 @@
-// exl3-2, exl3-3, exl3-4, exl3-5, exl3-8: exllamav3's quantized cache (CacheLayer_quant, `-cq BITS`), without its compander.
+// exl3-2, exl3-3, exl3-4, exl3-5, exl3-6, exl3-7, exl3-8: exllamav3's quantized cache (CacheLayer_quant, `-cq BITS`),
+// without its compander.
 //
 // Source: exllamav3, exllamav3_ext/cache/q_cache_kernels.cuh @80fd9eec (v1.4.1's midpoint grid), quant_block_x4 and
 // dequant_block_x4, in float32.
@@ -10,12 +11,11 @@
 // So numbers lie in the middle of their cells, and none is zero. The rotation is part of the format.
 //
 // Exact bytes: bits / 8 + 1/16 an element (4.5 bits for exl3-4). Planes, per token and head:
-//   codes     head_dim bits / 8 bytes; of 5 and 3 bits the low 4 and 2, see kernels/code_row.h (exllamav3 has bit planes of
-//             powers of two, the high bits first)
-//   odd bits  of 5 and 3 bits: head_dim / 8 bytes
+//   codes     head_dim bits / 8 bytes; of 5, 6 and 7 bits the low 4, of 3 the low 2, see kernels/code_row.h (exllamav3 has bit
+//             planes of powers of two, the high bits first)
+//   odd bits  of 5 and 3 bits: head_dim / 8 bytes; of 6 and 7 twice and three times that
 //   metadata  head_dim / 32 fp16 numbers s
-// Refused: head_dim that is no multiple of 32 (of 64 with 2 and 3 bits); other groups. exllamav3 has 6 and 7 bits, too, for
-// which code_row.h has no rows.
+// Refused: head_dim that is no multiple of 32 (of 64 with 2 and 3 bits); other groups.
 //
 // Where it differs. An s that fp16 cannot hold is stored as 65504, there as infinity. A group with NaN or infinity, also one
 // that fp16 makes of a number, decodes to NaN; there its codes are not defined. exllamav3 writes decoded numbers as fp16.
@@ -87,6 +87,12 @@ struct Bits4 : Midpoints<4> {
 struct Bits5 : Midpoints<5> {
   static constexpr char kName[] = "kvq::exllamav3::Bits5", kLabel[] = "exl3-5";
 };
+struct Bits6 : Midpoints<6> {
+  static constexpr char kName[] = "kvq::exllamav3::Bits6", kLabel[] = "exl3-6";
+};
+struct Bits7 : Midpoints<7> {
+  static constexpr char kName[] = "kvq::exllamav3::Bits7", kLabel[] = "exl3-7";
+};
 struct Bits8 : Midpoints<8> {
   static constexpr char kName[] = "kvq::exllamav3::Bits8", kLabel[] = "exl3-8";
 };
@@ -107,6 +113,8 @@ const RegisterScheme k2{Row<Bits2>(0.1260, "exl3-2.json")};
 const RegisterScheme k3{Row<Bits3>(0.0316, "exl3-3.json")};
 const RegisterScheme k4{Row<Bits4>(7.90e-3, "exl3-4.json")};
 const RegisterScheme k5{Row<Bits5>(1.974e-3, "exl3-5.json")};
+const RegisterScheme k6{Row<Bits6>(4.935e-4, "exl3-6.json")};
+const RegisterScheme k7{Row<Bits7>(1.233e-4, "exl3-7.json")};
 const RegisterScheme k8{Row<Bits8>(3.095e-5, "exl3-8.json")};
 
 }  // namespace

@@ -16,6 +16,12 @@
 // Where it differs. All NaNs are 0x7F; vLLM keeps e5m2's mantissa. torch's casts (2.11) do not saturate: clamp first.
 // FA3 rounds queries and probabilities to e4m3 as well, which is attention's business and not done here.
 //
+// Not here: a scale of a layer or of a head. Engines take it from the checkpoint, amax / 448 of some calibration texts, and
+// store the nearest float8 to x / scale. A codec knows shapes, not layers, and what it makes of a token depends on nothing
+// that comes before or beside it: a scale from the first call's numbers would make bytes depend on how tokens arrive (vLLM
+// had that, calculate_kv_scales, and took it out again), and one from a calibration is data of the model that a spec would
+// have to name by layer. What a scale can win is seen by fp8-e4m3-token (token.cc), which has the best one for each token.
+//
 // vLLM encodes a token before it is first read: `fp8-e4m3@residual=0`.
 #include "kernels/plain.h"
 #include "kernels/small_float.h"

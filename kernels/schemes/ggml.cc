@@ -22,8 +22,9 @@
 //   metadata  head_dim / 32 fp16 numbers d;  q4_1, q5_1: likewise m
 // Refused: head_dim that is no multiple of 32; other groups.
 //
-// Where it differs. A group with NaN or infinity decodes to NaN; in C its codes are not defined. Codes of an iq4_nl group that
-// is zero (below 1e-15) are 8, as CUDA writes them; on a CPU they are what a buffer held.
+// Where it differs. A minimum that is zero is stored as +0; in C it has the sign of the first of them. A group with NaN or
+// infinity decodes to NaN; in C its codes are not defined. Codes of an iq4_nl group that is zero (below 1e-15) are 8, as
+// CUDA writes them; on a CPU they are what a buffer held.
 #include "kernels/plain.h"
 
 namespace kvq::ggml {
@@ -89,7 +90,7 @@ struct Asymmetric {
   KVQ_HD static Fit FitGroup(const Numbers& x, int n) {
     const GroupRange range = plain::Range(x, n);
     const float d = plain::Poisoned((range.high - range.low) / kLargest, range.poison);
-    const float m = plain::Poisoned(range.low, range.poison);
+    const float m = plain::Poisoned(plain::PlusZero(range.low), range.poison);
     return {Reciprocal(d), m, {FloatToHalf(d), FloatToHalf(m)}};
   }
   KVQ_HD static uint32_t Code(const Fit& fit, float x) { return Floor((x - fit.minimum) * fit.inverse + 0.5f, kLargest); }

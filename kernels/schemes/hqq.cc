@@ -336,7 +336,10 @@ Codec MakeCodec() {
   if constexpr (!kAcross) codec.affine = Zero::kOfCodes;
   codec.nmse = kBits == 8 ? 2.60e-5 : kBits == 4 ? 7.39e-3 : 0.1876;
   codec.nmse_source = "NumPy, from the package's formula";
-  codec.no_golden = "hqq.json, whose scales and zeros are float32 and whose iterations are borders': HqqParity";
+  codec.golden = kAcross      ? (kBits == 4 ? "int4-hqq-kivi.json" : "int2-hqq-kivi.json")
+                 : kBits == 8 ? "int8-hqq.json"
+                 : kBits == 4 ? "int4-hqq.json"
+                              : "int2-hqq.json";
   return codec;
 }
 

@@ -184,7 +184,7 @@ Codec MakeCodec() {
   codec.affine = Zero::kOfValues;
   codec.nmse = kBits == 4 ? 8.04e-3 : 0.2025;
   codec.nmse_source = "NumPy, from the formula above";
-  codec.no_golden = "quanto.json, in three types: QuantoParity";
+  codec.golden = kBits == 4 ? "int4-quanto.json" : "int2-quanto.json";
   return codec;
 }
 
