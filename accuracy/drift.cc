@@ -12,7 +12,7 @@
 // Meier, texts that never part are watched to --decode-tokens; not there where more than half never part);
 // identical_64, _256, _1024: shares of prompts whose first so many are, a text that ended the same among them. Where
 // they part, divergence_gap_nats is how far the unquantized model's first choice was above its second, median; a gap no
-// larger than the floor moved any gap (near_tie_gap_nats) is a near tie: near_tie_share of the divergences.
+// larger than the floor moved gaps (the 99th percentile, near_tie_gap_nats) is a near tie: near_tie_share of the divergences.
 // own_nll is what the unquantized model thinks of the quantized one's own text, delta_own_nll less what it thinks of its
 // own, both scored in the same calls. repetition is the share of 4-grams that the text had before, length is in
 // tokens, eos_rate the share of texts that end; _reference the same of the unquantized model.
@@ -236,16 +236,16 @@ Floor FloorOf(Session& session, const Work& work, const std::vector<Reference>& 
   const std::string key = StrCat(work.key, "/", references.size(), "/", references[0].prompts.size(0));
   if (const auto found = known.find(key); found != known.end()) return found->second;
   const Spec none = ParseSpec("none");
-  std::vector<double> kld, agreement;
+  std::vector<double> kld, agreement, gap_change;
   Floor floor{0, 0, 0};
   for (const Reference& reference : references) {
     for (const Path& path : Follow(session, work, none, std::max<int64_t>(none.CallTokens() / 2, 1), reference, eos, false)) {
       kld.push_back(Mean(path.kld));
       agreement.push_back(Mean(path.agreement));
-      floor.gap = std::max(floor.gap, *std::max_element(path.gap_change.begin(), path.gap_change.end()));
+      gap_change.insert(gap_change.end(), path.gap_change.begin(), path.gap_change.end());
     }
   }
-  floor.kld = Mean(kld), floor.top1 = Mean(agreement);
+  floor.kld = Mean(kld), floor.top1 = Mean(agreement), floor.gap = Quantile(gap_change, 0.99);
   return known[key] = floor;
 }
 
