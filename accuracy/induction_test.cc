@@ -1,11 +1,12 @@
-// A model of two layers whose weights are written down, not trained: it copies what followed the last match (an induction
-// head; Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"). It retrieves exactly in float, so what a
-// scheme breaks can be laid to the scheme.
+// A model of two layers whose weights are written down, not trained: it copies what followed the last match (an
+// induction head; Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"). It retrieves exactly in
+// float, so what a scheme breaks can be laid to the scheme.
 //
-// The state of a token has its own code (6 channels: 512 codes of so few lie close together), that of the token before it, which layer 0 writes, the answer, which
-// layer 1 writes, and a one. Layer 0 asks by position alone: queries and keys are constants, turned by RoPE, queries one
-// step further, so that their product is largest one token back. Layer 1 asks with the token's code for that of the token
-// before, in channels that hardly turn, and copies the code of what it finds.
+// The state of a token has its own code (6 channels: 512 codes of so few lie close together), that of the token before
+// it, which layer 0 writes, the answer, which layer 1 writes, and a one. Layer 0 asks by position alone: queries and
+// keys are constants, turned by RoPE, queries one step further, so that their product is largest one token back. Layer
+// 1 asks with the token's code for that of the token before, in channels that hardly turn, and copies the code of what
+// it finds.
 #include <ATen/ATen.h>
 
 #include <cmath>
@@ -37,9 +38,10 @@ at::Tensor Codes() {
 void WriteInductionModel(const std::filesystem::path& dir) {
   std::filesystem::create_directories(dir);
   std::ofstream(dir / "config.json") << nlohmann::json{
-      {"model_type", "llama"}, {"hidden_size", kHidden}, {"num_hidden_layers", 2}, {"num_attention_heads", 1},
-      {"num_key_value_heads", 1}, {"head_dim", kHead}, {"intermediate_size", 8}, {"vocab_size", kVocab},
-      {"max_position_embeddings", 4096}, {"rms_norm_eps", 1e-6}, {"rope_theta", kTheta}, {"tie_word_embeddings", false},
+      {"model_type", "llama"},    {"hidden_size", kHidden},   {"num_hidden_layers", 2},
+      {"num_attention_heads", 1}, {"num_key_value_heads", 1}, {"head_dim", kHead},
+      {"intermediate_size", 8},   {"vocab_size", kVocab},     {"max_position_embeddings", 4096},
+      {"rms_norm_eps", 1e-6},     {"rope_theta", kTheta},     {"tie_word_embeddings", false},
       {"hidden_act", "silu"}};
   const at::Tensor codes = Codes();
   const auto zeros = [](int64_t rows, int64_t columns) { return at::zeros({rows, columns}); };
@@ -52,7 +54,8 @@ void WriteInductionModel(const std::filesystem::path& dir) {
   std::vector<std::pair<std::string, at::Tensor>> tensors = {
       {"model.embed_tokens.weight", embedding}, {"lm_head.weight", head}, {"model.norm.weight", at::ones({kHidden})}};
   for (int64_t layer = 0; layer < 2; ++layer) {
-    at::Tensor q = zeros(kHead, kHidden), k = zeros(kHead, kHidden), v = zeros(kHead, kHidden), o = zeros(kHidden, kHead);
+    at::Tensor q = zeros(kHead, kHidden), k = zeros(kHead, kHidden), v = zeros(kHead, kHidden),
+               o = zeros(kHidden, kHead);
     const double scale = rms[layer];
     if (layer == 0) {
       constexpr double kSharp = 45;  // a neighbour's score is below the right one's by some 0.57 of it, times 64^-0.5
@@ -75,9 +78,12 @@ void WriteInductionModel(const std::filesystem::path& dir) {
       o[(layer == 0 ? kBefore : kAnswer) + i][i] = 1;
     }
     const std::string at = StrCat("model.layers.", layer, ".");
-    tensors.insert(tensors.end(), {{at + "self_attn.q_proj.weight", q}, {at + "self_attn.k_proj.weight", k},
-                                   {at + "self_attn.v_proj.weight", v}, {at + "self_attn.o_proj.weight", o},
-                                   {at + "mlp.gate_proj.weight", zeros(8, kHidden)}, {at + "mlp.up_proj.weight", zeros(8, kHidden)},
+    tensors.insert(tensors.end(), {{at + "self_attn.q_proj.weight", q},
+                                   {at + "self_attn.k_proj.weight", k},
+                                   {at + "self_attn.v_proj.weight", v},
+                                   {at + "self_attn.o_proj.weight", o},
+                                   {at + "mlp.gate_proj.weight", zeros(8, kHidden)},
+                                   {at + "mlp.up_proj.weight", zeros(8, kHidden)},
                                    {at + "mlp.down_proj.weight", zeros(kHidden, 8)},
                                    {at + "input_layernorm.weight", at::ones({kHidden})},
                                    {at + "post_attention_layernorm.weight", at::ones({kHidden})}});
@@ -93,8 +99,8 @@ class Induction : public testing::Test {
     WriteInductionModel(dir);
     model_ = LoadModel(dir.string(), at::kFloat, at::kCPU);
   }
-  // The share of 200 keys whose values come back from a context of key, value, key, value ..., fed as when decoding. Another
-  // token stands first: it has none before it.
+  // The share of 200 keys whose values come back from a context of key, value, key, value ..., fed as when decoding.
+  // Another token stands first: it has none before it.
   double Retrieved(const std::string& text) {
     const Spec spec = ParseSpec(text);
     at::manual_seed(9);
@@ -116,7 +122,8 @@ class Induction : public testing::Test {
 };
 
 TEST_F(Induction, RetrievesExactlyUntilTheBitsRunOut) {
-  for (const char* spec : {"none", "int8-hqq@residual=32", "q8_0@residual=0", "int4-hqq@residual=32", "int4-quanto@residual=32"}) {
+  for (const char* spec :
+       {"none", "int8-hqq@residual=32", "q8_0@residual=0", "int4-hqq@residual=32", "int4-quanto@residual=32"}) {
     EXPECT_EQ(Retrieved(spec), 1) << spec;
   }
   // Seen: 0.56 and 0.66. With two bits for one side only, 0.60 (keys) and 0.94 (values): keys carry it.

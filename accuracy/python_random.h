@@ -1,6 +1,6 @@
 // The random numbers of Python's `random` and of numpy's legacy generator, call by call, so that what a Python program
-// draws from a seed can be drawn here. Both run the Mersenne Twister (Matsumoto & Nishimura 1998) and differ in how they
-// seed it and in how many numbers a call takes: CPython 3.11 Lib/random.py, Modules/_randommodule.c; numpy
+// draws from a seed can be drawn here. Both run the Mersenne Twister (Matsumoto & Nishimura 1998) and differ in how
+// they seed it and in how many numbers a call takes: CPython 3.11 Lib/random.py, Modules/_randommodule.c; numpy
 // random/src/mt19937/mt19937.c, random/src/distributions/distributions.c.
 #pragma once
 
@@ -28,7 +28,8 @@ class MersenneTwister {
     const auto next = [&] {
       if (++i == kWords) state_[0] = state_[kWords - 1], i = 1;
     };
-    for (uint32_t k = std::max(kWords, length); k > 0; --k, j = (j + 1) % length) state_[i] = mixed(1664525u) + key[j] + j, next();
+    for (uint32_t k = std::max(kWords, length); k > 0; --k, j = (j + 1) % length)
+      state_[i] = mixed(1664525u) + key[j] + j, next();
     for (uint32_t k = kWords - 1; k > 0; --k) state_[i] = mixed(1566083941u) - i, next();
     state_[0] = 0x80000000u;
   }
@@ -77,11 +78,14 @@ class PythonRandom {
   }
   int64_t Int(int64_t low, int64_t high) { return low + Below(high - low + 1); }  // randint
   template <typename T>
-  const T& Choice(const std::vector<T>& of) { return of[static_cast<size_t>(Below(static_cast<int64_t>(of.size())))]; }
+  const T& Choice(const std::vector<T>& of) {
+    return of[static_cast<size_t>(Below(static_cast<int64_t>(of.size())))];
+  }
   // ''.join(choices(alphabet, k=k))
   std::string Letters(const std::string& alphabet, int64_t k) {
     std::string letters;
-    for (int64_t i = 0; i < k; ++i) letters += alphabet[static_cast<size_t>(Random() * static_cast<double>(alphabet.size()))];
+    for (int64_t i = 0; i < k; ++i)
+      letters += alphabet[static_cast<size_t>(Random() * static_cast<double>(alphabet.size()))];
     return letters;
   }
   // sample(range(n), k). Throws std::length_error where Python raises ValueError: k > n.
@@ -120,8 +124,8 @@ class PythonRandom {
     words[1] = (words[1] & 0x3fffffffu) | 0x80000000u;  // the variant
     words[2] = (words[2] & 0xffff0fffu) | 0x00004000u;  // the version
     char text[37];
-    std::snprintf(text, sizeof text, "%08x-%04x-%04x-%04x-%04x%08x", words[3], words[2] >> 16, words[2] & 0xffff, words[1] >> 16,
-                  words[1] & 0xffff, words[0]);
+    std::snprintf(text, sizeof text, "%08x-%04x-%04x-%04x-%04x%08x", words[3], words[2] >> 16, words[2] & 0xffff,
+                  words[1] >> 16, words[1] & 0xffff, words[0]);
     return text;
   }
 

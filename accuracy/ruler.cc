@@ -3,14 +3,16 @@
 //
 // Prompts are fed in calls of Spec::CallTokens, so that also the first answered token reads encoded history (protocol
 // `study`: in one call). Then, from that state:
-// - the answer, greedy, up to the task's number of new tokens, EOS, or until all references are in it (of qa: any), which
-//   cannot change its score. `score` is RULER's, in percent: string_match_all, of qa string_match_part.
+// - the answer, greedy, up to the task's number of new tokens, EOS, or until all references are in it (of qa: any),
+// which cannot change its score. `score` is RULER's, in percent: string_match_all, of qa string_match_part.
 // - `gold_nll`: nats a token of the right answer, all references as the prompt asks for them, their own tokens alone
-//   (neither commas nor numbers of a list).
-// - `margin`: log-probability of a reference as the first answer, of the likeliest where there are several, less that of
-//   the likeliest of at most eight distractors, other values of the same kind that stand in the context, at even distances
-//   where it has more. `rank1` is the share of samples where it is above 0. Tasks without distractors have neither.
-// Scores of yes or no have Wilson's interval, others Student's over samples, 95 %. Each sample stands in the samples file.
+// (neither commas nor numbers of a list).
+// - `margin`: log-probability of a reference as the first answer, of the likeliest where there are several, less that
+// of the likeliest of at most eight distractors, other values of the same kind that stand in the context, at even
+// distances where it has more. `rank1` is the share of samples where it is above 0. Tasks without distractors have
+// neither.
+// Scores of yes or no have Wilson's interval, others Student's over samples, 95 %. Each sample stands in the samples
+// file.
 //
 // A batch is prompts with the same number of tokens, side by side: nothing is padded.
 #include "accuracy/ruler_tasks.h"
@@ -46,7 +48,8 @@ struct Question {
   RulerSample sample;
   std::vector<int32_t> ids;
   Continuation gold;
-  std::vector<Continuation> first, wrong;  // references and distractors as the first answer; none where there are no distractors
+  // References and distractors as the first answer; none of both where there are no distractors.
+  std::vector<Continuation> first, wrong;
 };
 
 // Tokens of the pieces behind a text, piece by piece, so that what counts is known. Where a token would reach over the
@@ -60,8 +63,9 @@ Continuation Continue(const Tokenizer& tokenizer, const std::string& behind, con
     text += piece.text;
     std::vector<int32_t> now = tokenizer.Encode(text, false);
     const bool extends = now.size() > before.size() && std::equal(before.begin(), before.end(), now.begin());
-    std::vector<int32_t> ids = extends ? std::vector<int32_t>(now.begin() + static_cast<std::ptrdiff_t>(before.size()), now.end())
-                                       : tokenizer.Encode(piece.text, false);
+    std::vector<int32_t> ids =
+        extends ? std::vector<int32_t>(now.begin() + static_cast<std::ptrdiff_t>(before.size()), now.end())
+                : tokenizer.Encode(piece.text, false);
     if (!extends) now = before, now.insert(now.end(), ids.begin(), ids.end());
     for (const int32_t id : ids) {
       all.ids.push_back(id);
@@ -78,8 +82,8 @@ std::string QuestionsFile(const RulerTask& task, const Options& options) {
   const char* flag = task.squad ? "--squad-file" : "--hotpotqa-file";
   const std::string& file = task.squad ? options.squad_file : options.hotpotqa_file;
   if (file.empty()) {
-    throw Skip(StrCat("its data can be fetched from no package registry; name ", task.squad ? "SQuAD's dev-v2.0.json" : "HotpotQA's hotpot_dev_distractor_v1.json",
-                      " by ", flag));
+    throw Skip(StrCat("its data can be fetched from no package registry; name ",
+                      task.squad ? "SQuAD's dev-v2.0.json" : "HotpotQA's hotpot_dev_distractor_v1.json", " by ", flag));
   }
   return file;
 }
@@ -90,8 +94,8 @@ const std::vector<Question>& Questions(Session& session, const Cell& cell, const
   const Options& options = session.options();
   const std::string file = QuestionsFile(task, options);
   const bool essay = task.haystack == RulerTask::kEssay;
-  const std::string key = StrCat(cell.model, "/", task.name, "/", cell.context, "/", options.ruler_samples, "/", options.seed, "/", file,
-                                 "/", essay ? session.corpus().sha256 : "");
+  const std::string key = StrCat(cell.model, "/", task.name, "/", cell.context, "/", options.ruler_samples, "/",
+                                 options.seed, "/", file, "/", essay ? session.corpus().sha256 : "");
   if (known.first == key) return known.second;
   RulerData data;
   try {
@@ -106,7 +110,9 @@ const std::vector<Question>& Questions(Session& session, const Cell& cell, const
   if (essay) data.essay = session.corpus().text;
   if (!file.empty()) data.questions = ReadFile(file), data.questions_name = file;
   const Tokenizer& tokenizer = session.tokenizer(cell.model);
-  const auto tokens = [&](const std::string& text) { return static_cast<int64_t>(tokenizer.Encode(text, false).size()); };
+  const auto tokens = [&](const std::string& text) {
+    return static_cast<int64_t>(tokenizer.Encode(text, false).size());
+  };
   std::vector<Question> questions;
   for (RulerSample& sample : MakeRulerSamples(task, cell.context, options.ruler_samples, options.seed, tokens, data)) {
     Question question{std::move(sample), {}, {}, {}, {}};
@@ -116,7 +122,8 @@ const std::vector<Question>& Questions(Session& session, const Cell& cell, const
     question.gold = Continue(tokenizer, behind, WholeAnswer(task, of.references));
     const size_t wrong = std::min(of.distractors.size(), kDistractors);
     for (size_t i = 0; i < wrong; ++i) {
-      question.wrong.push_back(Continue(tokenizer, behind, FirstAnswer(task, of.distractors[i * of.distractors.size() / wrong])));
+      question.wrong.push_back(
+          Continue(tokenizer, behind, FirstAnswer(task, of.distractors[i * of.distractors.size() / wrong])));
     }
     for (const std::string& reference : of.references) {
       if (wrong > 0) question.first.push_back(Continue(tokenizer, behind, FirstAnswer(task, reference)));
@@ -140,7 +147,11 @@ struct Result {
 class Batch {
  public:
   Batch(Session& session, const Cell& cell, const RulerTask& task, const Spec& spec, int64_t batch, int64_t capacity)
-      : session_(session), task_(task), spec_(spec), model_(session.model(cell.model)), backend_(FindBackend(cell.backend)),
+      : session_(session),
+        task_(task),
+        spec_(spec),
+        model_(session.model(cell.model)),
+        backend_(FindBackend(cell.backend)),
         tokenizer_(session.tokenizer(cell.model)),
         first_call_(session.options().protocol == "study" ? capacity : spec.sink_tokens + spec.CallTokens()),
         chunk_(session.options().protocol == "study" ? capacity : spec.CallTokens()),
@@ -284,7 +295,8 @@ std::vector<std::vector<size_t>> Groups(const std::vector<Question>& questions, 
   for (const auto& [length, places] : by_length) {
     for (size_t at = 0; at < places.size(); at += static_cast<size_t>(batch)) {
       const size_t end = std::min(at + static_cast<size_t>(batch), places.size());
-      groups.emplace_back(places.begin() + static_cast<std::ptrdiff_t>(at), places.begin() + static_cast<std::ptrdiff_t>(end));
+      groups.emplace_back(places.begin() + static_cast<std::ptrdiff_t>(at),
+                          places.begin() + static_cast<std::ptrdiff_t>(end));
     }
   }
   // A cache serves groups of one size.
@@ -362,9 +374,14 @@ Counters Ruler(Session& session, const Cell& cell, benchmark::State& state, cons
     counters = Summary(questions, results);
     for (size_t i = 0; i < results.size(); ++i) {
       const Result& result = results[i];
-      session.samples.push_back({.id = std::to_string(i), .cluster = std::to_string(i), .prompt_sha256 = PromptSha256(questions[i].ids),
-                                 .right = result.score, .nll = result.nll, .margin = result.margin,
-                                 .encoded_share = result.encoded_share, .answer = result.text,
+      session.samples.push_back({.id = std::to_string(i),
+                                 .cluster = std::to_string(i),
+                                 .prompt_sha256 = PromptSha256(questions[i].ids),
+                                 .right = result.score,
+                                 .nll = result.nll,
+                                 .margin = result.margin,
+                                 .encoded_share = result.encoded_share,
+                                 .answer = result.text,
                                  .numbers = {{"prompt_tokens", static_cast<double>(questions[i].ids.size())},
                                              {"answer_tokens", static_cast<double>(result.answer.size())},
                                              {"truncated", result.truncated ? 1.0 : 0.0}}});
@@ -384,10 +401,15 @@ Counters RulerOf(Session& session, const Cell& cell, benchmark::State& state) {
 template <size_t... kTask>
 bool Register(std::index_sequence<kTask...>) {
   if (RulerTasks().size() != kTasks) throw std::logic_error("kTasks is not the number of RULER's tasks");
-  (RegisterMeasurement({.name = "ruler_" + RulerTasks()[kTask].name, .what = RulerTasks()[kTask].what, .quality = true,
-                        .on_request = true, .turn = 2,
-                        .like_tokens = [](const Options& o, double tokens) { return 2.0 * static_cast<double>(o.ruler_samples) * tokens; },
-                        .run = RulerOf<kTask>}),
+  (RegisterMeasurement(
+       {.name = "ruler_" + RulerTasks()[kTask].name,
+        .what = RulerTasks()[kTask].what,
+        .quality = true,
+        .on_request = true,
+        .turn = 2,
+        .like_tokens = [](const Options& o,
+                          double tokens) { return 2.0 * static_cast<double>(o.ruler_samples) * tokens; },
+        .run = RulerOf<kTask>}),
    ...);
   return true;
 }

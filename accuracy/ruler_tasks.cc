@@ -25,34 +25,44 @@ struct Template {
 const Template& TemplateOf(RulerTask::Kind kind) {
   static const std::map<RulerTask::Kind, Template> kTemplates = {
       {RulerTask::kNiah,
-       {"Some special magic {type_needle_v} are hidden within the following text. Make sure to memorize it. I will quiz you about "
-        "the {type_needle_v} afterwards.\n{context}\nWhat are all the special magic {type_needle_v} for {query} mentioned in the "
+       {"Some special magic {type_needle_v} are hidden within the following text. Make sure to memorize it. I will "
+        "quiz you about "
+        "the {type_needle_v} afterwards.\n{context}\nWhat are all the special magic {type_needle_v} for {query} "
+        "mentioned in the "
         "provided text?",
         " The special magic {type_needle_v} for {query} mentioned in the provided text are"}},
       {RulerTask::kVariables,
-       {"Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\nQuestion: Find all "
+       {"Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\nQuestion: "
+        "Find all "
         "variables that are assigned the value {query} in the text above.",
-        " Answer: According to the chain(s) of variable assignment in the text above, {num_v} variables are assigned the value "
+        " Answer: According to the chain(s) of variable assignment in the text above, {num_v} variables are assigned "
+        "the value "
         "{query}, they are: "}},
       {RulerTask::kCommonWords,
-       {"Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that appear most "
+       {"Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that "
+        "appear most "
         "often.\n{context}\nQuestion: What are the 10 most common words in the above list?",
         " Answer: The top 10 words that appear most often in the list are:"}},
       {RulerTask::kFrequentWords,
-       {"Read the following coded text and track the frequency of each coded word. Find the three most frequently appeared coded "
-        "words. {context}\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What are the three most "
+       {"Read the following coded text and track the frequency of each coded word. Find the three most frequently "
+        "appeared coded "
+        "words. {context}\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What are the three "
+        "most "
         "frequently appeared words in the above coded text?",
         " Answer: According to the coded text above, the three most frequently appeared words are:"}},
       {RulerTask::kQuestions,
-       {"Answer the question based on the given documents. Only give me the answer and do not output any other words.\n\nThe "
-        "following are given documents.\n\n{context}\n\nAnswer the question based on the given documents. Only give me the answer "
+       {"Answer the question based on the given documents. Only give me the answer and do not output any other "
+        "words.\n\nThe "
+        "following are given documents.\n\n{context}\n\nAnswer the question based on the given documents. Only give me "
+        "the answer "
         "and do not output any other words.\n\nQuestion: {query}",
         " Answer:"}}};
   return kTemplates.at(kind);
 }
 
 std::string Replaced(std::string text, const std::string& from, const std::string& to) {
-  for (size_t at = 0; (at = text.find(from, at)) != std::string::npos; at += to.size()) text.replace(at, from.size(), to);
+  for (size_t at = 0; (at = text.find(from, at)) != std::string::npos; at += to.size())
+    text.replace(at, from.size(), to);
   return text;
 }
 
@@ -109,8 +119,13 @@ std::vector<std::string> Repeated(const std::vector<std::string>& list, int64_t 
 // What the scripts share: two generators with one seed, and the search for the size of a haystack.
 class Generator {
  public:
-  Generator(const RulerTask& task, int64_t context, int64_t seed, const std::function<int64_t(const std::string&)>& tokens)
-      : task_(task), context_(context), seed_(static_cast<uint64_t>(seed)), tokens_(tokens), random_(seed_),
+  Generator(const RulerTask& task, int64_t context, int64_t seed,
+            const std::function<int64_t(const std::string&)>& tokens)
+      : task_(task),
+        context_(context),
+        seed_(static_cast<uint64_t>(seed)),
+        tokens_(tokens),
+        random_(seed_),
         numpy_(static_cast<uint32_t>(seed)) {}
   virtual ~Generator() = default;
 
@@ -168,7 +183,8 @@ class Generator {
         ++tries;
       }
     }
-    throw Skip(StrCat(task_.name, " does not fit into ", context_, " tokens, ", task_.new_tokens, " of them for the answer"));
+    throw Skip(
+        StrCat(task_.name, " does not fit into ", context_, " tokens, ", task_.new_tokens, " of them for the answer"));
   }
 
   static constexpr int kTries = 50;  // at the smallest size, with new words each time; RULER: for ever
@@ -189,7 +205,8 @@ class Niah : public Generator {
     if (task.words()) words_.emplace(data.adjectives, data.nouns);
     if (task.haystack == RulerTask::kEssay) {
       essay_ = SplitAtBlanks(data.essay);
-      if (essay_.empty() || data.essay.back() != essay_.back().back()) essay_.emplace_back();  // re.split has one behind the last blank
+      if (essay_.empty() || data.essay.back() != essay_.back().back())
+        essay_.emplace_back();  // re.split has one behind the last blank
     }
     for (int i = 0; i < 40; ++i) depths_.push_back(std::llround(i * (100.0 / 39)));
   }
@@ -197,7 +214,8 @@ class Niah : public Generator {
  protected:
   int64_t step() const override {
     if (task_.haystack == RulerTask::kEssay) return 500;
-    return context_ < 4096 ? std::max<int64_t>(5, keys_ * task_.values) : 25;  // RULER: 5, where eight needles have no room
+    return context_ < 4096 ? std::max<int64_t>(5, keys_ * task_.values)
+                           : 25;  // RULER: 5, where eight needles have no room
   }
 
   RulerSample Make(int64_t, int64_t size) override {
@@ -314,7 +332,8 @@ class Variables : public Generator {
     }
     RulerSample example = Make(0, best);
     for (int tries = 0; tokens_(example.prompt) > kExample; tries += best == step()) {
-      if (tries == kTries) throw Skip(StrCat(task_.name, ": its example does not fit into ", kExample, " tokens of this tokenizer"));
+      if (tries == kTries)
+        throw Skip(StrCat(task_.name, ": its example does not fit into ", kExample, " tokens of this tokenizer"));
       if (best > step()) best -= step();
       example = Make(0, best);
     }
@@ -325,10 +344,12 @@ class Variables : public Generator {
   }
 
   RulerSample Make(int64_t, int64_t size) override {
-    const int64_t letters = making_example_ ? 3 : 5, hops = making_example_ ? std::min<int64_t>(10, task_.hops) : task_.hops;
+    const int64_t letters = making_example_ ? 3 : 5,
+                  hops = making_example_ ? std::min<int64_t>(10, task_.hops) : task_.hops;
     std::vector<std::string> names;
     for (int64_t i = 0; i <= hops; ++i) names.push_back(random_.Letters(kUpper, letters));
-    while (std::set(names.begin(), names.end()).size() < static_cast<size_t>(hops + 1)) names.push_back(random_.Letters(kUpper, letters));
+    while (std::set(names.begin(), names.end()).size() < static_cast<size_t>(hops + 1))
+      names.push_back(random_.Letters(kUpper, letters));
     std::string value;
     for (size_t begin = 0; begin < names.size(); begin += static_cast<size_t>(hops + 1)) {
       const std::string one = making_example_ ? "12345" : std::to_string(numpy_.Int(10000, 99999));
@@ -342,11 +363,13 @@ class Variables : public Generator {
     for (int64_t i = 0; i <= hops; ++i) {
       const std::string& name = names[static_cast<size_t>(i)];
       lines.insert(lines.begin() + places[static_cast<size_t>(i)] + i,
-                   i == 0 ? StrCat("VAR ", name, " = ", value) : StrCat("VAR ", name, " = VAR ", names[static_cast<size_t>(i - 1)], " "));
+                   i == 0 ? StrCat("VAR ", name, " = ", value)
+                          : StrCat("VAR ", name, " = VAR ", names[static_cast<size_t>(i - 1)], " "));
     }
     const Template& of = TemplateOf(task_.kind);
     RulerSample sample;
-    sample.prompt = Format(of.text + of.prefix, {{"query", value}, {"num_v", std::to_string(hops + 1)},
+    sample.prompt = Format(of.text + of.prefix, {{"query", value},
+                                                 {"num_v", std::to_string(hops + 1)},
                                                  {"context", Replaced(Joined(lines, "\n"), ". \n", ".\n")}});
     sample.references = names;
     return sample;
@@ -375,8 +398,8 @@ class Variables : public Generator {
 // common_words_extraction.py
 class CommonWords : public Generator {
  public:
-  CommonWords(const RulerTask& task, int64_t context, int64_t seed, const std::function<int64_t(const std::string&)>& tokens,
-              const RulerData& data)
+  CommonWords(const RulerTask& task, int64_t context, int64_t seed,
+              const std::function<int64_t(const std::string&)>& tokens, const RulerData& data)
       : Generator(task, context, seed, tokens) {
     std::set<std::string> words(data.nouns.begin(), data.nouns.end());
     words.insert(data.adjectives.begin(), data.adjectives.end());
@@ -416,11 +439,13 @@ class CommonWords : public Generator {
                         ", and RULER's longer list is not here"));
     }
     std::vector<std::string> words, list;
-    for (const int64_t i : random_.Sample(static_cast<int64_t>(words_.size()), size)) words.push_back(words_[static_cast<size_t>(i)]);
+    for (const int64_t i : random_.Sample(static_cast<int64_t>(words_.size()), size))
+      words.push_back(words_[static_cast<size_t>(i)]);
     sample.references.assign(words.begin(), words.begin() + kCommon);
     sample.distractors.assign(words.begin() + kCommon, words.end());
     for (int64_t i = 0; i < common; ++i) list.insert(list.end(), sample.references.begin(), sample.references.end());
-    for (int64_t i = 0; i < uncommon; ++i) list.insert(list.end(), sample.distractors.begin(), sample.distractors.end());
+    for (int64_t i = 0; i < uncommon; ++i)
+      list.insert(list.end(), sample.distractors.begin(), sample.distractors.end());
     PythonRandom(seed_).Shuffle(list);
     sample.prompt = Numbered(list);
   }
@@ -452,7 +477,8 @@ class FrequentWords : public Generator {
     sample.length = tokens_(sample.prompt) + task_.new_tokens;
     sample.prefix = sample.prompt.rfind(TemplateOf(task_.kind).prefix.substr(0, 10));
     sample.references.assign(words.begin() + 1, words.begin() + 4);
-    for (size_t rank = 4; rank < words.size() && Count(rank, size) > 0; ++rank) sample.distractors.push_back(words[rank]);
+    for (size_t rank = 4; rank < words.size() && Count(rank, size) > 0; ++rank)
+      sample.distractors.push_back(words[rank]);
     return sample;
   }
   RulerSample Make(int64_t, int64_t) override { return {}; }
@@ -464,7 +490,8 @@ class FrequentWords : public Generator {
   std::vector<std::string> Vocabulary() {
     const size_t size = static_cast<size_t>(room() / 50);
     std::set<std::string> words;
-    for (size_t drawn = 0; drawn < size || words.size() < size; ++drawn) words.insert(random_.Letters(kLower, kLetters));
+    for (size_t drawn = 0; drawn < size || words.size() < size; ++drawn)
+      words.insert(random_.Letters(kLower, kLetters));
     std::vector<std::string> list(words.begin(), words.end());
     PythonRandom(seed_).Shuffle(list);
     list[0] = "...";  // the commonest one is noise
@@ -477,7 +504,8 @@ class FrequentWords : public Generator {
   }
   std::string Text(const std::vector<std::string>& words, int64_t count) const {
     std::vector<std::string> list;
-    for (size_t rank = 0; rank < words.size(); ++rank) list.insert(list.end(), static_cast<size_t>(Count(rank, count)), words[rank]);
+    for (size_t rank = 0; rank < words.size(); ++rank)
+      list.insert(list.end(), static_cast<size_t>(Count(rank, count)), words[rank]);
     PythonRandom(seed_).Shuffle(list);
     const Template& of = TemplateOf(task_.kind);
     return Format(of.text + of.prefix, {{"context", Joined(list, " ")}});
@@ -487,8 +515,8 @@ class FrequentWords : public Generator {
 // qa.py
 class Questions : public Generator {
  public:
-  Questions(const RulerTask& task, int64_t context, int64_t seed, const std::function<int64_t(const std::string&)>& tokens,
-            const RulerData& data)
+  Questions(const RulerTask& task, int64_t context, int64_t seed,
+            const std::function<int64_t(const std::string&)>& tokens, const RulerData& data)
       : Generator(task, context, seed, tokens) {
     try {
       const nlohmann::json root = nlohmann::json::parse(data.questions);
@@ -519,7 +547,8 @@ class Questions : public Generator {
         }
         of.insert(of.end(), question.more.begin(), question.more.end());
         const int64_t wanted = std::max<int64_t>(0, size - own - more);
-        for (const int64_t i : random_.Sample(static_cast<int64_t>(others.size()), wanted)) of.push_back(others[static_cast<size_t>(i)]);
+        for (const int64_t i : random_.Sample(static_cast<int64_t>(others.size()), wanted))
+          of.push_back(others[static_cast<size_t>(i)]);
       } else {
         for (const int64_t i : random_.Sample(more, size - own)) of.push_back(question.more[static_cast<size_t>(i)]);
       }
@@ -562,7 +591,8 @@ class Questions : public Generator {
         for (const auto& asked : paragraph.at("qas")) {
           if (asked.value("is_impossible", false)) continue;
           Question question{asked.at("question").get<std::string>(), {}, {own}, {}};
-          for (const auto& answer : asked.at("answers")) question.answers.push_back(answer.at("text").get<std::string>());
+          for (const auto& answer : asked.at("answers"))
+            question.answers.push_back(answer.at("text").get<std::string>());
           for (const auto& other : article.at("paragraphs")) {
             const int64_t number = numbers.at(other.at("context").get<std::string>());
             if (number != own) question.more.push_back(number);
@@ -613,20 +643,48 @@ std::vector<RulerTask> AllTasks() {
       {.name = "niah_single_3", .what = "RULER: one uuid in a text", .haystack = T::kEssay, .uuid_values = true},
       {.name = "niah_multikey_1", .what = "RULER: one of four numbers in a text", .haystack = T::kEssay, .keys = 4},
       {.name = "niah_multikey_2", .what = "RULER: one number among lines of others", .haystack = T::kNeedles},
-      {.name = "niah_multikey_3", .what = "RULER: one uuid among lines of others, by a uuid", .haystack = T::kNeedles, .uuid_keys = true, .uuid_values = true},
-      {.name = "niah_multivalue", .what = "RULER: four numbers of one key in a text", .haystack = T::kEssay, .values = 4},
-      {.name = "niah_multiquery", .what = "RULER: the numbers of four keys in a text", .haystack = T::kEssay, .queries = 4},
+      {.name = "niah_multikey_3",
+       .what = "RULER: one uuid among lines of others, by a uuid",
+       .haystack = T::kNeedles,
+       .uuid_keys = true,
+       .uuid_values = true},
+      {.name = "niah_multivalue",
+       .what = "RULER: four numbers of one key in a text",
+       .haystack = T::kEssay,
+       .values = 4},
+      {.name = "niah_multiquery",
+       .what = "RULER: the numbers of four keys in a text",
+       .haystack = T::kEssay,
+       .queries = 4},
       {.name = "cwe", .what = "RULER: the ten commonest of many words", .kind = T::kCommonWords, .new_tokens = 120},
-      {.name = "fwe", .what = "RULER: the three commonest of many coded words", .kind = T::kFrequentWords, .new_tokens = 50},
-      {.name = "qa_1", .what = "RULER: questions of SQuAD among documents (--squad-file)", .kind = T::kQuestions, .new_tokens = 32, .squad = true},
-      {.name = "qa_2", .what = "RULER: questions of HotpotQA among documents (--hotpotqa-file)", .kind = T::kQuestions, .new_tokens = 32},
-      {.name = "vt", .what = "RULER: five variables of one value, over four hops", .kind = T::kVariables, .new_tokens = 30}};
+      {.name = "fwe",
+       .what = "RULER: the three commonest of many coded words",
+       .kind = T::kFrequentWords,
+       .new_tokens = 50},
+      {.name = "qa_1",
+       .what = "RULER: questions of SQuAD among documents (--squad-file)",
+       .kind = T::kQuestions,
+       .new_tokens = 32,
+       .squad = true},
+      {.name = "qa_2",
+       .what = "RULER: questions of HotpotQA among documents (--hotpotqa-file)",
+       .kind = T::kQuestions,
+       .new_tokens = 32},
+      {.name = "vt",
+       .what = "RULER: five variables of one value, over four hops",
+       .kind = T::kVariables,
+       .new_tokens = 30}};
   for (const int64_t keys : {2, 4, 8}) {
-    tasks.push_back({.name = StrCat("niah_keys_", keys), .what = StrCat("easier: one of ", keys, " numbers in noise"), .keys = keys});
+    tasks.push_back({.name = StrCat("niah_keys_", keys),
+                     .what = StrCat("easier: one of ", keys, " numbers in noise"),
+                     .keys = keys});
   }
   for (const int64_t hops : {1, 2, 3}) {
-    tasks.push_back({.name = StrCat("vt_hops_", hops), .what = StrCat("easier: vt over ", hops, hops > 1 ? " hops" : " hop"),
-                     .kind = T::kVariables, .new_tokens = 30, .hops = hops});
+    tasks.push_back({.name = StrCat("vt_hops_", hops),
+                     .what = StrCat("easier: vt over ", hops, hops > 1 ? " hops" : " hop"),
+                     .kind = T::kVariables,
+                     .new_tokens = 30,
+                     .hops = hops});
   }
   return tasks;
 }
@@ -649,11 +707,16 @@ std::vector<RulerSample> MakeRulerSamples(const RulerTask& task, int64_t context
     }
   };
   switch (task.kind) {
-    case RulerTask::kNiah: return samples(Niah(task, context, seed, tokens, data));
-    case RulerTask::kVariables: return samples(Variables(task, context, seed, tokens));
-    case RulerTask::kCommonWords: return samples(CommonWords(task, context, seed, tokens, data));
-    case RulerTask::kFrequentWords: return samples(FrequentWords(task, context, seed, tokens));
-    case RulerTask::kQuestions: return samples(Questions(task, context, seed, tokens, data));
+    case RulerTask::kNiah:
+      return samples(Niah(task, context, seed, tokens, data));
+    case RulerTask::kVariables:
+      return samples(Variables(task, context, seed, tokens));
+    case RulerTask::kCommonWords:
+      return samples(CommonWords(task, context, seed, tokens, data));
+    case RulerTask::kFrequentWords:
+      return samples(FrequentWords(task, context, seed, tokens));
+    case RulerTask::kQuestions:
+      return samples(Questions(task, context, seed, tokens, data));
   }
   throw std::logic_error("no such kind of task");
 }
@@ -724,7 +787,8 @@ WordPairs::WordPairs(std::vector<std::string> adjectives, std::vector<std::strin
 }
 
 std::string WordPairs::operator[](int64_t k) const {
-  const auto block = std::upper_bound(blocks_.begin(), blocks_.end(), k, [](int64_t at, const Block& b) { return at < b.end; });
+  const auto block =
+      std::upper_bound(blocks_.begin(), blocks_.end(), k, [](int64_t at, const Block& b) { return at < b.end; });
   const int64_t begin = block == blocks_.begin() ? 0 : std::prev(block)->end;
   const size_t i = static_cast<size_t>(k - begin);
   return block->words.empty() ? block->prefix + nouns_[i] : block->words[i];

@@ -1,8 +1,9 @@
 // RULER's tasks (Hsieh et al. 2024, arXiv:2404.06654) as its scripts make them: NVIDIA/RULER at c3f5e3b,
 // scripts/data/synthetic/*.py, scripts/synthetic.yaml, scripts/eval/synthetic/constants.py, template `base`. With a
-// tokenizer's counts and a seed the prompts are those of RULER byte for byte, save for what is drawn from data that cannot
-// be had here: essays are the catalogue's text, split into sentences by a rule of our own. Beside the 13 tasks easier rungs,
-// which the same scripts make: niah_keys_K, K needles of one key each in noise of which one is asked for, and vt_hops_H.
+// tokenizer's counts and a seed the prompts are those of RULER byte for byte, save for what is drawn from data that
+// cannot be had here: essays are the catalogue's text, split into sentences by a rule of our own. Beside the 13 tasks
+// easier rungs, which the same scripts make: niah_keys_K, K needles of one key each in noise of which one is asked for,
+// and vt_hops_H.
 #pragma once
 
 #include <cstdint>
@@ -33,12 +34,12 @@ struct RulerTask {
 const std::vector<RulerTask>& RulerTasks();
 
 struct RulerSample {
-  std::string prompt;   // RULER's `input` and `answer_prefix`
-  size_t prefix = 0;    // where the latter begins
-  int64_t length = 0;   // tokens of the prompt, no special ones among them, and new ones
+  std::string prompt;  // RULER's `input` and `answer_prefix`
+  size_t prefix = 0;   // where the latter begins
+  int64_t length = 0;  // tokens of the prompt, no special ones among them, and new ones
   std::vector<std::string> references;
-  // What the context offers beside them as an answer of the same kind, in its order: values of other keys, the variables
-  // of vt's example, words that are less common. RULER does not list them; nothing is drawn for them.
+  // What the context offers beside them as an answer of the same kind, in its order: values of other keys, the
+  // variables of vt's example, words that are less common. RULER does not list them; nothing is drawn for them.
   std::vector<std::string> distractors;
 };
 
@@ -82,7 +83,8 @@ class WordPairs {
   std::string operator[](int64_t k) const;
 
  private:
-  // Words that begin with one adjective, or, where one adjective begins as another ("blue", "blue-eyed"), with any of them.
+  // Words that begin with one adjective, or, where one adjective begins as another ("blue", "blue-eyed"), with any of
+  // them.
   struct Block {
     std::string prefix;
     std::vector<std::string> words;  // empty: prefix and every noun

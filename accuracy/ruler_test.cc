@@ -1,5 +1,5 @@
-// RULER's tasks: Python's and numpy's random numbers, prompts against those that RULER's own scripts wrote (golden/ruler.json,
-// make_golden_ruler.py), and its two metrics on cases made by hand.
+// RULER's tasks: Python's and numpy's random numbers, prompts against those that RULER's own scripts wrote
+// (golden/ruler.json, make_golden_ruler.py), and its two metrics on cases made by hand.
 #include "accuracy/ruler_tasks.h"
 
 #include <algorithm>
@@ -26,8 +26,8 @@ TEST(PythonRandom, DrawsWhatPythonDraws) {
   EXPECT_EQ(random.Int(1000000, 9999999), 5614226);
   EXPECT_EQ(random.Letters("ABCDEFGHIJKLMNOPQRSTUVWXYZ", 5), "GDCTO");
   EXPECT_EQ(random.Uuid4(), "07a0ca6e-0822-48f3-ac03-1199972a8469");
-  EXPECT_EQ(random.Sample(30, 8), (std::vector<int64_t>{2, 6, 7, 16, 19, 0, 17, 28}));     // of a list of 30
-  EXPECT_EQ(random.Sample(1000, 5), (std::vector<int64_t>{733, 665, 718, 558, 429}));  // of a set
+  EXPECT_EQ(random.Sample(30, 8), (std::vector<int64_t>{2, 6, 7, 16, 19, 0, 17, 28}));  // of a list of 30
+  EXPECT_EQ(random.Sample(1000, 5), (std::vector<int64_t>{733, 665, 718, 558, 429}));   // of a set
   std::vector<int> list = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9};
   random.Shuffle(list);
   EXPECT_EQ(list, (std::vector<int>{5, 2, 8, 9, 1, 0, 6, 4, 7, 3}));
@@ -60,7 +60,9 @@ TEST(WordPairs, AreThoseThatSortingThemGives) {
 
 // What scripts/eval/evaluate.py and constants.py make of these, times 100 and over all samples.
 TEST(Ruler, MetricsAreThoseOfItsEvaluation) {
-  EXPECT_EQ(RulerAnswer("\n\t 12\x01" "34 \x1f\n"), "12\n34");
+  EXPECT_EQ(RulerAnswer("\n\t 12\x01"
+                        "34 \x1f\n"),
+            "12\n34");
   EXPECT_EQ(RulerAnswer(" \n "), "");
   const auto all = [](const std::string& answer, const std::vector<std::string>& references) {
     return MatchAll(FoundReferences(RulerAnswer(answer), references));
@@ -104,16 +106,24 @@ TEST(Ruler, AnswersAreWrittenAsTheirPromptsAskForThem) {
 TEST(RulerParity, PromptsAreRulers) {
   const std::string dir = CacheDir() + "/models/smollm2-135m", words = CacheDir() + "/words/wonderwords";
   for (const std::string& needed : {dir, words}) {
-    if (!std::filesystem::exists(needed)) GTEST_SKIP() << needed << " is not there; run datasets/fetch smollm2-135m wonderwords";
+    if (!std::filesystem::exists(needed))
+      GTEST_SKIP() << needed << " is not there; run datasets/fetch smollm2-135m wonderwords";
   }
   const Tokenizer tokenizer = Tokenizer::Load(dir);
-  const auto tokens = [&](const std::string& text) { return static_cast<int64_t>(tokenizer.Encode(text, false).size()); };
+  const auto tokens = [&](const std::string& text) {
+    return static_cast<int64_t>(tokenizer.Encode(text, false).size());
+  };
   const nlohmann::json golden = Golden("ruler.json");
-  RulerData data{LoadWords("wonderwords", "nounlist.txt"), LoadWords("wonderwords", "adjectivelist.txt"),
-                 LoadWords("wonderwords", "verblist.txt"), LoadCorpus("pride-and-prejudice", "").text, "", ""};
+  RulerData data{LoadWords("wonderwords", "nounlist.txt"),
+                 LoadWords("wonderwords", "adjectivelist.txt"),
+                 LoadWords("wonderwords", "verblist.txt"),
+                 LoadCorpus("pride-and-prejudice", "").text,
+                 "",
+                 ""};
   std::set<std::string> compared;
   for (const RulerTask& task : RulerTasks()) {
-    if (task.kind == RulerTask::kQuestions) data.questions = ReadFile(GoldenPath(task.squad ? "ruler/squad.json" : "ruler/hotpotqa.json"));
+    if (task.kind == RulerTask::kQuestions)
+      data.questions = ReadFile(GoldenPath(task.squad ? "ruler/squad.json" : "ruler/hotpotqa.json"));
     for (const int64_t context : {1024, 2048, 4096}) {
       const std::string name = StrCat(task.name, "/", context);
       if (!golden.contains(name)) continue;
@@ -139,7 +149,9 @@ TEST(Ruler, DistractorsStandInThePrompt) {
   const RulerData data{{"cat", "dog", "egg", "ant"}, {"old", "new", "red", "sad"}, {}, "", "", ""};
   int tasks = 0;
   for (const RulerTask& task : RulerTasks()) {
-    if (task.haystack == RulerTask::kEssay || task.kind == RulerTask::kQuestions || task.kind == RulerTask::kCommonWords) continue;
+    if (task.haystack == RulerTask::kEssay || task.kind == RulerTask::kQuestions ||
+        task.kind == RulerTask::kCommonWords)
+      continue;
     for (const RulerSample& sample : MakeRulerSamples(task, 1024, 3, 42, tokens, data)) {
       SCOPED_TRACE(task.name);
       EXPECT_EQ(sample.distractors.empty(), task.name == "niah_single_1");
@@ -178,8 +190,8 @@ class RulerCommand : public TinyModel {
     std::filesystem::rename(dir_ / "config.json", dir_ / "tiny" / "config.json");
   }
   std::string Flags(const std::string& tasks) const {
-    return StrCat(Tiny(), " --dtype=float32 --contexts=1536 --ruler-samples=5 --benchmark_filter='^ruler_(", tasks, ")/'",
-                  " --benchmark_out=", (dir_ / "out.json").string());
+    return StrCat(Tiny(), " --dtype=float32 --contexts=1536 --ruler-samples=5 --benchmark_filter='^ruler_(", tasks,
+                  ")/'", " --benchmark_out=", (dir_ / "out.json").string());
   }
   // Lines of the samples file by benchmark.
   std::map<std::string, std::vector<nlohmann::json>> Lines() const {
@@ -199,8 +211,11 @@ TEST_F(RulerCommand, NllAndMarginAreThoseOfAPlainPass) {
   ASSERT_EQ(Execute(Flags("niah_multikey_3") + " --schemes=none").code, 0);
   const std::unique_ptr<Model> model = LoadModel((dir_ / "tiny").string(), at::kFloat, at::kCPU);
   const Tokenizer tokenizer = Tokenizer::Load((dir_ / "tiny").string());
-  const auto tokens = [&](const std::string& text) { return static_cast<int64_t>(tokenizer.Encode(text, false).size()); };
-  const auto task = std::find_if(RulerTasks().begin(), RulerTasks().end(), [](const auto& t) { return t.name == "niah_multikey_3"; });
+  const auto tokens = [&](const std::string& text) {
+    return static_cast<int64_t>(tokenizer.Encode(text, false).size());
+  };
+  const auto task =
+      std::find_if(RulerTasks().begin(), RulerTasks().end(), [](const auto& t) { return t.name == "niah_multikey_3"; });
   const std::vector<RulerSample> samples = MakeRulerSamples(*task, 1536, 5, 42, tokens, {});
   const std::vector<nlohmann::json> lines = Lines().at("ruler_niah_multikey_3/tiny/sdpa/none/ctx:1536/batch:1");
   ASSERT_EQ(lines.size(), samples.size());
@@ -210,7 +225,8 @@ TEST_F(RulerCommand, NllAndMarginAreThoseOfAPlainPass) {
     const auto log_probability = [&](const std::string& value) {
       const std::vector<int32_t> ids = tokenizer.Encode(samples[i].prompt + " " + value, true);
       KvCache cache = model->NewCache(ParseSpec("none"), 1, static_cast<int64_t>(ids.size()));
-      const at::Tensor log = at::log_softmax(model->Logits(model->Forward(IdTensor(ids, 1, at::kCPU), cache, FindBackend("eager"))), -1);
+      const at::Tensor log =
+          at::log_softmax(model->Logits(model->Forward(IdTensor(ids, 1, at::kCPU), cache, FindBackend("eager"))), -1);
       double sum = 0;
       scored = 0;
       for (size_t at = prompt.size(); at < ids.size(); ++at) {
@@ -221,7 +237,8 @@ TEST_F(RulerCommand, NllAndMarginAreThoseOfAPlainPass) {
       return sum;
     };
     double wrong = -INFINITY;
-    for (size_t d = 0; d < 8; ++d) wrong = std::max(wrong, log_probability(samples[i].distractors[d * samples[i].distractors.size() / 8]));
+    for (size_t d = 0; d < 8; ++d)
+      wrong = std::max(wrong, log_probability(samples[i].distractors[d * samples[i].distractors.size() / 8]));
     const double right = log_probability(samples[i].references[0]);
     EXPECT_EQ(lines[i]["prompt_sha256"], PromptSha256(prompt));
     EXPECT_NEAR(lines[i]["nll"].get<double>(), -right / static_cast<double>(scored), 1e-4);
@@ -246,8 +263,10 @@ TEST_F(RulerCommand, ABatchIsItsPrompts) {
     ASSERT_EQ(lines.at(name).size(), 5u);
     for (size_t i = 0; i < 5; ++i) {
       const nlohmann::json &mine = lines.at(name)[i], &alone = lines.at(one)[i];
-      for (const char* same : {"prompt_sha256", "answer", "right", "answer_tokens"}) EXPECT_EQ(mine[same], alone[same]) << same << i;
-      for (const char* near : {"nll", "margin"}) EXPECT_NEAR(mine[near].get<double>(), alone[near].get<double>(), 1e-3) << near << i;
+      for (const char* same : {"prompt_sha256", "answer", "right", "answer_tokens"})
+        EXPECT_EQ(mine[same], alone[same]) << same << i;
+      for (const char* near : {"nll", "margin"})
+        EXPECT_NEAR(mine[near].get<double>(), alone[near].get<double>(), 1e-3) << near << i;
     }
   }
 }
