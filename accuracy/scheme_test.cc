@@ -32,7 +32,10 @@ TEST(Tables, HaveTheirRows) {
   for (const Measurement& measurement : Measurements()) names += measurement.name + " ";
   EXPECT_EQ(names, "decode error kv_size prefill "
                    "dequantize distribution kernel_attention kernel_decode kernel_encode kernel_flush memory power quantize "
-                   "needle perplexity sensitivity ");
+                   "drift needle perplexity reuse ruler_cwe ruler_fwe ruler_niah_keys_2 ruler_niah_keys_4 ruler_niah_keys_8 "
+                   "ruler_niah_multikey_1 ruler_niah_multikey_2 ruler_niah_multikey_3 ruler_niah_multiquery ruler_niah_multivalue "
+                   "ruler_niah_single_1 ruler_niah_single_2 ruler_niah_single_3 ruler_qa_1 ruler_qa_2 ruler_vt ruler_vt_hops_1 "
+                   "ruler_vt_hops_2 ruler_vt_hops_3 sensitivity ");
   names.clear();
   for (const PublishedShape& shape : PublishedShapes()) names += shape.name + " ";
   EXPECT_EQ(names, "gemma-4-e4b gpt2 llama-2-7b llama-3.1-8b mistral-7b mistral-7b-v0.1 qwen2-0.5b qwen2-7b qwen3-8b yi-1.5-9b ");
