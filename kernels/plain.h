@@ -79,6 +79,9 @@ KVQ_HD inline int32_t Nearest(float v) {
   return whole + (rest >= 0.5f) - (rest <= -0.5f);
 }
 
+// 1 / d; 0 where d is, as ggml has it: a group of zeros.
+KVQ_HD inline float Reciprocal(float d) { return d != 0 ? 1 / d : 0; }
+
 // What fp16 keeps of a number.
 KVQ_HD inline float AsHalf(float v) { return HalfToFloat(FloatToHalf(v)); }
 

@@ -36,8 +36,6 @@ struct ScaleAndMinimum {
   uint16_t d, m;
 };
 
-KVQ_HD inline float Reciprocal(float d) { return d != 0 ? 1 / d : 0; }
-
 // floor(v) of v from 0 on, at most `most`; 0 where v is NaN.
 KVQ_HD inline uint32_t Floor(float v, float most) { return static_cast<uint32_t>(plain::Clamped(v, 0, most)); }
 
@@ -59,7 +57,7 @@ struct Symmetric {
   template <typename Numbers>
   KVQ_HD static Fit FitGroup(const Numbers& x, int n) {
     const float d = plain::SignedMagnitude(x, n) / -kOffset;
-    return {Reciprocal(d), {FloatToHalf(d)}};
+    return {plain::Reciprocal(d), {FloatToHalf(d)}};
   }
   KVQ_HD static uint32_t Code(const Fit& fit, float x) { return Floor(x * fit.inverse + (kOffset + 0.5f), 2 * kOffset - 1); }
   KVQ_HD static float Value(const Stored& stored, uint32_t code) {
@@ -91,7 +89,7 @@ struct Asymmetric {
     const GroupRange range = plain::Range(x, n);
     const float d = plain::Poisoned((range.high - range.low) / kLargest, range.poison);
     const float m = plain::Poisoned(plain::PlusZero(range.low), range.poison);
-    return {Reciprocal(d), m, {FloatToHalf(d), FloatToHalf(m)}};
+    return {plain::Reciprocal(d), m, {FloatToHalf(d), FloatToHalf(m)}};
   }
   KVQ_HD static uint32_t Code(const Fit& fit, float x) { return Floor((x - fit.minimum) * fit.inverse + 0.5f, kLargest); }
   KVQ_HD static float Value(const Stored& stored, uint32_t code) {

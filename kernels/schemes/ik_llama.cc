@@ -28,8 +28,6 @@
 
 namespace kvq::ik_llama {
 
-KVQ_HD inline float Reciprocal(float d) { return d != 0 ? 1 / d : 0; }
-
 struct Q6_0 {
   static constexpr char kFile[] = "kernels/schemes/ik_llama.cc", kName[] = "kvq::ik_llama::Q6_0", kLabel[] = "q6_0";
   static constexpr int kBits = 6;
@@ -47,7 +45,7 @@ struct Q6_0 {
   KVQ_HD static uint32_t CodeOf(float y) { return static_cast<uint32_t>(plain::Clamped(y + 32.5f, 0, 63)); }
   template <typename Numbers>
   KVQ_HD static Fit FitGroup(const Numbers& x, int n) {
-    const float d = plain::SignedMagnitude(x, n) / -32, inverse = Reciprocal(d);
+    const float d = plain::SignedMagnitude(x, n) / -32, inverse = plain::Reciprocal(d);
     float with_x = 0, with_itself = 0;
     for (int j = 0; j < n / 2; ++j) {
       const float x0 = x[j], x1 = x[j + n / 2], y0 = x0 * inverse, y1 = x1 * inverse, weight0 = y0 * y0, weight1 = y1 * y1;
@@ -86,7 +84,7 @@ struct Q8Kv {
   KVQ_HD static int32_t Quant(float y) { return static_cast<int32_t>(rintf(plain::Clamped(y, -127, 127))); }
   template <typename Numbers>
   KVQ_HD static Fit FitGroup(const Numbers& x, int n) {
-    const float d = OneNan(plain::Magnitude(x, n) / 127), inverse = Reciprocal(d);
+    const float d = OneNan(plain::Magnitude(x, n) / 127), inverse = plain::Reciprocal(d);
     int32_t sum = 0;
     for (int i = 0; i < n; ++i) sum += Quant(x[i] * inverse);
     return {inverse, {d, sum}};
