@@ -177,7 +177,7 @@ std::vector<Case> Cases() {
                            "vllm-nvfp4", "turboquant-k4+turboquant-v4@residual=0@prefill=raw",
                            "fp8-e4m3+turboquant-v4@residual=0@dense=1+0", "turboquant-k3+turboquant-v3@residual=32",
                            "none+q5_1@residual=0@rotate=hadamard", "q4_0@residual=32@sinks=4", "mlx-4@residual=0@sinks=4",
-                           "exl3-4@residual=0", "int2-hadamard@residual=0", "int8-hqq+q4_0@residual=0"}) {
+                           "exl3-4@residual=0", "int2-hadamard@residual=0", "int8-hqq+q4_0@residual=0", "int8-hqq+q4_0@residual=0@rotate=none+hadamard"}) {
     cases.push_back({mistral, spec, 1, at::kHalf});
     cases.push_back({qwen2, spec, 3, at::kBFloat16});
   }

@@ -51,7 +51,8 @@ struct DecodeAttentionArgs {
   const SequenceLength* lengths = nullptr;  // [batch] in device memory, none above its capacity
 
   // The tokens that `lengths` counted before, or counts now, were written before the kernel began that precedes this
-  // one on the stream, but for the newest of `none` or where newest_is_encoded: fetching the encoded ones may begin before that kernel has ended.
+  // one on the stream, but for the newest of `none` or where newest_is_encoded: fetching the encoded ones may begin before
+  // that kernel has ended.
   // The lengths themselves may still change until then; they are read again.
   bool early = false;
   // The newest of the encoded tokens is one that the kernel before this has encoded.
