@@ -1,4 +1,5 @@
 // Fused decode attention of every pair of schemes against attention in float64 over the tokens as the CPU decodes them.
+#include <algorithm>
 #include <cmath>
 
 #include "accuracy/encoded.h"
@@ -19,9 +20,19 @@ struct AttentionCase {
   std::vector<SequenceLength> lengths;  // of each sequence
   at::ScalarType dtype = at::kHalf;
   int32_t window = 0;
+  std::vector<int32_t> values_encoded = {};  // of each sequence, where other values are encoded than keys
+  bool ring = false;                         // the values' residual is one
+
+  std::vector<SequenceLength> LengthsOf(bool values) const {
+    std::vector<SequenceLength> of = lengths;
+    for (size_t b = 0; values && b < values_encoded.size(); ++b) {
+      of[b].residual += of[b].encoded - values_encoded[b], of[b].encoded = values_encoded[b];
+    }
+    return of;
+  }
 };
 
-constexpr int64_t kKvHeads = 2, kSinks = 8, kResidual = 128;
+constexpr int64_t kKvHeads = 2, kSinks = 8, kResidual = 192;
 
 // One side: tokens as they are before and behind the encoded ones, the encoded ones, and what the kernel should see,
 // [batch, heads, capacity, head_dim]. `weight` bounds what a rounded probability is multiplied with.
@@ -34,11 +45,13 @@ struct Side {
 };
 
 CodecParams ParamsOf(const Codec& codec, const AttentionCase& c) {
-  return {.group_size = codec.device.plain == nullptr ? c.group : codec.default_group};
+  const bool choice = codec.device.plain == nullptr && std::ranges::count(codec.groups, c.group) > 0;
+  return {.group_size = choice ? c.group : codec.default_group};
 }
 
 // `other_dense`: of the other side.
-Side MakeSide(const Codec& codec, bool other_dense, const AttentionCase& c, int64_t capacity) {
+Side MakeSide(const Codec& codec, bool other_dense, const AttentionCase& c, const std::vector<SequenceLength>& lengths,
+              int64_t capacity) {
   const int64_t batch = static_cast<int64_t>(c.lengths.size());
   const bool dense = codec.encode == nullptr;
   const auto normal = [&](int64_t tokens) {
@@ -52,7 +65,7 @@ Side MakeSide(const Codec& codec, bool other_dense, const AttentionCase& c, int6
     // What lies behind the length must not be seen. Beside an encoded side the residual stands there.
     side.dense = at::cat({tokens, normal(kResidual)}, 2);
     for (int64_t b = 0; b < batch; ++b) {
-      const int64_t encoded = c.lengths[b].encoded;
+      const int64_t encoded = lengths[b].encoded;
       side.dense[b].narrow(1, encoded, side.dense.size(2) - encoded).fill_(NAN);
       if (!other_dense) side.dense[b].narrow(1, encoded, kResidual).copy_(side.residual[b]);
     }
@@ -60,7 +73,7 @@ Side MakeSide(const Codec& codec, bool other_dense, const AttentionCase& c, int6
   } else {
     const CodecParams params = side.params = ParamsOf(codec, c);
     side.turn = TurnOf(codec, {}, c.head_dim);
-    EncodedTensors on_cpu = Encode(codec, params, tokens, 1);
+    EncodedTensors on_cpu = Encode(codec, params, tokens, codec.min_block_tokens);
     Tensor decoded = at::empty({batch, kKvHeads, capacity, c.head_dim}, at::kFloat);
     DecodeTensor(codec, params, on_cpu, 0, decoded);
     side.decoded = decoded.to(at::kDouble);
@@ -73,10 +86,15 @@ Side MakeSide(const Codec& codec, bool other_dense, const AttentionCase& c, int6
       for (size_t plane = 1; plane < on_cpu.planes.size(); ++plane) {
         const Tensor bytes = on_cpu.planes[plane].view({batch, kKvHeads, capacity, -1});
         for (int64_t b = 0; b < batch; ++b) {
-          const int64_t first = c.lengths[b].encoded;
+          const int64_t first = lengths[b].encoded;
           bytes[b].narrow(1, first, capacity - first).fill_(0xFF);
         }
       }
+      side.encoded = on_cpu;
+      for (Tensor& plane : side.encoded.planes) plane = plane.cuda();
+      return side;
+    }
+    if (codec.min_block_tokens > 1) {  // keys, whose groups lie over tokens
       side.encoded = on_cpu;
       for (Tensor& plane : side.encoded.planes) plane = plane.cuda();
       return side;
@@ -87,7 +105,7 @@ Side MakeSide(const Codec& codec, bool other_dense, const AttentionCase& c, int6
                       .repeat_interleave(c.group, 3);
     const int64_t groups = c.head_dim / c.group;
     for (int64_t b = 0; b < batch; ++b) {
-      const int64_t first = c.lengths[b].encoded;
+      const int64_t first = lengths[b].encoded;
       for (int plane = 1; plane < 3; ++plane) {
         on_cpu.planes[plane].view(at::kHalf).view({batch, kKvHeads, capacity * groups})[b]
             .narrow(1, first * groups, (capacity - first) * groups).fill_(NAN);
@@ -102,14 +120,18 @@ Side MakeSide(const Codec& codec, bool other_dense, const AttentionCase& c, int6
 void Check(const AttentionCase& c) {
   SCOPED_TRACE(StrCat(c.spec, " head_dim ", c.head_dim, " group ", c.group, " ratio ", c.ratio, " lengths ",
                       c.lengths[0].sinks, "/", c.lengths[0].encoded, "/", c.lengths[0].residual, " of ",
-                      c.lengths.size(), " ", c.dtype, " window ", c.window));
+                      c.lengths.size(), " ", c.dtype, " window ", c.window, c.values_encoded.empty() ? "" : " values apart", c.ring ? " ring" : ""));
   const SchemePair pair = ParseSpec(c.spec).schemes;
   const Codec &key_codec = pair.keys->keys, &value_codec = pair.values->values;
   const bool keys_dense = key_codec.encode == nullptr, values_dense = value_codec.encode == nullptr;
   const int64_t batch = static_cast<int64_t>(c.lengths.size());
-  int64_t capacity = 16;
-  for (const SequenceLength& length : c.lengths) capacity = std::max<int64_t>(capacity, (length.encoded + 23) / 16 * 16);
-  Side keys = MakeSide(key_codec, values_dense, c, capacity), values = MakeSide(value_codec, keys_dense, c, capacity);
+  int64_t capacity = 32;
+  const std::vector<SequenceLength> key_lengths = c.LengthsOf(false), value_lengths = c.LengthsOf(true);
+  for (const auto* lengths : {&key_lengths, &value_lengths}) {
+    for (const SequenceLength& length : *lengths) capacity = std::max<int64_t>(capacity, (length.encoded + 39) / 32 * 32);
+  }
+  Side keys = MakeSide(key_codec, values_dense, c, key_lengths, capacity);
+  Side values = MakeSide(value_codec, keys_dense, c, value_lengths, capacity);
   const Tensor queries = at::randn({batch, kKvHeads, c.ratio, c.head_dim}).to(c.dtype);
   const double scale = 1 / std::sqrt(static_cast<double>(c.head_dim));
 
@@ -123,26 +145,34 @@ void Check(const AttentionCase& c) {
     if (all_tokens == 0) continue;
     const int64_t hidden = c.window > 0 ? std::max<int64_t>(all_tokens - c.window, 0) : 0;
     const auto all = [&](const Side& side, const Tensor& encoded) {
-      return at::cat({side.sinks[b].narrow(1, 0, length.sinks).to(at::kDouble), encoded[b].narrow(1, 0, length.encoded),
-                      side.residual[b].narrow(1, 0, length.residual).to(at::kDouble)}, 1)
+      const SequenceLength& of = (&side == &keys ? key_lengths : value_lengths)[static_cast<size_t>(b)];
+      return at::cat({side.sinks[b].narrow(1, 0, of.sinks).to(at::kDouble), encoded[b].narrow(1, 0, of.encoded),
+                      side.residual[b].narrow(1, 0, of.residual).to(at::kDouble)}, 1)
           .narrow(1, hidden, all_tokens - hidden);
     };
     const Tensor p = at::softmax(
         at::matmul(queries[b].to(at::kDouble), all(keys, keys.decoded).transpose(1, 2)) * scale, -1);
     expected[b].copy_(at::matmul(p, all(values, values.decoded)));
     const Tensor in_codes = all(values, values.weight).abs(), as_are = all(values, at::zeros_like(values.weight)).abs();
-    // Turned queries are rounded to float16, and so are a table's elements: what that may change of a weight.
-    const double of_logits =
-        keys.turn.block > 0 ? 4 * half * scale * (queries[b].norm(2, -1).max() * all(keys, keys.decoded).norm(2, -1).max()).item<double>() : 0;
-    allowed[b].copy_(of_logits * at::matmul(p, all(values, values.decoded).abs()) + roundoff * expected[b].abs() + (values_dense ? roundoff : half) * at::matmul(p, in_codes) +
+    // Turned queries are rounded to float16, so are a table's elements, and queries times scales of channels, which meet codes of
+    // up to the distance from a group's minimum; and tokens that one side alone has encoded are rounded when they are decoded.
+    // What that may change of a weight; of those values, once more.
+    const bool apart = !c.values_encoded.empty();
+    const double of_logits = ((keys.turn.block > 0 || key_codec.min_block_tokens > 1 ? 4 * half : 0) + (apart ? roundoff : 0)) * scale *
+                             (queries[b].norm(2, -1).max() * all(keys, keys.decoded).norm(2, -1).max()).item<double>();
+    allowed[b].copy_((of_logits + (apart ? roundoff : 0)) * at::matmul(p, all(values, values.decoded).abs()) + roundoff * expected[b].abs() + (values_dense ? roundoff : half) * at::matmul(p, in_codes) +
                      (values_dense ? 0 : roundoff) * at::matmul(p, as_are));
   }
 
-  std::vector<int32_t> counts;
-  for (const SequenceLength& length : c.lengths) {
-    counts.insert(counts.end(), {length.sinks, length.encoded, length.residual});
+  const auto on_device = [](const std::vector<SequenceLength>& of) {
+    std::vector<int32_t> counts;
+    for (const SequenceLength& length : of) counts.insert(counts.end(), {length.sinks, length.encoded, length.residual});
+    return at::tensor(counts, at::kInt).cuda();
+  };
+  const Tensor lengths = on_device(key_lengths), of_values = on_device(value_lengths), on_gpu = queries.cuda();
+  for (int64_t b = 0; c.ring && b < batch; ++b) {  // number i goes to slot (encoded + i) mod them
+    values.residual[b] = values.residual[b].roll({value_lengths[static_cast<size_t>(b)].encoded % kResidual}, {1}).clone();
   }
-  const Tensor lengths = at::tensor(counts, at::kInt).cuda(), on_gpu = queries.cuda();
   for (Side* side : {&keys, &values}) side->sinks = side->sinks.cuda(), side->residual = side->residual.cuda();
   const auto view = [&](const Side& side) {
     if (!side.dense.defined()) return side.encoded.view();
@@ -172,7 +202,9 @@ void Check(const AttentionCase& c) {
                            .key_turn = keys.turn,
                            .value_turn = values.turn,
                            .window = c.window,
-                           .lengths = reinterpret_cast<const SequenceLength*>(lengths.data_ptr())};
+                           .lengths = reinterpret_cast<const SequenceLength*>(lengths.data_ptr()),
+                           .value_lengths = c.values_encoded.empty() ? nullptr : reinterpret_cast<const SequenceLength*>(of_values.data_ptr()),
+                           .values_in_ring = c.ring};
   const Tensor workspace =
       at::zeros({DecodeAttentionWorkspace(key_codec, value_codec, args)}, on_gpu.options().dtype(at::kByte));
   args.workspace = workspace.data_ptr();
@@ -181,7 +213,7 @@ void Check(const AttentionCase& c) {
     out.fill_(NAN);
     args.early = launch == 2;
     const Tensor late = at::bitwise_and(lengths, 0x7FFFFF80);
-    if (args.early) {
+    if (args.early && c.values_encoded.empty()) {
       lengths.sub_(late);
       Synchronize(lengths.device());
       lengths.add_(late);
@@ -203,6 +235,7 @@ void CheckAll(const std::vector<AttentionCase>& cases) {
       args.keys.batch = static_cast<int64_t>(c.lengths.size()), args.keys.heads = kKvHeads, args.keys.head_dim = c.head_dim;
       args.keys.capacity = 1, args.values = args.keys;
       args.key_params = ParamsOf(pair.keys->keys, c), args.value_params = ParamsOf(pair.values->values, c);
+      args.value_lengths = c.values_encoded.empty() ? nullptr : c.lengths.data(), args.values_in_ring = c.ring;
       args.key_turn = TurnOf(pair.keys->keys, {}, c.head_dim), args.value_turn = TurnOf(pair.values->values, {}, c.head_dim);
       DecodeAttention(pair.keys->keys, pair.values->values, args, nullptr);
     }
@@ -256,6 +289,43 @@ TEST(DecodeAttentionGpu, EveryPairOfSchemes) {
     }
   }
   CheckAll(cases);
+}
+
+// Keys in groups of tokens; keys and values of which other tokens are encoded; and a ring of values.
+std::vector<AttentionCase> ApartCases(const std::vector<int64_t>& dims) {
+  std::vector<AttentionCase> cases;
+  for (const int64_t dim : dims) {
+    for (const char* spec : {"kivi-4", "kivi-2", "kivi-2+q8_0", "kivi-4+none", "kivi-2+int4-hqq"}) {
+      cases.push_back({spec, dim, 64, 4, {{3, 992, 40}, {0, 0, 5}, {8, 128, 0}, {0, 32, 0}}});
+      cases.push_back({spec, dim, 64, 7, {{0, 992, 100}}, at::kBFloat16, 700});
+      cases.push_back({spec, dim, 64, 16, {{0, 704, 128}}, at::kBFloat16});
+    }
+    for (const char* spec : {"kivi-4", "kivi-2"}) {  // KIVI's own lengths
+      cases.push_back({spec, dim, 64, 4, {{0, 1024, 41}, {0, 0, 65}, {0, 128, 1}}, at::kHalf, 0, {936, 0, 0}, true});
+      cases.push_back({spec, dim, 64, 16, {{0, 256, 128}, {0, 128, 127}}, at::kBFloat16, 0, {255, 126}, true});
+    }
+    for (const char* spec : {"int4-hqq", "q4_0", "int8-hqq+q5_1", "nvfp4+int2-quanto"}) {
+      cases.push_back({spec, dim, 64, 4, {{2, 500, 40}, {0, 64, 33}}, at::kBFloat16, 0, {540, 97}});
+      cases.push_back({spec, dim, 64, 7, {{0, 420, 20}}, at::kHalf, 300, {401}});
+    }
+    for (const char* spec : {"none+int4-hqq", "none+kivi-2"}) {
+      cases.push_back({spec, dim, 64, 4, {{0, 500, 40}, {0, 77, 120}}, at::kHalf, 0, {}, true});
+    }
+  }
+  return cases;
+}
+
+TEST(DecodeAttentionGpu, TokensThatOneSideAloneHasEncoded) {
+  KVQ_NEEDS_CUDA();
+  const c10::InferenceMode guard;
+  at::manual_seed(15);
+  CheckAll(ApartCases({64, 128, 256}));
+}
+TEST(DecodeAttentionGpu, AFewShapesOfTokensThatOneSideAloneHasEncoded) {  // under a sanitizer
+  KVQ_NEEDS_CUDA();
+  const c10::InferenceMode guard;
+  at::manual_seed(16);
+  CheckAll(ApartCases({128}));
 }
 
 // Plain schemes, each with itself where it knows keys and values.

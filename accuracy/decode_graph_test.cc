@@ -130,8 +130,11 @@ TEST(DecodeGraphGpu, SaysWhichPoliciesItRefuses) {
   KVQ_NEEDS_CUDA();
   const c10::InferenceMode guard;
   const Model model(Config({"mistral-7b", 128, 4, 2, 64, 128}), Weights::Random(1, at::kHalf, at::kCUDA));
-  for (const auto& [spec, why] : {std::pair("int4-hqq@policy=kivi", "one length for keys and values"),
-                                  std::pair("int4-hqq@residual=128+0", "one length for keys and values"),
+  for (const auto& [spec, why] : {std::pair("int4-hqq@policy=kivi", "where their scheme is a plain one"),
+                                  std::pair("kivi-2@policy=kivi@rotate=hadamard", "what a plain scheme encodes as it comes"),
+                                  std::pair("q4_0@residual=128+0@rotate=hadamard", "what a plain scheme encodes as it comes"),
+                                  std::pair("exl3-4@residual=128+0", "as many keys are encoded as values"),
+                                  std::pair("turboquant-k4+q4_0@residual=128+0", "as many keys are encoded as values"),
                                   std::pair("int4-hqq@rotate=hadamard", "what a plain scheme encodes as it comes"),
                                   std::pair("q4_0@rotate=hadamard", "what a plain scheme encodes as it comes"),
                                   std::pair("q4_0@residual=0@rotate=hadamard@sinks=4", "no sinks"),
@@ -245,6 +248,20 @@ std::vector<Case> PolicyCases() {
   return cases;
 }
 
+// What a GPU's does of that.
+std::vector<Case> PolicyCasesOnAGpu() {
+  const ModelConfig mistral = Config({"mistral-7b", 512, 8, 2, 128, 1024}), qwen2 = Config({"qwen2-7b", 448, 7, 1, 64, 640});
+  std::vector<Case> cases;
+  for (const char* spec : {"kivi-2@policy=kivi@residual=32", "kivi-4@policy=kivi@residual=64+32", "kivi-2@residual=32",
+                           "none+q4_0@policy=kivi@residual=32", "kivi-4+none@policy=kivi@residual=32", "kivi-4+q8_0@residual=32+0@sinks=4",
+                           "int4-hqq@residual=32+16@sinks=3", "q8_0+int8-hqq@residual=0+32", "q8_0+int8-hqq@residual=16+32@dense=1+0"}) {
+    cases.push_back({mistral, spec, 1, at::kHalf});
+    cases.push_back({qwen2, spec, 3, at::kBFloat16});
+  }
+  cases.push_back({WindowedMistral(), "kivi-2@policy=kivi@residual=32", 2, at::kHalf});
+  return cases;
+}
+
 // After the same prefill, so from the same bits, one step and then one eager step on what it left.
 // A step that closes a block reads codes that came from the same bits, too.
 void ExpectStepsEqualForward(const std::vector<Case>& cases, const std::vector<int64_t>& lengths, at::Device device) {
@@ -277,11 +294,15 @@ TEST(DecodeGraphGpu, StepsEqualForward) {
   KVQ_NEEDS_CUDA();
   ExpectStepsEqualForward(Cases(), {1, 3, 4, 5, 32, 33, 36, 37, 100, 164}, at::kCUDA);
 }
+TEST(DecodeGraphGpu, StepsEqualForwardUnderEveryPolicy) {
+  KVQ_NEEDS_CUDA();
+  ExpectStepsEqualForward(PolicyCasesOnAGpu(), {1, 15, 31, 32, 33, 36, 64, 70}, at::kCUDA);
+}
 TEST(DecodeGraphGpu, NewestTokens) {  // under memcheck
   KVQ_NEEDS_CUDA();
   std::vector<Case> cases;
   for (const char* spec : {"llamacpp-q8_0-q4_0", "vllm-int4-per-token-head", "turboquant-k3+turboquant-v4@residual=0",
-                           "none+q5_1@residual=0@rotate=hadamard"}) {
+                           "none+q5_1@residual=0@rotate=hadamard", "kivi-2@policy=kivi@residual=32"}) {
     cases.push_back({Config({"mistral-7b", 128, 4, 2, 64, 128}), spec, 2, at::kHalf});
   }
   ExpectStepsEqualForward(cases, {1, 33}, at::kCUDA);
@@ -350,24 +371,23 @@ TEST(DecodeGraph, RunsOnOnACpuAndEncodesFullBlocks) {
 // A run of many steps leaves the cache as runs of one step each do: tokens, lengths, and what the policy encodes between.
 // And step by step the unfused path reads the same from it: its logits stand beside the graph's, on the cache the graph
 // left.
-TEST(DecodeGraph, RunsOnOnACpuUnderEveryPolicy) {
-  if (!host::HasAvx2()) GTEST_SKIP() << host::kWantsAvx2;
+void ExpectRunsOnUnderPolicies(const std::vector<Case>& cases, at::Device device) {
   const c10::InferenceMode guard;
-  for (const Case& c : PolicyCases()) {
+  for (const Case& c : cases) {
     SCOPED_TRACE(c.text());
     const Spec spec = ParseSpec(c.spec);
-    const Model model = Varied(c.config, 7, c.type, at::kCPU);
-    KvCache cache(spec, model.cache_shape(c.batch), 200, c.kv_type.value_or(c.type), at::kCPU, c.type);
+    const Model model = Varied(c.config, 7, c.type, device);
+    KvCache cache(spec, model.cache_shape(c.batch), 200, c.kv_type.value_or(c.type), device, c.type);
     DecodeGraph graph(model, cache);
     const auto prefill = [&] {
       cache.Clear();
-      Feed(model, Prompt(c.batch, 40, at::kCPU), cache, FindBackend("sdpa"), 40);
+      Feed(model, Prompt(c.batch, 40, device), cache, FindBackend("sdpa"), 40);
     };
     prefill();
-    const at::Tensor at_once = graph.Run(Prompt(c.batch, 1, at::kCPU), 70);
+    const at::Tensor at_once = graph.Run(Prompt(c.batch, 1, device), 70);
     EXPECT_EQ(cache.length(), 110);
     prefill();
-    at::Tensor token = Prompt(c.batch, 1, at::kCPU);
+    at::Tensor token = Prompt(c.batch, 1, device);
     const double tolerance = GraphTolerance(c.config, c.type, cache);
     for (int64_t i = 0; i < 70; ++i) {
       const std::function<void()> back = cache.Save();
@@ -378,6 +398,14 @@ TEST(DecodeGraph, RunsOnOnACpuUnderEveryPolicy) {
       ASSERT_TRUE(token.equal(at_once.narrow(1, i, 1))) << "step " << i;
     }
   }
+}
+TEST(DecodeGraph, RunsOnOnACpuUnderEveryPolicy) {
+  if (!host::HasAvx2()) GTEST_SKIP() << host::kWantsAvx2;
+  ExpectRunsOnUnderPolicies(PolicyCases(), at::kCPU);
+}
+TEST(DecodeGraphGpu, RunsOnUnderEveryPolicy) {
+  KVQ_NEEDS_CUDA();
+  ExpectRunsOnUnderPolicies(PolicyCasesOnAGpu(), at::kCUDA);
 }
 
 // What a flush uses while it encodes must be its own for as long as it is replayed. Whoever fills all the memory that

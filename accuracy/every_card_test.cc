@@ -2,6 +2,7 @@
 // registers that do not fit, or what is indexed as it runs), and what a block asks for must be there. What runs is what the functions of kernels/ would launch on such a card (Gather).
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <chrono>
 #include <filesystem>
 #include <fstream>
@@ -10,6 +11,7 @@
 
 #include "fixtures/cache/spec.h"
 #include "kernels/device/attention.h"
+#include "kernels/device/newest.h"
 #include "kernels/device/probe.h"
 #include "kernels/device/sage.h"
 #include "kernels/device/step.h"
@@ -63,17 +65,18 @@ class Collector {
 };
 
 void AddAttention(Collector& all, const std::string& spec, int64_t dim, int64_t group, int64_t ratio, int32_t window,
-                  DType dtype) {
+                  DType dtype, bool apart = false) {
   const SchemePair pair = ParseSpec(spec).schemes;
   DecodeAttentionArgs args;
-  args.dtype = dtype, args.query_heads = 2 * ratio, args.window = window;
+  args.dtype = dtype, args.query_heads = 2 * ratio, args.window = window, args.values_in_ring = apart;
   args.keys.batch = 1, args.keys.heads = 2, args.keys.head_dim = dim, args.keys.capacity = 4096;
   args.values = args.keys;
   const Codec &keys = pair.keys->keys, &values = pair.values->values;
   for (const auto& [codec, params, turn] : {std::tuple(&keys, &args.key_params, &args.key_turn),
                                             std::tuple(&values, &args.value_params, &args.value_turn)}) {
     if (codec->planes == nullptr) continue;
-    params->group_size = codec->device.plain == nullptr ? group : codec->default_group;
+    const bool choice = codec->device.plain == nullptr && std::ranges::count(codec->groups, group) > 0;
+    params->group_size = choice ? group : codec->default_group;
     *turn = TurnOf(*codec, {}, dim);
     try {
       codec->planes(2, dim, *params);
@@ -103,6 +106,16 @@ void AddCodecs(Collector& all, const Scheme& scheme, DType dtype, bool every_gro
       });
     }
   }
+}
+
+void AddNewest(Collector& all, const Codec& codec) {
+  NewestToken token{.codec = &codec, .params = {.group_size = codec.default_group}};
+  token.x.dtype = DType::kFloat16, token.x.batch = 1, token.x.heads = 2, token.x.tokens = 129, token.x.head_dim = 128;
+  token.out.batch = 1, token.out.heads = 2, token.out.head_dim = 128, token.out.capacity = 256;
+  all.Add([&] {
+    EncodeNewest(&token, nullptr, nullptr);
+    EncodeNewest(token, nullptr, 2, nullptr);
+  });
 }
 
 constexpr float kNumber = 0;  // for pointers that are looked at, but not behind
@@ -208,7 +221,10 @@ TEST_P(EveryCard, TakesTheDefaultInstances) {
   AddAttention(all, "none+int4-hqq", 256, 64, 2, 512, DType::kFloat16);
   AddAttention(all, "int4-hqq", 256, 64, 4, 512, DType::kFloat16);
   AddAttention(all, "int4-hqq", 512, 64, 4, 0, DType::kFloat16);
+  for (const char* spec : {"kivi-4", "kivi-2"}) AddAttention(all, spec, 128, 32, 4, 0, DType::kFloat16, /*apart=*/true);
   for (const Scheme& scheme : Schemes()) AddCodecs(all, scheme, DType::kFloat16, /*every_group=*/false);
+  AddNewest(all, FindScheme("kivi-2").values);
+  AddNewest(all, FindScheme("turboquant-v4").values);
   AddSteps(all, DType::kFloat16);
   AddSage(all, DType::kFloat16, 128);
   all.Add([] { StreamingRead(nullptr, kStreamingReadBytes, nullptr, nullptr); });
@@ -225,6 +241,12 @@ TEST_P(EveryCardEveryInstance, Fits) {
     for (const int64_t dim : {64, 128, 256}) AddAttention(all, spec, dim, 0, 4, 0, DType::kFloat16);
     AddAttention(all, spec, 128, 0, 16, 512, DType::kFloat16);
     AddAttention(all, spec, 96, 0, 3, 0, DType::kBFloat16);
+  }
+  // Where keys and values have unlike lengths: what dense tokens are read beside does not change what they need.
+  for (const char* spec : {"kivi-4", "kivi-2", "int4-hqq", "int8-hqq+none", "none+int2-quanto", "q8_0+q4_0", "q5_1", "kivi-2+q8_0"}) {
+    for (const int64_t dim : {64, 128, 256}) {
+      for (const int64_t ratio : {4, 16}) AddAttention(all, spec, dim, 64, ratio, dim == 64 ? 512 : 0, DType::kBFloat16, /*apart=*/true);
+    }
   }
   const std::vector<std::string> schemes = FusedSchemes(/*plain=*/false);
   for (const std::string& keys : schemes) {

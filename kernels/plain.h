@@ -549,7 +549,8 @@ __device__ __forceinline__ void EncodeOne(const NewestSide& side) {
   const int64_t b = blockIdx.y, h = blockIdx.x;
   if (h >= x.heads) return;
   const int dim = static_cast<int>(x.head_dim);
-  const auto* row = static_cast<const uint16_t*>(x.data) + Offset(x, b, h, 0, 0);
+  const int32_t slot = __ldcg(side.out.token_base);
+  const auto* row = static_cast<const uint16_t*>(x.data) + Offset(x, b, h, slot % static_cast<int32_t>(x.tokens), 0);
   for (int i = threadIdx.x; i < dim; i += kThreads) {  // past the L1 cache, as there could be older lines
     tile[Padded(i)] = kType == DType::kFloat16 ? HalfToFloat(__ldcg(row + i)) : BFloat16ToFloat(__ldcg(row + i));
   }
@@ -558,7 +559,7 @@ __device__ __forceinline__ void EncodeOne(const NewestSide& side) {
     if (threadIdx.x < 32) TurnBy(side.turn, SharedNumbersToTurn{tile, 0}, dim, static_cast<int>(threadIdx.x));
     __syncthreads();
   }
-  EncodeTile<S>(tile, 1, side.out, side.split, b, h, __ldcg(side.out.token_base));
+  EncodeTile<S>(tile, 1, side.out, side.split, b, h, slot);
 }
 
 template <typename Keys, typename Values, DType kType>
@@ -571,6 +572,14 @@ __global__ void __launch_bounds__(kThreads) EncodeNewestKernel(const __grid_cons
   } else {
     EncodeOne<Values, kType>(values);
   }
+}
+
+// Of many sides of one scheme: block (head, sequence, side).
+template <typename S, DType kType>
+__global__ void __launch_bounds__(kThreads) EncodeEachKernel(const NewestSide* sides) {
+  LaunchDependents();
+  WaitForPredecessors();
+  EncodeOne<S, kType>(sides[blockIdx.z]);
 }
 
 // A code of one token, by its channel.

@@ -24,13 +24,18 @@ struct Plan {
   int64_t shared_bytes = 0;
 };
 
-// Bytes of a token on one side.
-int64_t TokenBytes(const Codec& codec, const CodecParams& params, const KvView& view) {
-  if (codec.planes == nullptr) return 2 * view.head_dim;
+// Bytes of a tile of so many tokens on one side: whole groups of those that share metadata.
+int64_t TileBytes(const Codec& codec, const CodecParams& params, const KvView& view, int tile) {
+  if (codec.planes == nullptr) return tile * 2 * view.head_dim;
   int64_t bytes = 0;
-  for (const Plane& plane : codec.planes(view.heads, view.head_dim, params)) bytes += plane.bytes;
+  for (const Plane& plane : codec.planes(view.heads, view.head_dim, params)) {
+    bytes += plane.bytes * std::max<int64_t>(tile / plane.tokens, 1);
+  }
   return bytes;
 }
+
+// Whether values have lengths of their own, or a ring.
+bool IsApart(const DecodeAttentionArgs& args) { return args.value_lengths != nullptr || args.values_in_ring; }
 
 int64_t RatioOf(const DecodeAttentionArgs& args) {
   const int64_t heads = args.keys.heads;
@@ -70,7 +75,10 @@ int Splits(int64_t all_pairs, int64_t tokens, int tile, int warps, int64_t tile_
 Plan PlanTiles(const Codec& keys, const Codec& values, const DecodeAttentionArgs& args, int64_t ratio) {
   constexpr int64_t kInFlight = 112 << 10, kStatic = 1 << 10;
   const int64_t dim = args.keys.head_dim, room = CurrentDevice().block_shared - kStatic;
-  const int64_t token = TokenBytes(keys, args.key_params, args.keys) + TokenBytes(values, args.value_params, args.values);
+  const auto up = [](int64_t bytes) { return (bytes + 127) / 128 * 128; };
+  const auto tile_bytes = [&](int tile) {
+    return up(TileBytes(keys, args.key_params, args.keys, tile) + TileBytes(values, args.value_params, args.values, tile));
+  };
   const bool dense = keys.planes == nullptr || values.planes == nullptr;
   // Eight query heads share what a block reads, or sixteen where registers hold so many; more are dealt to several blocks.
   const int most_heads = dim == 64 || (dim == 128 && keys.planes == nullptr && values.planes == nullptr) ? 16 : 8;
@@ -78,11 +86,10 @@ Plan PlanTiles(const Codec& keys, const Codec& values, const DecodeAttentionArgs
   int64_t parts = 1;
   while (ratio % parts != 0 || ratio / parts > most_heads) ++parts;
   const int head_tiles = ratio / parts <= 8 ? 1 : 2;
-  const auto up = [](int64_t bytes) { return (bytes + 127) / 128 * 128; };
   const auto merge_bytes = [&](int warps) { return warps * 8 * head_tiles * (dim + 4 + 2) * 4; };
   const bool shelf = values.planes != nullptr && (dim > 128 || head_tiles > 1);  // Config::kShelf
   const auto shared_bytes = [&](int warps, int stages, int tile) {
-    return std::max<int64_t>(warps * stages * up(tile * token), up(merge_bytes(warps))) +
+    return std::max<int64_t>(warps * stages * tile_bytes(tile), up(merge_bytes(warps))) +
            (shelf ? warps * 8 * head_tiles * dim * 4 : 0) + (turns_keys ? 8 * head_tiles * dim * 4 : 0);
   };
   int warps = 0, stages = 0;
@@ -91,14 +98,15 @@ Plan PlanTiles(const Codec& keys, const Codec& values, const DecodeAttentionArgs
     warps = with_warps, stages = with_stages;
     break;
   }
-  if (warps == 0) throw InputError("decode attention: tiles of ", token, " bytes a token do not fit into ", room, " bytes of shared memory");
+  if (warps == 0) throw InputError("decode attention: tiles of ", tile_bytes(16), " bytes do not fit into ", room, " bytes of shared memory");
   const auto groups = [&](const Codec& codec, const CodecParams& params) {
-    return codec.planes == nullptr ? 0 : params.group_size == 0 ? 1 : dim / params.group_size;
+    return codec.planes == nullptr ? 0 : params.group_size == 0 || codec.min_block_tokens > 1 ? 1 : dim / params.group_size;
   };
   const int64_t key_groups = groups(keys, args.key_params), value_groups = groups(values, args.value_params);
-  const bool narrow = std::max(key_groups, value_groups) > 2;  // each group of a token wants registers
+  // Each group of a token wants registers; where tokens share a channel's scale, a tile wants as many as share it.
+  const bool narrow = std::max(key_groups, value_groups) > 2 && !(keys.min_block_tokens > 1 && value_groups <= 4);
   const int tile =
-      !dense && !narrow && warps * stages * up(32 * token) <= kInFlight && shared_bytes(warps, stages, 32) <= room ? 32 : 16;
+      !dense && !narrow && warps * stages * tile_bytes(32) <= kInFlight && shared_bytes(warps, stages, 32) <= room ? 32 : 16;
   // What leaves room for a block of the product that follows, which then fetches its weights meanwhile. Where it would be
   // too few for the kernel, which EveryCard tells, it gets what there is.
   const bool few = warps == 8 && head_tiles == 1 && parts == 1 && dim <= 128 && value_groups * values.bits <= 16 &&
@@ -109,11 +117,11 @@ Plan PlanTiles(const Codec& keys, const Codec& values, const DecodeAttentionArgs
                    InstanceName("kvq::decode_attention::Kernel",
                                 InstanceName("kvq::decode_attention::Config", keys.device.type(args.key_params, dim),
                                              values.device.type(args.value_params, dim), dim, parts, head_tiles, warps, stages,
-                                             tile, registers, args.window > 0, turns_keys + 2 * turns_values))};
+                                             tile, registers, args.window > 0, turns_keys + 2 * turns_values + 4 * IsApart(args)))};
   plan.tile_text = StrCat(warps, " warps x ", stages, " x ", tile, " tokens");
   plan.threads = 32 * warps;
   plan.pairs = args.keys.batch * args.keys.heads * parts, plan.heads = ratio / parts;
-  plan.splits = Splits(plan.pairs, TokensInSight(args), tile, warps, up(tile * token));
+  plan.splits = Splits(plan.pairs, TokensInSight(args), tile, warps, tile_bytes(tile));
   plan.shared_bytes = shared_bytes(warps, stages, tile);
   return plan;
 }
@@ -143,6 +151,10 @@ Plan PlanOf(const Codec& keys, const Codec& values, const DecodeAttentionArgs& a
   if (dim == 64 || dim == 128 || dim == 256) return PlanTiles(keys, values, args, ratio);
   if (args.key_turn.block > 0 || args.value_turn.block > 0) {
     throw InputError("decode attention turns keys and values with head_dims of 64, 128 and 256, not ", dim);
+  }
+  if (IsApart(args) || keys.min_block_tokens > 1) {
+    throw InputError("decode attention reads groups of tokens, and unlike lengths of keys and values, with head_dims of 64, 128 and 256, not ",
+                     dim);
   }
   if (dim % 8 != 0 || dim > 512) {
     throw InputError("decode attention wants a head_dim that is a multiple of 8 up to 512, not ", dim);

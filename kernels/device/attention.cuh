@@ -55,6 +55,26 @@ KVQ_HD inline Workspace LayOut(void* base, int64_t pairs, int64_t slots, int64_t
 
 #ifdef __CUDACC__
 
+// Where a sequence's tokens are: `encoded` on both sides, and behind them, dense on one side at least, the residual. Of those
+// behind the sinks each side has encoded so many.
+struct Reach : SequenceLength {
+  int32_t keys = 0, values = 0;
+};
+template <class C>
+__device__ __forceinline__ Reach ReachOf(const DecodeAttentionArgs& args, int b) {
+  const auto read = [](const SequenceLength* at) {
+    return SequenceLength{__ldcg(&at->sinks), __ldcg(&at->encoded), __ldcg(&at->residual)};
+  };
+  Reach reach{read(args.lengths + b)};
+  reach.keys = reach.values = reach.encoded;
+  if constexpr (C::kApart) {
+    if (args.value_lengths != nullptr) reach.values = __ldcg(&args.value_lengths[b].encoded);
+    const int all = reach.encoded + reach.residual;
+    reach.encoded = min(reach.keys, reach.values), reach.residual = all - reach.encoded;
+  }
+  return reach;
+}
+
 // Tokens of a sequence that a sliding window hides, those before all others.
 template <class C>
 __device__ __forceinline__ int HiddenTokens(const DecodeAttentionArgs& args, const SequenceLength& length) {
@@ -65,15 +85,65 @@ __device__ __forceinline__ int HiddenTokens(const DecodeAttentionArgs& args, con
 // Sixteen tokens of sinks or residual, straight from device memory: what lane 4 g + t of a warp needs of them.
 template <class C>
 struct DenseTokens {
-  const uint4 *key_rows[2], *value_rows[4];  // of the lane's first granule
+  // Granules of a row from the lane's first one on; where the side has the token encoded, they are decoded.
+  template <class R>
+  struct Granules {
+    const uint4* dense;
+    const KvView* view;
+    int pair, token, first;  // token: -1 where it is dense
+    bool half;
+    __device__ __forceinline__ uint4 operator[](int granule) const {
+      if constexpr (C::kApart && !R::kDense) {
+        if (token >= 0) {
+          EncodedGranule<R, C::kDim> encoded;
+          encoded.Load(*view, pair, token, first + granule);
+          return encoded.Numbers(half);
+        }
+      }
+      return __ldcg(dense + granule);
+    }
+  };
+  // Granules 0, kStep, ... of rows, all of which are on their way before one is worked on.
+  template <int kStep, class R, int kRows, int kGranules>
+  __device__ __forceinline__ static void Fetch(const Granules<R> (&rows)[kRows], uint4 (&to)[kRows][kGranules]) {
+    if constexpr (C::kApart && !R::kDense) {
+      bool encoded = false;
+#pragma unroll
+      for (const Granules<R>& row : rows) encoded |= row.token >= 0;
+      if (__any_sync(~0u, encoded)) {
+        EncodedGranule<R, C::kDim> granules[kRows][kGranules];
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+          for (int j = 0; j < kGranules; ++j) {
+            granules[i][j].Load(*rows[i].view, rows[i].pair, max(rows[i].token, 0), rows[i].first + kStep * j);
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+          for (int j = 0; j < kGranules; ++j) {
+            to[i][j] = rows[i].token >= 0 ? granules[i][j].Numbers(rows[i].half) : __ldcg(rows[i].dense + kStep * j);
+          }
+        }
+        return;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+      for (int j = 0; j < kGranules; ++j) to[i][j] = __ldcg(rows[i].dense + kStep * j);
+    }
+  }
+  Granules<typename C::K> key_rows[2];
+  Granules<typename C::V> value_rows[4];
   uint4 keys[2][C::kDim / 32], values[4][C::kDim / 64];  // as LogitsOfDense and AddDense want them, where kEager
   int valid, hidden;
 
   __device__ __forceinline__ static int Units(const SequenceLength& length) {
     return (length.sinks + 15) / 16 + (length.residual + 15) / 16;
   }
-  __device__ __forceinline__ void Load(const DecodeAttentionArgs& args, int pair, const SequenceLength& length, int unit,
-                                       int g, int t) {
+  __device__ __forceinline__ void Load(const DecodeAttentionArgs& args, int pair, const Reach& length, int unit, int g, int t) {
     const int b = pair / static_cast<int>(args.keys.heads), h = pair % static_cast<int>(args.keys.heads);
     const int sink_units = (length.sinks + 15) / 16;
     const bool sinks = unit < sink_units;
@@ -84,42 +154,47 @@ struct DenseTokens {
     hidden = HiddenTokens<C>(args, length) - first - (sinks ? 0 : length.sinks + length.encoded);
     // Past the last token, that one again: its weight will be 0.
     const int last = min(valid, 16) - 1;
-    // A dense side beside an encoded one has its residual behind the tokens that are encoded on the other.
-    const int behind = C::kOneDense && !sinks ? length.encoded : 0;
-    const auto row = [&](const DenseView& view, int token, bool dense_side) {
-      return reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(view.data) +
-                                            Offset(view, b, h, (dense_side ? behind : 0) + first + min(token, last), 0));
+    const bool half = args.dtype == DType::kFloat16;
+    const auto row = [&]<class R>(const DenseView& view, const KvView& codes, int encoded, bool ring, int token, int granule, R*) {
+      int at = first + min(token, last), coded = -1;
+      if (!sinks) {
+        // A dense side beside an encoded one has its residual behind the tokens that are encoded on the other.
+        if (R::kDense && C::kOneDense) encoded = 0;
+        at += length.encoded;
+        const int slots = static_cast<int>(view.tokens);
+        if (C::kApart && !R::kDense && (at < encoded || slots == 0)) coded = min(at, max(encoded - 1, 0));
+        at = C::kApart && ring ? at % slots : at - encoded;
+        // Lengths that were read in the midst of a change, before they are read again, may not fit together.
+        if (C::kApart || C::kOneDense) at = max(min(at, slots - 1), 0);
+      }
+      const auto* dense = reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(view.data) + Offset(view, b, h, at, 0));
+      return Granules<R>{dense + granule, &codes, pair, coded, granule, half};
     };
 #pragma unroll
-    for (int i = 0; i < 2; ++i) key_rows[i] = row(key_view, g + 8 * i, C::K::kDense) + t;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) value_rows[i] = row(value_view, 2 * t + i % 2 + i / 2 * 8, C::V::kDense) + g;
-    if constexpr (!C::kEager) return;
-#pragma unroll
     for (int i = 0; i < 2; ++i) {
-#pragma unroll
-      for (int j = 0; j < C::kDim / 32; ++j) keys[i][j] = __ldcg(key_rows[i] + 4 * j);
+      key_rows[i] = row(key_view, args.keys, length.keys, false, g + 8 * i, t, static_cast<typename C::K*>(nullptr));
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-#pragma unroll
-      for (int j = 0; j < C::kDim / 64; ++j) values[i][j] = __ldcg(value_rows[i] + 8 * j);
+      value_rows[i] = row(value_view, args.values, length.values, args.values_in_ring, 2 * t + i % 2 + i / 2 * 8, g,
+                          static_cast<typename C::V*>(nullptr));
     }
+    if constexpr (C::kEager) Fetch<4>(key_rows, keys), Fetch<8>(value_rows, values);
   }
   template <bool kBFloat16>
   __device__ __forceinline__ void Attend(int g, const Queries<C>& q, Partial<C>& partial) const {
     Logits<C> x;
     // Fetched when they are wanted, not all at once: a barrier keeps their registers few.
-    const auto fetch = [](const uint4* granule, bool first) {
+    const auto fetch = [](const auto& row, int granule, bool first) {
       if (first) __syncwarp();
-      return __ldcg(granule);
+      return row[granule];
     };
     LogitsOfDense<C, kBFloat16>(
-        q, [&](int i, int j) { return C::kEager ? keys[i][j] : fetch(key_rows[i] + 4 * j, i == 0 && j % 2 == 0); }, x);
+        q, [&](int i, int j) { return C::kEager ? keys[i][j] : fetch(key_rows[i], 4 * j, i == 0 && j % 2 == 0); }, x);
     Mask<C>(x, 0, valid, hidden, g);
     AddDense<C, kBFloat16>(q.factor, x, partial, [&](int i, int j) {
       const int row = i % 2 + i / 8 * 2;
-      return C::kEager ? values[row][j] : fetch(value_rows[row] + 8 * j, row == 0);
+      return C::kEager ? values[row][j] : fetch(value_rows[row], 8 * j, row == 0);
     });
   }
 };
@@ -133,21 +208,23 @@ struct Ring {
   static constexpr int kCopies = (C::kTile * R::kGranules + 31) / 32;
   using K = typename C::K;
   using V = typename C::V;
-  static constexpr int kKeyMeta = C::kTile * K::kBehind / 16, kAllMeta = kKeyMeta + C::kTile * V::kBehind / 16;
+  static constexpr int kKeyMeta = K::TileBehind(C::kTile) / 16, kAllMeta = kKeyMeta + V::TileBehind(C::kTile) / 16;
   static constexpr int kMetaCopies = (kAllMeta + 31) / 32;
-  // Granule n of those planes: whose it is, in which plane, what that has of a token, and the place in it.
+  // Granule n of those planes: whose it is, in which plane, what that has of a token, the place in it, and the tokens that share
+  // it.
   struct Behind {
     bool of_keys;
-    int plane, bytes, granule;
+    int plane, bytes, granule, tokens;
   };
   __device__ __forceinline__ static Behind BehindAt(int n) {
-    Behind at{n < kKeyMeta, 1, 0, n < kKeyMeta ? n : n - kKeyMeta};
+    Behind at{n < kKeyMeta, 1, 0, n < kKeyMeta ? n : n - kKeyMeta, 1};
     const auto find = [&]<class R>(R*) {
+      at.tokens = R::kTokens;
       if constexpr (R::kPlanesBehind > 0) {
         at.bytes = R::PlaneBytes(0);
 #pragma unroll
         for (int plane = 1; plane < R::kPlanesBehind; ++plane) {
-          const int before = C::kTile * R::PlaneBytes(plane - 1) / 16;
+          const int before = R::TilePlane(plane - 1, C::kTile) / 16;
           if (at.plane != plane || at.granule < before) continue;
           at.plane = plane + 1, at.granule -= before, at.bytes = R::PlaneBytes(plane);
         }
@@ -189,16 +266,17 @@ struct Ring {
     first = cut(split) + static_cast<int>(threadIdx.x) / 32, end = cut(split + 1);
     const int lane = threadIdx.x % 32;
     key_place = PlaceOf<K>(lane), value_place = PlaceOf<V>(lane);
-    const auto at = [&](const KvView& view, int plane, int token_bytes) {
+    static_assert(C::kWarps * C::kTile % K::kTokens == 0);
+    const auto at = [&](const KvView& view, int plane, int token_bytes, int together) {
       return view.planes[plane] + pair * view.plane_stride[plane] +
-             static_cast<int64_t>(first) * (C::kTile * token_bytes);
+             static_cast<int64_t>(first * C::kTile & ~(together - 1)) * token_bytes;
     };
-    keys = at(args.keys, 0, K::kRow) + lane * 16;
-    values = at(args.values, 0, V::kRow) + lane * 16;
+    keys = at(args.keys, 0, K::kRow, 1) + lane * 16;
+    values = at(args.values, 0, V::kRow, 1) + lane * 16;
 #pragma unroll
     for (int i = 0; i < kMetaCopies; ++i) {
       const Behind behind = BehindAt(lane + 32 * i);
-      meta[i] = at(behind.of_keys ? args.keys : args.values, behind.plane, behind.bytes) + behind.granule * 16;
+      meta[i] = at(behind.of_keys ? args.keys : args.values, behind.plane, behind.bytes, behind.tokens) + behind.granule * 16;
     }
   }
 
@@ -228,7 +306,7 @@ struct Ring {
       const int n = lane + 32 * i;
       if (kAllMeta % 32 != 0 && n >= kAllMeta) continue;
       const Behind behind = BehindAt(n);
-      copy(to + C::kKeyMetaAt + n * 16, meta[i], kWhole ? 0 : behind.granule * 16 / max(behind.bytes, 1));
+      copy(to + C::kKeyMetaAt + n * 16, meta[i], kWhole || behind.tokens > 1 ? 0 : behind.granule * 16 / max(behind.bytes, 1));
     }
   }
 
@@ -494,16 +572,13 @@ __global__ void __maxnreg__(C::kRegisters)
   const Workspace workspace = LayOut(args.workspace, args.keys.batch * heads * C::kParts, splits, ratio, C::kDim);
   float2* sums = static_cast<float2*>(workspace.sums) + (static_cast<int64_t>(part) * splits + split) * ratio;
   float* outputs = workspace.outputs + (static_cast<int64_t>(part) * splits + split) * ratio * C::kDim;
-  const SequenceLength* lengths = args.lengths + pair / heads;
   const auto ring_of = [&](const SequenceLength& of) {
     return Ring<C>(args, pair, of, split, splits, ptx::SharedAddress(shared) + warp * C::kStages * C::kTileBytes);
   };
-  const auto length_now = [&] {
-    return SequenceLength{__ldcg(&lengths->sinks), __ldcg(&lengths->encoded), __ldcg(&lengths->residual)};
-  };
+  const auto length_now = [&] { return ReachOf<C>(args, pair / heads); };
   LaunchDependents();
   if (!args.early) WaitForPredecessors();
-  SequenceLength length = length_now();
+  Reach length = length_now();
   Ring<C> ring = ring_of(length);
   // The newest token, of `none` or encoded within the step, is not there yet.
   bool started = (!C::kDense && !args.newest_is_encoded) || ring.StartsOld();
@@ -528,8 +603,8 @@ __global__ void __maxnreg__(C::kRegisters)
     if (C::kEager && unit < DenseTokens<C>::Units(length)) tokens.Load(args, pair, length, unit, g, t);
   };
   load_dense();
-  if (const SequenceLength now = length_now();
-      now.sinks != length.sinks || now.encoded != length.encoded || now.residual != length.residual) {
+  if (const Reach now = length_now(); now.sinks != length.sinks || now.encoded != length.encoded ||
+                                      now.residual != length.residual || now.keys != length.keys || now.values != length.values) {
     length = now;  // a step began after we looked
     ptx::CopyWait<0>();
     ring = ring_of(length), started = false;

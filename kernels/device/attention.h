@@ -49,6 +49,11 @@ struct DecodeAttentionArgs {
   int32_t window = 0;
 
   const SequenceLength* lengths = nullptr;  // [batch] in device memory, none above its capacity
+  // Of values, where these have other tokens encoded than keys; null: `lengths`. As many tokens in all. Of the tokens that are
+  // encoded on one side alone the other has dense ones; neither side is turned.
+  const SequenceLength* value_lengths = nullptr;
+  // The residual of values is a ring: behind e encoded ones, number i is in slot (e + i) % residual_values.tokens.
+  bool values_in_ring = false;
 
   // The tokens that `lengths` counted before, or counts now, were written before the kernel began that precedes this
   // one on the stream, but for the newest of `none` or where newest_is_encoded: fetching the encoded ones may begin before

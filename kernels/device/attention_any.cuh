@@ -23,7 +23,7 @@ struct AnyConfig {
   using V = Row<V_, kDim>;
   static constexpr bool kOneDense = K::kDense != V::kDense;
   static constexpr bool kTurnsValues = false;  // for Combine
-  static_assert(!K::kNormed, "rows of keys that are normed have tiles");
+  static_assert(!K::kNormed && K::kTokens == 1, "rows of keys that are normed, and groups of tokens, have tiles");
 };
 
 // A lane's share of a row: kLoads words of codes, or kLoads times four of a dense row, each some pairs of neighbouring
@@ -82,7 +82,7 @@ struct CodePairs {
   using S = Share<R, kDim>;
   uint32_t words[S::kLoads];
   OddWords<R::kOdd> odd[S::kLoads];
-  float scales[S::kLoads][S::kLoadGroups], zeros[S::kLoads][S::kLoadGroups];
+  GroupScale scales[S::kLoads][S::kLoadGroups];
 
   // `base`: of this KV head, for each plane.
   __device__ __forceinline__ void Load(const KvView& view, int pair, int64_t token, int lane) {
@@ -92,8 +92,6 @@ struct CodePairs {
       words[load] = 0;
 #pragma unroll
       for (int i = 0; i < R::kOdd; ++i) odd[load][i] = 0;
-#pragma unroll
-      for (int i = 0; i < S::kLoadGroups; ++i) scales[load][i] = zeros[load][i] = 0;
       if (!S::There(load, lane)) continue;
       const int unit = lane + 32 * load;
       words[load] = __ldcg(reinterpret_cast<const uint32_t*>(plane(0) + token * R::kRow) + unit);
@@ -109,19 +107,7 @@ struct CodePairs {
       }
       const int group = S::Channel(load, 0, lane) / R::kGroup;
 #pragma unroll
-      for (int i = 0; i < S::kLoadGroups; ++i) {
-        uint32_t meta[std::max(R::kPlanes, 1)][1] = {};  // of this group alone
-#pragma unroll
-        for (int p = 0; p < R::kPlanes; ++p) {
-          const std::byte* at = plane((R::kOdd > 0 ? 2 : 1) + p) + (token * R::kGroups + group + i) * R::kMetaBytes;
-          if constexpr (R::kMetaBytes == 1) meta[p][0] = __ldcg(reinterpret_cast<const uint8_t*>(at));
-          if constexpr (R::kMetaBytes == 2) meta[p][0] = __ldcg(reinterpret_cast<const uint16_t*>(at));
-          if constexpr (R::kMetaBytes == 4) meta[p][0] = __ldcg(reinterpret_cast<const uint32_t*>(at));
-        }
-        scales[load][i] = R::Scale(meta, 0);
-        if constexpr (R::kPoisons) scales[load][i] = R::Poison(meta[0][0]) != 0 ? BitsFloat(0x7FC00000) : scales[load][i] * 256;
-        if constexpr (!R::kCentred) zeros[load][i] = R::ZeroOf(meta, 0);
-      }
+      for (int i = 0; i < S::kLoadGroups; ++i) scales[load][i] = LoadGroupScale<R>(view, pair, token, group + i);
     }
   }
   template <bool kBFloat16>
@@ -132,10 +118,7 @@ struct CodePairs {
       uint32_t code = word >> shift & ((1u << R::kBits) - 1);
 #pragma unroll
       for (int i = 0; i < R::kOdd; ++i) code |= (odd[load][i] >> (pair + shift) & 1) << (R::kBits + i);
-      const float element = R::Element(code);
-      if constexpr (R::kCentred) return element * scales[load][i];
-      return R::kZero == Zero::kOfCodes ? (element - zeros[load][i]) * scales[load][i]
-                                        : scales[load][i] * element - zeros[load][i];
+      return Decoded<R>(code, scales[load][i]);
     };
     return {decoded(0), decoded(16)};
   }

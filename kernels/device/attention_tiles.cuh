@@ -27,11 +27,16 @@ struct Row : Codec_ {
   static constexpr int kGroups = Codec::kDense ? 1 : kDim / (Codec::kDense ? 1 : Codec::kGroup);
   static constexpr int kOddRow = Codec::kOdd * kDim / 8;
   static constexpr int kMeta = Codec::kMetaBytes * kGroups;
-  static constexpr int kBehind = kOddRow + Codec::kPlanes * kMeta;  // bytes of a token behind its codes
-  static constexpr int kTokenBytes = kRow + kBehind;
   // Planes behind the codes and what each has of a token.
   static constexpr int kPlanesBehind = (Codec::kOdd > 0 ? 1 : 0) + Codec::kPlanes;
   __device__ static constexpr int PlaneBytes(int plane) { return Codec::kOdd > 0 && plane == 0 ? kOddRow : kMeta; }
+  // What a tile of so many tokens has of it, and of all of them: of groups of tokens, whole ones.
+  __device__ static constexpr int TilePlane(int plane, int tile) { return PlaneBytes(plane) * std::max(tile, Codec::kTokens); }
+  __device__ static constexpr int TileBehind(int tile) {
+    int bytes = 0;
+    for (int plane = 0; plane < kPlanesBehind; ++plane) bytes += TilePlane(plane, tile);
+    return bytes;
+  }
   static constexpr int kWordSteps = Codec::kDense ? 1 : 8 / Codec::kBits;  // steps of a product in one word of codes
 
   // Rows lie one behind the other, but for the order of 16-byte granules within 128 bytes: granule i of a row is at
@@ -47,13 +52,14 @@ struct Row : Codec_ {
 // Everything that is fixed when a kernel is compiled. The host chooses warps, stages, tokens of a tile and registers by
 // what the device has (attention.cc).
 template <class Keys, class Values, int kDim_, int kParts_, int kHeadTiles_, int kWarps_, int kStages_, int kTile_, int kRegisters_,
-          bool kWindow_, int kTurns_>
+          bool kWindow_, int kFlags_>
 struct Config {
   static constexpr int kDim = kDim_, kHeadTiles = kHeadTiles_;
   static constexpr int kParts = kParts_;  // of a KV head's query heads, each for a block of its own
   static constexpr int kWarps = kWarps_, kStages = kStages_, kTile = kTile_, kRegisters = kRegisters_;
   static constexpr bool kWindow = kWindow_;  // tokens may be hidden by a sliding window
-  static constexpr bool kTurnsKeys = (kTurns_ & 1) != 0, kTurnsValues = (kTurns_ & 2) != 0;
+  static constexpr bool kTurnsKeys = (kFlags_ & 1) != 0, kTurnsValues = (kFlags_ & 2) != 0;
+  static constexpr bool kApart = (kFlags_ & 4) != 0;  // values have lengths of their own, or a ring
   using K = Row<Keys, kDim>;
   using V = Row<Values, kDim>;
   static constexpr bool kDense = K::kDense && V::kDense;
@@ -68,8 +74,10 @@ struct Config {
   static constexpr int kThreads = 32 * kWarps;
   // A tile: key rows, value rows, the keys' planes behind them, the values'.
   static constexpr int kValuesAt = kTile * K::kRow, kKeyMetaAt = kValuesAt + kTile * V::kRow;
-  static constexpr int kValueMetaAt = kKeyMetaAt + kTile * K::kBehind;
-  static constexpr int kTileBytes = (kTile * (K::kTokenBytes + V::kTokenBytes) + 127) / 128 * 128;
+  static constexpr int kValueMetaAt = kKeyMetaAt + K::TileBehind(kTile);
+  static constexpr int kTileBytes = (kValueMetaAt + V::TileBehind(kTile) + 127) / 128 * 128;
+  static_assert(kTile <= K::kTokens || K::kTokens == 1, "a tile has one group of tokens");
+  static_assert(V::kTokens == 1 && !(kApart && (kTurnsKeys || kTurnsValues)));
   static constexpr int kHeadStride = kDim + 4;  // floats, in the merge: lanes of one store in different banks
   static constexpr int kMergeBytes = kWarps * kHeads * (kHeadStride + 2) * 4;
   static constexpr int kShelfAt = std::max(kWarps * kStages * kTileBytes, (kMergeBytes + 127) / 128 * 128);
@@ -108,6 +116,93 @@ struct Meta {
     return found != 0 ? BitsFloat(0x7FC00000) : 0.0f;
   }
   __device__ __forceinline__ float zero(int group) const { return R::ZeroOf(words, group); }
+};
+
+// ---- encoded tokens one number at a time, straight from device memory: where there is no tile
+
+// A group's, of one token, so that a number is as Decoded says.
+struct GroupScale {
+  float scale = 0, zero = 0;
+};
+// `pair`: the KV head of a sequence.
+template <class R>
+__device__ __forceinline__ GroupScale LoadGroupScale(const KvView& view, int pair, int64_t token, int group) {
+  uint32_t meta[std::max(R::kPlanes, 1)][1] = {};  // of this group alone
+#pragma unroll
+  for (int p = 0; p < R::kPlanes; ++p) {
+    const int plane = (R::kOdd > 0 ? 2 : 1) + p;
+    const std::byte* at = view.planes[plane] + pair * view.plane_stride[plane] + (token * R::kGroups + group) * R::kMetaBytes;
+    if constexpr (R::kMetaBytes == 1) meta[p][0] = __ldcg(reinterpret_cast<const uint8_t*>(at));
+    if constexpr (R::kMetaBytes == 2) meta[p][0] = __ldcg(reinterpret_cast<const uint16_t*>(at));
+    if constexpr (R::kMetaBytes == 4) meta[p][0] = __ldcg(reinterpret_cast<const uint32_t*>(at));
+  }
+  GroupScale of;
+  of.scale = R::Scale(meta, 0);
+  if constexpr (R::kPoisons) of.scale = R::Poison(meta[0][0]) != 0 ? BitsFloat(0x7FC00000) : of.scale * 256;
+  if constexpr (!R::kCentred) of.zero = R::ZeroOf(meta, 0);
+  return of;
+}
+template <class R>
+__device__ __forceinline__ float Decoded(uint32_t code, const GroupScale& of) {
+  const float element = R::Element(code);
+  if constexpr (R::kCentred) return element * of.scale;
+  else return R::kZero == Zero::kOfCodes ? (element - of.zero) * of.scale : of.scale * element - of.zero;
+}
+
+// Channels 8 granule and on of a token: what is fetched of them, and what they are as 16-bit numbers.
+template <class R, int kDim>
+struct EncodedGranule {
+  uint32_t words[4];  // chunk by chunk
+  uint32_t odd[std::max(R::kOdd, 1)][4][2];
+  GroupScale group;
+  uint32_t scales[4], minima[4];  // of pairs of channels, where tokens share them
+  int field;
+
+  __device__ __forceinline__ void Load(const KvView& view, int pair, int64_t token, int granule) {
+    constexpr int kWords = R::kRow / 16, kRun = 128 / R::kBits;  // of a chunk; and channels that a word of each covers
+    const int channel = 8 * granule, w = channel / kRun;
+    const auto plane = [&](int p) { return view.planes[p] + pair * view.plane_stride[p]; };
+    field = channel % kRun / 8;
+#pragma unroll
+    for (int chunk = 0; chunk < 4; ++chunk) {
+      const int at = chunk * kWords + w;
+      words[chunk] = __ldcg(reinterpret_cast<const uint32_t*>(plane(0) + token * R::kRow) + at);
+#pragma unroll
+      for (int i = 0; i < R::kOdd; ++i) {
+#pragma unroll
+        for (int side = 0; side < 2; ++side) {
+          const int bit = at * (32 / R::kBits) + side * (16 / R::kBits) + field;
+          const std::byte* byte = plane(1) + token * R::kOddRow + i * (kDim / 8) + bit / 8;
+          odd[i][chunk][side] = __ldcg(reinterpret_cast<const uint8_t*>(byte)) >> bit % 8 & 1u;
+        }
+      }
+    }
+    if constexpr (R::kTokens == 1) {
+      group = LoadGroupScale<R>(view, pair, token, channel / R::kGroup);
+    } else {
+      const int64_t at = (token / R::kTokens * kDim + channel) / 8;
+      const uint4 s = __ldcg(reinterpret_cast<const uint4*>(plane(1)) + at), m = __ldcg(reinterpret_cast<const uint4*>(plane(2)) + at);
+      scales[0] = s.x, scales[1] = s.y, scales[2] = s.z, scales[3] = s.w;
+      minima[0] = m.x, minima[1] = m.y, minima[2] = m.z, minima[3] = m.w;
+    }
+  }
+  __device__ __forceinline__ uint4 Numbers(bool half) const {
+    uint32_t out[4];
+#pragma unroll
+    for (int chunk = 0; chunk < 4; ++chunk) {
+      float x[2];
+#pragma unroll
+      for (int side = 0; side < 2; ++side) {
+        uint32_t code = words[chunk] >> (field * R::kBits + 16 * side) & ((1u << R::kBits) - 1);
+#pragma unroll
+        for (int i = 0; i < R::kOdd; ++i) code |= odd[i][chunk][side] << (R::kBits + i);
+        if constexpr (R::kTokens == 1) x[side] = Decoded<R>(code, group);
+        else x[side] = fmaf(R::Element(code), ptx::HalfAt(scales[chunk], side), ptx::HalfAt(minima[chunk], side));
+      }
+      out[chunk] = half ? ptx::PackHalf(x[0], x[1]) : ptx::PackBFloat16(x[0], x[1]);
+    }
+    return {out[0], out[1], out[2], out[3]};
+  }
 };
 
 // ---- what a warp knows. Heads 8 ht + 2 t and + 1 are this lane's, `i` = 0 and 1 below.
@@ -464,6 +559,96 @@ __device__ __forceinline__ void LogitsOfCodes(ptx::Shared tile, int g, int t, co
   }
 }
 
+// The same where keys share scales and minima over tokens. Of a tile's group, with s and m of channel c: a logit is the sum of
+// (q s) code + q m. The sum of q m is that of a key which all tokens share. q s is float16, times the power of two that puts
+// the group's largest s into [1/2, 1): rounded by 2^-12 of itself, or less than 2^-39 of the largest.
+template <class C>
+__device__ __forceinline__ void LogitsOfChannelGroups(ptx::Shared tile, int g, int t, const Queries<C>& q, TileLogits<C>& x) {
+  using K = typename C::K;
+  using Reader = CodeReader<C, K>;
+  constexpr int kBlocks = C::kTile / 16, kWords = Reader::kWords, kVector = Reader::kVector, kFields = 16 / K::kBits;
+  const Reader reader(tile, tile + C::kKeyMetaAt, g, t, g);
+  const ptx::Shared scales = tile + C::kKeyMetaAt, minima = scales + 2 * C::kDim;
+  const auto pair_of = [](ptx::Shared channels, int step, int half, int t) {  // channels 2 t, 2 t + 1 of a half step
+    uint32_t word[1];
+    ptx::LoadShared(channels + (8 * step + 4 * half + t) * 4, word);
+    return word[0];
+  };
+  const auto power = [](int e) {  // 2^e twice, from 2^-24 to 2^15
+    const uint32_t bits = e >= -14 ? static_cast<uint32_t>(e + 15) << 10 : 1u << (e + 24);
+    return bits | bits << 16;
+  };
+  uint32_t some[C::kDim / 64], top = 0;
+  ptx::LoadShared(scales + (4 * g + t) * (C::kDim / 16), some);
+#pragma unroll
+  for (const uint32_t pair : some) top = ptx::MaxHalf(top, pair);
+  float largest = fmaxf(ptx::HalfAt(top, 0), ptx::HalfAt(top, 1));
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, lanes));
+  const int down = min(max(126 - static_cast<int>(__float_as_uint(largest) >> 23), -16), 15);
+  const uint32_t norm = power(down);
+  const float up = __uint_as_float(static_cast<uint32_t>(127 + 24 - down) << 23);
+  float sum[kBlocks][C::kHeadTiles][4], shared[C::kHeadTiles][4];
+#pragma unroll
+  for (int ht = 0; ht < C::kHeadTiles; ++ht) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      shared[ht][i] = 0;
+#pragma unroll
+      for (int n = 0; n < kBlocks; ++n) sum[n][ht][i] = 0;
+    }
+  }
+#pragma unroll
+  for (int first = 0; first < kWords; first += kVector) {
+    uint32_t words[kBlocks][2][kVector];
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n) {
+      reader.Words(16 * n, first, words[n][0]);
+      reader.Words(16 * n + 8, first, words[n][1]);
+    }
+#pragma unroll
+    for (int w = 0; w < kVector; ++w) {
+      uint32_t low[kBlocks][kFields], high[kBlocks][kFields];
+      const OddWords<0> none = {};
+#pragma unroll
+      for (int n = 0; n < kBlocks; ++n) K::Unpack(words[n][0][w], none, low[n]), K::Unpack(words[n][1][w], none, high[n]);
+#pragma unroll
+      for (int s = 0; s < K::kWordSteps; ++s) {
+        const int step = (first + w) * K::kWordSteps + s;
+        uint32_t scaled[2], lowest[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          scaled[half] = ptx::MultiplyHalf(pair_of(scales, step, half, t), norm);
+          lowest[half] = pair_of(minima, step, half, t);
+        }
+#pragma unroll
+        for (int ht = 0; ht < C::kHeadTiles; ++ht) {
+          uint32_t b[2];
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            b[half] = ptx::MultiplyHalf(q.b[ht][step][half], scaled[half]);
+            const int shift = NumberFields::Shift<K::kBits>(2 * s + half);
+            if (shift > 0) b[half] = ptx::MultiplyHalf(b[half], static_cast<uint32_t>(15 - shift) * 0x04000400u);
+          }
+          ptx::MmaHalf(shared[ht], lowest[0], lowest[0], lowest[1], lowest[1], q.b[ht][step][0], q.b[ht][step][1]);
+#pragma unroll
+          for (int n = 0; n < kBlocks; ++n) {
+            ptx::MmaHalf(sum[n][ht], low[n][2 * s], high[n][2 * s], low[n][2 * s + 1], high[n][2 * s + 1], b[0], b[1]);
+          }
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < kBlocks; ++n) {
+#pragma unroll
+    for (int ht = 0; ht < C::kHeadTiles; ++ht) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[n][ht][i] = fmaf(sum[n][ht][i], up, shared[ht][i]);
+    }
+  }
+}
+
 template <bool kBFloat16>
 __device__ __forceinline__ void Mma(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                                     const uint32_t (&b)[2]) {
@@ -725,6 +910,8 @@ __device__ __forceinline__ void AttendTile(ptx::Shared tile, int valid, int hidd
       LogitsOfDense<C, kBFloat16>(
           q, [&](int i, int j) { return load((keys ^ j % 2 * 64) + j / 2 * 128 + (16 * n + 8 * i) * C::K::kRow); }, x[n]);
     }
+  } else if constexpr (C::K::kTokens > 1) {
+    LogitsOfChannelGroups<C>(tile, g, t, q, x);
   } else {
     LogitsOfCodes<C>(tile, g, t, q, x, partial.broken);
   }

@@ -7,6 +7,7 @@
 //   kBits       of a code in words; rows lie as code_row.h says
 //   kOdd        bits that a code has more, in plane 1 (code_row.h), of which a row is kOdd head_dim / 8 bytes
 //   kGroup      channels, of one token, that share a scale
+//   kTokens     1; or tokens that share what a channel has of metadata (ChannelCodes)
 //   kZero       what a zero point is taken from, see Zero
 //   kCentred    there are no zero points
 //   kSigned     scales may be negative
@@ -37,7 +38,7 @@ struct Dense16 {
   static constexpr int kOdd = 0;
   static constexpr bool kDense = true, kCentred = true, kSigned = false, kNormed = false, kMayBreak = false;
   static constexpr bool kPoisons = false;
-  static constexpr int kBits = 16, kGroup = 0, kPlanes = 0, kMetaBytes = 0;
+  static constexpr int kBits = 16, kGroup = 0, kTokens = 1, kPlanes = 0, kMetaBytes = 0;
 };
 
 // The bits of a word's fields as whole numbers, with those of the odd bits above them: pairs of float16, times
@@ -82,7 +83,7 @@ struct AffineCodes {
   static constexpr int kOdd = 0;
   static constexpr bool kDense = false, kCentred = false, kSigned = false, kNormed = false, kMayBreak = false;
   static constexpr bool kPoisons = false;
-  static constexpr int kBits = kBits_, kGroup = kGroup_, kPlanes = 2, kMetaBytes = 2;
+  static constexpr int kBits = kBits_, kGroup = kGroup_, kTokens = 1, kPlanes = 2, kMetaBytes = 2;
   static constexpr Zero kZero = kZero_;
   static constexpr float kUnit = 16777216.0f;  // 2^24
 
@@ -99,6 +100,24 @@ struct AffineCodes {
   __device__ __forceinline__ static float ZeroOf(const uint32_t (&words)[2][kWords], int group) {
     return ptx::HalfAt(words[1][group / 2], group % 2);
   }
+};
+
+// Codes of 4 or 2 bits of keys whose scales and minima, fp16, are those of a channel over kTokens tokens: planes of kDim numbers
+// for each such group. A value is scale code + minimum. Scales and minima meet the query (LogitsOfChannelGroups).
+template <int kBits_, int kTokens_, int kDim>
+struct ChannelCodes {
+  static constexpr int kOdd = 0;
+  static constexpr bool kDense = false, kCentred = true, kSigned = false, kNormed = false, kMayBreak = false;
+  static constexpr bool kPoisons = false;
+  static constexpr int kBits = kBits_, kGroup = kDim, kTokens = kTokens_, kPlanes = 2;
+  static constexpr int kMetaBytes = 2 * kDim / kTokens;  // a token's share
+  static constexpr float kUnit = 1;  // a tile's own factor has what its fields have too little
+
+  __device__ static constexpr int FieldShift(int) { return 0; }
+  __device__ __forceinline__ static void Unpack(uint32_t word, const OddWords<kOdd>& odd, uint32_t (&pairs)[16 / kBits]) {
+    NumberFields::Unpack<kBits, kOdd>(word, odd, pairs);
+  }
+  __device__ __forceinline__ static float Element(uint32_t code) { return static_cast<float>(code); }
 };
 
 }  // namespace kvq

@@ -1,6 +1,7 @@
 #include "kernels/device/newest.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "kernels/error.h"
 #include "kernels/plain.h"
@@ -29,6 +30,19 @@ void EncodeNewest(const NewestToken* keys, const NewestToken* values, void* stre
                keys != nullptr && values != nullptr ? 2u : 1u},
       .threads = plain::kThreads};
   Launch("the newest token's encoding", launch, stream, SideOf(first), SideOf(second));
+}
+
+int64_t NewestSideBytes() { return sizeof(plain::NewestSide); }
+void DescribeNewest(const NewestToken& token, std::byte* to) {
+  const plain::NewestSide side = SideOf(token);
+  std::memcpy(to, &side, sizeof side);
+}
+void EncodeNewest(const NewestToken& first, const std::byte* sides, int64_t count, void* stream) {
+  const KernelLaunch launch = {.instance = {{first.codec->device.source},
+                                            InstanceName("kvq::plain::EncodeEachKernel", first.codec->device.plain, TypeName(first.x.dtype))},
+                               .grid = {static_cast<unsigned>(first.x.heads), static_cast<unsigned>(first.x.batch), static_cast<unsigned>(count)},
+                               .threads = plain::kThreads};
+  Launch("windows' encoding", launch, stream, reinterpret_cast<const plain::NewestSide*>(sides));
 }
 
 }  // namespace kvq

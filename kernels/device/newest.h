@@ -1,12 +1,15 @@
 // The newest token of every sequence, encoded within a decoding step: for caches that encode every token as it comes.
 #pragma once
 
+#include <cstddef>
+
 #include "kernels/scheme.h"
 #include "kernels/turn.h"
 
 namespace kvq {
 
-// One side of a layer: x [batch, heads, 1, head_dim], float16 or bfloat16, to slot *out.token_base of `out`, turned before.
+// One side of a layer: of x [batch, heads, tokens, head_dim], float16 or bfloat16, number *out.token_base % tokens, turned before,
+// to slot *out.token_base of `out`.
 struct NewestToken {
   const Codec* codec = nullptr;
   CodecParams params;
@@ -21,5 +24,12 @@ inline bool EncodesNewest(const Codec& codec) { return codec.device.plain != nul
 // Keys and values, or one of them (the other null), in one launch, the same bits as EncodeRotated. Asynchronous, fit for a
 // captured graph; it may begin before its predecessor has ended.
 void EncodeNewest(const NewestToken* keys, const NewestToken* values, void* stream);
+
+// Several sides of one scheme and shape in one launch, as kernels want them described in device memory: NewestSideBytes()
+// for each, which DescribeNewest writes to host memory.
+int64_t NewestSideBytes();
+void DescribeNewest(const NewestToken& token, std::byte* to);
+// `first`: one of them; `sides`: all, described, in device memory.
+void EncodeNewest(const NewestToken& first, const std::byte* sides, int64_t count, void* stream);
 
 }  // namespace kvq

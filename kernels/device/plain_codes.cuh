@@ -37,7 +37,7 @@ struct PlainCodes {
   static constexpr int kOdd = plain::kOdd<S>;
   static constexpr bool kDense = false, kCentred = !plain::kHasZero<S>, kSigned = true;
   static constexpr bool kNormed = plain::kNormed<S>, kMayBreak = S::kElement == plain::Element::kE4M3 && plain::kMembers<S> == 0;
-  static constexpr int kBits = plain::kLow<S>, kGroup = kGroup_;
+  static constexpr int kBits = plain::kLow<S>, kGroup = kGroup_, kTokens = 1;
   static constexpr bool kOfVector = plain::kHasVector<S>;
   static constexpr int kPlanes = kOfVector ? 1 : plain::kMembers<S>;
   static constexpr int kMetaBytes = [] {

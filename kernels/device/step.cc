@@ -104,6 +104,10 @@ void BeginStep(const BeginArgs& a, void* stream) {
          stream, a);
 }
 
+void CountSides(const CountArgs& a, void* stream) {
+  Launch("count", KernelOf("kvq::step::CountKernel", 1, 32), stream, a);
+}
+
 void PickTokens(const PickArgs& a, void* stream) {
   Launch("pick",
          KernelOf(InstanceName("kvq::step::PickKernel", IsBFloat16(a.dtype), a.cap > 0),

@@ -14,6 +14,7 @@
 #include <cstdint>
 
 #include "kernels/device/attention.h"
+#include "kernels/side_count.h"
 
 namespace kvq {
 
@@ -182,6 +183,18 @@ struct BeginArgs {
   const void* positions = nullptr;  // [positions, hidden], learned: added to the embedding; or null
 };
 void BeginStep(const BeginArgs& args, void* stream);
+
+// Behind BeginStep, where keys have other tokens encoded than values: each side's lengths during the step (SideCount), where its
+// token goes and what attention reads.
+struct CountArgs {
+  int64_t batch = 0;
+  const SequenceLength* dense = nullptr;  // StepState's
+  struct Side {
+    SideCount count;
+    SequenceLength *to = nullptr, *read = nullptr;  // [batch]
+  } keys, values;
+};
+void CountSides(const CountArgs& args, void* stream);
 
 // What every layer mixes in of its own: out = (norm(projected / divisor) + embedding * scale) / sqrt(2),
 // the embedding that of the token, rounded after each operation. The norm is an RMS norm over a layer's elements.

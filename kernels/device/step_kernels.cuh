@@ -355,6 +355,16 @@ __global__ void StartKernel(StepState s, int batch, const int64_t* first, Sequen
   if (threadIdx.x == 0) *s.step = 0;
 }
 
+__global__ void CountKernel(const CountArgs a) {
+  LaunchDependents();
+  WaitForPredecessors();
+  for (int b = threadIdx.x; b < a.batch; b += blockDim.x) {
+    const int32_t after = __ldcg(&a.dense[b].encoded);
+    a.keys.to[b] = a.keys.count.To(after), a.keys.read[b] = a.keys.count.Read(after);
+    a.values.to[b] = a.values.count.To(after), a.values.read[b] = a.values.count.Read(after);
+  }
+}
+
 // A block a sequence.
 template <bool kBFloat16, bool kPositions>
 __global__ void __launch_bounds__(kBeginThreads) BeginKernel(const __grid_constant__ BeginArgs a) {

@@ -589,7 +589,7 @@ void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttenti
     }
     // A dense side beside an encoded one has its residual behind the tokens that are encoded on the other.
     const bool one_dense = coded_keys != coded_values;
-    const SequenceLength& of_values = rules.value_lengths != nullptr ? rules.value_lengths[b] : length;
+    const SequenceLength& of_values = args.value_lengths != nullptr ? args.value_lengths[b] : length;
     const int64_t first = length.sinks, all = first + length.encoded + length.residual;
     // Where each side's encoded tokens end; between the two ends one side has codes and the other dense tokens.
     const int64_t ends[2] = {first + length.encoded, first + of_values.encoded};
@@ -611,7 +611,7 @@ void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttenti
       }
       Source residual[2] = {SourceOf(args.residual_keys, b, h, one_dense && !coded_keys ? length.encoded : 0),
                             SourceOf(args.residual_values, b, h, one_dense && !coded_values ? length.encoded : 0)};
-      if (rules.values_in_ring) residual[1].ring = args.residual_values.tokens, residual[1].first = of_values.encoded;
+      if (args.values_in_ring) residual[1].ring = args.residual_values.tokens, residual[1].first = of_values.encoded;
       const auto source_at = [&](int side, int64_t token) {
         Source source = token < ends[side] ? encoded[side] : residual[side];
         source.first += token - (token < ends[side] ? first : ends[side]);

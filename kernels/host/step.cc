@@ -243,6 +243,14 @@ void BeginStep(const BeginArgs& a) {
   }
 }
 
+void CountSides(const CountArgs& a) {
+  for (int64_t b = 0; b < a.batch; ++b) {
+    for (const CountArgs::Side* side : {&a.keys, &a.values}) {
+      side->to[b] = side->count.To(a.dense[b].encoded), side->read[b] = side->count.Read(a.dense[b].encoded);
+    }
+  }
+}
+
 void PickTokens(const PickArgs& a) {
   for (int64_t b = 0; b < a.batch; ++b) {
     std::vector<float> logits = Row(a.logits, a.dtype, b * a.vocabulary, a.vocabulary);

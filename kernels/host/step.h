@@ -21,6 +21,7 @@ void Activate(const GateArgs& args, const void* gate);
 void LayerInputs(const LayerInputsArgs& args);
 void StartSteps(const StepState& state, int64_t batch, const int64_t* first, SequenceLength dense, SequenceLength append);
 void BeginStep(const BeginArgs& args);
+void CountSides(const CountArgs& args);
 void PickTokens(const PickArgs& args);
 
 // stored [rows, out] = x W^T, sums in float32, for any number of rows; without a norm, ProductEnd::kStore.
@@ -37,10 +38,6 @@ std::string DecodeAttentionName(const Codec& keys, const Codec& values);
 // What caches may want that the GPU's kernels do not know.
 struct CacheRules {
   Rotation key_rotation, value_rotation;  // of encoded tokens: queries are rotated for them, their output is rotated back
-  // Of values, where these have other tokens encoded than keys; null: args.lengths. As many tokens in all.
-  const SequenceLength* value_lengths = nullptr;
-  // The residual of values is a ring: behind e encoded ones, number i is in slot (e + i) % residual_values.tokens.
-  bool values_in_ring = false;
 };
 
 // As DecodeAttention of kernels/device/attention.h, but that dense tokens are in the types of their views, those in plane

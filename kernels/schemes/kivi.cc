@@ -178,6 +178,11 @@ Codec KeysCodec() {
   codec.decode = DecodeKeys<kBits>;
   codec.encode_cuda = EncodeKeysCuda<kBits>;
   codec.decode_cuda = DecodeKeysCuda<kBits>;
+  codec.device = {.label = kBits == 4 ? "kivi-4" : "kivi-2",
+                  .type = [](const CodecParams&, int64_t head_dim) {
+                    return InstanceName("kvq::ChannelCodes", kBits, kGroup, head_dim);
+                  },
+                  .keys_alone = true};
   return codec;
 }
 
