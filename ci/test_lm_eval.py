@@ -1,6 +1,6 @@
 #!/usr/bin/python3
-"""Tests of ci/lm-eval: items made of what lm-eval 0.4.13 really wrote (accuracy/golden/lm_eval), resume and refusals without
-it; and where its virtual environment and kvqserve are at hand, lm-eval itself on a served model."""
+"""Tests of ci/lm-eval: items made of what lm-eval 0.4.13 really wrote of kvqserve with int4-hqq (accuracy/golden/lm_eval: DIR/cells
+of ci/lm-eval, of results.jsonl what names no path), resume and refusals without it; and where its virtual environment and kvqserve are at hand, lm-eval itself on a served model."""
 
 import contextlib
 import importlib.machinery
@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -137,6 +138,11 @@ class Command(unittest.TestCase):
         cells = command.cells_of(flags, out, self.server)
         for cell in cells:
             shutil.copytree(os.path.join(GOLDEN, cell["key"]["task"]), cell["folder"])
+            path = os.path.join(cell["folder"], "requests.jsonl")
+            with open(path, encoding="utf-8") as file:
+                text = file.read().replace('"spec": "int4-hqq"', f'"spec": "{cell["key"]["spec"]}"')
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text)
             with open(os.path.join(cell["folder"], "cell.txt"), "w", encoding="utf-8") as file:
                 json.dump({"key": cell["key"], "name": "smollm2-135m", "max_length": 8192, "meta": {"backend": "sdpa", "commit": "x"},
                            "begun": "2026-11-28T00:00:00+00:00"}, file)
@@ -145,19 +151,28 @@ class Command(unittest.TestCase):
     def test_what_is_there_is_not_asked_again(self):
         asked = ["--schemes=none,int4-hqq", "--tasks=austen_cloze,niah_single_1", "--contexts=1024", "--limit=3", "--seed=7"]
         self.assertEqual(len(self.fill(*asked)), 4)
-        code, out, err = self.run_it(*asked, "--server=" + self.server, "--out=" + self.out)
-        self.assertEqual(code, 0, err)  # the same items under both specs: nothing is worse
-        self.assertIn("4 of 4 cells are there", err)
+        done = subprocess.run([os.path.join(HERE, "lm-eval"), *asked, "--server=" + self.server, "--out=" + self.out],
+                              capture_output=True, text=True, check=False)
+        self.assertEqual((done.returncode, done.stderr), (0, "lm-eval: 4 of 4 cells are there\n"))  # the same items: nothing is worse
         for words in ("lm_eval_austen_cloze/smollm2-135m/sdpa/int4-hqq/ctx:1024/batch:1", "undecided", "detectable"):
-            self.assertIn(words, out)
+            self.assertIn(words, done.stdout)
         path = os.path.join(self.out, "lm_eval.json")
         self.assertEqual(len(items.read(path)), 4)
-        loaded = results.load([self.out])  # and nothing else in the folder is taken for results
-        self.assertEqual({cell.spec for cell in loaded.cells}, {"none", "int4-hqq"}) if hasattr(loaded, "cells") and \
-            not isinstance(loaded.cells, dict) else None
+        self.assertEqual(results.json_files(self.out, ()), [path])  # nothing else in the folder is taken for results
         table = subprocess.run([os.path.join(HERE, "table"), path], capture_output=True, text=True, check=False)
         self.assertEqual((table.returncode, table.stderr), (0, ""))
         self.assertIn("item by item", table.stdout)
+
+    def test_another_cache_than_asked_for_is_refused(self):
+        asked = ["--schemes=none,int4-hqq", "--tasks=capitals", "--include-path=" + os.path.join(GOLDEN, "tasks")]
+        path = os.path.join(self.fill(*asked)[0]["folder"], "requests.jsonl")
+        with open(path, encoding="utf-8") as file:
+            text = file.read().replace('"spec": "none"', '"spec": "int8-hqq"')
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+        code, out, err = self.run_it(*asked, "--server=" + self.server, "--out=" + self.out)
+        self.assertEqual((code, out), (2, ""))
+        self.assertIn("the server answered with int8-hqq, not none", err)
 
     def test_everything_that_matters_is_in_the_key(self):
         def folder(*more):
@@ -203,6 +218,14 @@ class Command(unittest.TestCase):
                 self.fail("it did not start")
         self.assertEqual((end.exception.code, err.getvalue()), (2, "lm-eval: kvqserve: --spec: no such scheme\n"))
 
+    @staticmethod
+    def runs(pid):
+        try:
+            with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
+                return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+        except OSError:
+            return False
+
     def test_a_server_ends_with_us(self):
         with open(self.server, "w", encoding="utf-8") as file:
             file.write("#!/bin/sh\necho $$ >" + self.out + ".pid\nsleep 60\n")
@@ -212,17 +235,20 @@ class Command(unittest.TestCase):
                    "c = importlib.util.module_from_spec(importlib.util.spec_from_loader('c', loader)); loader.exec_module(c)\n"
                    "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
                    f"with c.serving({self.server!r}, 'm', 'none', {{'served': []}}, {self.out!r} + '.log'): pass\n")
-        for number, code in ((15, 143), (2, 1)):
+        for number in (15, 2, 9):
             with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL) as process:
-                while not os.path.exists(self.out + ".pid") or not open(self.out + ".pid", encoding="utf-8").read().strip():
+                while not os.path.exists(self.out + ".pid") or os.stat(self.out + ".pid").st_size == 0:
                     self.assertIsNone(process.poll())
                 process.send_signal(number)
                 process.wait(30)
             with open(self.out + ".pid", encoding="utf-8") as file:
                 pid = int(file.read())
             os.remove(self.out + ".pid")
-            with self.assertRaises(ProcessLookupError):
-                os.kill(pid, 0)
+            for _ in range(100):
+                if not self.runs(pid):
+                    break
+                time.sleep(0.1)
+            self.assertFalse(self.runs(pid))
 
 
 def missing():
