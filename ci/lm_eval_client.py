@@ -17,7 +17,9 @@ import os
 import sys
 import tempfile
 
+import aiohttp
 import lm_eval
+import requests
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 from lm_eval.tasks import TaskManager
@@ -114,9 +116,14 @@ class Client(LocalCompletionsAPI):
 def client_of(job):
     tokenizer = {"tokenizer": job["tokenizer"], "tokenizer_backend": "huggingface"} if job["tokenizer"] else \
         {"tokenizer_backend": "remote"}
-    return Client(model=job["model"], base_url=job["base_url"] + "/v1/completions", max_length=job["max_length"],
-                  batch_size=job["batch"], num_concurrent=job["concurrent"], seed=job["seed"], timeout=86400,
-                  add_bos_token=job["add_bos"], **tokenizer)
+    client = Client(model=job["model"], base_url=job["base_url"] + "/v1/completions", max_length=job["max_length"],
+                    batch_size=job["batch"], num_concurrent=job["concurrent"], seed=job["seed"], timeout=86400,
+                    add_bos_token=job["add_bos"], **tokenizer)
+    if client.tokenizer_backend == "huggingface":
+        ids = client.tokenizer(job["probe"], add_special_tokens=False).input_ids
+        if ids != job["probe_ids"]:
+            fail(f"{job['tokenizer']}: transformers makes other tokens of its files than the server does")
+    return client
 
 
 def run(job, client, cell):
@@ -171,9 +178,9 @@ def main(path):
     for cell in job["cells"]:
         try:
             run(job, client, cell)
+        except (requests.RequestException, aiohttp.ClientError):
+            raise  # the server's, with its log
         except (ValueError, OSError, AssertionError) as error:
-            if os.environ.get("KVQ_TRACE"):
-                raise
             fail(f"{cell['task']}: {' '.join(str(error).split()) or type(error).__name__}")
         print(f"lm-eval: {cell['task']} is done", file=sys.stderr)
 
