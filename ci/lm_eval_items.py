@@ -1,8 +1,8 @@
 """What lm-eval wrote of a task, as items of kvqbench (accuracy/samples.h) and as a benchmark of a results file.
 
 A cell's folder has samples.jsonl and results.jsonl, which lm-eval wrote, and requests.jsonl (ci/lm_eval_client.py). Its
-items: `right` is the task's score of one item (acc, exact_match, RULER's share of the length, or the one metric that lies
-in 0..1), `nll` that of the right answer in nats a token, `margin` of a choice the log-probability of the right answer
+items: `right` is the task's score of one item (acc, exact_match, RULER's share of the length, or the first metric that
+lies in 0..1), `nll` that of the right answer in nats a token, `margin` of a choice the log-probability of the right answer
 over that of the best wrong one, `encoded_share` what the server said of the cache that answered. Of several filters (as
 gsm8k's) the task's first counts.
 """
@@ -37,11 +37,11 @@ def key(*arguments):
 
 
 def texts_of(sample):
-    """[(context, continuation)], of generations (context,), of rolling ones (text,): lm-eval's arguments less what is no
-    text."""
+    """[(context, continuation)], of generations (context,), of rolling ones (text,): of lm-eval's arguments the texts."""
     requests = sample["arguments"]
     requests = [requests[f"gen_args_{i}"] for i in range(len(requests))]
-    return [tuple(request[name] for name in ("arg_0", "arg_1") if isinstance(request.get(name), str)) for request in requests]
+    return [tuple(request[name] for name in ("arg_0", "arg_1") if isinstance(request.get(name), str))
+            for request in requests]
 
 
 def is_share(value):
@@ -72,8 +72,9 @@ def item_of(sample, asked):
     if right is not None:
         item["right"] = right
     # Log-likelihoods: the first of each request's answer, which lm-eval writes as text.
-    if len(texts[0]) == 2 or isinstance(sample["arguments"]["gen_args_0"].get("arg_1"), type(None)):
-        values = [float(response[0][0] if isinstance(response[0], list) else response[0]) for response in sample["resps"]]
+    if len(texts[0]) == 2 or "arg_1" not in sample["arguments"]["gen_args_0"]:
+        firsts = [response[0] for response in sample["resps"]]
+        values = [float(first[0] if isinstance(first, list) else first) for first in firsts]
         if not all(math.isfinite(value) for value in values):
             raise Refused(f"item {name} has a log-likelihood that is not finite")
         gold = 0 if len(values) == 1 else int(sample["target"]) if str(sample["target"]).isdigit() else None
@@ -86,8 +87,8 @@ def item_of(sample, asked):
         answer = sample["filtered_resps"][0]
         item["answer"] = answer if isinstance(answer, str) else json.dumps(answer)
         item["cut"] = int(any(answer.get("finish_reason") == "length" for answer in answers))
-    shares = [answer["kv"]["encoded_share"] for answer in answers if is_share((answer.get("kv") or {}).get("encoded_share"))]
-    if shares and len(shares) == len(answers):
+    shares = [answer.get("kv", {}).get("encoded_share") for answer in answers]
+    if shares and all(is_share(share) for share in shares):
         item["encoded_share"] = sum(shares) / len(shares)
     item["tokens"] = max(request["tokens"] for request in requests)
     item["lost_tokens"] = sum(request["tokens"] - request["sent"] for request in requests)
@@ -103,7 +104,8 @@ def convert(folder):
     results = lines(folder, "results.jsonl")[0]
     of_task = next(iter(results["results"].values()))
     filters = [name.split(",", 1)[1] for name in of_task if "," in name and "_stderr" not in name]
-    first = next((name for name in filters if any(sample["filter"] == name for sample in samples)), samples[0]["filter"])
+    used = {sample["filter"] for sample in samples}
+    first = next((name for name in filters if name in used), samples[0]["filter"])
     try:
         items = [item_of(sample, asked) for sample in samples if sample["filter"] == first]
     except (KeyError, IndexError, TypeError, ValueError) as error:
@@ -144,14 +146,15 @@ def counters(items, facts):
             ends = interval(values, low)
         if ends:
             found[name + "_lo"], found[name + "_hi"] = scale * float(ends[0]), scale * float(ends[1])
-    for name, key_, scale, low in (("score", "right", 100, 0), ("gold_nll", "nll", 1, 0), ("margin", "margin", 1, -math.inf)):
-        add(name, [item[key_] for item in items if key_ in item], scale, low)
+    for name, of, scale, low in (("score", "right", 100, 0), ("gold_nll", "nll", 1, 0), ("margin", "margin", 1, -math.inf)):
+        add(name, [item[of] for item in items if of in item], scale, low)
     shares = [item["encoded_share"] for item in items if "encoded_share" in item]
     if shares:
         found["encoded_share"] = float(numpy.mean(shares))
     tokens = [item["tokens"] for item in items]
     found |= {"samples": len(items), "prompt_tokens": float(numpy.mean(tokens)), "prompt_tokens_min": min(tokens),
-              "prompt_tokens_max": max(tokens), "shortened_share": float(numpy.mean([item["lost_tokens"] > 0 for item in items]))}
+              "prompt_tokens_max": max(tokens),
+              "shortened_share": float(numpy.mean([item["lost_tokens"] > 0 for item in items]))}
     if "cut" in items[0]:
         found["truncated_share"] = float(numpy.mean([item["cut"] for item in items]))
         found["empty_share"] = float(numpy.mean([not item["answer"].strip() for item in items]))

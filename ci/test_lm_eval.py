@@ -1,6 +1,7 @@
 #!/usr/bin/python3
-"""Tests of ci/lm-eval: items made of what lm-eval 0.4.13 really wrote of kvqserve with int4-hqq (accuracy/golden/lm_eval: DIR/cells
-of ci/lm-eval, of results.jsonl what names no path), resume and refusals without it; and where its virtual environment and kvqserve are at hand, lm-eval itself on a served model."""
+"""Tests of ci/lm-eval: items made of what lm-eval 0.4.13 really wrote of kvqserve with int4-hqq (accuracy/golden/lm_eval:
+DIR/cells of ci/lm-eval, of results.jsonl what names no path), resume and refusals without it; and where its virtual
+environment and kvqserve are at hand, lm-eval itself on a served model."""
 
 import contextlib
 import importlib.machinery
