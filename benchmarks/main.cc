@@ -24,6 +24,7 @@
 #include "fixtures/cache/kv_cache.h"
 #include "fixtures/cache/presets.h"
 #include "fixtures/gguf.h"
+#include "fixtures/machine/host_load.h"
 #include "fixtures/machine/host_memory.h"
 #include "fixtures/machine/out_of_memory.h"
 #include "kernels/error.h"
@@ -516,17 +517,8 @@ int Main(int argc, char** argv) {
 }  // namespace
 }  // namespace kvq
 
-// Threads that wait for each other spin, by libgomp's default for many milliseconds: a processor that others want, too, is
-// kept from working. Some hundred microseconds bridge the gaps between two operations (a tenth of that cost a prefill 10 %).
-// libgomp reads the number before main, so the program begins once more.
-static void LimitSpinning(char** argv) {
-  if (std::getenv("OMP_WAIT_POLICY") != nullptr || std::getenv("GOMP_SPINCOUNT") != nullptr) return;
-  setenv("GOMP_SPINCOUNT", "20000", 1);
-  execv("/proc/self/exe", argv);  // where that is not to be had, it goes on as it is
-}
-
 int main(int argc, char** argv) {
-  LimitSpinning(argv);
+  kvq::LimitSpinning(argv);
   try {
     return kvq::Main(argc, argv);
   } catch (const kvq::InputError& error) {

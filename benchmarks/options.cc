@@ -12,16 +12,6 @@
 namespace kvq {
 namespace {
 
-int64_t WholeNumber(const std::string& flag, const std::string& text, int64_t least) {
-  int64_t value = 0;
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (error != std::errc() || end != text.data() + text.size() || value < least ||
-      value > 1'000'000'000) {
-    throw InputError(flag, ": a whole number from ", least, " to 1000000000, not '", text, "'");
-  }
-  return value;
-}
-
 std::vector<std::string> List(const std::string& flag, const std::string& text) {
   std::vector<std::string> items;
   std::istringstream stream(text);
@@ -118,6 +108,16 @@ std::string Columns(const Rows& rows) {
 }
 
 }  // namespace
+
+int64_t WholeNumber(const std::string& flag, const std::string& text, int64_t least) {
+  int64_t value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error != std::errc() || end != text.data() + text.size() || value < least ||
+      value > 1'000'000'000) {
+    throw InputError(flag, ": a whole number from ", least, " to 1000000000, not '", text, "'");
+  }
+  return value;
+}
 
 std::regex CompileRegex(const std::string& flag, const std::string& text) {
   try {

@@ -31,6 +31,9 @@ struct CommandLine {
   std::vector<std::string> rest;  // for benchmark::Initialize
 };
 
+// From `least` to a thousand millions. Throws InputError naming the flag.
+int64_t WholeNumber(const std::string& flag, const std::string& text, int64_t least);
+
 // Throws InputError naming the flag.
 std::regex CompileRegex(const std::string& flag, const std::string& text);
 

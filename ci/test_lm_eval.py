@@ -1,0 +1,310 @@
+#!/usr/bin/python3
+"""Tests of ci/lm-eval: items made of what lm-eval 0.4.13 really wrote of kvqserve with int4-hqq (accuracy/golden/lm_eval:
+DIR/cells of ci/lm-eval, of results.jsonl what names no path), resume and refusals without it; and where its virtual
+environment and kvqserve are at hand, lm-eval itself on a served model."""
+
+import contextlib
+import importlib.machinery
+import importlib.util
+import io
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+GOLDEN = os.path.join(os.path.dirname(HERE), "accuracy", "golden", "lm_eval")
+CACHE = os.environ.get("KVQ_CACHE") or os.path.expanduser("~/.cache/kvqbench")
+SERVER = os.environ.get("KVQ_SERVE_EXE", os.path.join(os.path.dirname(HERE), "build", "release", "kvqserve"))
+sys.path.insert(0, HERE)
+sys.dont_write_bytecode = True
+
+import items  # noqa: E402
+import lm_eval_items  # noqa: E402
+import results  # noqa: E402
+
+loader = importlib.machinery.SourceFileLoader("lm_eval_command", os.path.join(HERE, "lm-eval"))
+command = importlib.util.module_from_spec(importlib.util.spec_from_loader("lm_eval_command", loader))
+loader.exec_module(command)
+
+
+def raw(task):
+    """lm-eval's own numbers of a recorded task, and its samples."""
+    with open(os.path.join(GOLDEN, task, "results.jsonl"), encoding="utf-8") as file:
+        numbers = json.load(file)["results"][task]
+    with open(os.path.join(GOLDEN, task, "samples.jsonl"), encoding="utf-8") as file:
+        return numbers, [json.loads(line) for line in file]
+
+
+class Items(unittest.TestCase):
+    """What is recorded has lm-eval's own averages beside it, which ours must equal."""
+
+    def test_cloze(self):
+        found, facts = lm_eval_items.convert(os.path.join(GOLDEN, "austen_cloze"))
+        numbers, samples = raw("austen_cloze")
+        self.assertEqual(len(found), len(samples))
+        self.assertEqual(sum(item["right"] for item in found) / len(found), numbers["acc,none"])
+        # LAMBADA's perplexity is of whole answers; nll is of their tokens.
+        with open(os.path.join(GOLDEN, "austen_cloze", "requests.jsonl"), encoding="utf-8") as file:
+            scored = {line["prompt_sha256"]: line["scored"] for line in map(json.loads, file)}
+        whole = [item["nll"] * scored[item["prompt_sha256"]] for item in found]
+        self.assertAlmostEqual(math.exp(sum(whole) / len(whole)), numbers["perplexity,none"], 6)
+        for item in found:
+            self.assertTrue(.5 < item["encoded_share"] < 1, item)
+            self.assertTrue(0 < item["tokens"] and item["lost_tokens"] == 0, item)
+        self.assertEqual(facts["cache"]["spec"], "int4-hqq")
+        # 30 layers of 3 heads of 64, keys and values: 4.5 bits where encoded, 16 where not.
+        self.assertTrue(30 * 2 * 3 * 64 * 4.5 / 8 < facts["kv_bytes_per_token"] < 30 * 2 * 3 * 64 * 2, facts)
+
+    def test_choice(self):
+        found, _ = lm_eval_items.convert(os.path.join(GOLDEN, "capitals"))
+        numbers, samples = raw("capitals")
+        self.assertEqual(sum(item["right"] for item in found) / len(found), numbers["acc,none"])
+        for item, sample in zip(found, samples, strict=True):
+            self.assertEqual(item["margin"] > 0, item["right"] == 1)
+            self.assertEqual(item["answer"] == sample["target"], item["right"] == 1)
+            self.assertGreater(item["nll"], 0)
+
+    def test_generation_with_two_filters_is_one_cell(self):
+        found, facts = lm_eval_items.convert(os.path.join(GOLDEN, "gsm_symbolic"))
+        numbers, samples = raw("gsm_symbolic")
+        self.assertEqual((facts["filter"], 2 * len(found)), ("flexible-extract", len(samples)))
+        self.assertEqual(sum(item["right"] for item in found) / len(found), numbers["exact_match,flexible-extract"])
+        self.assertNotIn("nll", found[0])
+        self.assertTrue(all(isinstance(item["answer"], str) for item in found))
+
+    def test_ruler_counts_the_length_that_was_asked(self):
+        found, _ = lm_eval_items.convert(os.path.join(GOLDEN, "niah_single_1"))
+        numbers, samples = raw("niah_single_1")
+        self.assertEqual({sample["4096"] for sample in samples}, {-1.0})
+        self.assertEqual(sum(item["right"] for item in found) / len(found), numbers["1024,none"])
+
+    def test_rolling(self):
+        found, _ = lm_eval_items.convert(os.path.join(GOLDEN, "text_rolling"))
+        numbers, samples = raw("text_rolling")
+        words = len(samples[0]["doc"]["page"].split())
+        self.assertAlmostEqual(math.exp(found[0]["nll"] * (found[0]["tokens"] - 1) / words), numbers["word_perplexity,none"], 6)
+        self.assertNotIn("right", found[0])
+
+    def test_counters(self):
+        found = [{"right": value, "nll": 2 - value, "tokens": 100 + value, "lost_tokens": 1 - value, "encoded_share": .5} for value in (1, 0, 1, 1)]
+        counted = lm_eval_items.counters(found, {})
+        self.assertEqual((counted["score"], counted["samples"], counted["encoded_share"], counted["shortened_share"]), (75, 4, .5, .25))
+        self.assertAlmostEqual(counted["score_lo"], 30.06, 1)  # Wilson, 3 of 4
+        self.assertAlmostEqual(counted["gold_nll"], 1.25)
+        self.assertTrue(counted["gold_nll_lo"] < 1.25 < counted["gold_nll_hi"])
+
+    def test_what_is_not_whole_is_refused(self):
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copytree(os.path.join(GOLDEN, "capitals"), folder, dirs_exist_ok=True)
+            path = os.path.join(folder, "requests.jsonl")
+            with open(path, encoding="utf-8") as file:
+                kept = file.readlines()[1:]
+            with open(path, "w", encoding="utf-8") as file:
+                file.writelines(kept)
+            with self.assertRaisesRegex(lm_eval_items.Refused, "a request that the client did not send"):
+                lm_eval_items.convert(folder)
+            os.remove(path)
+            with self.assertRaisesRegex(lm_eval_items.Refused, "remove .* to run it again"):
+                lm_eval_items.convert(folder)
+
+
+class Command(unittest.TestCase):
+    def setUp(self):
+        self.dir = tempfile.TemporaryDirectory(prefix="kvq_lm_eval_")
+        self.addCleanup(self.dir.cleanup)
+        self.out = os.path.join(self.dir.name, "out")
+        self.server = os.path.join(self.dir.name, "kvqserve")  # must not be started
+        with open(self.server, "w", encoding="utf-8") as file:
+            file.write("#!/bin/sh\necho 'kvqserve: --spec: no such scheme' >&2\nexit 2\n")
+        os.chmod(self.server, 0o755)
+
+    def run_it(self, *arguments):
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                code = command.main(list(arguments))
+            except SystemExit as end:
+                code = end.code
+        return code, out.getvalue(), err.getvalue()
+
+    def fill(self, *arguments):
+        """Puts what is recorded where the command would have put it."""
+        flags, out = command.parse([*arguments, "--server=" + self.server, "--out=" + self.out])
+        cells = command.cells_of(flags, out, self.server)
+        for cell in cells:
+            shutil.copytree(os.path.join(GOLDEN, cell["key"]["task"]), cell["folder"])
+            path = os.path.join(cell["folder"], "requests.jsonl")
+            with open(path, encoding="utf-8") as file:
+                text = file.read().replace('"spec": "int4-hqq"', f'"spec": "{cell["key"]["spec"]}"')
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text)
+            with open(os.path.join(cell["folder"], "cell.txt"), "w", encoding="utf-8") as file:
+                json.dump({"key": cell["key"], "name": "smollm2-135m", "max_length": 8192, "meta": {"backend": "sdpa", "commit": "x"},
+                           "begun": "2026-11-28T00:00:00+00:00"}, file)
+        return cells
+
+    def test_what_is_there_is_not_asked_again(self):
+        asked = ["--schemes=none,int4-hqq", "--tasks=austen_cloze,niah_single_1", "--contexts=1024", "--limit=3", "--seed=7"]
+        self.assertEqual(len(self.fill(*asked)), 4)
+        done = subprocess.run([os.path.join(HERE, "lm-eval"), *asked, "--server=" + self.server, "--out=" + self.out],
+                              capture_output=True, text=True, check=False)
+        self.assertEqual((done.returncode, done.stderr), (0, "lm-eval: 4 of 4 cells are there\n"))  # the same items: nothing is worse
+        for words in ("lm_eval_austen_cloze/smollm2-135m/sdpa/int4-hqq/ctx:1024/batch:1", "undecided", "detectable"):
+            self.assertIn(words, done.stdout)
+        path = os.path.join(self.out, "lm_eval.json")
+        self.assertEqual(len(items.read(path)), 4)
+        self.assertEqual(results.json_files(self.out, ()), [path])  # nothing else in the folder is taken for results
+        table = subprocess.run([os.path.join(HERE, "table"), path], capture_output=True, text=True, check=False)
+        self.assertEqual((table.returncode, table.stderr), (0, ""))
+        self.assertIn("item by item", table.stdout)
+
+    def test_another_cache_than_asked_for_is_refused(self):
+        asked = ["--schemes=none,int4-hqq", "--tasks=capitals", "--include-path=" + os.path.join(GOLDEN, "tasks")]
+        path = os.path.join(self.fill(*asked)[0]["folder"], "requests.jsonl")
+        with open(path, encoding="utf-8") as file:
+            text = file.read().replace('"spec": "none"', '"spec": "int8-hqq"')
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text)
+        code, out, err = self.run_it(*asked, "--server=" + self.server, "--out=" + self.out)
+        self.assertEqual((code, out), (2, ""))
+        self.assertIn("the server answered with int8-hqq, not none", err)
+
+    def test_everything_that_matters_is_in_the_key(self):
+        def folder(*more):
+            flags, out = command.parse(["--out=" + self.out, "--server=" + self.server, "--tasks=gsm8k_file", "--file=" + self.server, *more])
+            return [cell["folder"] for cell in command.cells_of(flags, out, self.server)][-1]
+        plain, seen = folder(), set()
+        for more in ((), ("--limit=3",), ("--seed=1",), ("--schemes=int8-hqq",), ("--models=x",), ("--fewshot=0",), ("--batch=4",),
+                     ("--concurrent=4",), ("--max-length=99",), ("--tasks=text_rolling",), ("--file=" + __file__,), ("--", "--dtype=float32"),
+                     ("--include-path=" + os.path.join(GOLDEN, "tasks"),)):
+            seen.add(folder(*more))
+        self.assertEqual(len(seen), 13)
+        self.assertEqual(plain, folder())
+        with open(self.server, "a", encoding="utf-8") as file:
+            file.write("# another build\n")
+        self.assertNotEqual(plain, folder())
+
+    def test_bad_input_is_one_line_and_2(self):
+        missing = os.path.join(self.dir.name, "none")
+        for arguments, words in (
+                (["--task=x"], "unknown argument '--task=x'; see ci/lm-eval --help"),
+                (["--limit=0"], "--limit: a whole number from 1, not '0'"),
+                (["--limit"], "--limit wants a value"),
+                (["--schemes=,"], "--schemes wants a list"),
+                (["--contexts=512,x"], "--contexts: a whole number from 1, not 'x'"),
+                (["--tasks=gsm8k_file"], "gsm8k_file wants --file=FILE"),
+                (["--tasks=gsm8k_file", "--file=" + missing], "no such file"),
+                (["--include-path=" + missing], "no such folder"),
+                (["--server=" + missing], "no such file"),
+                (["--tasks=ruler", "--contexts=512"], "--contexts: RULER's prompts want 1024 tokens at least, not 512"),
+                (["--contexts=64"], "austen_cloze wants 256 tokens at least, not 64"),
+                (["--", "--spec=none"], "'--spec=none' is what ci/lm-eval itself hands to kvqserve")):
+            code, out, err = self.run_it(*arguments)
+            self.assertEqual((code, out, err.count("\n")), (2, "", 1), (arguments, err))
+            self.assertIn(words, err)
+            self.assertTrue(err.startswith("lm-eval: "), err)
+        self.assertFalse(os.path.exists(self.out))
+
+    def test_a_server_that_refuses_is_heard(self):
+        flags, _ = command.parse(["--server=" + self.server])
+        err = io.StringIO()
+        with self.assertRaises(SystemExit) as end, contextlib.redirect_stderr(err):
+            with command.serving(self.server, "m", "nope", flags, os.path.join(self.dir.name, "log")):
+                self.fail("it did not start")
+        self.assertEqual((end.exception.code, err.getvalue()), (2, "lm-eval: kvqserve: --spec: no such scheme\n"))
+
+    @staticmethod
+    def runs(pid):
+        try:
+            with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
+                return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+        except OSError:
+            return False
+
+    def test_a_server_ends_with_us(self):
+        with open(self.server, "w", encoding="utf-8") as file:
+            file.write("#!/bin/sh\necho $$ >" + self.out + ".pid\nsleep 60\n")
+        flags, _ = command.parse(["--server=" + self.server])
+        program = (f"import sys; sys.argv = ['x']; sys.path.insert(0, {HERE!r}); import importlib.machinery, importlib.util, signal\n"
+                   f"loader = importlib.machinery.SourceFileLoader('c', {os.path.join(HERE, 'lm-eval')!r})\n"
+                   "c = importlib.util.module_from_spec(importlib.util.spec_from_loader('c', loader)); loader.exec_module(c)\n"
+                   "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+                   f"with c.serving({self.server!r}, 'm', 'none', {{'served': []}}, {self.out!r} + '.log'): pass\n")
+        for number in (15, 2, 9):
+            with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL) as process:
+                while not os.path.exists(self.out + ".pid") or os.stat(self.out + ".pid").st_size == 0:
+                    self.assertIsNone(process.poll())
+                process.send_signal(number)
+                process.wait(30)
+            with open(self.out + ".pid", encoding="utf-8") as file:
+                pid = int(file.read())
+            os.remove(self.out + ".pid")
+            for _ in range(100):
+                if not self.runs(pid):
+                    break
+                time.sleep(0.1)
+            self.assertFalse(self.runs(pid))
+
+
+def missing():
+    if not os.access(SERVER, os.X_OK):
+        return f"{SERVER} is not there"
+    with contextlib.suppress(OSError), open(os.path.join(CACHE, "lm-eval-venv", ".installed"), encoding="utf-8") as file:
+        with open(command.REQUIREMENTS, encoding="utf-8") as wanted:
+            if file.read() == wanted.read():
+                return "" if os.path.isdir(os.path.join(CACHE, "models", "smollm2-135m")) else "smollm2-135m is not there"
+    return "ci/lm-eval has not made its virtual environment yet"
+
+
+@unittest.skipIf(missing(), missing())
+class Served(unittest.TestCase):
+    """lm-eval asks kvqserve; its sum of log-probabilities is kvqbench's perplexity of the same tokens."""
+
+    def test_lm_eval_sums_what_kvqbench_scores(self):
+        with tempfile.TemporaryDirectory(prefix="kvq_lm_eval_") as folder:
+            page = ("It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of a wife. "
+                    "However little known the feelings or views of such a man may be on his first entering a neighbourhood, ") * 6
+            text, corpus, out = (os.path.join(folder, name) for name in ("text", "corpus", "out"))
+            with open(text, "w", encoding="utf-8") as file:
+                file.write(page)
+            with open(corpus, "w", encoding="utf-8") as file:
+                file.write("<|im_start|>" + page)  # the BOS that lm-eval puts in front
+            done = subprocess.run([os.path.join(HERE, "lm-eval"), "--server=" + SERVER, "--schemes=none,int4-hqq", "--tasks=text_rolling,capitals",
+                                   "--file=" + text, "--include-path=" + os.path.join(GOLDEN, "tasks"), "--out=" + out, "--", "--dtype=float32"],
+                                  capture_output=True, text=True, check=False)
+            self.assertIn(done.returncode, (0, 1), done.stderr)
+            found = {items.parts(cell)[3]: lines["0"] for cell, lines in items.read(os.path.join(out, "lm_eval.json")).items()
+                     if cell.startswith("lm_eval_text_rolling/")}
+            tokens = found["none"]["tokens"]
+            bench = os.path.join(folder, "bench.json")
+            subprocess.run([os.path.join(os.path.dirname(SERVER), "kvqbench"), "--corpus-file=" + corpus, f"--contexts={tokens}", "--windows=1",
+                            "--schemes=none,int4-hqq", "--dtype=float32", "--benchmark_filter=^perplexity/", "--benchmark_out=" + bench],
+                           capture_output=True, check=True)
+            with open(bench, encoding="utf-8") as file:
+                rows = {row["name"].split("/")[3]: row for row in json.load(file)["benchmarks"]}
+            for spec, row in rows.items():
+                self.assertEqual(row["scored_tokens"], tokens - 1)
+                self.assertLess(abs(found[spec]["nll"] / math.log(row["ppl"]) - 1), 1e-6, spec)
+                self.assertAlmostEqual(found[spec]["encoded_share"] > .25, spec != "none")
+            self.assertNotEqual(rows["none"]["ppl"], rows["int4-hqq"]["ppl"])
+            self.assertIn("lm_eval_capitals/smollm2-135m/sdpa/int4-hqq", done.stdout)
+            self.assertIn("hardly encoded", done.stdout)  # of a dozen tokens
+
+    def test_refusals(self):
+        for arguments, words in ((["--tasks=nope"], "--tasks: 'nope' is none of lm-eval's"), (["--schemes=nope"], "nope"),
+                                 (["--models=nope"], "nope")):
+            with tempfile.TemporaryDirectory(prefix="kvq_lm_eval_") as out:
+                done = subprocess.run([os.path.join(HERE, "lm-eval"), "--server=" + SERVER, "--out=" + out, *arguments],
+                                      capture_output=True, text=True, check=False)
+                self.assertEqual((done.returncode, done.stdout), (2, ""), done.stderr)
+                self.assertIn(words, done.stderr)
+
+
+if __name__ == "__main__":
+    unittest.main()
