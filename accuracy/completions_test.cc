@@ -22,9 +22,9 @@ class CompletionTest : public TinyModel {
     options.dtype = "float32", options.kv_dtype = "bfloat16";
     session_ = std::make_unique<Session>(options);
   }
-  CompletionEngine Engine(const Spec& spec, bool reuse) {
+  CompletionEngine Engine(const Spec& spec, bool reuse, const std::string& backend = "sdpa") {
     const std::string name = (dir_ / "tiny").string();
-    return CompletionEngine(*session_, session_->model(name), session_->tokenizer(name), FindBackend("sdpa"), spec, 128, {2}, reuse);
+    return CompletionEngine(*session_, session_->model(name), session_->tokenizer(name), FindBackend(backend), spec, 128, {2}, reuse);
   }
   std::unique_ptr<Session> session_;
 };
@@ -49,11 +49,14 @@ TEST_F(CompletionTest, AKeptPromptGivesTheBitsOfANewOne) {
   std::mt19937_64 random(7);
   std::vector<int32_t> text(100);
   for (int32_t& id : text) id = static_cast<int32_t>(3 + random() % 400);
-  for (const char* spec_text : {"none@residual=16", "int4-hqq@residual=16", "int2-hqq-kivi@residual=16@sinks=4@group=16", "q8_0@residual=0",
-                                "int4-hqq@residual=16@prefill=raw", "kivi2@policy=kivi@residual=32@group=32", "int4-hqq@residual=8@policy=hf"}) {
-    SCOPED_TRACE(spec_text);
+  for (const auto& [backend, spec_text] : std::vector<std::pair<const char*, const char*>>{
+           {"sdpa", "none@residual=16"}, {"sdpa", "int4-hqq@residual=16"}, {"sdpa", "int2-hqq-kivi@residual=32@sinks=4@group=32"},
+           {"sdpa", "q8_0@residual=0"}, {"sdpa", "int4-hqq@residual=16@prefill=raw"}, {"sdpa", "kivi-2@policy=kivi@residual=32@group=32"},
+           {"sdpa", "int4-hqq@residual=8@policy=hf"}, {"fused", "none@residual=16"}, {"fused", "int4-hqq@residual=16@sinks=2"}}) {
+    SCOPED_TRACE(StrCat(backend, " ", spec_text));
     const Spec spec = ParseSpec(spec_text);
-    CompletionEngine kept = Engine(spec, true), anew = Engine(spec, false);
+    CompletionEngine kept = Engine(spec, true, backend), anew = Engine(spec, false, backend);
+    EXPECT_EQ(kept.ran().find("sdpa, tokens") == 0, std::string(backend) == "fused") << kept.ran();
     int64_t reused = 0;
     for (const auto& [length, changed, top, scored] : std::vector<std::tuple<size_t, size_t, int64_t, bool>>{
              {90, 99, 1, true}, {95, 89, 1, true}, {60, 55, 1, true}, {60, 60, 1, true}, {90, 99, 2, true}, {90, 99, 0, false},
@@ -171,8 +174,8 @@ TEST(TextStream, HoldsBackWhatIsNotCertain) {
   add("\xbc", "ü");
   add("\xe4\xb8", "");   // of one that begins a stop string
   add("\x96", "");
-  add("\xe4", "");
-  add("\xb8\x80", "世一");
+  add("\xe4", "世");     // the stop string goes on otherwise
+  add("\xb8\x80", "一");
   add("\xff!", "\uFFFD!");  // never UTF-8
   add("SST", "S");
   EXPECT_TRUE(text.Add("OP and more"));

@@ -267,7 +267,7 @@ class App {
   void Close() {
     Stop();
     if (!listener_.joinable()) return;
-    while (!http_.is_running()) std::this_thread::sleep_for(1ms);  // stop would be lost
+    for (int i = 0; i < 1000 && !http_.is_running(); ++i) std::this_thread::sleep_for(1ms);  // stop would be lost
     http_.stop();
     listener_.join();
   }

@@ -383,21 +383,22 @@ OrderedJson StopReason(const Completion& answer) {
 
 // Over prompts, `first` and on: usage, what the cache held, how long it took.
 OrderedJson Sums(const ApiQuery& query, const Served& served, size_t first, std::span<const Completion> answers) {
-  int64_t prompt = 0, generated = 0, reused = 0, stored = 0, encoded = 0, bytes = 0;
+  int64_t prompt = 0, generated = 0, reused = 0, stored = 0, bytes = 0;
+  std::optional<int64_t> encoded = 0;
   double prompt_s = 0, s = 0, share = 0;
   for (size_t i = 0; i < answers.size(); ++i) {
     prompt += static_cast<int64_t>(query.prompts[first + i].query.prompt.size());
     generated += static_cast<int64_t>(answers[i].tokens.size());
     reused += answers[i].reused;
     stored += answers[i].stored;
-    encoded += answers[i].encoded;
+    encoded = encoded && answers[i].encoded ? std::optional(*encoded + *answers[i].encoded) : std::nullopt;
     bytes += answers[i].kv_bytes;
     share += answers[i].encoded_share / static_cast<double>(answers.size());
     prompt_s += answers[i].prompt_seconds;
     s += answers[i].seconds;
   }
   OrderedJson kv = served.kv;
-  kv.update({{"tokens", stored}, {"encoded_tokens", encoded}, {"kv_bytes", bytes}, {"encoded_share", share}});
+  kv.update({{"tokens", stored}, {"encoded_tokens", encoded ? OrderedJson(*encoded) : OrderedJson()}, {"kv_bytes", bytes}, {"encoded_share", share}});
   return {{"usage", {{"prompt_tokens", prompt}, {"total_tokens", prompt + generated}, {"completion_tokens", generated},
                      {"prompt_tokens_details", {{"cached_tokens", reused}}}}},
           {"kv", kv},
