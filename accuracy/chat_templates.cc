@@ -167,7 +167,7 @@ std::string WriteGemma(const ChatWriter& how, const Messages& messages) {
 const std::vector<ChatTemplate>& ChatTemplates() {
   static const std::vector<ChatTemplate> templates = {
       {"153280e3ff55d19da1398bdb3914ee2a51b80429bfaedde11d7d216c39db80f3", "ChatML", WriteChatMl, {""}},
-      {"793202280c0910ab26bc6eb57c8212c2417324c6d8c4efd0d10d59092ab3e3eb", "Qwen2-Instruct", WriteChatMl,
+      {"793202280c0910ab26bc6eb57c8212c2417324c6d8c4efd0d10d59092ab3e3eb", "Qwen2-Instruct", WriteChatMl,  // and 1.5
        {"You are a helpful assistant."}},
       {"a18cc698dd45623eb707279d08e66f7bb8d76afc89ead84016b88487b395b5cc", "Qwen2.5-Instruct", WriteChatMl,
        {"You are Qwen, created by Alibaba Cloud. You are a helpful assistant."}},
