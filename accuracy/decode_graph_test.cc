@@ -254,7 +254,8 @@ std::vector<Case> PolicyCasesOnAGpu() {
   std::vector<Case> cases;
   for (const char* spec : {"kivi-2@policy=kivi@residual=32", "kivi-4@policy=kivi@residual=64+32", "kivi-2@residual=32",
                            "none+q4_0@policy=kivi@residual=32", "kivi-4+none@policy=kivi@residual=32", "kivi-4+q8_0@residual=32+0@sinks=4",
-                           "int4-hqq@residual=32+16@sinks=3", "q8_0+int8-hqq@residual=0+32", "q8_0+int8-hqq@residual=16+32@dense=1+0"}) {
+                           "int4-hqq@residual=32+16@sinks=3", "q8_0+int8-hqq@residual=0+32", "q8_0+int8-hqq@residual=16+32@dense=1+0", "q8_0+none@residual=0+32",
+                           "none+int8-hqq@residual=32+0"}) {
     cases.push_back({mistral, spec, 1, at::kHalf});
     cases.push_back({qwen2, spec, 3, at::kBFloat16});
   }

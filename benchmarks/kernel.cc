@@ -198,6 +198,11 @@ Counters Attention(Session& session, const Cell& cell, benchmark::State& state) 
   if (!HasDecodeAttention(*codecs[0], *codecs[1])) {
     throw Skip(StrCat("no fused attention for keys ", pair.keys->name, " and values ", pair.values->name));
   }
+  for (const Codec* codec : codecs) {
+    if (shape.context % codec->min_block_tokens != 0) {
+      throw Skip(StrCat("groups of ", codec->min_block_tokens, " tokens, and a context of ", shape.context));
+    }
+  }
   const auto cache_shape = [&](int64_t heads) {
     return std::vector<int64_t>{shape.batch, heads, shape.context, shape.head_dim};
   };

@@ -24,6 +24,9 @@ struct Plan {
   int64_t shared_bytes = 0;
 };
 
+// Whether values have lengths of their own, or a ring.
+bool IsApart(const DecodeAttentionArgs& args) { return args.value_lengths != nullptr || args.values_in_ring; }
+
 // Bytes of a tile of so many tokens on one side: whole groups of those that share metadata.
 int64_t TileBytes(const Codec& codec, const CodecParams& params, const KvView& view, int tile) {
   if (codec.planes == nullptr) return tile * 2 * view.head_dim;
@@ -33,9 +36,6 @@ int64_t TileBytes(const Codec& codec, const CodecParams& params, const KvView& v
   }
   return bytes;
 }
-
-// Whether values have lengths of their own, or a ring.
-bool IsApart(const DecodeAttentionArgs& args) { return args.value_lengths != nullptr || args.values_in_ring; }
 
 int64_t RatioOf(const DecodeAttentionArgs& args) {
   const int64_t heads = args.keys.heads;
@@ -48,7 +48,8 @@ int64_t RatioOf(const DecodeAttentionArgs& args) {
 
 // Tokens that a launch may have to read.
 int64_t TokensInSight(const DecodeAttentionArgs& args) {
-  return args.window > 0 ? std::min<int64_t>(args.keys.capacity, args.window) : args.keys.capacity;
+  const int64_t all = IsApart(args) ? std::max(args.keys.capacity, args.values.capacity) : args.keys.capacity;
+  return args.window > 0 ? std::min<int64_t>(all, args.window) : all;
 }
 
 // Blocks for each KV head of a sequence: as few rounds of the whole GPU as possible, and no more than the tokens

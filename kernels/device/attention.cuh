@@ -82,7 +82,7 @@ __device__ __forceinline__ int HiddenTokens(const DecodeAttentionArgs& args, con
   return max(length.sinks + length.encoded + length.residual - args.window, 0);
 }
 
-// Sixteen tokens of sinks or residual, straight from device memory: what lane 4 g + t of a warp needs of them.
+// Sixteen tokens of sinks or residual, those among them that one side has encoded, straight from device memory: what lane 4 g + t of a warp needs of them.
 template <class C>
 struct DenseTokens {
   // Granules of a row from the lane's first one on; where the side has the token encoded, they are decoded.

@@ -1,4 +1,5 @@
-// The newest token of every sequence, encoded within a decoding step: for caches that encode every token as it comes.
+// One token of every sequence, encoded within a decoding step: the newest, for caches that encode every token as it comes, or
+// the oldest of a window.
 #pragma once
 
 #include <cstddef>

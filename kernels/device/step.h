@@ -150,7 +150,7 @@ struct StepState {
   int64_t* tokens = nullptr;   // [batch]: what the next step reads, what the last one picked
   int64_t* history = nullptr;  // [steps, batch]: what all of them picked
   int32_t* step = nullptr;     // steps begun
-  // [batch]: for layers that encode nothing, where all tokens count as encoded; for the others.
+  // [batch]: for layers that encode nothing, where all tokens count as encoded; for the others, where CountSides does not count.
   SequenceLength *dense = nullptr, *append = nullptr;
   // [batch], or null: as `append`, but its residual counts as encoded. For caches that encode every token as it comes:
   // the step's own is a residual of one token until it is encoded behind the others, and then attention reads this.
