@@ -1,8 +1,9 @@
 // Plain schemes: a group is neighbouring channels of one token; it becomes a code a number and a few bytes, which depend on
 // nothing else. Such a scheme is one file whose formula stands once, in inline functions that host and device share; this
 // makes the planes, `encode` and `decode` on the CPU and their CUDA twins from it. CPU and GPU give the same bits because they
-// run the same operations in the same order: one thread goes through a group from its first number to its last, nothing is
-// fused (-ffp-contract=off, --fmad=false), division and conversions are IEEE's.
+// run the same operations in the same order: one thread goes through a group from its first number to its last (but where order
+// does not matter: Magnitude, Range, Total), nothing is fused (-ffp-contract=off, --fmad=false), division and conversions are
+// IEEE's. Where a GPU has a shorter way to the same number, it stands beside the CPU's (Quotients, Truncated, E2M1::Code).
 //
 // A scheme is a struct in a namespace, that device code finds by its name (kernels/schemes/q8_0.cc is the model):
 //
@@ -19,16 +20,17 @@
 //
 // and, only where a token has something besides its groups:
 //
-//   Vector, FitVector(x, n)   kept of a whole token, from all its channels; then it is FitGroup(x, n, vector) and
-//                             Value(stored, vector, q)
+//   Vector, VectorFit,        kept of a whole token; what its Turn wants to know, with a member `stored`; made from all its
+//   FitVector(x, n)           channels. Then it is FitGroup(x, n, vector) and Value(stored, vector, q)
 //   Opened, Open(q, n, ...)   made from all codes q[0], ... of a group and what is stored (Stored, then Vector) before it is
 //                             decoded; then it is Value(opened, q)
 //
 // and, where a token's numbers are turned before they are coded, by an orthonormal matrix that all tokens have in common:
 //
-//   Turn(x, n, team)      turns the n numbers of a token in place; FitVector sees them before, FitGroup and Code after it
-//   TurnBack(x, n, team)  the way back, of what Value gave. A team is the threads that do so together: each takes the
-//                         numbers team.rank, team.rank + team.size, ..., and Sync() is between what depends on others
+//   Turn(x, n, team)      turns the n numbers of a token in place; FitVector sees them before, FitGroup and Code after it. Where there
+//                         is a Vector, Turn(x, n, fit, team)
+//   TurnBack(x, n, team)  the way back, of what Value gave. A team is the threads that do so together; which of the numbers each
+//                         sees is the team's business (ForEachNumber, Hadamard, Butterflies)
 //
 // and, so that fused attention on a GPU reads it on tensor cores (kernels/device/plain_codes.cuh); without it none does:
 //
@@ -40,6 +42,15 @@
 //   kNormed               a row of elements is divided by its norm; of keys alone
 //   kTurnBlock            where Turn is there: channels that its Hadamard matrix mixes, 0 all. Then its values and theirs, who
 //                         see turned queries and turn the output back, differ by rounding
+//
+// and, for a GPU that encodes many tokens, where several lanes have a part of a larger group or of a token in registers
+// (kernels/device/plain_encode.cuh):
+//
+//   kInOrder              where FitGroup takes x[0], ..., x[n - 1] itself, not by Magnitude, Range, Total and SumInOrder alone, and
+//                         a group may have more than 32 channels: then one lane has all of it (without a word it does not compile)
+//
+// FitGroup may return another type for numbers in registers (kInRegisters), which Code knows, too: all lanes of a warp then call
+// both together, so that a table can lie in them (iq4_nl, turboquant).
 //
 // kHeadDims names the only head_dims that a scheme takes, where there are only some.
 //
@@ -53,6 +64,9 @@
 #include <cstdint>
 
 #include "kernels/code_row.h"
+#ifdef __CUDACC__
+#include "kernels/device/cells.cuh"
+#endif
 #include "kernels/groups.h"
 #include "kernels/turn.h"
 #ifndef __CUDACC__
@@ -67,47 +81,227 @@ namespace kvq::plain {
 
 // ---- what formulas are made of
 
-KVQ_HD inline float Absolute(float v) { return BitsFloat(FloatBits(v) & 0x7FFFFFFF); }
+KVQ_HD inline float Absolute(float v) {
+#ifdef __CUDA_ARCH__
+  return fabsf(v);  // most instructions have it for nothing
+#else
+  return BitsFloat(FloatBits(v) & 0x7FFFFFFF);
+#endif
+}
 
 // v limited to [low, high], which are numbers; low where it is NaN.
 KVQ_HD inline float Clamped(float v, float low, float high) { return Smaller(Larger(v, low), high); }
 
-// Nearest whole number, half away from zero, of |v| < 2^31: as roundf. The difference is exact.
+// Nearest whole number, half away from zero, of |v| < 2^31: as roundf. The largest number below a half is added, as a half itself
+// would take 0.49999997 to 1; what lies half between is still carried over, by the sum's rounding.
 KVQ_HD inline int32_t Nearest(float v) {
-  const auto whole = static_cast<int32_t>(v);
-  const float rest = v - static_cast<float>(whole);
-  return whole + (rest >= 0.5f) - (rest <= -0.5f);
+  return static_cast<int32_t>(v + copysignf(0.49999997f, v));
+}
+
+// A code: v without its fraction, or the nearest whole number, half to even; from 0 to `most`, and 0 where v is NaN.
+KVQ_HD inline uint32_t Truncated(float v, float most) {
+#ifdef __CUDA_ARCH__
+  uint32_t whole;  // what is below is 0
+  asm("cvt.rzi.u32.f32 %0, %1;" : "=r"(whole) : "f"(v));
+  return whole < static_cast<uint32_t>(most) ? whole : static_cast<uint32_t>(most);
+#else
+  return static_cast<uint32_t>(Clamped(v, 0, most));
+#endif
+}
+KVQ_HD inline uint32_t RoundedToEven(float v, float most) {
+#ifdef __CUDA_ARCH__
+  uint32_t whole;
+  asm("cvt.rni.u32.f32 %0, %1;" : "=r"(whole) : "f"(v));
+  return whole < static_cast<uint32_t>(most) ? whole : static_cast<uint32_t>(most);
+#else
+  return static_cast<uint32_t>(RoundCode(v, most));
+#endif
 }
 
 // 1 / d; 0 where d is, as ggml has it: a group of zeros.
 KVQ_HD inline float Reciprocal(float d) { return d != 0 ? 1 / d : 0; }
 
 // What fp16 keeps of a number.
-KVQ_HD inline float AsHalf(float v) { return HalfToFloat(FloatToHalf(v)); }
+KVQ_HD inline float AsHalf(float v) {
+#ifdef __CUDA_ARCH__
+  float half;  // which NaN does not matter here
+  asm("{.reg .f16 h; cvt.rn.f16.f32 h, %1; cvt.f32.f16 %0, h;}" : "=f"(half) : "f"(v));
+  return half;
+#else
+  return HalfToFloat(FloatToHalf(v));
+#endif
+}
+
+// x / d of many x by one d, as IEEE rounds it (but for the sign of a zero), for |x / d| < 2^32, in five operations where a GPU's own
+// division has some sixteen: the product with d's reciprocal in two parts is off by less than a unit in its last place, and what it
+// leaves, which is exact, over d corrects it (Markstein, "Computation of elementary functions on the IBM RISC System/6000 processor",
+// 1990, theorem 5). Powers of two keep all of it in range, but for quotients below 2^-70 of a d from 2^30 on.
+struct ReciprocalQuotients {
+  float divisor, scale, inverse, rest;
+
+  KVQ_HD static ReciprocalQuotients By(float d) {
+    const float magnitude = Absolute(d);
+    const bool infinite = magnitude == BitsFloat(0x7F800000);
+    const float scale = magnitude >= 1073741824.0f ? infinite ? 0.0f : 2.3283064e-10f : 1.8446744e19f;  // 2^30: 2^-32, 2^64
+    const float divisor = infinite ? 1.0f : d * scale, inverse = 1 / divisor;
+    return {divisor, scale, inverse, fmaf(-divisor, inverse, 1) * inverse};
+  }
+  KVQ_HD float Of(float x) const {
+    const float scaled = x * scale, near = fmaf(scaled, inverse, scaled * rest);
+    return fmaf(fmaf(-divisor, near, scaled), inverse, near);
+  }
+};
+#ifdef __CUDACC__
+using Quotients = ReciprocalQuotients;
+#else
+struct Quotients {
+  float divisor;
+
+  static Quotients By(float d) { return {d}; }
+  float Of(float x) const { return x / divisor; }
+};
+#endif
 
 // v, or NaN where the poison is one, of the same bits everywhere. (Adding it would lose the sign of a zero.)
-KVQ_HD inline float Poisoned(float v, float poison) { return poison == poison ? v : BitsFloat(0x7FC00000); }
+KVQ_HD inline float Poisoned(float v, float poison) {
+  float poisoned = poison == poison ? v : BitsFloat(0x7FC00000);
+#ifdef __CUDA_ARCH__
+  asm("" : "+f"(poisoned));  // or what is done with it would be done with both
+#endif
+  return poisoned;
+}
 
 // v, but 0 for -0: where the smallest of several zeros is stored, CPU and GPU may have found another one.
 KVQ_HD inline float PlusZero(float v) { return v + 0.0f; }
 
+// A group's numbers as float16 has them.
+template <typename Numbers>
+struct Halves {
+  const Numbers& x;
+  KVQ_HD float operator[](int i) const { return AsHalf(x[i]); }
+#ifdef __CUDACC__
+  __device__ __forceinline__ float Part(int i) const { return AsHalf(x.Part(i)); }
+  __device__ __forceinline__ const uint32_t* Words() const { return x.Words(); }
+#endif
+};
+
+#ifdef __CUDACC__
+// Numbers that a lane has in registers: of a group all, or as many as each of kLanes neighbouring lanes has, which then come here
+// together and cannot number them; what follows below is of the whole group, in each lane. Also as they came, two of kType in a word,
+// but where that is kFloat32.
+template <int kLanes_, DType kType>
+struct OwnNumbers {
+  float* v;
+  const uint32_t* words;
+  __device__ __forceinline__ float& operator[](int i) const
+    requires(kLanes_ == 1)
+  {
+    return v[i];
+  }
+  __device__ __forceinline__ float& Part(int i) const { return v[i]; }
+  __device__ __forceinline__ const uint32_t* Words() const { return words; }
+};
+template <typename Numbers>
+inline constexpr bool kInRegisters = false;
+template <int kLanes_, DType kType>
+inline constexpr bool kInRegisters<OwnNumbers<kLanes_, kType>> = true;
+template <typename Numbers>
+inline constexpr int kLanes = 1;
+template <int kLanes_, DType kType>
+inline constexpr int kLanes<OwnNumbers<kLanes_, kType>> = kLanes_;
+template <typename Numbers>
+inline constexpr int kLanes<Halves<Numbers>> = kLanes<Numbers>;
+template <typename Numbers>
+inline constexpr DType kInWords = DType::kFloat32;
+template <int kLanes_, DType kType>
+inline constexpr DType kInWords<OwnNumbers<kLanes_, kType>> = kType;
+template <typename Numbers>
+inline constexpr DType kInWords<Halves<Numbers>> = kInWords<Numbers> == DType::kFloat16 ? DType::kFloat16 : DType::kFloat32;
+
+// `combine` of v over those lanes.
+template <typename Numbers, typename T, typename Combine>
+__device__ __forceinline__ T OverLanes(T v, const Combine& combine) {
+#pragma unroll
+  for (int distance = 1; distance < kLanes<Numbers>; distance *= 2) v = combine(v, __shfl_xor_sync(~0u, v, distance));
+  return v;
+}
+
+// Smallest and largest of those that this thread sees, NaN where one is: words in half the instructions.
+struct Ends {
+  float low, high;
+};
+template <typename Numbers>
+__device__ __forceinline__ Ends EndsOf(const Numbers& x, int n) {
+  if constexpr (kInWords<Numbers> != DType::kFloat32) {
+    constexpr DType kType = kInWords<Numbers>;
+    uint32_t low = x.Words()[0], high = low;
+    KVQ_UNROLL
+    for (int i = 1; i < n / 2; ++i) {
+      low = SmallerOfTwo<kType>(low, x.Words()[i]);
+      high = LargerOfTwo<kType>(high, x.Words()[i]);
+    }
+    float lows[2], highs[2];
+    UnpackTwo<kType>(low, lows[0], lows[1]);
+    UnpackTwo<kType>(high, highs[0], highs[1]);
+    return {SmallerOrNan(lows[0], lows[1]), LargerOrNan(highs[0], highs[1])};
+  } else {
+    Ends ends{PartOf(x, 0), PartOf(x, 0)};
+    KVQ_UNROLL
+    for (int i = 1; i < n; ++i) {
+      const float v = PartOf(x, i);
+      ends.low = SmallerOrNan(v, ends.low);
+      ends.high = LargerOrNan(v, ends.high);
+    }
+    return ends;
+  }
+}
+#endif
+
 // The largest magnitude of a group; NaN where something in it is not finite.
 template <typename Numbers>
 KVQ_HD inline float Magnitude(const Numbers& x, int n) {
+#ifdef __CUDACC__
+  float largest = 0;
+  if constexpr (kInWords<Numbers> != DType::kFloat32) {
+    const Ends ends = EndsOf(x, n / kLanes<Numbers>);
+    largest = LargerOrNan(Absolute(ends.low), Absolute(ends.high));
+  } else {
+    KVQ_UNROLL
+    for (int i = 0; i < n / kLanes<Numbers>; ++i) largest = LargerOrNan(Absolute(PartOf(x, i)), largest);
+  }
+  largest = OverLanes<Numbers>(largest, LargerOrNan);
+  return Poisoned(largest, largest * 0);
+#else
   float largest = 0, poison = 0;
-  KVQ_UNROLL
   for (int i = 0; i < n; ++i) {
     largest = Larger(Absolute(x[i]), largest);
     poison += x[i] * 0;
   }
   return Poisoned(largest, poison);
+#endif
 }
 
-// The number of the largest magnitude with its sign, the first one of several; NaN where something is not finite.
+// The number of the largest magnitude with its sign, the first one of several; NaN where something is not finite. Of a group
+// that one thread has.
 template <typename Numbers>
 KVQ_HD inline float SignedMagnitude(const Numbers& x, int n) {
-  float largest = 0, with_sign = 0, poison = 0;
+#ifdef __CUDACC__
+  static_assert(kLanes<Numbers> == 1);
+  if constexpr (kInWords<Numbers> != DType::kFloat32) {
+    const Ends ends = EndsOf(x, n);
+    const float poison = ends.low * 0 + ends.high * 0;
+    if (-ends.low != ends.high) return Poisoned(ends.high > -ends.low ? ends.high : ends.low, poison);
+  }
+  float with_sign = 0, poison = 0;
   KVQ_UNROLL
+  for (int i = 0; i < n; ++i) {
+    const float v = x[i];
+    with_sign = Absolute(v) > Absolute(with_sign) ? v : with_sign;
+    poison = fmaf(v, 0, poison);
+  }
+  return Poisoned(with_sign, poison);
+#else
+  float largest = 0, with_sign = 0, poison = 0;
   for (int i = 0; i < n; ++i) {
     const float v = x[i], magnitude = Absolute(v);
     with_sign = magnitude > largest ? v : with_sign;
@@ -115,21 +309,61 @@ KVQ_HD inline float SignedMagnitude(const Numbers& x, int n) {
     poison += v * 0;
   }
   return Poisoned(with_sign, poison);
+#endif
 }
 
 // Smallest and largest, NaN where something is not finite (which comparisons see in some orders and not in others), and the
 // poison for what is stored.
 template <typename Numbers>
 KVQ_HD inline GroupRange Range(const Numbers& x, int n) {
+#ifdef __CUDACC__
+  const Ends ends = EndsOf(x, n / kLanes<Numbers>);
+  GroupRange range{OverLanes<Numbers>(ends.low, SmallerOrNan), OverLanes<Numbers>(ends.high, LargerOrNan), 0};
+  range.poison = range.low * 0 + range.high * 0;
+#else
   GroupRange range{x[0], x[0], 0};
-  KVQ_UNROLL
   for (int i = 0; i < n; ++i) {
     range.low = Smaller(x[i], range.low);
     range.high = Larger(x[i], range.high);
     range.poison += x[i] * 0;
   }
+#endif
   range.low = Poisoned(range.low, range.poison), range.high = Poisoned(range.high, range.poison);
   return range;
+}
+
+// The sum of what is made of a group's or a token's numbers, in their order.
+template <typename Numbers, typename Term>
+KVQ_HD inline float SumInOrder(const Numbers& x, int n, const Term& term) {
+  float sum = 0;
+#ifdef __CUDACC__
+  const int lane = static_cast<int>(threadIdx.x) % kLanes<Numbers>;
+#pragma unroll
+  for (int turn = 0; turn < kLanes<Numbers>; ++turn) {  // each lane adds its own to what the one before has
+    if (lane == turn) {
+      KVQ_UNROLL
+      for (int i = 0; i < n / kLanes<Numbers>; ++i) sum += term(PartOf(x, i));
+    }
+    if constexpr (kLanes<Numbers> > 1) sum = __shfl_sync(~0u, sum, turn, kLanes<Numbers>);
+  }
+#else
+  for (int i = 0; i < n; ++i) sum += term(x[i]);
+#endif
+  return sum;
+}
+
+// The sum of whole numbers that are made of a group's.
+template <typename Numbers, typename Term>
+KVQ_HD inline int32_t Total(const Numbers& x, int n, const Term& term) {
+  int32_t sum = 0;
+#ifdef __CUDACC__
+  KVQ_UNROLL
+  for (int i = 0; i < n / kLanes<Numbers>; ++i) sum += term(PartOf(x, i));
+  return OverLanes<Numbers>(sum, [](int32_t a, int32_t b) { return a + b; });
+#else
+  for (int i = 0; i < n; ++i) sum += term(x[i]);
+  return sum;
+#endif
 }
 
 // ---- what a scheme says, and what it leaves out
@@ -162,7 +396,23 @@ using Vector = typename VectorOf<S>::Type;
 template <typename S>
 inline constexpr bool kHasVector = requires { typename S::Vector; };
 template <typename S>
-inline constexpr bool kTurns = requires(float* x) { S::Turn(x, 0, Alone{}); };
+struct VectorFitOf {
+  struct Type {
+    Nothing stored;
+  };
+};
+template <typename S>
+  requires kHasVector<S>
+struct VectorFitOf<S> {
+  using Type = typename S::VectorFit;
+};
+template <typename S>
+using VectorFit = typename VectorFitOf<S>::Type;
+template <typename S>
+inline constexpr bool kTurns = [] {
+  if constexpr (kHasVector<S>) return requires(float* x, VectorFit<S> fit) { S::Turn(x, 0, fit, Alone{}); };
+  else return requires(float* x) { S::Turn(x, 0, Alone{}); };
+}();
 template <typename S>
 inline constexpr bool kOpens = requires { typename S::Opened; };
 
@@ -202,12 +452,20 @@ template <typename S>
 using Key = typename DecodedWith<S>::Type;
 
 template <typename S, typename Numbers>
-KVQ_HD inline Vector<S> FitVector(const Numbers& x, int n) {
+KVQ_HD inline VectorFit<S> FitVector(const Numbers& x, int n) {
   if constexpr (kHasVector<S>) return S::FitVector(x, n);
   return {};
 }
+template <typename S, typename Numbers, typename Team>
+KVQ_HD inline void TurnToken(Numbers&& x, int n, const VectorFit<S>& vector, const Team& team) {
+  if constexpr (kHasVector<S>) {
+    S::Turn(x, n, vector, team);
+  } else {
+    S::Turn(x, n, team);
+  }
+}
 template <typename S, typename Numbers>
-KVQ_HD inline typename S::Fit FitGroup(const Numbers& x, int n, const Vector<S>& vector) {
+KVQ_HD inline auto FitGroup(const Numbers& x, int n, const Vector<S>& vector) {
   if constexpr (kHasVector<S>) {
     return S::FitGroup(x, n, vector);
   } else {
@@ -237,6 +495,22 @@ KVQ_HD inline float Value(const Key<S>& key, uint32_t code) {
 
 // ---- metadata, to and from its planes
 
+// What is kept of a group or token, `kBytes` of it, copied from and to a plane; on a GPU, where planes are aligned, at once.
+template <int kBytes>
+KVQ_HD inline void CopyTo(uint8_t* plane, const void* kept) {
+#ifdef __CUDACC__
+  plane = static_cast<uint8_t*>(__builtin_assume_aligned(plane, kBytes & -kBytes));
+#endif
+  memcpy(plane, kept, kBytes);
+}
+template <int kBytes>
+KVQ_HD inline void CopyFrom(const uint8_t* plane, void* kept) {
+#ifdef __CUDACC__
+  plane = static_cast<const uint8_t*>(__builtin_assume_aligned(plane, kBytes & -kBytes));
+#endif
+  memcpy(kept, plane, kBytes);
+}
+
 // Group `g` of a token that has `groups` of them.
 template <typename S, int kMember = 0, int kOffset = 0>
 KVQ_HD inline void Store(const typename S::Stored& stored, const KvView& view, int64_t b, int64_t h, int64_t token,
@@ -244,8 +518,8 @@ KVQ_HD inline void Store(const typename S::Stored& stored, const KvView& view, i
   if constexpr (kMember < kMembers<S>) {
     constexpr int kBytes = S::kStored[kMember];
     static_assert(kMember + 1 < kMembers<S> || kOffset + kBytes == sizeof(typename S::Stored), "kStored adds up to Stored");
-    memcpy(MetadataRow<uint8_t>(view, kFirstStored<S> + kMember, groups * kBytes, b, h, token) + g * kBytes,
-           reinterpret_cast<const char*>(&stored) + kOffset, kBytes);
+    CopyTo<kBytes>(MetadataRow<uint8_t>(view, kFirstStored<S> + kMember, groups * kBytes, b, h, token) + g * kBytes,
+                   reinterpret_cast<const char*>(&stored) + kOffset);
     Store<S, kMember + 1, kOffset + kBytes>(stored, view, b, h, token, groups, g);
   }
 }
@@ -254,8 +528,8 @@ KVQ_HD inline void Load(const KvView& view, int64_t b, int64_t h, int64_t token,
                         typename S::Stored& stored) {
   if constexpr (kMember < kMembers<S>) {
     constexpr int kBytes = S::kStored[kMember];
-    memcpy(reinterpret_cast<char*>(&stored) + kOffset,
-           MetadataRow<uint8_t>(view, kFirstStored<S> + kMember, groups * kBytes, b, h, token) + g * kBytes, kBytes);
+    CopyFrom<kBytes>(MetadataRow<uint8_t>(view, kFirstStored<S> + kMember, groups * kBytes, b, h, token) + g * kBytes,
+                     reinterpret_cast<char*>(&stored) + kOffset);
     Load<S, kMember + 1, kOffset + kBytes>(view, b, h, token, groups, g, stored);
   }
 }
@@ -263,14 +537,14 @@ template <typename S>
 KVQ_HD inline void StoreVector(const Vector<S>& vector, const KvView& view, int64_t b, int64_t h, int64_t token) {
   if constexpr (kHasVector<S>) {
     constexpr int kBytes = sizeof vector;
-    memcpy(MetadataRow<uint8_t>(view, kFirstStored<S> + kMembers<S>, kBytes, b, h, token), &vector, kBytes);
+    CopyTo<kBytes>(MetadataRow<uint8_t>(view, kFirstStored<S> + kMembers<S>, kBytes, b, h, token), &vector);
   }
 }
 template <typename S>
 KVQ_HD inline void LoadVector(const KvView& view, int64_t b, int64_t h, int64_t token, Vector<S>& vector) {
   if constexpr (kHasVector<S>) {
     constexpr int kBytes = sizeof vector;
-    memcpy(&vector, MetadataRow<uint8_t>(view, kFirstStored<S> + kMembers<S>, kBytes, b, h, token), kBytes);
+    CopyFrom<kBytes>(MetadataRow<uint8_t>(view, kFirstStored<S> + kMembers<S>, kBytes, b, h, token), &vector);
   }
 }
 
@@ -300,11 +574,11 @@ void Encode(const CodecParams& params, const DenseView& x, int64_t first_token, 
     std::vector<float> values(dim);
     std::vector<uint8_t> codes(dim);
     LoadRow(x.data, x.dtype, Offset(x, row.b, row.h, row.t, 0), dim, values.data());
-    const Vector<S> vector = FitVector<S>(values.data(), static_cast<int>(dim));
-    StoreVector<S>(vector, out, row.b, row.h, slot);
-    if constexpr (kTurns<S>) S::Turn(values.data(), static_cast<int>(dim), Alone{});
+    const VectorFit<S> vector = FitVector<S>(values.data(), static_cast<int>(dim));
+    StoreVector<S>(vector.stored, out, row.b, row.h, slot);
+    if constexpr (kTurns<S>) TurnToken<S>(values.data(), static_cast<int>(dim), vector, Alone{});
     for (int64_t g = 0; g < groups; ++g) {
-      const typename S::Fit fit = FitGroup<S>(&values[g * n], static_cast<int>(n), vector);
+      const typename S::Fit fit = FitGroup<S>(&values[g * n], static_cast<int>(n), vector.stored);
       CodeGroup<S>(fit, &values[g * n], n, &codes[g * n]);
       Store<S>(fit.stored, out, row.b, row.h, slot, groups, g);
     }
@@ -353,21 +627,22 @@ struct Split {
       : head_dim(dim), group(n), groups(dim / n), words(dim * low / 32), tokens(static_cast<int32_t>(kTile / dim)) {}
 };
 
-// The same where it is known when a kernel is compiled: nothing divides then.
-template <uint32_t kDivisor>
-struct FixedDivisor {
-  static constexpr uint32_t divisor = kDivisor;
-  KVQ_HD static Divisor::Result Of(uint32_t n) { return {n / kDivisor, n % kDivisor}; }
-};
-template <int kDim, int kGroup, int kLow>
-struct FixedSplit {
-  static constexpr FixedDivisor<kDim> head_dim{};
-  static constexpr FixedDivisor<kGroup> group{};
-  static constexpr FixedDivisor<kDim / kGroup> groups{};
-  static constexpr FixedDivisor<kDim * kLow / 32> words{};
-  static constexpr int32_t tokens = kTile / kDim;
-  KVQ_HD explicit FixedSplit(const Split&) {}
-};
+// Where the shape is known when a kernel is compiled, and numbers and codes are aligned (EncodesOwn), a lane has those that it encodes
+// in registers (kernels/device/plain_encode.cuh): so many neighbouring channels of a token, whose codes fill words; more, where
+// fewer lanes then have to exchange numbers, and all of a group that is seen number by number.
+inline constexpr int kWarps = 4;
+template <typename S>
+constexpr int OwnChannels(int group) {
+  int own = kRunChannels<kLow<S>> > 32 || kHasVector<S> ? 64 : 32;
+  if constexpr (requires { S::kInOrder; }) own = group > own ? group : own;
+  return own;
+}
+// Blocks of a multiprocessor that registers have to be left for.
+template <typename S>
+constexpr int OwnBlocks(int group) {
+  const int own = OwnChannels<S>(group);
+  return own > 64 ? 3 : own > 32 ? 5 : 8;
+}
 
 // The newest token of each sequence on one side, before and after it is encoded.
 struct NewestSide {
@@ -387,13 +662,20 @@ KernelLaunch KernelOf(const char* kernel, const DenseView& x, const Split& split
           .early = false};
 }
 
+// Whether lanes may have their numbers in registers, and the launch that has them so (kernels/device/plain_encode.cc).
+bool EncodesOwn(const DenseView& x, int64_t group, const KvView& out, bool odd);
+KernelLaunch EncodeOwnLaunch(const char* file, const char* scheme, const DenseView& x, int64_t group, int own);
+
 template <typename S>
 void EncodeCuda(const CodecParams& params, const DenseView& x, int64_t first_token, const KvView& out, void* stream) {
   const int64_t dim = x.head_dim, group = GroupOf(params, dim);
+  if (EncodesOwn(x, group, out, kOdd<S> > 0)) {
+    const int own = OwnChannels<S>(static_cast<int>(group));
+    Launch(S::kLabel, EncodeOwnLaunch(S::kFile, S::kName, x, group, own), stream, x, first_token, out);
+    return;
+  }
   const Split split(dim, group, kLow<S>);
   KernelLaunch launch = KernelOf<S>("kvq::plain::EncodeKernel", x, split);
-  const std::string chosen = dim == 64 || dim == 128 ? InstanceName("kvq::plain::FixedSplit", dim, group, kLow<S>) : "kvq::plain::Split";
-  launch.instance.name = InstanceName("kvq::plain::EncodeKernel", S::kName, TypeName(x.dtype), chosen);
   Launch(S::kLabel, launch, stream, x, first_token, out, split, IsWide(x));
 }
 template <typename S>
@@ -466,31 +748,32 @@ struct SharedNumbersToTurn {
 };
 
 // A block encodes `tokens` tokens whose numbers lie in `tile`, to the slots from `slot` on.
-template <typename S, typename Splits>
-__device__ __forceinline__ void EncodeTile(float* tile, uint32_t tokens, const KvView& out, const Splits& split, int64_t b,
+template <typename S>
+__device__ __forceinline__ void EncodeTile(float* tile, uint32_t tokens, const KvView& out, const Split& split, int64_t b,
                                            int64_t h, int64_t slot) {
   __shared__ typename S::Fit fits[kTile / kSmallestGroup];
-  __shared__ Vector<S> vectors[kHasVector<S> ? kTile / kSmallestGroup : 1];
+  __shared__ VectorFit<S> vectors[kHasVector<S> ? kTile / kSmallestGroup : 1];
   constexpr int kFields = 16 / kLow<S>;
   constexpr uint32_t kMask = (1u << kLow<S>) - 1;
   const uint32_t dim = split.head_dim.divisor, groups = split.groups.divisor, words = split.words.divisor;
   if constexpr (kHasVector<S>) {
     for (uint32_t t = threadIdx.x; t < tokens; t += kThreads) {
       vectors[t] = FitVector<S>(SharedNumbers{tile, t * dim}, static_cast<int>(dim));
-      StoreVector<S>(vectors[t], out, b, h, slot + t);
+      StoreVector<S>(vectors[t].stored, out, b, h, slot + t);
     }
     __syncthreads();
   }
   if constexpr (kTurns<S>) {
     for (uint32_t t = threadIdx.x / 32; t < tokens; t += kThreads / 32) {
-      S::Turn(SharedNumbersToTurn{tile, t * dim}, static_cast<int>(dim), Warp{static_cast<int>(threadIdx.x % 32)});
+      TurnToken<S>(SharedNumbersToTurn{tile, t * dim}, static_cast<int>(dim), vectors[kHasVector<S> ? t : 0],
+                   Warp{static_cast<int>(threadIdx.x % 32)});
     }
     __syncthreads();
   }
   for (uint32_t i = threadIdx.x; i < tokens * groups; i += kThreads) {
     const auto [t, g] = split.groups.Of(i);
     const uint32_t n = split.group.divisor;
-    const typename S::Fit fit = FitGroup<S>(SharedNumbers{tile, i * n}, static_cast<int>(n), vectors[kHasVector<S> ? t : 0]);
+    const typename S::Fit fit = FitGroup<S>(SharedNumbers{tile, i * n}, static_cast<int>(n), vectors[kHasVector<S> ? t : 0].stored);
     fits[i] = fit;
     Store<S>(fit.stored, out, b, h, slot + t, groups, g);
   }
@@ -523,11 +806,10 @@ __device__ __forceinline__ void EncodeTile(float* tile, uint32_t tokens, const K
   }
 }
 
-template <typename S, DType kType, typename Splits>
+template <typename S, DType kType>
 __global__ void __launch_bounds__(kThreads)
-    EncodeKernel(DenseView x, int64_t first_token, KvView out, const Split known, bool wide) {
+    EncodeKernel(DenseView x, int64_t first_token, KvView out, const Split split, bool wide) {
   __shared__ float tile[kTile + kTile / 32];
-  const Splits split(known);
   const int64_t b = blockIdx.z, h = blockIdx.y, first = int64_t{blockIdx.x} * split.tokens;
   const auto tokens = static_cast<uint32_t>(x.tokens - first < split.tokens ? x.tokens - first : split.tokens);
   for (uint32_t i = threadIdx.x; i < tokens * split.head_dim.divisor / 8; i += kThreads) {
@@ -652,4 +934,5 @@ __global__ void __launch_bounds__(kThreads) DecodeKernel(KvView in, int64_t firs
 
 #ifdef __CUDACC__
 #include "kernels/device/plain_codes.cuh"
+#include "kernels/device/plain_encode.cuh"
 #endif

@@ -31,26 +31,48 @@ namespace plain {
 struct Alone {
   static constexpr int rank = 0, size = 1;
   KVQ_HD void Sync() const {}
+  KVQ_HD static int Seen(int n) { return n; }
 };
+
+// Number i of those that this thread sees.
+template <typename Numbers>
+KVQ_HD inline decltype(auto) PartOf(Numbers&& x, int i) {
+  if constexpr (requires { x.Part(i); }) {
+    return x.Part(i);
+  } else {
+    return x[i];
+  }
+}
+
+// Each of a token's n numbers becomes change(number). A team's thread sees Seen(n) of them.
+template <typename Numbers, typename Team, typename Change>
+KVQ_HD inline void ForEachNumber(Numbers&& x, int n, const Team& team, const Change& change) {
+  KVQ_UNROLL_OWN
+  for (int i = team.rank; i < team.Seen(n); i += team.size) PartOf(x, i) = change(PartOf(x, i));
+  team.Sync();
+}
 
 // Each `block` of n numbers times the Sylvester matrix of (-1)^popcount(i & j), in place: butterflies over distances 1, 2, 4, ...
 template <typename Numbers, typename Team>
 KVQ_HD inline void Butterflies(Numbers&& x, int n, int block, const Team& team) {
-  for (int distance = 1; distance < block; distance *= 2) {
-    for (int pair = team.rank; pair < n / 2; pair += team.size) {
-      const int i = 2 * pair - (pair & (distance - 1));
-      const float u = x[i], v = x[i + distance];
-      x[i] = u + v, x[i + distance] = u - v;
+  if constexpr (requires { team.Butterflies(x, n, block); }) {
+    team.Butterflies(x, n, block);
+  } else {
+    for (int distance = 1; distance < block; distance *= 2) {
+      for (int pair = team.rank; pair < n / 2; pair += team.size) {
+        const int i = 2 * pair - (pair & (distance - 1));
+        const float u = x[i], v = x[i + distance];
+        x[i] = u + v, x[i + distance] = u - v;
+      }
+      team.Sync();
     }
-    team.Sync();
   }
 }
 
 // Each number of a token times a factor.
 template <typename Numbers, typename Team>
 KVQ_HD inline void Scale(Numbers&& x, int n, float factor, const Team& team) {
-  for (int i = team.rank; i < n; i += team.size) x[i] = x[i] * factor;
-  team.Sync();
+  ForEachNumber(x, n, team, [&](float v) { return v * factor; });
 }
 
 // Each `block` of n numbers times the Hadamard matrix, Sylvester's over sqrt(block), which is its own inverse: first the
@@ -72,6 +94,7 @@ struct Warp {
   static constexpr int size = 32;
   int rank;
   __device__ __forceinline__ void Sync() const { __syncwarp(); }
+  __device__ static int Seen(int n) { return n; }
 
   // Hadamard of numbers that the warp's registers hold, without a trip to shared memory for each distance: the same
   // operations. False, and nothing is done, for an n that is none of 64, 128, 256 or 512.
@@ -114,6 +137,35 @@ struct Warp {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) x[rank + 32 * i] = v[i];
     Sync();
+  }
+};
+
+// kLanes neighbouring lanes of a warp that have a token's numbers in registers, each its part, as all other lanes have other tokens'.
+template <int kLanes>
+struct OwnLanes {
+  static constexpr int rank = 0, size = 1;
+  __device__ __forceinline__ void Sync() const {}
+  __device__ static constexpr int Seen(int n) { return n / kLanes; }
+
+  template <typename Numbers>
+  __device__ __forceinline__ void Butterflies(Numbers&& x, int n, int block) const {
+    const int own = Seen(n);
+    KVQ_UNROLL_OWN
+    for (int distance = 1; distance < (block < own ? block : own); distance *= 2) {
+      KVQ_UNROLL_OWN
+      for (int pair = 0; pair < own / 2; ++pair) {
+        const int i = 2 * pair - (pair & (distance - 1));
+        const float u = x.Part(i), v = x.Part(i + distance);
+        x.Part(i) = u + v, x.Part(i + distance) = u - v;
+      }
+    }
+#pragma unroll
+    for (int lanes = 1; lanes < kLanes; lanes *= 2) {
+      if (lanes * own >= block) continue;
+      const float sign = (threadIdx.x & lanes) != 0 ? -1 : 1;  // the upper one has the difference
+      KVQ_UNROLL_OWN
+      for (int i = 0; i < own; ++i) x.Part(i) = fmaf(x.Part(i), sign, __shfl_xor_sync(~0u, x.Part(i), lanes));
+    }
   }
 };
 #endif

@@ -7,10 +7,14 @@
 
 #ifdef __CUDACC__
 #define KVQ_HD __host__ __device__
-#define KVQ_UNROLL _Pragma("unroll 8")  // of a loop over shared memory by one thread: several loads at a time
+// Of a loop over numbers of a type Numbers: over shared memory several loads at a time; all of it where they are registers, and that
+// alone.
+#define KVQ_UNROLL _Pragma("unroll ::kvq::kUnrolled<Numbers>")
+#define KVQ_UNROLL_OWN _Pragma("unroll (::kvq::kUnrolled<Numbers> > 8 ? ::kvq::kUnrolled<Numbers> : 1)")
 #else
 #define KVQ_HD
 #define KVQ_UNROLL
+#define KVQ_UNROLL_OWN
 #endif
 
 // One compilation per instruction set, picked when the program starts; the results are the same.
@@ -21,6 +25,13 @@
 #endif
 
 namespace kvq {
+
+#ifdef __CUDACC__
+template <typename Numbers>
+inline constexpr int kUnrolled = 8;
+template <typename Numbers>
+inline constexpr int kUnrolled<Numbers&> = kUnrolled<Numbers>;
+#endif
 
 KVQ_HD inline uint32_t FloatBits(float x) {
   uint32_t bits;
@@ -49,6 +60,28 @@ KVQ_HD inline float Smaller(float x, float bound) {
   return x < bound ? x : bound;
 #endif
 }
+
+#ifdef __CUDACC__
+// The larger and the smaller one, NaN where one is.
+__device__ inline float LargerOrNan(float x, float y) {
+#ifdef __CUDA_ARCH__
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(x), "f"(y));
+  return larger;
+#else
+  return x != x || x > y ? x : y;
+#endif
+}
+__device__ inline float SmallerOrNan(float x, float y) {
+#ifdef __CUDA_ARCH__
+  float smaller;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(smaller) : "f"(x), "f"(y));
+  return smaller;
+#else
+  return x != x || x < y ? x : y;
+#endif
+}
+#endif
 
 // Nearest whole number, half to even, for |x| < 2^22: adding 1.5 * 2^23 leaves no bits for a fraction.
 KVQ_HD inline float RoundToEven(float x) { return (x + 12582912.0f) - 12582912.0f; }

@@ -47,8 +47,7 @@ struct Midpoints {
 
   template <typename Numbers, typename Team>
   KVQ_HD static void Turn(Numbers&& x, int n, const Team& team) {
-    for (int i = team.rank; i < n; i += team.size) x[i] = plain::AsHalf(x[i]);
-    team.Sync();
+    plain::ForEachNumber(x, n, team, [](float v) { return plain::AsHalf(v); });
     plain::Butterflies(x, n, kBlock, team);
     plain::Scale(x, n, kFactor, team);
   }
@@ -62,7 +61,7 @@ struct Midpoints {
     return {1 / scale, {FloatToHalf(scale > 65504 ? 65504 : scale)}};
   }
   KVQ_HD static uint32_t Code(const Fit& fit, float x) {
-    return static_cast<uint32_t>(plain::Clamped(x * fit.inverse * kHalf + kHalf, 0, 2 * kHalf - 1));
+    return plain::Truncated(x * fit.inverse * kHalf + kHalf, 2 * kHalf - 1);
   }
   KVQ_HD static float Value(const Stored& stored, uint32_t code) {
     return (static_cast<float>(code) - (kHalf - 0.5f)) * (HalfToFloat(stored.scale) * kFactor * (1 / kHalf));

@@ -36,9 +36,6 @@ struct ScaleAndMinimum {
   uint16_t d, m;
 };
 
-// floor(v) of v from 0 on, at most `most`; 0 where v is NaN.
-KVQ_HD inline uint32_t Floor(float v, float most) { return static_cast<uint32_t>(plain::Clamped(v, 0, most)); }
-
 // q4_0, q5_0
 template <int kBits_>
 struct Symmetric {
@@ -59,7 +56,7 @@ struct Symmetric {
     const float d = plain::SignedMagnitude(x, n) / -kOffset;
     return {plain::Reciprocal(d), {FloatToHalf(d)}};
   }
-  KVQ_HD static uint32_t Code(const Fit& fit, float x) { return Floor(x * fit.inverse + (kOffset + 0.5f), 2 * kOffset - 1); }
+  KVQ_HD static uint32_t Code(const Fit& fit, float x) { return plain::Truncated(x * fit.inverse + (kOffset + 0.5f), 2 * kOffset - 1); }
   KVQ_HD static float Value(const Stored& stored, uint32_t code) {
     return (static_cast<float>(code) - kOffset) * HalfToFloat(stored.d);
   }
@@ -91,7 +88,7 @@ struct Asymmetric {
     const float m = plain::Poisoned(plain::PlusZero(range.low), range.poison);
     return {plain::Reciprocal(d), m, {FloatToHalf(d), FloatToHalf(m)}};
   }
-  KVQ_HD static uint32_t Code(const Fit& fit, float x) { return Floor((x - fit.minimum) * fit.inverse + 0.5f, kLargest); }
+  KVQ_HD static uint32_t Code(const Fit& fit, float x) { return plain::Truncated((x - fit.minimum) * fit.inverse + 0.5f, kLargest); }
   KVQ_HD static float Value(const Stored& stored, uint32_t code) {
     return static_cast<float>(code) * HalfToFloat(stored.d) + HalfToFloat(stored.m);
   }
@@ -135,6 +132,15 @@ struct Around {
 inline constexpr Around kAround;
 #ifdef __CUDACC__
 __device__ const Around kDeviceAround = kAround;
+
+// Between an entry and the next; from there on the next one is the nearer.
+constexpr Cells Middles() {
+  float middles[15] = {};
+  for (uint32_t code = 0; code < 15; ++code) middles[code] = (NonLinear(code) + NonLinear(code + 1)) / 2;
+  return {1.0f / 256, middles};
+}
+static_assert(Middles().apart);
+__device__ constexpr Cells kDeviceMiddles = Middles();
 #endif
 
 struct Iq4Nl {
@@ -168,19 +174,44 @@ struct Iq4Nl {
     return v - below < above - v ? Entry{lower, below} : Entry{lower + 1, above};
   }
   template <typename Numbers>
-  KVQ_HD static Fit FitGroup(const Numbers& x, int n) {
+  KVQ_HD static auto FitGroup(const Numbers& x, int n) {
     const float largest = plain::SignedMagnitude(x, n);
-    if (plain::Absolute(largest) < 1e-15f) return {0, {0}};
-    const float inverse = 1 / (largest / NonLinear(0));
+    const bool zero = plain::Absolute(largest) < 1e-15f;
+    const float inverse = zero ? 0 : 1 / (largest / NonLinear(0));
     float with_x = 0, with_itself = 0;
-    KVQ_UNROLL
-    for (int i = 0; i < n; ++i) {
-      const float v = x[i], weight = v * v, q = Nearest(inverse * v).value;
-      with_x += weight * q * v;
-      with_itself += weight * q * q;
+#ifdef __CUDACC__
+    if constexpr (plain::kInRegisters<Numbers>) {
+      const LaneCells middles = LaneCells::Of(kDeviceMiddles);
+      const float entry = NonLinear(threadIdx.x % 16);
+      KVQ_UNROLL
+      for (int i = 0; i < n; ++i) {
+        const float v = x[i], weight = v * v;
+        const uint32_t code = middles.Count(inverse * v);
+        const float q = __shfl_sync(~0u, entry, static_cast<int>(code));
+        with_x += weight * q * v;
+        with_itself += weight * q * q;
+        x[i] = BitsFloat(zero ? 8 : code);
+      }
+      return Coded{{zero ? uint16_t{0} : FloatToHalf(with_x / with_itself)}};
+    } else
+#endif
+    {
+      KVQ_UNROLL
+      for (int i = 0; i < n; ++i) {
+        const float v = x[i], weight = v * v, q = Nearest(inverse * v).value;
+        with_x += weight * q * v;
+        with_itself += weight * q * q;
+      }
+      return Fit{inverse, {zero ? uint16_t{0} : FloatToHalf(with_x / with_itself)}};
     }
-    return {inverse, {FloatToHalf(with_x / with_itself)}};
   }
+#ifdef __CUDACC__
+  // A fit after which a code stands where its number was.
+  struct Coded {
+    Stored stored;
+  };
+  __device__ __forceinline__ static uint32_t Code(const Coded&, float x) { return FloatBits(x); }
+#endif
   KVQ_HD static uint32_t Code(const Fit& fit, float x) { return fit.inverse == 0 ? 8 : Nearest(x * fit.inverse).code; }
   KVQ_HD static float Value(const Stored& stored, uint32_t code) { return NonLinear(code) * HalfToFloat(stored.d); }
 

@@ -42,11 +42,12 @@ struct Q6_0 {
     Stored stored;
   };
 
-  KVQ_HD static uint32_t CodeOf(float y) { return static_cast<uint32_t>(plain::Clamped(y + 32.5f, 0, 63)); }
+  KVQ_HD static uint32_t CodeOf(float y) { return plain::Truncated(y + 32.5f, 63); }
   template <typename Numbers>
   KVQ_HD static Fit FitGroup(const Numbers& x, int n) {
     const float d = plain::SignedMagnitude(x, n) / -32, inverse = plain::Reciprocal(d);
     float with_x = 0, with_itself = 0;
+    KVQ_UNROLL
     for (int j = 0; j < n / 2; ++j) {
       const float x0 = x[j], x1 = x[j + n / 2], y0 = x0 * inverse, y1 = x1 * inverse, weight0 = y0 * y0, weight1 = y1 * y1;
       const float q0 = static_cast<float>(CodeOf(y0)) - 32, q1 = static_cast<float>(CodeOf(y1)) - 32;
@@ -85,9 +86,7 @@ struct Q8Kv {
   template <typename Numbers>
   KVQ_HD static Fit FitGroup(const Numbers& x, int n) {
     const float d = OneNan(plain::Magnitude(x, n) / 127), inverse = plain::Reciprocal(d);
-    int32_t sum = 0;
-    for (int i = 0; i < n; ++i) sum += Quant(x[i] * inverse);
-    return {inverse, {d, sum}};
+    return {inverse, {d, plain::Total(x, n, [&](float v) { return Quant(v * inverse); })}};
   }
   KVQ_HD static uint32_t Code(const Fit& fit, float x) { return static_cast<uint32_t>(Quant(x * fit.inverse) + 128); }
   KVQ_HD static float Value(const Stored& stored, uint32_t code) { return stored.d * (static_cast<float>(code) - 128); }

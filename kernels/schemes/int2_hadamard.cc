@@ -30,6 +30,7 @@ struct Clipped {
   static constexpr char kFile[] = "kernels/schemes/int2_hadamard.cc", kLabel[] = "int2-hadamard";
   static constexpr int kBits = 2;
   static constexpr int64_t kGroups[] = {0};
+  static constexpr bool kInOrder = true;
   static constexpr auto& kHeadDims = kTurnedHeadDims;
 
   struct Stored {
@@ -38,6 +39,7 @@ struct Clipped {
   static constexpr int kStored[] = {4, 4};
   struct Fit {
     float threshold;
+    plain::Quotients scale;
     Stored stored;
   };
 
@@ -56,6 +58,7 @@ struct Clipped {
     for (int taken = 0; taken <= above;) {
       int equal = 0;
       largest = 0;
+      KVQ_UNROLL
       for (int i = 0; i < n; ++i) {
         const float magnitude = plain::Absolute(x[i]);
         if (!(magnitude < bound) || magnitude < largest) continue;
@@ -73,11 +76,11 @@ struct Clipped {
     const GroupRange range = plain::Range(x, n);
     const float low = plain::Clamped(range.low, -threshold, threshold), high = plain::Clamped(range.high, -threshold, threshold);
     const float scale = plain::Poisoned(Larger(high - low, 1e-8f) / 3, range.poison);
-    return {threshold, {scale, plain::Poisoned((0 - low) / scale, range.poison)}};
+    return {threshold, plain::Quotients::By(scale), {scale, plain::Poisoned((0 - low) / scale, range.poison)}};
   }
   KVQ_HD static uint32_t Code(const Fit& fit, float x) {
     const float clipped = plain::Clamped(x, -fit.threshold, fit.threshold);
-    return static_cast<uint32_t>(plain::Clamped(clipped / fit.stored.scale + fit.stored.zero + 0.5f, 0, 3));
+    return plain::Truncated(fit.scale.Of(clipped) + fit.stored.zero + 0.5f, 3);
   }
   KVQ_HD static float Value(const Stored& stored, uint32_t code) {
     return (static_cast<float>(code) - stored.zero) * stored.scale;

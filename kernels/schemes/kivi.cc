@@ -32,30 +32,23 @@ struct Affine {
   uint16_t scale, minimum;
 };
 struct Fit {
-  float scale, minimum;
+  plain::Quotients scale;
+  float minimum;
   Affine stored;
-};
-
-// A group's numbers as float16 has them.
-template <typename Numbers>
-struct Halves {
-  const Numbers& x;
-  KVQ_HD float operator[](int i) const { return plain::AsHalf(x[i]); }
 };
 
 // What a group is coded with. NaN in all of it where something in it is not finite.
 template <int kBits, typename Numbers>
 KVQ_HD inline Fit FitGroup(const Numbers& x, int n) {
-  const GroupRange range = plain::Range(Halves<Numbers>{x}, n);
+  const GroupRange range = plain::Range(plain::Halves<Numbers>{x}, n);
   const float scale = plain::Poisoned(plain::AsHalf(plain::AsHalf(range.high - range.low) / kMaxCode<kBits>), range.poison);
   const float minimum = plain::Poisoned(plain::PlusZero(range.low), range.poison);
-  return {scale, minimum, {FloatToHalf(scale), FloatToHalf(minimum)}};
+  return {plain::Quotients::By(scale != 0 ? scale : 1), minimum, {FloatToHalf(scale), FloatToHalf(minimum)}};
 }
 template <int kBits>
 KVQ_HD inline uint32_t Code(const Fit& fit, float x) {
-  if (fit.scale == 0) return 0;
-  const float steps = plain::AsHalf(plain::AsHalf(plain::AsHalf(x) - fit.minimum) / fit.scale);
-  return static_cast<uint32_t>(RoundCode(steps, kMaxCode<kBits>));
+  const float steps = plain::AsHalf(fit.scale.Of(plain::AsHalf(plain::AsHalf(x) - fit.minimum)));
+  return plain::RoundedToEven(steps, kMaxCode<kBits>);
 }
 KVQ_HD inline float Value(const Affine& stored, uint32_t code) {
   return static_cast<float>(code) * HalfToFloat(stored.scale) + HalfToFloat(stored.minimum);
@@ -139,7 +132,7 @@ void DecodeKeys(const CodecParams&, const KvView& in, int64_t first_token, const
   });
 }
 
-// A block has a group of tokens of a head; its threads are as many as channels, in whole warps.
+// A block has a group of tokens of a head; its threads are as many as channels, or half as many to encode, in whole warps.
 KernelLaunch KernelOf(const char* kernel, int bits, const DenseView& x) {
   if (x.head_dim > 1024) throw InputError("kivi: a head_dim of ", x.head_dim, " is too large for a GPU");
   return {.instance = {{"kernels/schemes/kivi.cc"}, InstanceName(kernel, bits, TypeName(x.dtype))},
@@ -150,7 +143,10 @@ KernelLaunch KernelOf(const char* kernel, int bits, const DenseView& x) {
 template <int kBits>
 void EncodeKeysCuda(const CodecParams&, const DenseView& x, int64_t first_token, const KvView& out, void* stream) {
   if (RowsOf(x) == 0) return;
-  Launch("kivi encode", KernelOf("kvq::kivi::EncodeKernel", kBits, x), stream, x, first_token, out);
+  KernelLaunch launch = KernelOf("kvq::kivi::EncodeKernel", kBits, x);
+  launch.threads = static_cast<int>((x.head_dim / 2 + 31) / 32 * 32);
+  launch.shared_bytes = static_cast<size_t>(kGroup * x.head_dim);
+  Launch("kivi encode", launch, stream, x, first_token, out, IsWide(x));
 }
 template <int kBits>
 void DecodeKeysCuda(const CodecParams&, const KvView& in, int64_t first_token, const DenseView& out, void* stream) {
@@ -204,39 +200,47 @@ const RegisterScheme k2{Runs<Values2>(0.155, "kivi-2-keys.json", "kivi-2-values.
 }  // namespace
 
 #else
-// ---- CUDA: the same bits. A thread goes through the tokens of its channel; then all of them make words.
-
-template <DType kType>
-struct ChannelNumbers {
-  const DenseView& x;
-  int64_t first;
-  __device__ __forceinline__ float operator[](int i) const { return LoadElement(x.data, kType, first + i * x.token_stride); }
-};
+// ---- CUDA: the same bits. A thread has the group's tokens of two neighbouring channels; then all of them make words.
 
 template <int kBits, DType kType>
-__global__ void __launch_bounds__(1024) EncodeKernel(DenseView x, int64_t first_token, KvView out) {
-  __shared__ uint8_t codes[kGroup * 1024];  // [token, channel]
+__global__ void __launch_bounds__(512) EncodeKernel(DenseView x, int64_t first_token, KvView out, bool wide) {
+  extern __shared__ uint16_t codes[];  // [token, two channels], a byte each
   constexpr int kFields = 16 / kBits;
   const int64_t b = blockIdx.z, h = blockIdx.y, first = int64_t{blockIdx.x} * kGroup;
   const int64_t slot = TokenBase(out) + first_token + first;
-  const uint32_t dim = static_cast<uint32_t>(x.head_dim), words = dim * kBits / 32, d = threadIdx.x;
-  if (d < dim) {
-    const ChannelNumbers<kType> channel{x, Offset(x, b, h, first, d)};
-    const Fit fit = FitGroup<kBits>(channel, kGroup);
-    for (int t = 0; t < kGroup; ++t) codes[t * dim + d] = static_cast<uint8_t>(Code<kBits>(fit, channel[t]));
-    OfGroup(out, 1, b, h, slot)[d] = fit.stored.scale;
-    OfGroup(out, 2, b, h, slot)[d] = fit.stored.minimum;
+  const uint32_t dim = static_cast<uint32_t>(x.head_dim), words = dim * kBits / 32, two = threadIdx.x;
+  if (2 * two < dim) {
+    float v[2][kGroup];
+    const int64_t from = Offset(x, b, h, first, 2 * two);
+#pragma unroll
+    for (int t = 0; t < kGroup; ++t) {
+      const int64_t at = from + t * x.token_stride;
+      if (kType != DType::kFloat32 && wide) {
+        UnpackTwo<kType>(*reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(x.data) + at), v[0][t], v[1][t]);
+      } else {
+        v[0][t] = LoadElement(x.data, kType, at), v[1][t] = LoadElement(x.data, kType, at + 1);
+      }
+    }
+    Fit fits[2];
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      fits[side] = FitGroup<kBits>(plain::OwnNumbers<1, DType::kFloat32>{v[side], nullptr}, kGroup);
+      OfGroup(out, 1, b, h, slot)[2 * two + side] = fits[side].stored.scale;
+      OfGroup(out, 2, b, h, slot)[2 * two + side] = fits[side].stored.minimum;
+    }
+#pragma unroll
+    for (int t = 0; t < kGroup; ++t) {
+      codes[t * (dim / 2) + two] = static_cast<uint16_t>(Code<kBits>(fits[0], v[0][t]) + (Code<kBits>(fits[1], v[1][t]) << 8));
+    }
   }
   __syncthreads();
   for (uint32_t i = threadIdx.x; i < kGroup * words; i += blockDim.x) {
     const uint32_t t = i / words, place = i % words, chunk = place / (words / 4), w = place % (words / 4);
     uint32_t word = 0;
 #pragma unroll
-    for (int side = 0; side < 2; ++side) {
-#pragma unroll
-      for (int field = 0; field < kFields; ++field) {
-        word |= uint32_t{codes[t * dim + ChannelOf<kBits>(chunk, w, side, field)]} << (16 * side + field * kBits);
-      }
+    for (int field = 0; field < kFields; ++field) {
+      const uint32_t both = codes[t * (dim / 2) + ChannelOf<kBits>(chunk, w, 0, field) / 2];
+      word |= ((both | both << 8) & 0xFF00FF) << (field * kBits);
     }
     reinterpret_cast<uint32_t*>(CodeRow<kBits>(out, b, h, slot + t))[place] = word;
   }

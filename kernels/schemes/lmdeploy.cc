@@ -39,8 +39,8 @@ struct Affine {
   };
   static constexpr int kStored[] = {2, 2};
   struct Fit {
-    float s, z;
-    bool constant;
+    plain::Quotients s;
+    float z;
     Stored stored;
   };
 
@@ -53,10 +53,11 @@ struct Affine {
     const bool constant = s == 0 || plain::Absolute(plain::AsHalf(z)) > 65504;
     if (constant) s = 1, z = 0 - range.low;
     s = plain::Poisoned(s, range.poison);
-    return {s, z, constant, {FloatToHalf(s), FloatToHalf(z)}};
+    const float of_codes = constant ? -BitsFloat(0x7F800000) : z;  // whose codes are all 0
+    return {plain::Quotients::By(s), of_codes, {FloatToHalf(s), FloatToHalf(z)}};
   }
   KVQ_HD static uint32_t Code(const Fit& fit, float x) {
-    return fit.constant ? 0 : static_cast<uint32_t>(plain::Clamped(x / fit.s + fit.z + 0.5f, 0, kLargest));
+    return plain::Truncated(fit.s.Of(x) + fit.z + 0.5f, kLargest);
   }
   KVQ_HD static float Value(const Stored& stored, uint32_t code) {
     return (static_cast<float>(code) - HalfToFloat(stored.z)) * HalfToFloat(stored.s);

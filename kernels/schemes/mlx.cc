@@ -36,7 +36,8 @@ struct Affine {
   };
   static constexpr int kStored[] = {2, 2};
   struct Fit {
-    float scale, bias;
+    plain::Quotients scale;
+    float bias;
     Stored stored;
   };
 
@@ -49,10 +50,10 @@ struct Affine {
     const float steps = rintf(edge / scale);
     if (steps != 0) scale = edge / steps, bias = edge;
     scale = plain::Poisoned(scale, range.poison), bias = plain::Poisoned(bias, range.poison);
-    return {scale, bias, {FloatToHalf(scale), FloatToHalf(bias)}};
+    return {plain::Quotients::By(scale), bias, {FloatToHalf(scale), FloatToHalf(bias)}};
   }
   KVQ_HD static uint32_t Code(const Fit& fit, float x) {
-    return static_cast<uint32_t>(rintf(plain::Clamped((x - fit.bias) / fit.scale, 0, kLargest)));
+    return plain::RoundedToEven(fit.scale.Of(x - fit.bias), kLargest);
   }
   KVQ_HD static float Value(const Stored& stored, uint32_t code) {
     return static_cast<float>(code) * HalfToFloat(stored.scale) + HalfToFloat(stored.bias);

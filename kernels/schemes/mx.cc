@@ -113,10 +113,20 @@ struct SglangFp4 {
     return FitOf(CeilLog2(plain::Poisoned(Larger(largest / 6, 1e-10f), largest)));
   }
   KVQ_HD static uint32_t Code(const Fit& fit, float x) {
-    const float scaled = x * fit.inverse, v = plain::Absolute(scaled);
+    const float scaled = x * fit.inverse;
+#ifdef __CUDA_ARCH__
+    // As E2M1::Code, but to the nearest as plain::Nearest has it; a sum rounded towards zero drops what is behind the point.
+    constexpr float kWhole = 8388608, kHalf = 0.49999997f;
+    const float eighth = __saturatef(fabsf(scaled) * 0.125f);
+    const float number = Smaller(Smaller(__fadd_rz(fmaf(eighth, 16, kHalf), kWhole), __fadd_rz(fmaf(eighth, 8, kHalf), kWhole + 2)),
+                                 Smaller(__fadd_rz(fmaf(eighth, 4, kHalf), kWhole + 4), kWhole + 7));
+    return FloatBits(number) - FloatBits(kWhole) + (scaled < 0 ? 8 : 0);
+#else
+    const float v = plain::Absolute(scaled);
     const uint32_t number =
         (v >= 0.25f) + (v >= 0.75f) + (v >= 1.25f) + (v >= 1.75f) + (v >= 2.5f) + (v >= 3.5f) + (v >= 5.0f);
     return number + (scaled < 0 ? 8 : 0);
+#endif
   }
   KVQ_HD static float Value(const Stored& stored, uint32_t code) { return E2M1::Value(code) * PowerOfTwo(stored.e); }
 

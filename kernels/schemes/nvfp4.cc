@@ -47,9 +47,10 @@ template <typename Numbers>
 KVQ_HD inline float Error(const Candidate& candidate, const Numbers& x, int n) {
   const float s = candidate.inverse != 0 ? 1 / candidate.inverse : 0;
   float error = 0;
+  KVQ_UNROLL
   for (int i = 0; i < n; i += 2) {
-    const float a = E2M1::Value(E2M1::Code(x[i] * candidate.inverse)) * s - x[i];
-    const float b = E2M1::Value(E2M1::Code(x[i + 1] * candidate.inverse)) * s - x[i + 1];
+    const float a = E2M1::Value(E2M1::Index(x[i] * candidate.inverse)) * s - plain::Absolute(x[i]);  // or its negative
+    const float b = E2M1::Value(E2M1::Index(x[i + 1] * candidate.inverse)) * s - plain::Absolute(x[i + 1]);
     error += a * a + b * b;
   }
   return error;

@@ -32,16 +32,11 @@ struct ScaleAndZero {
   uint16_t scale, zero;
 };
 struct Fit {
-  float scale, zero;
+  plain::Quotients scale;
+  float zero;
   ScaleAndZero stored;
 };
 inline constexpr float kLargest = 15;
-
-template <typename Numbers>
-struct Halves {
-  const Numbers& x;
-  KVQ_HD float operator[](int i) const { return plain::AsHalf(x[i]); }
-};
 
 // float32, or the type that quotients, sums and products are rounded to.
 template <bool kHalf>
@@ -54,20 +49,20 @@ KVQ_HD inline Fit FitOf(float low, float high, float poison) {
   if (low == 0 && high == 0) low = -1, high = 1;
   const float scale = plain::Poisoned(Rounded<kHalf>(Rounded<kHalf>(high - low) / kLargest), poison);
   const float zero = rintf(Rounded<kHalf>((0 - low) / scale));
-  return {scale, zero, {FloatToHalf(scale), FloatToHalf(zero)}};
+  return {plain::Quotients::By(scale), zero, {FloatToHalf(scale), FloatToHalf(zero)}};
 }
 
 // With zero in the range; where that has too small a scale, as zeros.
 template <bool kHalf>
 KVQ_HD inline Fit FitWithZero(const GroupRange& range) {
   const Fit fit = FitOf<kHalf>(Smaller(range.low, 0), Larger(range.high, 0), range.poison);
-  return fit.scale != 0 ? fit : FitOf<kHalf>(0, 0, range.poison);
+  return fit.scale.divisor != 0 ? fit : FitOf<kHalf>(0, 0, range.poison);
 }
 
 template <bool kHalf>
 KVQ_HD inline uint32_t CodeOf(const Fit& fit, float x) {
-  const float steps = rintf(Rounded<kHalf>(Rounded<kHalf>(x) / fit.scale));
-  return static_cast<uint32_t>(plain::Clamped(Rounded<kHalf>(steps + fit.zero), 0, kLargest));
+  const float steps = rintf(Rounded<kHalf>(fit.scale.Of(Rounded<kHalf>(x))));
+  return plain::Truncated(Rounded<kHalf>(steps + fit.zero), kLargest);
 }
 template <bool kHalf>
 KVQ_HD inline float ValueOf(const ScaleAndZero& stored, uint32_t code) {
@@ -105,9 +100,9 @@ struct Values : Common {
   static constexpr char kName[] = "kvq::quarot::Values", kLabel[] = "quarot-4";
   template <typename Numbers>
   KVQ_HD static Fit FitGroup(const Numbers& x, int n) {
-    const GroupRange range = plain::Range(Halves<Numbers>{x}, n);
+    const GroupRange range = plain::Range(plain::Halves<Numbers>{x}, n);
     const Fit fit = FitOf<true>(range.low, range.high, range.poison);
-    return fit.scale != 0 ? fit : FitWithZero<true>(range);
+    return fit.scale.divisor != 0 ? fit : FitWithZero<true>(range);
   }
   KVQ_HD static uint32_t Code(const Fit& fit, float x) { return CodeOf<true>(fit, x); }
   KVQ_HD static float Value(const Stored& stored, uint32_t code) { return ValueOf<true>(stored, code); }
@@ -122,14 +117,14 @@ struct Cuda : Common {
   static constexpr char kName[] = "kvq::quarot::Cuda", kLabel[] = "quarot-4-cuda";
   template <typename Numbers>
   KVQ_HD static Fit FitGroup(const Numbers& x, int n) {
-    const GroupRange range = plain::Range(Halves<Numbers>{x}, n);
+    const GroupRange range = plain::Range(plain::Halves<Numbers>{x}, n);
     const float wide = Larger(plain::AsHalf(range.high - range.low), plain::AsHalf(1e-5f));
     const float scale = plain::Poisoned(plain::AsHalf(wide / kLargest), range.poison);
     const float zero = plain::Poisoned(0 - range.low, range.poison);
-    return {scale, zero, {FloatToHalf(scale), FloatToHalf(zero)}};
+    return {plain::Quotients::By(scale), zero, {FloatToHalf(scale), FloatToHalf(zero)}};
   }
   KVQ_HD static uint32_t Code(const Fit& fit, float x) {
-    return static_cast<uint32_t>(RoundCode(plain::AsHalf(plain::AsHalf(plain::AsHalf(x) + fit.zero) / fit.scale), kLargest));
+    return plain::RoundedToEven(plain::AsHalf(fit.scale.Of(plain::AsHalf(plain::AsHalf(x) + fit.zero))), kLargest);
   }
   KVQ_HD static float Value(const Stored& stored, uint32_t code) {
     return static_cast<float>(code) * HalfToFloat(stored.scale) - HalfToFloat(stored.zero);

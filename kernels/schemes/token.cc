@@ -123,7 +123,7 @@ struct Int4Token {
   };
 
   // clamp(round(v), 0, 15), half away from zero: what is below zero ends there whichever way it is rounded.
-  KVQ_HD static uint32_t Rounded(float v) { return static_cast<uint32_t>(plain::Clamped(v + 0.5f, 0, 15)); }
+  KVQ_HD static uint32_t Rounded(float v) { return plain::Truncated(v + 0.5f, 15); }
   template <typename Numbers>
   KVQ_HD static Fit FitGroup(const Numbers& x, int n) {
     const GroupRange range = plain::Range(x, n);

@@ -57,17 +57,38 @@ __device__ const Centroids kDeviceCentroids = kCentroids;
 #endif
 
 template <int kBits>
-KVQ_HD inline float Centroid(int of_dim, uint32_t code) {
-#ifdef __CUDACC__
-  const Centroids& all = kDeviceCentroids;
-#else
-  const Centroids& all = kCentroids;
-#endif
+KVQ_HD constexpr float Centroid(const Centroids& all, int of_dim, uint32_t code) {
   constexpr uint32_t kHalf = 1 << (kBits - 1);
   const uint32_t i = code < kHalf ? kHalf - 1 - code : code - kHalf;
   const float c = kBits == 4 ? all.of4[of_dim][i] : all.of3[of_dim][i];
   return code < kHalf ? -c : c;
 }
+// Between a centroid and the next.
+template <int kBits>
+KVQ_HD constexpr float Middle(const Centroids& all, int of_dim, uint32_t code) {
+  return (Centroid<kBits>(all, of_dim, code) + Centroid<kBits>(all, of_dim, code + 1)) * 0.5f;
+}
+KVQ_HD inline const Centroids& AllCentroids() {
+#ifdef __CUDACC__
+  return kDeviceCentroids;
+#else
+  return kCentroids;
+#endif
+}
+
+#ifdef __CUDACC__
+template <int kBits>
+constexpr Cells MakeCells(int of_dim) {
+  constexpr float kSlopes[] = {1.5f, 2, 3, 4};
+  float middles[(1 << kBits) - 1] = {};
+  for (uint32_t code = 0; code + 1 < 1u << kBits; ++code) middles[code] = Middle<kBits>(kCentroids, of_dim, code);
+  return {kSlopes[of_dim], middles};
+}
+template <int kBits>
+__device__ constexpr Cells kDeviceCells[] = {MakeCells<kBits>(0), MakeCells<kBits>(1), MakeCells<kBits>(2), MakeCells<kBits>(3)};
+static_assert(MakeCells<4>(0).apart && MakeCells<4>(1).apart && MakeCells<4>(2).apart && MakeCells<4>(3).apart);
+static_assert(MakeCells<3>(0).apart && MakeCells<3>(1).apart && MakeCells<3>(2).apart && MakeCells<3>(3).apart);
+#endif
 
 KVQ_HD constexpr int TableOf(int head_dim) { return head_dim <= 64 ? 0 : head_dim <= 128 ? 1 : head_dim <= 256 ? 2 : 3; }
 KVQ_HD constexpr float RootOf(int head_dim) {
@@ -76,10 +97,7 @@ KVQ_HD constexpr float RootOf(int head_dim) {
 
 template <typename Numbers>
 KVQ_HD inline float Norm(const Numbers& x, int n) {
-  float sum = 0;
-  KVQ_UNROLL
-  for (int i = 0; i < n; ++i) sum += x[i] * x[i];
-  return sqrtf(sum);
+  return sqrtf(plain::SumInOrder(x, n, [](float v) { return v * v; }));
 }
 
 template <int kBits_, bool kCorrected>
@@ -93,28 +111,34 @@ struct Keys {
   struct Vector {
     uint16_t norm;
   };
+  struct VectorFit {
+    float norm;
+    Vector stored;
+  };
   struct Fit {
     float middles[(1 << kBits) - 1];  // of neighbouring centroids
     Stored stored;
   };
+#ifdef __CUDACC__
+  struct CellFit {
+    LaneCells middles;
+    Stored stored;
+  };
+#endif
   struct Opened {
     int table;
     float root, norm;
   };
 
   template <typename Numbers>
-  KVQ_HD static Vector FitVector(const Numbers& x, int n) {
-    float poison = 0;
-    KVQ_UNROLL
-    for (int i = 0; i < n; ++i) poison += x[i] * 0;
-    return {FloatToHalf(plain::Poisoned(Smaller(Norm(x, n), 65504), poison))};
+  KVQ_HD static VectorFit FitVector(const Numbers& x, int n) {
+    const float norm = Norm(x, n);
+    return {norm, {FloatToHalf(plain::Poisoned(Smaller(norm, 65504), plain::Magnitude(x, n) * 0))}};
   }
   template <typename Numbers, typename Team>
-  KVQ_HD static void Turn(Numbers&& x, int n, const Team& team) {
-    const float divisor = Norm(x, n) + 1e-8f;
-    team.Sync();
-    for (int i = team.rank; i < n; i += team.size) x[i] = x[i] / divisor;
-    team.Sync();
+  KVQ_HD static void Turn(Numbers&& x, int n, const VectorFit& vector, const Team& team) {
+    const plain::Quotients norm = plain::Quotients::By(vector.norm + 1e-8f);
+    plain::ForEachNumber(x, n, team, [&](float v) { return norm.Of(v); });
     plain::Hadamard(x, n, n, team);
   }
   template <typename Numbers, typename Team>
@@ -122,12 +146,17 @@ struct Keys {
     plain::Hadamard(x, n, n, team);
   }
   template <typename Numbers>
-  KVQ_HD static Fit FitGroup(const Numbers&, int n, const Vector&) {
-    Fit fit = {};
-    for (uint32_t i = 0; i < (1u << kBits) - 1; ++i) {
-      fit.middles[i] = (Centroid<kBits>(TableOf(n), i) + Centroid<kBits>(TableOf(n), i + 1)) * 0.5f;
+  KVQ_HD static auto FitGroup(const Numbers&, int n, const Vector&) {
+#ifdef __CUDACC__
+    if constexpr (plain::kInRegisters<Numbers>) {
+      return CellFit{LaneCells::Of(kDeviceCells<kBits>[TableOf(n)]), {}};
+    } else
+#endif
+    {
+      Fit fit = {};
+      for (uint32_t i = 0; i < (1u << kBits) - 1; ++i) fit.middles[i] = Middle<kBits>(AllCentroids(), TableOf(n), i);
+      return fit;
     }
-    return fit;
   }
   KVQ_HD static uint32_t Code(const Fit& fit, float y) {
     uint32_t code = 0;
@@ -137,18 +166,21 @@ struct Keys {
     }
     return code;
   }
+#ifdef __CUDACC__
+  __device__ __forceinline__ static uint32_t Code(const CellFit& fit, float y) { return fit.middles.Count(y); }
+#endif
   template <typename Codes>
   KVQ_HD static Opened Open(const Codes& codes, int n, const Stored&, const Vector& vector) {
     const int table = TableOf(n);
     float sum = 0;
     for (int i = 0; i < n; ++i) {
-      const float c = Centroid<kBits>(table, codes[i]);
+      const float c = Centroid<kBits>(AllCentroids(), table, codes[i]);
       sum += c * c;
     }
     return {table, kCorrected ? sqrtf(sum + 1e-16f) : 1.0f, HalfToFloat(vector.norm)};
   }
   KVQ_HD static float Value(const Opened& opened, uint32_t code) {
-    return Centroid<kBits>(opened.table, code) / opened.root * opened.norm;
+    return Centroid<kBits>(AllCentroids(), opened.table, code) / opened.root * opened.norm;
   }
 
   static constexpr plain::Element kElement = plain::Element::kTable;
@@ -191,7 +223,8 @@ struct Values {
   };
   static constexpr int kStored[] = {2, 2};
   struct Fit {
-    float scale, minimum;
+    plain::Quotients scale;
+    float minimum;
     Stored stored;
   };
 
@@ -200,10 +233,10 @@ struct Values {
     const GroupRange range = plain::Range(x, n);
     const float scale = plain::Poisoned(Larger((range.high - range.low) / kLargest, 1e-8f), range.poison);
     const float minimum = plain::Poisoned(plain::PlusZero(range.low), range.poison);
-    return {scale, minimum, {FloatToHalf(scale), FloatToHalf(minimum)}};
+    return {plain::Quotients::By(scale), minimum, {FloatToHalf(scale), FloatToHalf(minimum)}};
   }
   KVQ_HD static uint32_t Code(const Fit& fit, float x) {
-    return static_cast<uint32_t>(plain::Clamped((x - fit.minimum) / fit.scale + 0.5f, 0, kLargest));
+    return plain::Truncated(fit.scale.Of(x - fit.minimum) + 0.5f, kLargest);
   }
   KVQ_HD static float Value(const Stored& stored, uint32_t code) {
     return static_cast<float>(code) * HalfToFloat(stored.scale) + HalfToFloat(stored.minimum);

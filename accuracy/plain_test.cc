@@ -1,0 +1,84 @@
+// What the formulas of plain schemes are made of, where a GPU takes another way to the same number.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <random>
+
+#include "kernels/device/cells.cuh"
+#include "kernels/plain.h"
+
+namespace kvq {
+namespace {
+
+TEST(Plain, NearestIsRound) {
+  const auto expect = [](float v) {
+    for (const float x : {v, std::nextafter(v, -1e9f), std::nextafter(v, 1e9f)}) {
+      ASSERT_EQ(plain::Nearest(x), static_cast<int32_t>(std::round(x))) << x;
+      ASSERT_EQ(plain::Nearest(-x), static_cast<int32_t>(std::round(-x))) << -x;
+    }
+  };
+  for (int whole = 0; whole < 100000; ++whole) {
+    expect(static_cast<float>(whole));
+    expect(static_cast<float>(whole) + 0.5f);
+  }
+  for (int exponent = 0; exponent < 31; ++exponent) expect(std::ldexp(1.0f, exponent) - 0.5f);
+}
+
+TEST(Plain, QuotientsByAReciprocalAreDivisions) {
+  std::mt19937_64 random(1);
+  const auto number = [&](int exponent, uint32_t lost) {  // of a random mantissa without its last `lost` bits
+    const auto mantissa = static_cast<uint32_t>(random()) >> 9 >> lost << lost;
+    return BitsFloat(static_cast<uint32_t>(exponent + 127) << 23 | mantissa | static_cast<uint32_t>(random() & 1) << 31);
+  };
+  const auto expect = [](const plain::ReciprocalQuotients& by, float x, float d) { ASSERT_EQ(by.Of(x), x / d) << x << " / " << d; };
+  for (int exponent = -126; exponent <= 127; ++exponent) {
+    for (int i = 0; i < 64; ++i) {
+      // Random ones, and those next to powers of two, where a reciprocal is rounded worst.
+      float d = number(exponent, 0);
+      if (i % 4 == 1) d = BitsFloat((FloatBits(d) & 0xFF800000) | (i / 4));
+      if (i % 4 == 2) d = BitsFloat((FloatBits(d) | 0x7FFFFF) - static_cast<uint32_t>(i / 4));
+      const auto by = plain::ReciprocalQuotients::By(d);
+      for (int k = 0; k < 200; ++k) {
+        const int of_x = std::clamp(exponent + static_cast<int>(random() % 40) - 30, -126, 126);
+        const float x = number(of_x, k % 3 == 0 ? 0 : k % 3 == 1 ? 13 : 16);  // float32's, float16's, bfloat16's
+        ASSERT_NO_FATAL_FAILURE(expect(by, x, d));
+        // Quotients that are nearly a number in the middle between two floats.
+        const double middle = 1 + (static_cast<double>(random() >> 41) + 0.5) / (1 << 23);
+        const auto product = static_cast<float>(middle * d);
+        if (std::isfinite(product)) ASSERT_NO_FATAL_FAILURE(expect(by, product, d));
+      }
+      expect(by, 0, d);
+    }
+  }
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  EXPECT_EQ(plain::ReciprocalQuotients::By(kInfinity).Of(3), 0);
+  EXPECT_TRUE(std::isnan(plain::ReciprocalQuotients::By(NAN).Of(3)));
+  EXPECT_TRUE(std::isnan(plain::ReciprocalQuotients::By(2).Of(NAN)));
+  EXPECT_EQ(plain::ReciprocalQuotients::By(1e-38f).Of(1e-38f), 1);
+}
+
+TEST(Plain, CellsCountThresholds) {
+  constexpr float kThresholds[] = {-115.5f, -93.5f, -74, -57, -42, -28.5f, -16, -4.5f, 7, 19, 31.5f, 45.5f, 61, 79, 101};
+  constexpr Cells cells(1.0f / 256, kThresholds);
+  static_assert(cells.apart && !Cells(1.0f / 512, kThresholds).apart);
+  const auto count = [&](float y) {
+    const int cell = Cells::Of(y, cells.slope) & 31;
+    return cells.below[cell] + (y >= cells.threshold[cell] ? 1 : 0);
+  };
+  const auto expect = [&](float y) {
+    ASSERT_EQ(count(y), std::upper_bound(std::begin(kThresholds), std::end(kThresholds), y) - std::begin(kThresholds)) << y;
+  };
+  for (const float threshold : kThresholds) {
+    for (const float y : {threshold, std::nextafter(threshold, -1e9f), std::nextafter(threshold, 1e9f)}) expect(y);
+  }
+  std::mt19937 random(2);
+  for (int i = 0; i < 1000000; ++i) expect(std::uniform_real_distribution<float>(-300, 300)(random));
+  for (const float y : {0.0f, -0.0f, 1e-40f, 1e29f, -1e38f, -std::numeric_limits<float>::infinity()}) expect(y);
+  EXPECT_EQ(count(NAN), 0u);
+}
+
+}  // namespace
+}  // namespace kvq

@@ -1,0 +1,157 @@
+// Encoding of many tokens by a plain scheme (kernels/plain.h), their numbers in registers. Device code alone.
+//
+// A warp has a tile of some tokens, of which each lane has kOwn neighbouring channels: some groups, one, or a part of one, in any case
+// those of whole words of codes. So a group's fit is one lane's work, or the same in each lane that has a part, and a code is made
+// where its word is. Numbers come by coalesced copies of 16 bytes to shared memory, from where each lane takes its own; words go the
+// other way. No warp waits for another.
+//
+// What it takes, on an H200 with 132 multiprocessors at 1.98 GHz: an instruction for each of 33.5 million numbers (32k tokens, 8 heads of
+// 128 channels) is 1.0 us, the bytes of 4 to 8 bit codes 20 to 25 us. So up to some 18 instructions a number, memory is what it waits
+// for; most schemes have 14 to 20, of which packing is 1, half of a minimum and a maximum 1, a quotient 5.
+#pragma once
+
+#include "kernels/plain.h"
+
+namespace kvq {
+
+template <int kLanes_, DType kType>
+inline constexpr int kUnrolled<plain::OwnNumbers<kLanes_, kType>> = 1024;
+template <typename Numbers>
+inline constexpr int kUnrolled<plain::Halves<Numbers>> = kUnrolled<Numbers>;
+
+namespace plain {
+
+// Bytes of a token in a plane.
+template <typename S>
+constexpr int PlaneBytes(int plane, int dim, int group) {
+  if (plane == 0) return dim * kLow<S> / 8;
+  if (plane < kFirstStored<S>) return kOdd<S> * dim / 8;
+  if constexpr (kMembers<S> > 0) {
+    if (plane < kFirstStored<S> + kMembers<S>) return dim / group * S::kStored[plane - kFirstStored<S>];
+  }
+  return sizeof(Vector<S>);
+}
+
+template <typename S, DType kType, int kDim, int kGroup>
+__global__ void __launch_bounds__(32 * kWarps, OwnBlocks<S>(kGroup))
+    EncodeOwnKernel(const __grid_constant__ DenseView x, int64_t first_token, const __grid_constant__ KvView out) {
+  constexpr int kOwn = OwnChannels<S>(kGroup), kTokenLanes = kDim / kOwn, kTokens = 32 / kTokenLanes;
+  constexpr int kPieces = kOwn / 8, kPitch = 2 * kOwn + 16;  // of a lane's numbers: 16 bytes each; bytes, with a gap against bank conflicts
+  constexpr int kWords = kDim * kLow<S> / 32, kOwnRuns = kOwn / kRunChannels<kLow<S>>;
+  constexpr int kRowPitch = kWords + (kOwnRuns == 2 ? 8 : 4);  // words
+  constexpr int kOddBytes = kOdd<S> * kDim / 8;                // of a token
+  constexpr int kFields = 16 / kLow<S>;
+  constexpr uint32_t kMask = (1u << kLow<S>) - 1;
+  constexpr int kTile = 32 * kPitch, kRows = kTokens * (4 * kRowPitch + kOddBytes);
+  __shared__ __align__(16) uint8_t tiles[kWarps][kTile > kRows ? kTile : kRows];
+  const uint32_t lane = threadIdx.x % 32;
+  uint8_t* const tile = tiles[threadIdx.x / 32];
+  const uint32_t b = blockIdx.z, h = blockIdx.y, first = (blockIdx.x * kWarps + threadIdx.x / 32) * kTokens;
+  if (first >= x.tokens) return;
+  const uint32_t count = static_cast<uint32_t>(x.tokens) - first;  // of tokens from here on
+
+  // A warp copies kCopied tokens at a time.
+  constexpr uint32_t kCopied = 256 / kDim;
+  const auto* from = static_cast<const uint16_t*>(x.data) + b * x.batch_stride + h * x.head_stride +
+                     (first + lane / (kDim / 8)) * x.token_stride + lane % (kDim / 8) * 8;
+  const ptx::Shared to = ptx::SharedAddress(tile) + lane / kPieces * kPitch + lane % kPieces * 16;
+#pragma unroll
+  for (int i = 0; i < kPieces; ++i) {
+    ptx::CopyAsyncOrZero(to + 32 / kPieces * kPitch * i, from, lane / (kDim / 8) + kCopied * i < count);
+    from += kCopied * x.token_stride;
+  }
+  ptx::CopyCommit();
+  const int64_t slot = TokenBase(out) + first_token + first;
+  KvView mine;  // from the tile's first slot on, of this sequence and head
+#pragma unroll
+  for (int p = 0; p < kFirstStored<S> + kMembers<S> + kHasVector<S>; ++p) {
+    mine.planes[p] = out.planes[p] + (b * static_cast<uint32_t>(out.heads) + h) * out.plane_stride[p] +
+                     slot * PlaneBytes<S>(p, kDim, kGroup);
+  }
+  ptx::CopyWait<0>();
+  __syncwarp();
+  uint32_t words[kOwn / 2];  // as they come, two in each
+#pragma unroll
+  for (int i = 0; i < kPieces; ++i) {
+    const uint4 four = *reinterpret_cast<const uint4*>(tile + lane * kPitch + 16 * i);
+    words[4 * i] = four.x, words[4 * i + 1] = four.y, words[4 * i + 2] = four.z, words[4 * i + 3] = four.w;
+  }
+  float v[kOwn];
+#pragma unroll
+  for (int i = 0; i < kOwn / 2; ++i) UnpackTwo<kType>(words[i], v[2 * i], v[2 * i + 1]);
+  __syncwarp();
+
+  // ---- what codes are made with
+  const uint32_t token = lane / kTokenLanes, part = lane % kTokenLanes;
+  const bool there = token < count;
+  const VectorFit<S> vector = FitVector<S>(OwnNumbers<kTokenLanes, DType::kFloat32>{v, nullptr}, kDim);
+  if (part == 0 && there) StoreVector<S>(vector.stored, mine, 0, 0, token);
+  if constexpr (kTurns<S>) TurnToken<S>(OwnNumbers<kTokenLanes, DType::kFloat32>{v, nullptr}, kDim, vector, OwnLanes<kTokenLanes>{});
+  constexpr DType kWordsType = kTurns<S> ? DType::kFloat32 : kType;
+  constexpr int kFits = kOwn > kGroup ? kOwn / kGroup : 1, kGroupLanes = kGroup > kOwn ? kGroup / kOwn : 1;
+  decltype(FitGroup<S>(OwnNumbers<kGroupLanes, kWordsType>{v, words}, kGroup, vector.stored)) fits[kFits];
+#pragma unroll
+  for (int g = 0; g < kFits; ++g) {
+    fits[g] = FitGroup<S>(OwnNumbers<kGroupLanes, kWordsType>{v + g * kGroup, words + g * kGroup / 2}, kGroup, vector.stored);
+    if (part % kGroupLanes == 0 && there) {
+      Store<S>(fits[g].stored, mine, 0, 0, token, kDim / kGroup, part / kGroupLanes * kFits + g);
+    }
+  }
+
+  // ---- codes
+  auto* const row = reinterpret_cast<uint32_t*>(tile) + token * kRowPitch;
+  uint8_t* const odd_rows = tile + kTokens * 4 * kRowPitch;
+#pragma unroll
+  for (int chunk = 0; chunk < 4; ++chunk) {
+#pragma unroll
+    for (int run = 0; run < kOwnRuns; ++run) {
+      uint32_t word = 0, odd[kOdd<S> + 1] = {};  // both sides of a field in a word's halves
+#pragma unroll
+      for (int field = 0; field < kFields; ++field) {
+        uint32_t pair = 0;
+#pragma unroll
+        for (int side = 0; side < 2; ++side) {
+          const uint32_t channel = ChannelOf<kLow<S>>(chunk, run, side, field);
+          pair += S::Code(fits[channel / kGroup % kFits], v[channel]) << (16 * side);
+        }
+        word += (kOdd<S> > 0 ? pair & (0x10001u * kMask) : pair) << (field * kLow<S>);
+#pragma unroll
+        for (int i = 0; i < kOdd<S>; ++i) {
+          const int up = field - kLow<S> - i;
+          odd[i] |= (up < 0 ? pair >> -up : pair << up) & (0x10001u << field);
+        }
+      }
+      const uint32_t place = chunk * (kWords / 4) + part * kOwnRuns + run;
+      row[place] = word;
+#pragma unroll
+      for (int i = 0; i < kOdd<S>; ++i) {
+        uint8_t* const to = odd_rows + token * kOddBytes + i * (kDim / 8) + place * (kFields / 4);
+        if constexpr (kFields == 8) {
+          to[0] = static_cast<uint8_t>(odd[i]), to[1] = static_cast<uint8_t>(odd[i] >> 16);
+        } else {
+          to[0] = static_cast<uint8_t>(odd[i] | odd[i] >> (16 - kFields));
+        }
+      }
+    }
+  }
+  __syncwarp();
+  auto* const codes = reinterpret_cast<uint4*>(mine.planes[0]);
+#pragma unroll
+  for (int i = 0; i < kTokens * kWords / 128; ++i) {
+    const uint32_t piece = lane + 32 * i, t = piece / (kWords / 4);
+    if (t < count) {
+      codes[piece] = *reinterpret_cast<const uint4*>(reinterpret_cast<const uint32_t*>(tile) + t * kRowPitch + piece % (kWords / 4) * 4);
+    }
+  }
+  if constexpr (kOdd<S> > 0) {
+    auto* const rows = reinterpret_cast<uint32_t*>(mine.planes[1]);
+#pragma unroll
+    for (int i = 0; i < kTokens * kOddBytes / 128; ++i) {
+      const uint32_t word = lane + 32 * i;
+      if (word * 4 / kOddBytes < count) rows[word] = reinterpret_cast<const uint32_t*>(odd_rows)[word];
+    }
+  }
+}
+
+}  // namespace plain
+}  // namespace kvq
