@@ -180,7 +180,11 @@ struct Halves {
   const Numbers& x;
   KVQ_HD float operator[](int i) const { return AsHalf(x[i]); }
 #ifdef __CUDACC__
-  __device__ __forceinline__ float Part(int i) const { return AsHalf(x.Part(i)); }
+  __device__ __forceinline__ float Part(int i) const
+    requires requires(const Numbers& of) { of.Part(0); }
+  {
+    return AsHalf(x.Part(i));
+  }
   __device__ __forceinline__ const uint32_t* Words() const { return x.Words(); }
 #endif
 };
