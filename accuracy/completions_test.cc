@@ -191,6 +191,19 @@ TEST(TextStream, HoldsBackWhatIsNotCertain) {
   EXPECT_EQ(first.Take(true), "x");
 }
 
+// Of tokenizers of bytes as letters, and of SentencePiece's, whose first token has a blank that is none of the text's.
+TEST(TokenBytes, JoinToTheText) {
+  const std::string text = "The capital of France: Grüße, 世界 \xF0\x9F\x8E\x89!";
+  for (const char* family : {"gemma", "gpt2", "llama-3", "mistral", "mistral-v0.3", "qwen", "yi"}) {
+    SCOPED_TRACE(family);
+    const Tokenizer tokenizer = Tokenizer::Load(GoldenPath(StrCat("tokenizers/", family)));
+    const std::vector<int32_t> ids = tokenizer.Encode(text, false);
+    std::string joined;
+    for (const int32_t id : ids) joined += tokenizer.Bytes(id);
+    EXPECT_EQ(joined.substr(joined.starts_with(' ')), tokenizer.Decode(ids, false));
+  }
+}
+
 // Against jinja2 (accuracy/make_golden_chat_templates.py).
 TEST(ChatTemplates, AreWrittenAsJinjaRendersThem) {
   const json golden = json::parse(ReadFile(GoldenPath("chat_templates.json")));

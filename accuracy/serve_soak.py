@@ -29,11 +29,11 @@ WORDS = "The capital of France is Paris and Grüße go to 世界, where one 1234
 
 def make_requests(count):
     draw = random.Random(42)
-    shared = " ".join(draw.choices(WORDS, k=150))  # a beginning that many have in common
+    shared = " ".join(draw.choices(WORDS, k=60))  # a beginning that many have in common
     requests = []
     for i in range(count):
-        text = (shared[:draw.choice((0, 100, 400, len(shared)))] + " ".join(draw.choices(WORDS, k=draw.randint(1, 60)))).strip()
-        body = {"max_tokens": draw.randint(1, 12), "temperature": draw.choice((0, 0.7)), "seed": i, "stream": draw.random() < 0.4}
+        text = (shared[:draw.choice((0, 100, 200, len(shared)))] + " ".join(draw.choices(WORDS, k=draw.randint(1, 20)))).strip()
+        body = {"max_tokens": draw.randint(1, 8), "temperature": draw.choice((0, 0.7)), "seed": i, "stream": draw.random() < 0.4}
         if draw.random() < 0.3:
             body["stop"] = [draw.choice(WORDS), "e"]
         if draw.random() < 0.25:
@@ -101,6 +101,7 @@ def client(number, until, requests, alone):
                 status, text = post(path, body)
                 if status == 503:
                     kind = "full"
+                    time.sleep(1)  # as Retry-After says
                 elif status != 200 or essence(text) != alone[which]:
                     with lock:
                         faults.append(f"request {which} got {status}: {text[:300]}\n  alone: {alone[which][:300]}")
