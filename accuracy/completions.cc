@@ -268,8 +268,12 @@ Completion CompletionEngine::Complete(const CompletionQuery& query, const std::f
   const CacheShape shape = model_.cache_shape(1);
   const int64_t first_call = std::min(spec_.sink_tokens + spec_.CallTokens(), length);
   answer.encoded_share = EncodedShareRead(spec_, shape, first_call, answer.stored - 1, answer.stored);
-  answer.kv_bytes = KvBytes(spec_, shape, answer.stored, model_.kv_dtype());
-  answer.encoded = spec_.policy == Policy::kHf ? 0 : EncodedTokens(spec_, answer.stored);
+  if (spec_.policy == Policy::kHf) {  // what is there depends on the calls
+    answer.kv_bytes = stepper_.cache().AllocatedBytes();
+  } else {
+    answer.kv_bytes = KvBytes(spec_, shape, answer.stored, model_.kv_dtype());
+    answer.encoded = EncodedTokens(spec_, answer.stored);
+  }
   return answer;
 }
 

@@ -87,7 +87,8 @@ struct Completion {
   std::optional<int32_t> stop_id;
   int64_t reused = 0;               // of the prompt's tokens
   int64_t stored = 0;               // tokens in the cache at the end
-  int64_t encoded = 0, kv_bytes = 0;
+  std::optional<int64_t> encoded;   // of them; not known under policy hf
+  int64_t kv_bytes = 0;
   double encoded_share = 0;         // of what the last position read
   double prompt_seconds = 0, seconds = 0;  // reading the prompt, and all that followed
 };

@@ -267,7 +267,7 @@ class App {
   void Close() {
     Stop();
     if (!listener_.joinable()) return;
-    while (!http_.is_running()) std::this_thread::sleep_for(1ms);  // stop would be lost
+    for (int i = 0; i < 1000 && !http_.is_running(); ++i) std::this_thread::sleep_for(1ms);  // stop would be lost
     http_.stop();
     listener_.join();
   }
@@ -312,6 +312,7 @@ class App {
     RoutePost("/tokenize", [this](const std::string& body) { return TokenizeJson(body, served_); });
     RoutePost("/detokenize", [this](const std::string& body) { return DetokenizeJson(body, served_); });
     RouteQuery("/v1/completions", ParseCompletion);
+    RouteQuery("/v1/chat/completions", ParseChat);
   }
 
   void CheckReady() const {
@@ -464,6 +465,7 @@ class App {
     OrderedJson config = OrderedJson::object();
     if (std::filesystem::exists(path)) config = OrderedJson::parse(ReadFile(path));
     tokenizer_info_ = TokenizerInfoJson(config, *served_.tokenizer);
+    ReadChatTemplate(files);
     OrderedJson meta = served_.kv;
     meta.update({{"commit", KVQ_COMMIT}, {"model_sha256", ModelSha256(files)}, {"tokenizer_sha256", TokenizerSha256(files.dir)},
                  {"n_vocab", served_.vocab}, {"n_ctx_train", model.config().max_position_embeddings}});
@@ -474,13 +476,35 @@ class App {
                                              {"permission", OrderedJson::array()}, {"meta", meta}}})}};
   }
 
+  void ReadChatTemplate(const ModelFiles& files) {
+    const auto text = [&](const char* key) {
+      const OrderedJson value = tokenizer_info_.value(key, OrderedJson());
+      return value.is_string() ? value.get<std::string>() : "";
+    };
+    served_.bos = text("bos_token"), served_.eos = text("eos_token");
+    std::string chat = text("chat_template");
+    const OrderedJson named = tokenizer_info_.value("chat_template", OrderedJson());
+    for (const OrderedJson& one : named.is_array() ? named : OrderedJson::array()) {  // several by name
+      if (one.is_object() && one.value("name", "") == "default") chat = one.value("template", "");
+    }
+    const std::string path = files.dir + "/chat_template.jinja";  // where newer models have it
+    if (chat.empty() && std::filesystem::exists(path)) chat = ReadFile(path);
+    if (!chat.empty()) tokenizer_info_["chat_template"] = chat;
+    served_.chat = FindChatTemplate(chat);
+    if (served_.chat != nullptr) return;
+    std::string known;
+    for (const ChatTemplate& one : ChatTemplates()) known += (known.empty() ? "" : ", ") + one.name;
+    served_.no_chat = chat.empty() ? "this model has no chat template; /v1/completions takes a prompt as it is"
+                                   : StrCat("this model's chat template (sha256 ", ChatTemplateSha256(chat), ") is none of those known: ", known);
+  }
+
   const Flags& flags_;
   Session& session_;
   HttpServer http_;
   std::thread listener_;
   Queue queue_;
   Served served_;  // not written once ready_ is set
-  OrderedJson models_, tokenizer_info_;
+  OrderedJson models_, tokenizer_info_;  // likewise
   std::atomic<bool> ready_ = false, stopping_ = false;
   std::atomic<int64_t> refused_ = 0;
   std::mutex counts_;

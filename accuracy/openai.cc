@@ -77,7 +77,8 @@ void RefuseUnsupported(const json& request) {
       {"length_penalty", {1}}, {"bad_words", {json::array()}}, {"allowed_token_ids", {}}, {"prompt_logprobs", {}},
       {"prompt_embeds", {}}, {"include_stop_str_in_output", {false}}, {"skip_special_tokens", {true}},
       {"truncate_prompt_tokens", {}}, {"guided_json", {}}, {"guided_regex", {}}, {"guided_choice", {}},
-      {"guided_grammar", {}}, {"structured_outputs", {}}, {"chat_template", {}}, {"documents", {json::array()}}};
+      {"guided_grammar", {}}, {"structured_outputs", {}}, {"chat_template", {}}, {"chat_template_kwargs", {json::object()}},
+      {"documents", {json::array()}}};
   for (const auto& [key, neutral] : known) {
     const json& value = Field(request, key);
     if (value.is_null() || std::find(neutral.begin(), neutral.end(), value) != neutral.end()) continue;
@@ -223,6 +224,54 @@ void Settle(ApiQuery& query, const CompletionQuery& settings, std::optional<int6
   }
 }
 
+// A message's text: as it is, or in parts, which vLLM joins by line feeds.
+std::string ReadContent(const json& message) {
+  const json& content = Field(message, "content");
+  if (content.is_string()) return content.get<std::string>();
+  if (!content.is_array()) throw ApiError(400, "a message's content must be a text, or a list of parts", "messages");
+  std::string text;
+  for (const json& part : content) {
+    const json& type = Field(part, "type");
+    if (type != "text") throw ApiError(400, StrCat("messages: parts of type ", type.dump(), " are not supported; text is"), "messages");
+    const json& words = Field(part, "text");
+    if (!words.is_string()) throw ApiError(400, "a part of type text must have a text", "messages");
+    text += (text.empty() ? "" : "\n") + words.get<std::string>();
+  }
+  return text;
+}
+
+// The prompt that the model's chat template makes of `messages`.
+std::string ReadMessages(const json& request, const Served& served) {
+  if (served.chat == nullptr) throw ApiError(400, served.no_chat, "messages");
+  const json& list = Field(request, "messages");
+  if (!list.is_array() || list.empty()) throw ApiError(400, "messages must be a list of messages", "messages");
+  std::vector<ChatMessage> messages;
+  for (const json& message : list) {
+    const json& role = Field(message, "role");
+    if (role != "system" && role != "user" && role != "assistant") {
+      throw ApiError(400, StrCat("messages: role ", role.dump(), " is not supported; system, user and assistant are"), "messages");
+    }
+    for (const char* key : {"tool_calls", "function_call", "reasoning_content", "reasoning", "audio"}) {
+      if (const json& value = Field(message, key); !value.is_null() && !value.empty()) {
+        throw ApiError(400, StrCat("messages: ", key, " is not supported"), "messages");
+      }
+    }
+    messages.push_back({role.get<std::string>(), ReadContent(message)});
+  }
+  // A last message of the assistant is what the answer is to begin with.
+  const bool open = messages.back().role == "assistant";
+  for (const auto& [key, value] : {std::pair("continue_final_message", open), {"add_generation_prompt", !open}}) {
+    if (Switch(request, key, value) != value) {
+      throw ApiError(400, StrCat(key, " must be ", value ? "true" : "false", " where the last message is ", open ? "the assistant's" : "not the assistant's"), key);
+    }
+  }
+  try {
+    return RenderChat(*served.chat, messages, served.bos, served.eos);
+  } catch (const InputError& error) {
+    throw ApiError(400, error.what(), "messages");
+  }
+}
+
 ApiQuery NewQuery(bool chat) {
   std::random_device random;
   constexpr char kDigits[] = "0123456789abcdef";
@@ -308,6 +357,23 @@ void AddPrompt(const ApiQuery::Prompt& prompt, const Completion& answer, const T
   }
 }
 
+// logprobs of /v1/chat/completions.
+OrderedJson TokenList(const std::vector<ScoredToken>& tokens, const Tokenizer& tokenizer) {
+  const auto one = [&](const TokenChance& token) -> OrderedJson {
+    OrderedJson bytes = OrderedJson::array();
+    for (const char byte : tokenizer.Bytes(token.id)) bytes.push_back(static_cast<unsigned char>(byte));
+    return {{"token", TokenText(token.id, tokenizer)}, {"logprob", Shown(token.logprob)}, {"bytes", bytes}};
+  };
+  OrderedJson content = OrderedJson::array();
+  for (const ScoredToken& token : tokens) {
+    OrderedJson entry = one(token.chosen);
+    entry["top_logprobs"] = OrderedJson::array();
+    for (const TokenChance& likely : token.top) entry["top_logprobs"].push_back(one(likely));
+    content.push_back(std::move(entry));
+  }
+  return {{"content", content}};
+}
+
 OrderedJson FinishReason(const Completion& answer) { return answer.stopped ? "stop" : "length"; }
 
 OrderedJson StopReason(const Completion& answer) {
@@ -317,21 +383,22 @@ OrderedJson StopReason(const Completion& answer) {
 
 // Over prompts, `first` and on: usage, what the cache held, how long it took.
 OrderedJson Sums(const ApiQuery& query, const Served& served, size_t first, std::span<const Completion> answers) {
-  int64_t prompt = 0, generated = 0, reused = 0, stored = 0, encoded = 0, bytes = 0;
+  int64_t prompt = 0, generated = 0, reused = 0, stored = 0, bytes = 0;
+  std::optional<int64_t> encoded = 0;
   double prompt_s = 0, s = 0, share = 0;
   for (size_t i = 0; i < answers.size(); ++i) {
     prompt += static_cast<int64_t>(query.prompts[first + i].query.prompt.size());
     generated += static_cast<int64_t>(answers[i].tokens.size());
     reused += answers[i].reused;
     stored += answers[i].stored;
-    encoded += answers[i].encoded;
+    encoded = encoded && answers[i].encoded ? std::optional(*encoded + *answers[i].encoded) : std::nullopt;
     bytes += answers[i].kv_bytes;
     share += answers[i].encoded_share / static_cast<double>(answers.size());
     prompt_s += answers[i].prompt_seconds;
     s += answers[i].seconds;
   }
   OrderedJson kv = served.kv;
-  kv.update({{"tokens", stored}, {"encoded_tokens", encoded}, {"kv_bytes", bytes}, {"encoded_share", share}});
+  kv.update({{"tokens", stored}, {"encoded_tokens", encoded ? OrderedJson(*encoded) : OrderedJson()}, {"kv_bytes", bytes}, {"encoded_share", share}});
   return {{"usage", {{"prompt_tokens", prompt}, {"total_tokens", prompt + generated}, {"completion_tokens", generated},
                      {"prompt_tokens_details", {{"cached_tokens", reused}}}}},
           {"kv", kv},
@@ -371,11 +438,36 @@ ApiQuery ParseCompletion(const std::string& body, const Served& served) {
   return query;
 }
 
+ApiQuery ParseChat(const std::string& body, const Served& served) {
+  const json request = ParseBody(body);
+  CheckModel(request, served);
+  RefuseUnsupported(request);
+  ApiQuery query = NewQuery(true);
+  ReadStream(request, query);
+  if (Switch(request, "echo", false)) throw ApiError(400, "echo is not supported in chats", "echo");
+  CompletionQuery settings = ReadSettings(request, served);
+  query.logprobs = settings.logprobs = Switch(request, "logprobs", false);
+  settings.top = Whole(request, "top_logprobs", 0, kMostTop).value_or(0);
+  if (settings.top > 0 && !query.logprobs) throw ApiError(400, "top_logprobs needs logprobs to be true", "top_logprobs");
+  std::optional<int64_t> max_tokens = Whole(request, "max_completion_tokens", 1, std::numeric_limits<int32_t>::max());
+  if (!max_tokens) max_tokens = Whole(request, "max_tokens", 1, std::numeric_limits<int32_t>::max());
+  // The template has written the special tokens.
+  query.prompts.push_back(TextPrompt(ReadMessages(request, served), Switch(request, "add_special_tokens", false), false, served));
+  Settle(query, settings, max_tokens, "messages", served);
+  return query;
+}
+
 OrderedJson CompletionJson(const ApiQuery& query, const Served& served, const std::vector<Completion>& answers) {
   OrderedJson choices = OrderedJson::array();
   for (size_t i = 0; i < answers.size(); ++i) {
     const Completion& answer = answers[i];
     OrderedJson logprobs;
+    if (query.chat) {
+      if (query.logprobs) logprobs = TokenList(answer.tokens, *served.tokenizer);
+      choices.push_back({{"index", i}, {"message", {{"role", "assistant"}, {"content", answer.text}, {"refusal", nullptr}, {"tool_calls", OrderedJson::array()}}},
+                         {"logprobs", logprobs}, {"finish_reason", FinishReason(answer)}, {"stop_reason", StopReason(answer)}});
+      continue;
+    }
     if (query.logprobs) {
       TokenLists lists;
       size_t offset = 0;
@@ -386,14 +478,14 @@ OrderedJson CompletionJson(const ApiQuery& query, const Served& served, const st
     choices.push_back({{"index", i}, {"text", query.prompts[i].text + answer.text}, {"logprobs", logprobs},
                        {"finish_reason", FinishReason(answer)}, {"stop_reason", StopReason(answer)}});
   }
-  OrderedJson json = {{"id", query.id}, {"object", "text_completion"}, {"created", query.created}, {"model", served.name},
+  OrderedJson json = {{"id", query.id}, {"object", query.chat ? "chat.completion" : "text_completion"}, {"created", query.created}, {"model", served.name},
                       {"choices", choices}};
   json.update(Sums(query, served, 0, answers));
   return json;
 }
 
 OrderedJson CompletionEvents::Chunk(OrderedJson choices) const {
-  return {{"id", query_.id}, {"object", "text_completion"}, {"created", query_.created}, {"model", served_.name},
+  return {{"id", query_.id}, {"object", query_.chat ? "chat.completion.chunk" : "text_completion"}, {"created", query_.created}, {"model", served_.name},
           {"choices", std::move(choices)}};
 }
 
@@ -401,6 +493,13 @@ OrderedJson CompletionEvents::Choice(size_t prompt, const Completion& answer, co
   const bool first = open_ != prompt;
   open_ = prompt;
   if (first) offset_ = 0;
+  if (query_.chat) {
+    const auto choice = [&](OrderedJson delta, OrderedJson logprobs) -> OrderedJson {
+      return {{"index", prompt}, {"delta", std::move(delta)}, {"logprobs", std::move(logprobs)}, {"finish_reason", nullptr}};
+    };
+    if (first) before = Event(Chunk(OrderedJson::array({choice({{"role", "assistant"}, {"content", ""}}, nullptr)})));
+    return choice({{"content", part.text}}, query_.logprobs ? TokenList(part.tokens, *served_.tokenizer) : OrderedJson());
+  }
   const bool echo = first && query_.echo;
   OrderedJson logprobs;
   if (query_.logprobs) {
@@ -444,11 +543,11 @@ std::string CompletionEvents::Done(const std::vector<Completion>& answers) const
 OrderedJson TokenizeJson(const std::string& body, const Served& served) {
   const json request = ParseBody(body);
   CheckModel(request, served);
-  const bool vllm = request.contains("prompt");
-  const json& text = Field(request, vllm ? "prompt" : "content");
-  if (!text.is_string()) throw ApiError(400, "prompt (or content) must be a text", "prompt");
-  // llama-server's name for it goes with its default.
-  const bool special = vllm ? Switch(request, "add_special_tokens", true) : Switch(request, "add_special", false);
+  // vLLM's names and their defaults, or llama-server's.
+  const bool vllm = request.contains("prompt"), chat = request.contains("messages");
+  const json text = chat ? json(ReadMessages(request, served)) : Field(request, vllm ? "prompt" : "content");
+  if (!text.is_string()) throw ApiError(400, "prompt (or content) must be a text, or messages a list", "prompt");
+  const bool special = vllm || chat ? Switch(request, "add_special_tokens", !chat) : Switch(request, "add_special", false);
   const std::vector<int32_t> ids = served.Encode(text.get<std::string>(), special);
   OrderedJson pieces;
   if (Switch(request, "return_token_strs", false)) {

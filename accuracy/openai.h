@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "accuracy/chat_templates.h"
 #include "accuracy/completions.h"
 
 namespace kvq {
@@ -33,7 +34,9 @@ struct Served {
   int64_t context = 0;     // tokens of prompt and answer together
   int64_t vocab = 0;       // the model's, which may be larger than the tokenizer's
   const Tokenizer* tokenizer = nullptr;
-  std::string chat_template;  // of tokenizer_config.json; empty: none
+  const ChatTemplate* chat = nullptr;
+  std::string no_chat;        // why there is none
+  std::string bos, eos;       // what the template calls so
   OrderedJson kv;             // what is said of the cache in every answer, before its numbers
 
   // A tokenizer remembers pieces of text: one at a time.
@@ -45,7 +48,7 @@ struct Served {
 
 struct ApiQuery {
   bool chat = false, stream = false, include_usage = false, echo = false;
-  bool logprobs = false;  // completions: that `logprobs` is there
+  bool logprobs = false;
   struct Prompt {
     CompletionQuery query;
     std::string text;              // what echo gives back
@@ -58,6 +61,7 @@ struct ApiQuery {
 
 // Throw ApiError where the request is wrong.
 ApiQuery ParseCompletion(const std::string& body, const Served& served);
+ApiQuery ParseChat(const std::string& body, const Served& served);
 
 // The whole answer; of every prompt its completion.
 OrderedJson CompletionJson(const ApiQuery& query, const Served& served, const std::vector<Completion>& answers);
