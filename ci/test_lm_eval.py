@@ -10,12 +10,15 @@ import io
 import json
 import math
 import os
+import random
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import types
 import unittest
+import unittest.mock
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 GOLDEN = os.path.join(os.path.dirname(HERE), "accuracy", "golden", "lm_eval")
@@ -113,6 +116,59 @@ class Items(unittest.TestCase):
             os.remove(path)
             with self.assertRaisesRegex(lm_eval_items.Refused, "remove .* to run it again"):
                 lm_eval_items.convert(folder)
+
+
+class Tasks(unittest.TestCase):
+    """Of the tasks' own Python, with lists in place of data sets."""
+
+    def load(self, name):
+        stand_in = types.ModuleType("datasets")
+        stand_in.Dataset = types.SimpleNamespace(from_list=list)
+        spec = importlib.util.spec_from_file_location(name, os.path.join(command.TASKS, name + ".py"))
+        module = importlib.util.module_from_spec(spec)
+        with unittest.mock.patch.dict(sys.modules, datasets=stand_in):
+            spec.loader.exec_module(module)
+        return module
+
+    def test_what_the_cloze_asks_for_was_said_before(self):
+        austen = self.load("austen")
+        chance = random.Random(1)
+        names = ("Elinor", "Marianne", "Edward", "Fanny")
+        # Sentences of ten words that end with a name, each name in a stretch of its own and in the next.
+        text = "CHAPTER I\n\n" + "\n\n".join(" ".join(f"It was then {chance.random()} that Mr. Knightley\nsaw his dear _{names[i // 30 % 4]}_."
+                                                     for _ in range(5)) for i in range(400))
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "novel")
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text)
+            docs = austen.cloze(context=512, seed=3, texts={"novel": path})["test"]
+            self.assertEqual(docs, austen.cloze(context=512, seed=3, texts={"novel": path})["test"])
+            self.assertNotEqual(docs, austen.cloze(context=512, seed=4, texts={"novel": path})["test"])
+        self.assertGreater(len(docs), 20)
+        for doc in docs:
+            words = doc["passage"].split(" ")
+            self.assertEqual(len(words), 384)
+            self.assertIn(doc["word"], names)
+            self.assertGreaterEqual(sum(word == doc["word"] + "." for word in words[:-austen.NEWEST]), 2)
+            self.assertEqual(words[-1], "dear")
+            self.assertNotIn("_", doc["passage"])
+        ends = sorted(doc["at"] for doc in docs)
+        self.assertTrue(all(second - first >= 384 for first, second in zip(ends, ends[1:])))  # no passage overlaps another
+
+    def test_problems_of_a_file(self):
+        gsm = self.load("gsm")
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "file")
+            for lines, words in ((8, ""), (5, "5 problems; 5 are the examples"), (-1, "line 1 has no question and answer in JSON")):
+                with open(path, "w", encoding="utf-8") as file:
+                    file.write("x\n" if lines < 0 else "".join(json.dumps({"question": f"q{i}", "answer": "#### 1"}) + "\n" for i in range(lines)))
+                if not words:
+                    found = gsm.from_file(path)
+                    self.assertEqual([problem["question"] for problem in found["test"]], ["q0", "q1", "q2"])
+                    self.assertEqual(len(found["examples"]), 5)
+                else:
+                    with self.assertRaisesRegex(ValueError, words):
+                        gsm.from_file(path)
 
 
 class Command(unittest.TestCase):
