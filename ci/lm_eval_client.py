@@ -2,11 +2,11 @@
 
 usage: lm_eval_client.py JOB.json
 
-JOB: base_url, model, tokenizer (a folder, or null: the server's own), max_length, batch, concurrent, seed, include_path,
-check (only whether every task is there), and cells: [{out, task, limit, fewshot, metadata}]. Of each cell, in the folder
-`out`: lm-eval's samples as it writes them (samples.jsonl), its results (results.jsonl: on one line), and requests.jsonl,
-which says of every request the tokens that were sent and what the server said of the cache that answered. results.jsonl
-comes last: a cell that has it is whole.
+JOB: base_url, model, tokenizer (a folder, or null: the server's own), probe and probe_ids (a text, and the server's tokens
+of it), add_bos, max_length, batch, concurrent, seed, include_path, check (only whether every task is there), and cells:
+[{out, task, limit, fewshot, metadata}]. Of each cell, in the folder `out`: lm-eval's samples as it writes them
+(samples.jsonl), its results (results.jsonl: on one line), and requests.jsonl, which says of every request the tokens that
+were sent and what the server said of the cache that answered. results.jsonl comes last: a cell that has it is whole.
 """
 
 import contextvars
@@ -141,10 +141,11 @@ def run(job, client, cell):
         samples = results.pop("samples")
         tracker.save_results_aggregated(results, samples)
         # In the order of the items, whatever that of the answers was.
-        tracker.save_results_samples(cell["task"], sorted(samples[cell["task"]], key=lambda line: (line["filter"], line["doc_id"])))
+        lines = sorted(samples[cell["task"]], key=lambda line: (line["filter"], line["doc_id"]))
+        tracker.save_results_samples(cell["task"], lines)
         with open(os.path.join(scratch, "requests"), "w", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for _, line in sorted(client.said.items()))
-        written = {name.split("_")[0]: os.path.join(scratch, "m", name) for name in os.listdir(os.path.join(scratch, "m"))}
+        written = {entry.name.split("_")[0]: entry.path for entry in os.scandir(os.path.join(scratch, "m"))}
         os.replace(written["samples"], os.path.join(folder, "samples.jsonl"))
         os.replace(os.path.join(scratch, "requests"), os.path.join(folder, "requests.jsonl"))
         with open(written["results"], encoding="utf-8") as file:
@@ -170,8 +171,9 @@ def main(path):
     manager = manager_of(job)
     for cell in job["cells"]:
         if cell["task"] not in manager.all_subtasks:
-            what = "a group: name its tasks" if cell["task"] in manager.all_tasks else "none of lm-eval's, nor of --include-path"
-            fail(f"--tasks: '{cell['task']}' is {what}")
+            a_group = cell["task"] in manager.all_tasks
+            fail(f"--tasks: '{cell['task']}' is " +
+                 ("a group: name its tasks" if a_group else "none of lm-eval's, nor of --include-path"))
     if job["check"]:
         return
     client = client_of(job)

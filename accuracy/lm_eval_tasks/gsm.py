@@ -13,7 +13,8 @@ EXAMPLES = 5
 
 
 def splits(problems):
-    return {"test": datasets.Dataset.from_list(problems[:-EXAMPLES]), "examples": datasets.Dataset.from_list(problems[-EXAMPLES:])}
+    parts = {"test": problems[:-EXAMPLES], "examples": problems[-EXAMPLES:]}
+    return {name: datasets.Dataset.from_list(part) for name, part in parts.items()}
 
 
 def from_file(file=None, **_):
