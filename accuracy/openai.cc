@@ -18,6 +18,8 @@ using nlohmann::json;
 constexpr int64_t kMostTop = 20;      // as OpenAI's and vLLM's
 constexpr size_t kMostPrompts = 1024;
 constexpr size_t kMostStops = 64;
+constexpr int kMostDepth = 64;        // of lists and objects in a request: nlohmann's copies and texts of them recurse
+constexpr size_t kMostShown = 100;    // bytes of a wrong value that an error repeats
 
 const char* TypeOf(int status) {
   switch (status) {
@@ -32,13 +34,22 @@ const char* TypeOf(int status) {
 // The field, or null where it is missing.
 const json& Field(const json& request, const char* key) { return Member(request, key); }
 
+// A wrong value as an error repeats it: its beginning, cut between characters.
+std::string Excerpt(const json& value) {
+  std::string text = value.dump();
+  if (text.size() <= kMostShown) return text;
+  size_t end = kMostShown;
+  while ((text[end] & 0xC0) == 0x80) --end;
+  return text.substr(0, end) + "...";
+}
+
 double Number(const json& request, const char* key, double otherwise, double least, double most) {
   const json& value = Field(request, key);
   if (value.is_null()) return otherwise;
-  if (!value.is_number()) throw ApiError(400, StrCat(key, " must be a number, not ", value.dump()), key);
+  if (!value.is_number()) throw ApiError(400, StrCat(key, " must be a number, not ", Excerpt(value)), key);
   const double number = value.get<double>();
   if (!(number >= least && number <= most)) {
-    throw ApiError(400, StrCat(key, " must be from ", least, " to ", most, ", not ", value.dump()), key);
+    throw ApiError(400, StrCat(key, " must be from ", least, " to ", most, ", not ", Excerpt(value)), key);
   }
   return number;
 }
@@ -49,7 +60,7 @@ std::optional<int64_t> Whole(const json& request, const char* key, int64_t least
   const bool whole = value.is_number_integer() &&
                      !(value.is_number_unsigned() && value.get<uint64_t>() > uint64_t{std::numeric_limits<int64_t>::max()});
   if (!whole || value.get<int64_t>() < least || value.get<int64_t>() > most) {
-    throw ApiError(400, StrCat(key, " must be a whole number from ", least, " to ", most, ", not ", value.dump()), key);
+    throw ApiError(400, StrCat(key, " must be a whole number from ", least, " to ", most, ", not ", Excerpt(value)), key);
   }
   return value.get<int64_t>();
 }
@@ -57,12 +68,16 @@ std::optional<int64_t> Whole(const json& request, const char* key, int64_t least
 bool Switch(const json& request, const char* key, bool otherwise) {
   const json& value = Field(request, key);
   if (value.is_null()) return otherwise;
-  if (!value.is_boolean()) throw ApiError(400, StrCat(key, " must be true or false, not ", value.dump()), key);
+  if (!value.is_boolean()) throw ApiError(400, StrCat(key, " must be true or false, not ", Excerpt(value)), key);
   return value.get<bool>();
 }
 
 json ParseBody(const std::string& body) {
-  json request = json::parse(body, nullptr, /*allow_exceptions=*/false);
+  const auto check_depth = [](int depth, json::parse_event_t, const json&) {
+    if (depth > kMostDepth) throw ApiError(400, StrCat("the body has lists or objects more than ", kMostDepth, " deep"));
+    return true;
+  };
+  json request = json::parse(body, check_depth, /*allow_exceptions=*/false);
   if (!request.is_object()) throw ApiError(400, "the body must be a JSON object");
   return request;
 }
@@ -89,14 +104,14 @@ void RefuseUnsupported(const json& request) {
 void CheckModel(const json& request, const Served& served) {
   const json& model = Field(request, "model");
   if (model.is_null() || model == served.name || model == served.other_name) return;
-  throw ApiError(404, StrCat("The model ", model.dump(), " does not exist; this server has ", served.name), "model");
+  throw ApiError(404, StrCat("The model ", Excerpt(model), " does not exist; this server has ", served.name), "model");
 }
 
 std::vector<int32_t> ReadIds(const json& list, const Served& served, const char* key) {
   std::vector<int32_t> ids;
   for (const json& id : list) {
     if (!id.is_number_unsigned() || id.get<uint64_t>() >= static_cast<uint64_t>(served.vocab)) {
-      throw ApiError(400, StrCat(key, ": ", id.dump(), " is no token id of a vocabulary of ", served.vocab), key);
+      throw ApiError(400, StrCat(key, ": ", Excerpt(id), " is no token id of a vocabulary of ", served.vocab), key);
     }
     ids.push_back(static_cast<int32_t>(id.get<uint64_t>()));
   }
@@ -168,13 +183,16 @@ std::vector<std::string> ReadStops(const json& request) {
   const json& stop = Field(request, "stop");
   std::vector<std::string> stops;
   if (stop.is_null()) return stops;
-  const json list = stop.is_array() ? stop : json::array({stop});
-  for (const json& one : list) {
-    if (!one.is_string() || list.size() > kMostStops) {
-      throw ApiError(400, StrCat("stop must be a text or a list of up to ", kMostStops, " texts"), "stop");
-    }
+  const auto add = [&](const json& one) {
+    if (!one.is_string()) throw ApiError(400, StrCat("stop must be a text or a list of up to ", kMostStops, " texts"), "stop");
     if (one != "") stops.push_back(one.get<std::string>());
+  };
+  if (!stop.is_array()) {
+    add(stop);
+    return stops;
   }
+  if (stop.size() > kMostStops) throw ApiError(400, StrCat("stop: at most ", kMostStops, " texts, not ", stop.size()), "stop");
+  for (const json& one : stop) add(one);
   return stops;
 }
 
@@ -232,7 +250,7 @@ std::string ReadContent(const json& message) {
   std::string text;
   for (const json& part : content) {
     const json& type = Field(part, "type");
-    if (type != "text") throw ApiError(400, StrCat("messages: parts of type ", type.dump(), " are not supported; text is"), "messages");
+    if (type != "text") throw ApiError(400, StrCat("messages: parts of type ", Excerpt(type), " are not supported; text is"), "messages");
     const json& words = Field(part, "text");
     if (!words.is_string()) throw ApiError(400, "a part of type text must have a text", "messages");
     text += (text.empty() ? "" : "\n") + words.get<std::string>();
@@ -249,10 +267,10 @@ std::string ReadMessages(const json& request, const Served& served) {
   for (const json& message : list) {
     const json& role = Field(message, "role");
     if (role != "system" && role != "user" && role != "assistant") {
-      throw ApiError(400, StrCat("messages: role ", role.dump(), " is not supported; system, user and assistant are"), "messages");
+      throw ApiError(400, StrCat("messages: role ", Excerpt(role), " is not supported; system, user and assistant are"), "messages");
     }
     for (const char* key : {"tool_calls", "function_call", "reasoning_content", "reasoning", "audio"}) {
-      if (const json& value = Field(message, key); !value.is_null() && !value.empty()) {
+      if (const json& value = Field(message, key); !value.is_null() && !value.empty() && value != "") {
         throw ApiError(400, StrCat("messages: ", key, " is not supported"), "messages");
       }
     }
@@ -545,10 +563,11 @@ OrderedJson TokenizeJson(const std::string& body, const Served& served) {
   CheckModel(request, served);
   // vLLM's names and their defaults, or llama-server's.
   const bool vllm = request.contains("prompt"), chat = request.contains("messages");
-  const json text = chat ? json(ReadMessages(request, served)) : Field(request, vllm ? "prompt" : "content");
-  if (!text.is_string()) throw ApiError(400, "prompt (or content) must be a text, or messages a list", "prompt");
+  const json& given = Field(request, vllm ? "prompt" : "content");
+  if (!chat && !given.is_string()) throw ApiError(400, "prompt (or content) must be a text, or messages a list", "prompt");
+  const std::string text = chat ? ReadMessages(request, served) : given.get<std::string>();
   const bool special = vllm || chat ? Switch(request, "add_special_tokens", !chat) : Switch(request, "add_special", false);
-  const std::vector<int32_t> ids = served.Encode(text.get<std::string>(), special);
+  const std::vector<int32_t> ids = served.Encode(text, special);
   OrderedJson pieces;
   if (Switch(request, "return_token_strs", false)) {
     pieces = OrderedJson::array();

@@ -3,6 +3,8 @@
 ids, clients that come together, go away, send too much, or nonsense."""
 
 import concurrent.futures
+import ctypes
+import glob
 import http.client
 import json
 import math
@@ -13,6 +15,7 @@ import socket
 import struct
 import subprocess
 import tempfile
+import threading
 import time
 import unittest
 
@@ -98,11 +101,11 @@ class Server:
         assert events[-2:] == ["data: [DONE]", ""], events
         return [json.loads(event[len("data: "):]) for event in events[:-2]]
 
-    def begin(self, body):
+    def begin(self, body, headers=b""):
         """A request whose answer is not waited for."""
         client = socket.create_connection(("127.0.0.1", self.port), timeout=300)
         data = json.dumps(body).encode()
-        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n%sContent-Length: %d\r\n\r\n" % (headers, len(data)) + data)
         return client
 
     def wait_for(self, **counts):
@@ -322,8 +325,11 @@ class Serve(unittest.TestCase):
         opened = self.server.complete(prompt=prompt + "It is", add_special_tokens=False, max_tokens=1000, temperature=0, stop=[" "])
         self.assertEqual(answer["choices"][0]["message"]["content"], opened["choices"][0]["text"])
         for wrong in ([], "x", [{"role": "tool", "content": "x"}], [{"role": "user"}], [{"role": "user", "content": [{"type": "image_url"}]}],
-                      [{"role": "assistant", "content": "", "tool_calls": [{}]}], [1]):
+                      [{"role": "assistant", "content": "", "tool_calls": [{}]}], [1],
+                      [{"role": "assistant", "content": "", "reasoning_content": "x"}]):
             self.refused("/v1/chat/completions", 400, "messages", "", messages=wrong)
+        status, answer = self.server.post("/v1/chat/completions", {**body, "messages": [{**messages[0], "reasoning_content": ""}, messages[1]]})
+        self.assertEqual((status, answer.get("choices")), (200, [choice]), answer)
         self.refused("/v1/chat/completions", 400, "top_logprobs", "logprobs", messages=messages, top_logprobs=1)
 
     def test_refuses_by_name_what_it_does_not_do(self):
@@ -343,16 +349,48 @@ class Serve(unittest.TestCase):
         for body in (b"", b"{", b"[]", b"\xff\xfe", b'{"prompt": "\xff"}', b"[" * 500000, b'{"prompt": ' + b'{"a":' * 100000):
             status, answer = self.server.post("/v1/completions", body)
             self.assertEqual((status, answer["error"]["code"]), (400, 400))
-        status, answer, _ = self.server.request("POST", "/v1/completions", b"x", {"Content-Type": "multipart/form-data; boundary=x"})
-        self.assertEqual(status, 400)
+        # Nested and closed: what recurses over it would end the process.
+        deep = b"[" * 400000 + b"]" * 400000
+        for path, key in (("/v1/completions", "temperature"), ("/v1/completions", "model"), ("/v1/completions", "stop"),
+                          ("/v1/completions", "prompt"), ("/tokenize", "prompt"), ("/detokenize", "tokens")):
+            status, answer = self.server.post(path, b'{"x": "a", "%s": %s}' % (key.encode(), deep))
+            self.assertEqual((status, "64 deep" in answer["error"]["message"]), (400, True), answer)
+        self.refused("/v1/completions", 400, "temperature", "[[", prompt="a", temperature=json.loads("[" * 60 + "]" * 60))
+        status, answer = self.server.post("/v1/completions", {"model": "ü" * 150000, "prompt": "a"})
+        self.assertEqual(status, 404)
+        self.assertLess(len(answer["error"]["message"]), 200)
+        self.assertIn("üü...", answer["error"]["message"])
+        for ranges in ("bytes=0-9", "bytes=" + ",".join(["0-"] * 2000), "bytes=9-0", "bytes=" + "9" * 4000 + "-"):
+            for method, path in (("GET", "/v1/models"), ("POST", "/tokenize")):
+                status, text, _ = self.server.request(method, path, b'{"prompt": "a"}' if method == "POST" else None, {"Range": ranges})
+                self.assertIn(status, (400, 416))
+                self.assertEqual(json.loads(text)["error"]["code"], status)
         large = json.dumps({"prompt": "a" * (1 << 20)}).encode()
         self.assertEqual(self.server.post("/v1/completions", large)[0], 413)
         chunks = (large[i:i + 65536] for i in range(0, len(large), 65536))  # no length announced
         try:
-            status, _, _ = self.server.request("POST", "/v1/completions", chunks, {"Transfer-Encoding": "chunked"})
+            status, _, _ = self.server.request("POST", "/v1/completions", chunks)
             self.assertEqual(status, 413)
         except (BrokenPipeError, ConnectionResetError):
             pass  # refused before all of it was sent
+        # A body that is left unread is not taken for the next request, and one that is malformed is not too large.
+        inner = b"GET /nowhere HTTP/1.1\r\n\r\n"
+        size = b"Content-Length: %d\r\n\r\n" % len(inner)
+        for status, head in ((400, b"Content-Type: multipart/form-data; boundary=x\r\n" + size), (400, b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"),
+                             (413, b"Transfer-Encoding: chunked\r\n\r\n180000\r\n" + b"a" * 0x180000 + b"\r\n0\r\n\r\n"),
+                             (400, b"Range: bytes=0-9\r\n" + size)):
+            with socket.create_connection(("127.0.0.1", self.server.port), timeout=60) as client:
+                answer = b""
+                try:
+                    client.sendall(b"POST /tokenize HTTP/1.1\r\nHost: x\r\n" + head + inner)
+                    while data := client.recv(65536):
+                        answer += data
+                except (BrokenPipeError, ConnectionResetError):
+                    pass  # refused before all of it was sent
+                if answer or status == 400:
+                    self.assertTrue(answer.startswith(b"HTTP/1.1 %d " % status), answer[:100])
+                    self.assertEqual(answer.count(b"HTTP/1.1"), 1, answer)
+        self.assertEqual(self.server.post("/nowhere", {})[0], 404)
         with socket.create_connection(("127.0.0.1", self.server.port), timeout=60) as client:
             client.sendall(b"no HTTP at all\r\n\r\n")
             self.assertIn(b" 400 ", client.recv(1000))
@@ -404,13 +442,74 @@ class Serve(unittest.TestCase):
         server.wait_for(waiting=0, cancelled=1, answered=1, refused=1)
         silent = server.begin(LONG)  # not a byte of its answer is due before its end
         time.sleep(0.3)
+        silent.sendall(b"G")  # of a next request, which hides the end from who looks for it among what can be read
         silent.close()
         server.wait_for(cancelled=2)
+        # Nor does one that says it is another.
+        running = server.begin({**LONG, "stream": True})
+        self.assertIn(b" 200 ", running.recv(1000))
+        silent = server.begin({"prompt": "Hello", "max_tokens": 2}, b"REMOTE_ADDR: 203.0.113.7\r\nREMOTE_PORT: 1\r\n")
+        server.wait_for(waiting=1)
+        silent.close()  # waiting: it loses its place to the next
+        time.sleep(0.5)
+        waiting = server.begin({"prompt": "Hello", "max_tokens": 2})
+        server.wait_for(cancelled=3)
+        running.close()
+        self.assertIn(b" 200 ", waiting.recv(1000))
+        waiting.close()
+        server.wait_for(cancelled=4, refused=1)
         self.assertEqual(server.complete(prompt="Hello", max_tokens=1)["usage"]["completion_tokens"], 1)
-        last = server.begin(LONG)
-        time.sleep(0.2)
+        last = server.begin({**LONG, "stream": True})
+        self.assertIn(b" 200 ", last.recv(1000))
         self.assertEqual(server.end(), 0)  # while it works
+        text = b""
+        while data := last.recv(1 << 20):
+            text += data
         last.close()
+        self.assertRegex(text.decode(), r'(?s)data: \{"error":\{[^\n]*"code":503\}\}\n\ndata: \[DONE\]\n\n')
+
+    def test_a_slow_client_does_not_keep_the_server(self):
+        server = Server(self.model)
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            client.sendall(b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
+            stop = threading.Event()
+
+            def drip():
+                while not stop.wait(0.5):
+                    try:
+                        client.sendall(b" ")
+                    except OSError:
+                        return
+            thread = threading.Thread(target=drip)
+            thread.start()
+            time.sleep(0.3)
+            server.process.send_signal(signal.SIGTERM)  # alone it would take ten seconds
+            time.sleep(1)
+            self.assertIsNone(server.process.poll())
+            begun = time.time()
+            self.assertEqual(server.end(), 0)  # a second
+            self.assertLess(time.time() - begun, 5)
+            stop.set()
+            thread.join()
+
+    def test_a_server_that_cannot_listen_ends(self):
+        server = Server(self.model)
+        pid = server.process.pid
+        with open("/proc/net/tcp") as file:
+            rows = [line.split() for line in file][1:]
+        inode, = (row[9] for row in rows if row[3] == "0A" and row[1].endswith(f":{server.port:04X}"))
+        listening, = (int(path.rsplit("/", 1)[1]) for path in glob.glob(f"/proc/{pid}/fd/*")
+                      if os.path.realpath(path).endswith(f"socket:[{inode}]"))
+        libc = ctypes.CDLL(None, use_errno=True)
+        fd = libc.syscall(438, os.pidfd_open(pid), listening, 0)  # pidfd_getfd
+        if fd < 0:
+            server.end()
+            self.skipTest(os.strerror(ctypes.get_errno()))
+        with socket.socket(fileno=fd) as theirs:
+            theirs.shutdown(socket.SHUT_RDWR)
+        self.assertEqual(server.process.wait(60), 1)
+        self.assertIn("cannot take connections", server.process.stderr.read())
+        server.end()
 
     def test_bad_flags_end_in_one_line(self):
         for flag, word in (("--nope", "--nope"), ("--spec=int5-hqq", "int5-hqq"), ("--model=/nowhere/x", "/nowhere/x"), ("--port=99999", "--port"),
