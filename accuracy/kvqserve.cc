@@ -284,7 +284,7 @@ class App {
     Describe(files, spec, model, engine);
     ready_ = true;
     std::cerr << "kvqserve: ready: " << served_.kv.dump() << std::endl;
-    while (const std::shared_ptr<Job> job = queue_.Pop()) Answer(engine, *job, backend);
+    while (const std::shared_ptr<Job> job = queue_.Pop()) Answer(engine, *job);
   }
 
   void Stop() {
@@ -463,7 +463,7 @@ class App {
   }
 
   // On the model's thread.
-  void Answer(CompletionEngine& engine, Job& job, const Backend& backend) {
+  void Answer(CompletionEngine& engine, Job& job) {
     const ApiQuery& query = job.query;
     std::vector<Completion> answers;
     CompletionEvents events(query, served_);
@@ -494,7 +494,6 @@ class App {
       const std::lock_guard lock(counts_);
       ++failed_;
     }
-    if (backend.ran != nullptr) backend.ran();  // it remembers every call until it is asked
   }
 
   // With which tokens the model ends a text: the tokenizer's, and what config.json and generation_config.json say.

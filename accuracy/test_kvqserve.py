@@ -233,6 +233,22 @@ class Serve(unittest.TestCase):
                     if not token.startswith("bytes:"):
                         self.assertEqual(choice["text"][offset:offset + len(token)], token)
                 self.assertEqual(answer["usage"]["completion_tokens"], new)
+        # Bytes that are no character are one U+FFFD each, or one for all that begin one.
+        cut = self.server.post("/tokenize", {"prompt": "世", "add_special_tokens": False})[1]["tokens"]
+        self.assertEqual(len(cut), 3)
+        abc = self.server.post("/tokenize", {"prompt": "abc", "add_special_tokens": False})[1]["tokens"]
+        prompt = cut[1:] + abc + cut[:2] + abc
+        for stream in (False, True):
+            body = {"prompt": prompt, "echo": True, "max_tokens": 3, "logprobs": 0, "temperature": 0}
+            parts = [event["choices"][0] for event in self.server.events("/v1/completions", **body)] if stream else self.server.complete(**body)["choices"]
+            text = "".join(part["text"] for part in parts)
+            self.assertTrue(text.startswith("\ufffd\ufffdabc\ufffdabc"), text)
+            tokens, offsets = ([value for part in parts for value in part["logprobs"][name]] for name in ("tokens", "text_offset"))
+            self.assertEqual(offsets[:3] + offsets[2 + len(abc):][:3], [0, 1, 2, 5, 6, 6])
+            self.assertEqual(offsets[len(prompt)], 9)
+            for token, offset in zip(tokens[:len(prompt)], offsets):
+                if not token.startswith("bytes:"):
+                    self.assertEqual(text[offset:offset + len(token)], token)
         self.assertEqual(self.server.complete(prompt="abc", echo=True, max_tokens=0)["choices"][0]["text"], "abc")
         self.refused("/v1/completions", 400, "max_tokens", "", prompt="a", max_tokens=0)
         self.refused("/v1/completions", 400, "logprobs", "20", prompt="a", logprobs=21)
@@ -255,10 +271,13 @@ class Serve(unittest.TestCase):
         self.assertEqual("".join(event["choices"][0]["text"] for event in streamed), cut["text"])
         self.assertEqual((streamed[-1]["choices"][0]["finish_reason"], streamed[-1]["choices"][0]["stop_reason"]), ("stop", stop))
         # A stop token, and the model's own end, which is among the scored tokens and not in the text.
-        ids = self.server.post("/tokenize", {"prompt": whole["logprobs"]["tokens"][3], "add_special_tokens": False})[1]["tokens"]
-        if len(ids) == 1:
-            cut = self.server.complete(prompt="Hello", max_tokens=40, temperature=0, stop_token_ids=ids, ignore_eos=True)["choices"][0]
-            self.assertEqual((cut["finish_reason"], cut["stop_reason"]), ("stop", ids[0]))
+        tokens = whole["logprobs"]["tokens"]
+        ids = [(i, self.server.post("/tokenize", {"prompt": token, "add_special_tokens": False})[1]["tokens"]) for i, token in enumerate(tokens)
+               if i > 0 and ":" not in token and token not in tokens[:i]]
+        at, ids = next((i, ids) for i, ids in ids if len(ids) == 1)
+        cut = self.server.complete(prompt="Hello", max_tokens=40, temperature=0, stop_token_ids=[419, *ids], ignore_eos=True, logprobs=0)["choices"][0]
+        self.assertEqual((cut["finish_reason"], cut["stop_reason"]), ("stop", ids[0]))
+        self.assertEqual(cut["logprobs"]["tokens"], tokens[:at + 1])
         ended = [self.server.complete(prompt="Hello", max_tokens=1500, temperature=5, seed=seed, logprobs=0) for seed in range(4)]
         ended = [one for one in ended if one["choices"][0]["finish_reason"] == "stop"]
         self.assertTrue(ended, "the model's end never came in 1500 tokens at random")
@@ -339,6 +358,10 @@ class Serve(unittest.TestCase):
         for key, value in (("n", 1), ("best_of", 1), ("suffix", None), ("presence_penalty", 0), ("repetition_penalty", 1.0), ("tools", [])):
             self.server.complete(prompt="a", max_tokens=1, **{key: value})
         self.refused("/v1/completions", 404, "model", "tiny", prompt="a", model="other")
+        # 1024 prompts of a token and 194 to come, 20 others wanted with each: 4.2 million.
+        self.refused("/v1/completions", 400, "max_tokens", "fewer", prompt=[[5]] * 1024, max_tokens=194, logprobs=20)
+        self.refused("/v1/completions", 400, "stop", "1024", prompt="a", stop="x" * 1025)
+        self.refused("/v1/completions", 400, "stop_token_ids", "1024", prompt="a", stop_token_ids=[5] * 1025)
         self.refused("/v1/completions", 400, "max_tokens", "2048", prompt=[5] * 2000, max_tokens=49)
         self.assertEqual(self.server.complete(prompt=[5] * 2000, max_tokens=48, temperature=0, ignore_eos=True)["kv"]["tokens"], 2047)
         self.assertEqual(self.server.get("/nowhere")[0], 404)
@@ -426,6 +449,19 @@ class Serve(unittest.TestCase):
             if server is not self.server:
                 self.assertEqual(server.end(), 0)
 
+    def test_kept_prompts_give_the_same_answers(self):
+        anew = Server(self.model, "--spec=int4-hqq@residual=16", "--no-reuse")
+        body = {"prompt": TEXT[:200], "max_tokens": 4, "temperature": 0, "logprobs": 2, "echo": True}
+        for prompt in (TEXT[:200], TEXT[:200], TEXT[:150] + "another end"):
+            kept, new = (server.complete(**{**body, "prompt": prompt}) for server in (self.server, anew))
+            self.assertEqual(kept["choices"], new["choices"])
+            cached = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in (kept, new)]
+            self.assertEqual((cached[0] % 16, cached[1]), (0, 0))
+            self.assertEqual([answer["timings"]["prompt_n"] for answer in (kept, new)],
+                             [answer["usage"]["prompt_tokens"] - count for answer, count in zip((kept, new), cached)])
+        self.assertGreater(cached[0], 0)
+        self.assertEqual(anew.end(), 0)
+
     def test_full_queue_and_clients_that_go_away(self):
         server = Server(self.model, "--queue=1")
         running = server.begin({**LONG, "stream": True})
@@ -447,17 +483,24 @@ class Serve(unittest.TestCase):
         server.wait_for(cancelled=2)
         # Nor does one that says it is another.
         running = server.begin({**LONG, "stream": True})
-        self.assertIn(b" 200 ", running.recv(1000))
+        while b"data: " not in running.recv(10000):  # before, it may itself be waiting
+            pass
         silent = server.begin({"prompt": "Hello", "max_tokens": 2}, b"REMOTE_ADDR: 203.0.113.7\r\nREMOTE_PORT: 1\r\n")
         server.wait_for(waiting=1)
         silent.close()  # waiting: it loses its place to the next
-        time.sleep(0.5)
-        waiting = server.begin({"prompt": "Hello", "max_tokens": 2})
-        server.wait_for(cancelled=3)
+        for _ in range(20):
+            time.sleep(0.3)  # until it is noticed
+            waiting = server.begin({"prompt": "Hello", "max_tokens": 2})
+            time.sleep(0.1)
+            if server.get("/health")[1]["cancelled"] == 3:
+                break
+            self.assertIn(b" 503 ", waiting.recv(1000))
+            waiting.close()
+        server.wait_for(cancelled=3, waiting=1)
         running.close()
         self.assertIn(b" 200 ", waiting.recv(1000))
         waiting.close()
-        server.wait_for(cancelled=4, refused=1)
+        server.wait_for(cancelled=4)
         self.assertEqual(server.complete(prompt="Hello", max_tokens=1)["usage"]["completion_tokens"], 1)
         last = server.begin({**LONG, "stream": True})
         self.assertIn(b" 200 ", last.recv(1000))
