@@ -397,7 +397,7 @@ class Serve(unittest.TestCase):
         except (BrokenPipeError, ConnectionResetError):
             pass  # refused before all of it was sent
         # A body that is left unread is not taken for the next request, and one that is malformed is not too large.
-        inner = b"GET /nowhere HTTP/1.1\r\n\r\n"
+        inner = b"GET /nowhere HTTP/1.1\r\n\r\n" * 1000  # more than is read at once
         size = b"Content-Length: %d\r\n\r\n" % len(inner)
         for status, head in ((400, b"Content-Type: multipart/form-data; boundary=x\r\n" + size), (400, b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"),
                              (413, b"Transfer-Encoding: chunked\r\n\r\n180000\r\n" + b"a" * 0x180000 + b"\r\n0\r\n\r\n"),
