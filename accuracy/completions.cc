@@ -34,7 +34,19 @@ std::vector<TokenChance> Largest(const float* logits, int64_t vocab, int64_t cou
   return top;
 }
 
-// Bytes at the end that begin a character and do not end it.
+const char* OnDecoded(const Spec& spec) { return spec.stores_dense() ? "" : " on decoded tokens"; }
+
+}  // namespace
+
+std::vector<TokenChance> Likeliest(const float* logits, int64_t vocab, int64_t count, const TokenChance& came) {
+  std::vector<TokenChance> top = Largest(logits, vocab, count);
+  const double log_sum = logits[came.id] - came.logprob;
+  for (TokenChance& token : top) {
+    token.logprob = token.logprob == logits[came.id] ? came.logprob : token.logprob - log_sum;
+  }
+  return top;
+}
+
 size_t HalfCharacter(std::string_view text) {
   for (size_t n = 1; n <= 3 && n <= text.size(); ++n) {
     const auto byte = static_cast<unsigned char>(text[text.size() - n]);
@@ -44,8 +56,6 @@ size_t HalfCharacter(std::string_view text) {
   }
   return 0;
 }
-
-}  // namespace
 
 int32_t Draw(const float* logits, int64_t vocab, const Sampling& sampling, std::mt19937_64& random) {
   if (sampling.temperature == 0) return static_cast<int32_t>(std::max_element(logits, logits + vocab) - logits);
@@ -116,7 +126,7 @@ CompletionEngine::CompletionEngine(Session& session, const Model& model, const T
   if (backend.graph) {
     ran_ = session.ran;
   } else {
-    ran_ = backend.name + (spec.stores_dense() ? "" : " on decoded tokens");
+    ran_ = backend.name + OnDecoded(spec);
   }
   if (spec.policy != Policy::kHf) marks_.push_back({0, stepper_.cache().Save()});
 }
@@ -150,12 +160,8 @@ void CompletionEngine::Score(const at::Tensor& logits, const int32_t* targets, c
   const at::Tensor scores = ScoreTokens(rows, rows, Ids(targets, n).cpu());
   for (int64_t i = 0; i < n; ++i) {
     const float* row = logits.data_ptr<float>() + i * vocab;
-    Position position{.logprob = -scores.data_ptr<double>()[i * 4 + 1], .top = Largest(row, vocab, query.top), .scored = true};
-    const double log_sum = row[targets[i]] - position.logprob;
-    for (TokenChance& token : position.top) {
-      token.logprob = token.id == targets[i] ? position.logprob : token.logprob - log_sum;
-    }
-    to.push_back(std::move(position));
+    const double logprob = -scores.data_ptr<double>()[i * 4 + 1];
+    to.push_back({.logprob = logprob, .top = Likeliest(row, vocab, query.top, {targets[i], logprob}), .scored = true});
   }
 }
 
@@ -204,6 +210,7 @@ int64_t CompletionEngine::Read(const CompletionQuery& query, const std::function
 Completion CompletionEngine::Complete(const CompletionQuery& query, const std::function<bool()>& wanted,
                                       const std::function<void(const Completion& so_far, const CompletionPart&)>& part) {
   if (query.prompt.empty()) throw std::logic_error("a prompt without tokens");
+  if (backend_.ran != nullptr) backend_.ran();  // of one that failed
   Completion answer;
   at::Tensor logits;
   Stopwatch watch(model_.devices());
@@ -264,6 +271,10 @@ Completion CompletionEngine::Complete(const CompletionQuery& query, const std::f
   answer.text += next.text;
   answer.seconds = watch.Seconds() - answer.prompt_seconds;
 
+  answer.ran = ran_;
+  if (backend_.ran != nullptr) {
+    if (const std::string ways = backend_.ran(); !ways.empty()) answer.ran = ways + OnDecoded(spec_);
+  }
   answer.stored = stepper_.cache().length();
   const CacheShape shape = model_.cache_shape(1);
   const int64_t first_call = std::min(spec_.sink_tokens + spec_.CallTokens(), length);

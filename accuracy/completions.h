@@ -38,9 +38,15 @@ struct Sampling {
   std::optional<uint64_t> seed;
 };
 
+// The `count` largest logits [vocab], given what the token that came has of them: equals of it have that too, to the bit.
+std::vector<TokenChance> Likeliest(const float* logits, int64_t vocab, int64_t count, const TokenChance& came);
+
 // Draws from logits [vocab]: divided by the temperature, then those are left out whose probability is below min_p times the
 // largest, then all but the top_k likeliest, then those behind the first that reach top_p of what is left together.
 int32_t Draw(const float* logits, int64_t vocab, const Sampling& sampling, std::mt19937_64& random);
+
+// Bytes at the end that begin a character and do not end it.
+size_t HalfCharacter(std::string_view text);
 
 // Text that becomes certain as tokens come: not the bytes of half a character, and nothing that may be the beginning of a
 // stop string. What can never be UTF-8 becomes U+FFFD.
@@ -91,6 +97,7 @@ struct Completion {
   int64_t kv_bytes = 0;
   double encoded_share = 0;         // of what the last position read
   double prompt_seconds = 0, seconds = 0;  // reading the prompt, and all that followed
+  std::string ran;                  // the kernels, in words
 };
 
 // Thrown out of Complete where the client is gone.
@@ -110,7 +117,8 @@ class CompletionEngine {
   Completion Complete(const CompletionQuery& query, const std::function<bool()>& wanted = {},
                       const std::function<void(const Completion& so_far, const CompletionPart&)>& part = {});
 
-  const std::string& ran() const { return ran_; }  // the kernels, in words
+  // The kernels, in words; where the backend chooses with each call, its name, and Completion::ran says more.
+  const std::string& ran() const { return ran_; }
 
  private:
   // What follows a position: the scores of all tokens that are wanted, given its logits [vocab].

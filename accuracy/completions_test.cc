@@ -22,9 +22,9 @@ class CompletionTest : public TinyModel {
     options.dtype = "float32", options.kv_dtype = "bfloat16";
     session_ = std::make_unique<Session>(options);
   }
-  CompletionEngine Engine(const Spec& spec, bool reuse, const std::string& backend = "sdpa") {
+  CompletionEngine Engine(const Spec& spec, bool reuse, const std::string& backend = "sdpa", int64_t context = 128) {
     const std::string name = (dir_ / "tiny").string();
-    return CompletionEngine(*session_, session_->model(name), session_->tokenizer(name), FindBackend(backend), spec, 128, {2}, reuse);
+    return CompletionEngine(*session_, session_->model(name), session_->tokenizer(name), FindBackend(backend), spec, context, {2}, reuse);
   }
   std::unique_ptr<Session> session_;
 };
@@ -47,7 +47,7 @@ void ExpectSame(const std::vector<ScoredToken>& a, const std::vector<ScoredToken
 TEST_F(CompletionTest, AKeptPromptGivesTheBitsOfANewOne) {
   const c10::InferenceMode no_gradients;
   std::mt19937_64 random(7);
-  std::vector<int32_t> text(100);
+  std::vector<int32_t> text(300);
   for (int32_t& id : text) id = static_cast<int32_t>(3 + random() % 400);
   for (const auto& [backend, spec_text] : std::vector<std::pair<const char*, const char*>>{
            {"sdpa", "none@residual=16"}, {"sdpa", "int4-hqq@residual=16"}, {"sdpa", "int2-hqq-kivi@residual=32@sinks=4@group=32"},
@@ -55,15 +55,17 @@ TEST_F(CompletionTest, AKeptPromptGivesTheBitsOfANewOne) {
            {"sdpa", "int4-hqq@residual=8@policy=hf"}, {"fused", "none@residual=16"}, {"fused", "int4-hqq@residual=16@sinks=2"}}) {
     SCOPED_TRACE(StrCat(backend, " ", spec_text));
     const Spec spec = ParseSpec(spec_text);
-    CompletionEngine kept = Engine(spec, true, backend), anew = Engine(spec, false, backend);
+    // With no residual a call has 128 tokens: of longer prompts some are whole.
+    const size_t times = spec.keys.residual_length == 0 ? 3 : 1;
+    CompletionEngine kept = Engine(spec, true, backend, 384), anew = Engine(spec, false, backend, 384);
     EXPECT_EQ(kept.ran().find("sdpa, tokens") == 0, std::string(backend) == "fused") << kept.ran();
     int64_t reused = 0;
     for (const auto& [length, changed, top, scored] : std::vector<std::tuple<size_t, size_t, int64_t, bool>>{
              {90, 99, 1, true}, {95, 89, 1, true}, {60, 55, 1, true}, {60, 60, 1, true}, {90, 99, 2, true}, {90, 99, 0, false},
              {90, 99, 1, true}, {97, 99, 1, true}, {40, 0, 1, true}, {97, 99, 2, true}, {97, 99, 2, true}, {5, 99, 1, true}, {1, 99, 1, true}}) {
       CompletionQuery query;
-      query.prompt = {text.begin(), text.begin() + static_cast<int64_t>(length)};
-      if (changed < length) query.prompt[changed] = 2;
+      query.prompt = {text.begin(), text.begin() + static_cast<int64_t>(length * times)};
+      if (changed < length) query.prompt[changed * times] = 2;
       query.score_prompt = scored, query.logprobs = true, query.top = top, query.max_tokens = 20, query.ignore_eos = true;
       query.sampling.temperature = 0;
       const Completion with = kept.Complete(query), without = anew.Complete(query);
@@ -77,7 +79,7 @@ TEST_F(CompletionTest, AKeptPromptGivesTheBitsOfANewOne) {
     if (spec.policy == Policy::kHf) {
       EXPECT_EQ(reused, 0);
     } else {
-      EXPECT_GT(reused, spec.keys.residual_length == 0 ? -1 : 300);  // calls of 128 tokens: none is whole here
+      EXPECT_GT(reused, 300);
     }
   }
 }
@@ -123,6 +125,36 @@ TEST_F(CompletionTest, StopsWhenTheClientIsGone) {
     EXPECT_THROW(engine.Complete(query, [&] { return left-- > 0; }), Cancelled);
   }
   EXPECT_EQ(engine.Complete(query).text, other.Complete(query).text);
+}
+
+// Sage computes nothing of fewer than 128 queries at once: what ran is what its calls were, not its name.
+TEST_F(CompletionTest, SaysWhatRan) {
+  const c10::InferenceMode no_gradients;
+  const Spec spec = ParseSpec("int4-hqq@residual=16");
+  CompletionQuery query;
+  query.prompt = {5, 6, 7}, query.max_tokens = 2;
+  CompletionEngine sage = Engine(spec, true, "sage");
+  EXPECT_EQ(sage.Complete(query).ran, "sdpa (fewer than 128 tokens) on decoded tokens");
+  EXPECT_EQ(Engine(spec, true).Complete(query).ran, "sdpa on decoded tokens");
+}
+
+// Of equal logits the chances are equal to the bit, whichever came.
+TEST(Likeliest, GivesEqualsWhatTheTokenThatCameHas) {
+  std::mt19937 random(3);
+  for (int i = 0; i < 1000; ++i) {
+    const float most = std::uniform_real_distribution<float>(-30, 30)(random);
+    const std::vector<float> row = {most - 1, most, most - 2, most};
+    double sum = 0;
+    for (const float logit : row) sum += std::exp(double{logit} - most);
+    for (const int32_t came : {1, 3}) {
+      const std::vector<TokenChance> top = Likeliest(row.data(), 4, 3, {came, -std::log(sum)});
+      ASSERT_EQ(top.size(), 3u);
+      EXPECT_EQ(std::make_pair(top[0].id, top[1].id), std::make_pair(1, 3));
+      EXPECT_EQ(top[0].logprob, -std::log(sum));
+      EXPECT_EQ(top[1].logprob, -std::log(sum));
+      EXPECT_NEAR(top[2].logprob, -1 - std::log(sum), 1e-5);
+    }
+  }
 }
 
 TEST(Draw, TakesTheLowestIdOfEqualsAtTemperatureZero) {

@@ -6,6 +6,7 @@
 #include <arpa/inet.h>
 #include <httplib.h>
 #include <netdb.h>
+#include <poll.h>
 #include <sys/socket.h>
 
 #include <atomic>
@@ -141,12 +142,16 @@ class Job {
 class Queue {
  public:
   explicit Queue(size_t most) : most_(most) {}
-  bool Push(const std::shared_ptr<Job>& job) {
+  enum class Pushed { kYes, kFull, kClosed };
+  // Where the queue is full, those that nobody waits for any more make room: `dropped` of them.
+  Pushed Push(const std::shared_ptr<Job>& job, size_t& dropped) {
     const std::lock_guard lock(mutex_);
-    if (closed_ || jobs_.size() >= most_) return false;
+    if (closed_) return Pushed::kClosed;
+    if (jobs_.size() >= most_) dropped = std::erase_if(jobs_, [](const auto& waiting) { return waiting->gone.load(); });
+    if (jobs_.size() >= most_) return Pushed::kFull;
     jobs_.push_back(job);
     changed_.notify_one();
-    return true;
+    return Pushed::kYes;
   }
   // Null once the queue is closed.
   std::shared_ptr<Job> Pop() {
@@ -181,7 +186,7 @@ class Queue {
 // The socket of the connection that a request came by, which httplib does not hand out: it is the one whose other end is
 // the client's. While the request is being answered it stays open, so the number stays its own. -1 where it is not found.
 int SocketOf(const httplib::Request& request) {
-  const std::string address = request.get_header_value("REMOTE_ADDR"), port = request.get_header_value("REMOTE_PORT");
+  const std::string port = std::to_string(request.remote_port);
   std::error_code none;
   for (const auto& entry : std::filesystem::directory_iterator("/proc/self/fd", none)) {
     const int socket = std::atoi(entry.path().filename().c_str());
@@ -193,17 +198,35 @@ int SocketOf(const httplib::Request& request) {
                       NI_NUMERICHOST | NI_NUMERICSERV) != 0) {
       continue;
     }
-    if (address == host && port == service) return socket;
+    if (request.remote_addr == host && port == service) return socket;
   }
   return -1;
 }
 
+// A client that has closed its sending half alone counts as gone too: httplib would not write to it either. What it sent
+// before, and nobody has read, does not hide its end.
 bool IsClosed(int socket) {
   if (socket < 0) return false;
-  char byte;
-  const ssize_t n = ::recv(socket, &byte, 1, MSG_PEEK | MSG_DONTWAIT);
-  return n == 0 || (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR);
+  pollfd end = {.fd = socket, .events = POLLRDHUP, .revents = 0};
+  return ::poll(&end, 1, 0) > 0 && (end.revents & (POLLRDHUP | POLLHUP | POLLERR | POLLNVAL)) != 0;
 }
+
+// A connection on which a request's body is left unread ends with the answer: what is left would be read as the next
+// request. httplib asks the request alone whether to close; EndConnection does once the answer is written.
+void CloseBehind(httplib::Response& response) { response.set_header("Connection", "close"); }
+
+void EndConnection(const httplib::Request& request, const httplib::Response& response) {
+  if (response.get_header_value("Connection") != "close") return;
+  const int socket = SocketOf(request);
+  if (socket < 0) return;
+  ::shutdown(socket, SHUT_RDWR);
+  char unread[4096];
+  while (::recv(socket, unread, sizeof unread, MSG_DONTWAIT) > 0) {  // still readable behind the shutdown
+  }
+}
+
+// httplib would cut any answer by the request's ranges, or repeat it for each of thousands.
+void ForgetRanges(const httplib::Request& request) { const_cast<httplib::Request&>(request).ranges.clear(); }
 
 // httplib's server with a queue of the system's that holds more than its five connections.
 class HttpServer : public httplib::Server {
@@ -228,7 +251,12 @@ class App {
     http_.WidenBacklog();
     const std::string host = flags_.host.find(':') == std::string::npos ? flags_.host : "[" + flags_.host + "]";
     std::cout << "kvqserve: listening on http://" << host << ":" << port << std::endl;
-    listener_ = std::thread([this] { http_.listen_after_bind(); });
+    listener_ = std::thread([this] {
+      if (http_.listen_after_bind() || stopping_) return;
+      std::cerr << "kvqserve: cannot take connections any more; the server ends" << std::endl;
+      deaf_ = true;
+      Stop();
+    });
   }
 
   // Loads the model, then answers until Stop.
@@ -256,7 +284,7 @@ class App {
     Describe(files, spec, model, engine);
     ready_ = true;
     std::cerr << "kvqserve: ready: " << served_.kv.dump() << std::endl;
-    while (const std::shared_ptr<Job> job = queue_.Pop()) Answer(engine, *job, backend);
+    while (const std::shared_ptr<Job> job = queue_.Pop()) Answer(engine, *job);
   }
 
   void Stop() {
@@ -267,12 +295,13 @@ class App {
   void Close() {
     Stop();
     if (!listener_.joinable()) return;
-    for (int i = 0; i < 1000 && !http_.is_running(); ++i) std::this_thread::sleep_for(1ms);  // stop would be lost
+    for (int i = 0; i < 1000 && !http_.is_running() && !deaf_; ++i) std::this_thread::sleep_for(1ms);  // stop would be lost
     http_.stop();
     listener_.join();
   }
 
   bool ready() const { return ready_; }
+  bool deaf() const { return deaf_; }
 
  private:
   void SetUp() {
@@ -287,7 +316,21 @@ class App {
       const int yes = 1;
       ::setsockopt(socket, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
     });
+    http_.set_logger(EndConnection);
+    http_.set_pre_routing_handler([this](const httplib::Request& request, httplib::Response& response) {
+      const bool ranged = request.has_header("Range");
+      // httplib would read the body of a request that nobody answers, of whatever size.
+      const bool known = request.method == "GET" || request.method == "HEAD" || request.method == "OPTIONS" ||
+                         (request.method == "POST" && posts_.contains(request.path));
+      if (!ranged && known) return httplib::Server::HandlerResponse::Unhandled;
+      ForgetRanges(request);
+      CloseBehind(response);
+      response.status = ranged ? 400 : 404;
+      if (ranged) response.set_content(ErrorJson(400, "answers are not given in ranges; leave the header Range out"), "application/json");
+      return httplib::Server::HandlerResponse::Handled;
+    });
     http_.set_error_handler([](const httplib::Request& request, httplib::Response& response) {
+      ForgetRanges(request);
       if (!response.body.empty()) return;
       const std::string what = response.status == 404   ? StrCat("there is no ", request.method, " ", request.path.substr(0, 100))
                                : response.status == 413 ? "the request is larger than this server takes"
@@ -327,31 +370,48 @@ class App {
   }
 
   // The body, bounded also where no length was announced, which httplib does not do.
-  std::string ReadBody(const httplib::Request& request, const httplib::ContentReader& reader) const {
-    if (request.is_multipart_form_data()) throw ApiError(400, "the body must be JSON");
+  std::string ReadBody(const httplib::Request& request, const httplib::ContentReader& reader, httplib::Response& response) const {
+    if (request.is_multipart_form_data()) {
+      CloseBehind(response);
+      throw ApiError(400, "the body must be JSON");
+    }
     const size_t most = static_cast<size_t>(flags_.body_mib) << 20;
     std::string body;
+    bool large = false;
     const bool whole = reader([&](const char* data, size_t size) {
-      if (body.size() + size > most) return false;
-      body.append(data, size);
-      return true;
+      large = body.size() + size > most;
+      if (!large) body.append(data, size);
+      return !large;
     });
-    if (!whole) throw ApiError(413, StrCat("the body is larger than ", flags_.body_mib, " MiB, or broken off"));
+    if (!whole) {
+      CloseBehind(response);
+      large = large || response.status == 413;  // announced so
+      throw ApiError(large ? 413 : 400, large ? StrCat("the body is larger than ", flags_.body_mib, " MiB") : "the body is broken off, or no HTTP");
+    }
     CheckReady();
     return body;
   }
 
   void RoutePost(const std::string& path, std::function<OrderedJson(const std::string&)> answer) {
+    posts_.insert(path);
     http_.Post(path, [this, answer](const httplib::Request& request, httplib::Response& response, const httplib::ContentReader& reader) {
-      const OrderedJson json = answer(ReadBody(request, reader));
+      const OrderedJson json = answer(ReadBody(request, reader, response));
       response.set_content(json.dump(-1, ' ', false, OrderedJson::error_handler_t::replace), "application/json");
     });
   }
 
   void RouteQuery(const std::string& path, std::function<ApiQuery(const std::string&, const Served&)> parse) {
+    posts_.insert(path);
     http_.Post(path, [this, parse](const httplib::Request& request, httplib::Response& response, const httplib::ContentReader& reader) {
-      const auto job = std::make_shared<Job>(parse(ReadBody(request, reader), served_));
-      if (!queue_.Push(job)) {
+      const auto job = std::make_shared<Job>(parse(ReadBody(request, reader, response), served_));
+      size_t dropped = 0;
+      const Queue::Pushed pushed = queue_.Push(job, dropped);
+      if (dropped > 0) {
+        const std::lock_guard lock(counts_);
+        cancelled_ += static_cast<int64_t>(dropped);
+      }
+      if (pushed == Queue::Pushed::kClosed) throw ApiError(503, "the server ends");
+      if (pushed == Queue::Pushed::kFull) {
         ++refused_;
         throw ApiError(503, StrCat(flags_.queue, " requests are waiting; try again later"));
       }
@@ -367,7 +427,7 @@ class App {
               if ((!events.empty() && !sink.write(events.data(), events.size())) || (!whole && IsClosed(socket))) return false;
               if (!whole) return true;
               // It began as a success: an error can only be an event.
-              if (status != 200) body = "data: " + body + "\n\n";
+              if (status != 200) body = "data: " + body + "\n\ndata: [DONE]\n\n";
               if (!body.empty() && !sink.write(body.data(), body.size())) return false;
               sink.done();
               return true;
@@ -403,7 +463,7 @@ class App {
   }
 
   // On the model's thread.
-  void Answer(CompletionEngine& engine, Job& job, const Backend& backend) {
+  void Answer(CompletionEngine& engine, Job& job) {
     const ApiQuery& query = job.query;
     std::vector<Completion> answers;
     CompletionEvents events(query, served_);
@@ -434,7 +494,6 @@ class App {
       const std::lock_guard lock(counts_);
       ++failed_;
     }
-    if (backend.ran != nullptr) backend.ran();  // it remembers every call until it is asked
   }
 
   // With which tokens the model ends a text: the tokenizer's, and what config.json and generation_config.json say.
@@ -502,15 +561,32 @@ class App {
   Session& session_;
   HttpServer http_;
   std::thread listener_;
+  std::set<std::string> posts_;  // paths
   Queue queue_;
   Served served_;  // not written once ready_ is set
   OrderedJson models_, tokenizer_info_;  // likewise
-  std::atomic<bool> ready_ = false, stopping_ = false;
+  std::atomic<bool> ready_ = false, stopping_ = false, deaf_ = false;
   std::atomic<int64_t> refused_ = 0;
   std::mutex counts_;
   int64_t answered_ = 0, cancelled_ = 0, failed_ = 0, sequences_ = 0;
   double share_ = 0;
 };
+
+// Says what is being thrown; the exit code for it.
+int Failed() {
+  try {
+    throw;
+  } catch (const InputError& error) {
+    std::fprintf(stderr, "kvqserve: %s\n", error.what());
+    return 2;
+  } catch (const std::filesystem::filesystem_error& error) {
+    std::fprintf(stderr, "kvqserve: %s: %s\n", error.path1().c_str(), error.code().message().c_str());
+    return 2;
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "kvqserve: %s\n", error.what());
+    return 1;
+  }
+}
 
 int Main(int argc, char** argv) {
   const Flags flags = ParseFlags({argv + 1, argv + argc});
@@ -527,6 +603,14 @@ int Main(int argc, char** argv) {
   Options options;
   options.models = {flags.model};
   options.device = flags.device, options.dtype = flags.dtype, options.kv_dtype = flags.kv_dtype;
+
+  sigset_t ends;
+  sigemptyset(&ends);
+  sigaddset(&ends, SIGINT);
+  sigaddset(&ends, SIGTERM);
+  sigaddset(&ends, SIGUSR1);  // our own, to the thread below
+  pthread_sigmask(SIG_BLOCK, &ends, nullptr);  // in all threads that begin from here on: a session's too
+
   Session session(options);
   if (flags.host != "127.0.0.1" && flags.host != "::1" && flags.host != "localhost") {
     std::cerr << "kvqserve: warning: on " << flags.host << " others may reach this server, which asks nobody who they are" << std::endl;
@@ -534,12 +618,6 @@ int Main(int argc, char** argv) {
   LimitMemory();
   KeepFreedMemory();
 
-  sigset_t ends;
-  sigemptyset(&ends);
-  sigaddset(&ends, SIGINT);
-  sigaddset(&ends, SIGTERM);
-  sigaddset(&ends, SIGUSR1);  // our own, to the thread below
-  pthread_sigmask(SIG_BLOCK, &ends, nullptr);  // in all threads that begin from here on
   App app(flags, session);
   std::thread signals([&] {
     int signal = 0;
@@ -547,21 +625,29 @@ int Main(int argc, char** argv) {
     if (signal != SIGUSR1 && !app.ready()) std::_Exit(0);  // nothing has begun
     app.Stop();
   });
-  const auto finish = [&] {
-    pthread_kill(signals.native_handle(), SIGUSR1);
-    signals.join();
-    app.Close();
-  };
+  int code = 0;
   try {
     app.Listen();
     OnCompiling([](const std::string& line) { std::cerr << "kvqserve: " << line << std::endl; });
     app.Run();
+    if (app.deaf()) code = 1;
   } catch (...) {
-    finish();
-    throw;
+    code = Failed();
   }
-  finish();
-  return 0;
+  pthread_kill(signals.native_handle(), SIGUSR1);
+  signals.join();
+  // Connections are given time to end, but a client that reads slowly could take for ever: until then, or a second signal.
+  std::thread last([&] {
+    const timespec most = {.tv_sec = 10, .tv_nsec = 0};
+    int signal;
+    do signal = sigtimedwait(&ends, nullptr, &most);
+    while (signal < 0 && errno == EINTR);  // stopped and continued
+    if (signal != SIGUSR1) std::_Exit(code);
+  });
+  app.Close();
+  pthread_kill(last.native_handle(), SIGUSR1);
+  last.join();
+  return code;
 }
 
 }  // namespace
@@ -571,14 +657,7 @@ int main(int argc, char** argv) {
   kvq::LimitSpinning(argv);
   try {
     return kvq::Main(argc, argv);
-  } catch (const kvq::InputError& error) {
-    std::fprintf(stderr, "kvqserve: %s\n", error.what());
-    return 2;
-  } catch (const std::filesystem::filesystem_error& error) {
-    std::fprintf(stderr, "kvqserve: %s: %s\n", error.path1().c_str(), error.code().message().c_str());
-    return 2;
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "kvqserve: %s\n", error.what());
-    return 1;
+  } catch (...) {
+    return kvq::Failed();
   }
 }

@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <cmath>
 #include <ctime>
+#include <functional>
 #include <limits>
 #include <random>
+#include <set>
 
 #include "fixtures/tokenizer/tokenizer_json.h"
 #include "fixtures/tokenizer/unicode.h"
@@ -18,6 +20,11 @@ using nlohmann::json;
 constexpr int64_t kMostTop = 20;      // as OpenAI's and vLLM's
 constexpr size_t kMostPrompts = 1024;
 constexpr size_t kMostStops = 64;
+constexpr size_t kMostStopBytes = 1024;   // of each
+constexpr size_t kMostStopIds = 1024;
+constexpr int64_t kMostWork = 4'000'000;  // ApiQuery::work
+constexpr int kMostDepth = 64;        // of lists and objects in a request: nlohmann's copies and texts of them recurse
+constexpr size_t kMostShown = 100;    // bytes of a wrong value that an error repeats
 
 const char* TypeOf(int status) {
   switch (status) {
@@ -32,13 +39,22 @@ const char* TypeOf(int status) {
 // The field, or null where it is missing.
 const json& Field(const json& request, const char* key) { return Member(request, key); }
 
+// A wrong value as an error repeats it: its beginning, cut between characters.
+std::string Excerpt(const json& value) {
+  std::string text = value.dump();
+  if (text.size() <= kMostShown) return text;
+  size_t end = kMostShown;
+  while ((text[end] & 0xC0) == 0x80) --end;
+  return text.substr(0, end) + "...";
+}
+
 double Number(const json& request, const char* key, double otherwise, double least, double most) {
   const json& value = Field(request, key);
   if (value.is_null()) return otherwise;
-  if (!value.is_number()) throw ApiError(400, StrCat(key, " must be a number, not ", value.dump()), key);
+  if (!value.is_number()) throw ApiError(400, StrCat(key, " must be a number, not ", Excerpt(value)), key);
   const double number = value.get<double>();
   if (!(number >= least && number <= most)) {
-    throw ApiError(400, StrCat(key, " must be from ", least, " to ", most, ", not ", value.dump()), key);
+    throw ApiError(400, StrCat(key, " must be from ", least, " to ", most, ", not ", Excerpt(value)), key);
   }
   return number;
 }
@@ -49,7 +65,7 @@ std::optional<int64_t> Whole(const json& request, const char* key, int64_t least
   const bool whole = value.is_number_integer() &&
                      !(value.is_number_unsigned() && value.get<uint64_t>() > uint64_t{std::numeric_limits<int64_t>::max()});
   if (!whole || value.get<int64_t>() < least || value.get<int64_t>() > most) {
-    throw ApiError(400, StrCat(key, " must be a whole number from ", least, " to ", most, ", not ", value.dump()), key);
+    throw ApiError(400, StrCat(key, " must be a whole number from ", least, " to ", most, ", not ", Excerpt(value)), key);
   }
   return value.get<int64_t>();
 }
@@ -57,12 +73,16 @@ std::optional<int64_t> Whole(const json& request, const char* key, int64_t least
 bool Switch(const json& request, const char* key, bool otherwise) {
   const json& value = Field(request, key);
   if (value.is_null()) return otherwise;
-  if (!value.is_boolean()) throw ApiError(400, StrCat(key, " must be true or false, not ", value.dump()), key);
+  if (!value.is_boolean()) throw ApiError(400, StrCat(key, " must be true or false, not ", Excerpt(value)), key);
   return value.get<bool>();
 }
 
 json ParseBody(const std::string& body) {
-  json request = json::parse(body, nullptr, /*allow_exceptions=*/false);
+  const auto check_depth = [](int depth, json::parse_event_t, const json&) {
+    if (depth > kMostDepth) throw ApiError(400, StrCat("the body has lists or objects more than ", kMostDepth, " deep"));
+    return true;
+  };
+  json request = json::parse(body, check_depth, /*allow_exceptions=*/false);
   if (!request.is_object()) throw ApiError(400, "the body must be a JSON object");
   return request;
 }
@@ -89,14 +109,14 @@ void RefuseUnsupported(const json& request) {
 void CheckModel(const json& request, const Served& served) {
   const json& model = Field(request, "model");
   if (model.is_null() || model == served.name || model == served.other_name) return;
-  throw ApiError(404, StrCat("The model ", model.dump(), " does not exist; this server has ", served.name), "model");
+  throw ApiError(404, StrCat("The model ", Excerpt(model), " does not exist; this server has ", served.name), "model");
 }
 
 std::vector<int32_t> ReadIds(const json& list, const Served& served, const char* key) {
   std::vector<int32_t> ids;
   for (const json& id : list) {
     if (!id.is_number_unsigned() || id.get<uint64_t>() >= static_cast<uint64_t>(served.vocab)) {
-      throw ApiError(400, StrCat(key, ": ", id.dump(), " is no token id of a vocabulary of ", served.vocab), key);
+      throw ApiError(400, StrCat(key, ": ", Excerpt(id), " is no token id of a vocabulary of ", served.vocab), key);
     }
     ids.push_back(static_cast<int32_t>(id.get<uint64_t>()));
   }
@@ -143,38 +163,42 @@ ApiQuery::Prompt IdPrompt(const json& list, bool echo, const Served& served) {
   return prompt;
 }
 
-std::vector<ApiQuery::Prompt> ReadPrompts(const json& request, bool echo, const Served& served) {
+// Hands each on before the next is read: what it refuses, it refuses early.
+void ReadPrompts(const json& request, bool echo, const Served& served, const std::function<void(ApiQuery::Prompt)>& add) {
   const json& prompt = Field(request, "prompt");
   const bool special = Switch(request, "add_special_tokens", true);
   const auto all = [&](const auto& is) { return std::all_of(prompt.begin(), prompt.end(), is); };
-  std::vector<ApiQuery::Prompt> prompts;
   if (prompt.is_string()) {
-    prompts.push_back(TextPrompt(prompt.get<std::string>(), special, echo, served));
+    add(TextPrompt(prompt.get<std::string>(), special, echo, served));
   } else if (prompt.is_array() && !prompt.empty() && all([](const json& one) { return one.is_number(); })) {
-    prompts.push_back(IdPrompt(prompt, echo, served));
+    add(IdPrompt(prompt, echo, served));
   } else if (prompt.is_array() && !prompt.empty() && prompt.size() <= kMostPrompts &&
              (all([](const json& one) { return one.is_string(); }) || all([](const json& one) { return one.is_array(); }))) {
     for (const json& one : prompt) {
-      prompts.push_back(one.is_string() ? TextPrompt(one.get<std::string>(), special, echo, served) : IdPrompt(one, echo, served));
+      add(one.is_string() ? TextPrompt(one.get<std::string>(), special, echo, served) : IdPrompt(one, echo, served));
     }
   } else {
     throw ApiError(400, StrCat("prompt must be a text, a list of texts, a list of token ids, or a list of such lists, of up to ",
                                kMostPrompts), "prompt");
   }
-  return prompts;
 }
 
 std::vector<std::string> ReadStops(const json& request) {
   const json& stop = Field(request, "stop");
   std::vector<std::string> stops;
   if (stop.is_null()) return stops;
-  const json list = stop.is_array() ? stop : json::array({stop});
-  for (const json& one : list) {
-    if (!one.is_string() || list.size() > kMostStops) {
-      throw ApiError(400, StrCat("stop must be a text or a list of up to ", kMostStops, " texts"), "stop");
-    }
-    if (one != "") stops.push_back(one.get<std::string>());
+  const auto add = [&](const json& one) {
+    if (!one.is_string()) throw ApiError(400, StrCat("stop must be a text or a list of up to ", kMostStops, " texts"), "stop");
+    const std::string& text = one.get_ref<const std::string&>();
+    if (text.size() > kMostStopBytes) throw ApiError(400, StrCat("stop: texts of up to ", kMostStopBytes, " bytes"), "stop");
+    if (!text.empty()) stops.push_back(text);
+  };
+  if (!stop.is_array()) {
+    add(stop);
+    return stops;
   }
+  if (stop.size() > kMostStops) throw ApiError(400, StrCat("stop: at most ", kMostStops, " texts, not ", stop.size()), "stop");
+  for (const json& one : stop) add(one);
   return stops;
 }
 
@@ -192,7 +216,9 @@ CompletionQuery ReadSettings(const json& request, const Served& served) {
   }
   query.stops = ReadStops(request);
   if (const json& ids = Field(request, "stop_token_ids"); !ids.is_null()) {
-    if (!ids.is_array()) throw ApiError(400, "stop_token_ids must be a list of token ids", "stop_token_ids");
+    if (!ids.is_array() || ids.size() > kMostStopIds) {
+      throw ApiError(400, StrCat("stop_token_ids must be a list of up to ", kMostStopIds, " token ids"), "stop_token_ids");
+    }
     query.stop_ids = ReadIds(ids, served, "stop_token_ids");
   }
   query.ignore_eos = Switch(request, "ignore_eos", false);
@@ -207,21 +233,26 @@ void ReadStream(const json& request, ApiQuery& query) {
   query.include_usage = query.stream && Switch(options, "include_usage", false);
 }
 
-// Gives every prompt its settings, and an answer's length; refuses what does not fit.
-void Settle(ApiQuery& query, const CompletionQuery& settings, std::optional<int64_t> max_tokens, const char* key, const Served& served) {
-  for (ApiQuery::Prompt& prompt : query.prompts) {
-    std::vector<int32_t> ids = std::move(prompt.query.prompt);
-    prompt.query = settings;
-    prompt.query.prompt = std::move(ids);
-    const auto length = static_cast<int64_t>(prompt.query.prompt.size());
-    if (length == 0) throw ApiError(400, "the prompt has no tokens", "prompt");
-    const int64_t left = served.context - length;
-    prompt.query.max_tokens = max_tokens.value_or(std::max<int64_t>(left, 1));
-    if (left < prompt.query.max_tokens) {
-      throw ApiError(400, StrCat("This model's maximum context length is ", served.context, " tokens; the prompt has ", length,
-                                 " and ", prompt.query.max_tokens, " are asked for"), key);
-    }
+// Adds a prompt with its settings and its answer's length; refuses what does not fit.
+void Settle(ApiQuery& query, ApiQuery::Prompt prompt, const CompletionQuery& settings, std::optional<int64_t> max_tokens, const char* key,
+            const Served& served) {
+  std::vector<int32_t> ids = std::move(prompt.query.prompt);
+  prompt.query = settings;
+  prompt.query.prompt = std::move(ids);
+  const auto length = static_cast<int64_t>(prompt.query.prompt.size());
+  if (length == 0) throw ApiError(400, "the prompt has no tokens", "prompt");
+  const int64_t left = served.context - length;
+  prompt.query.max_tokens = max_tokens.value_or(std::max<int64_t>(left, 1));
+  if (left < prompt.query.max_tokens) {
+    throw ApiError(400, StrCat("This model's maximum context length is ", served.context, " tokens; the prompt has ", length,
+                               " and ", prompt.query.max_tokens, " are asked for"), key);
   }
+  query.work += (length + prompt.query.max_tokens) * (1 + settings.top);
+  if (query.work > kMostWork) {
+    throw ApiError(400, StrCat("tokens of prompts and answers, times 1 + the logprobs wanted of each, are more than ", kMostWork,
+                               "; send fewer prompts at once"), key);
+  }
+  query.prompts.push_back(std::move(prompt));
 }
 
 // A message's text: as it is, or in parts, which vLLM joins by line feeds.
@@ -232,7 +263,7 @@ std::string ReadContent(const json& message) {
   std::string text;
   for (const json& part : content) {
     const json& type = Field(part, "type");
-    if (type != "text") throw ApiError(400, StrCat("messages: parts of type ", type.dump(), " are not supported; text is"), "messages");
+    if (type != "text") throw ApiError(400, StrCat("messages: parts of type ", Excerpt(type), " are not supported; text is"), "messages");
     const json& words = Field(part, "text");
     if (!words.is_string()) throw ApiError(400, "a part of type text must have a text", "messages");
     text += (text.empty() ? "" : "\n") + words.get<std::string>();
@@ -249,10 +280,10 @@ std::string ReadMessages(const json& request, const Served& served) {
   for (const json& message : list) {
     const json& role = Field(message, "role");
     if (role != "system" && role != "user" && role != "assistant") {
-      throw ApiError(400, StrCat("messages: role ", role.dump(), " is not supported; system, user and assistant are"), "messages");
+      throw ApiError(400, StrCat("messages: role ", Excerpt(role), " is not supported; system, user and assistant are"), "messages");
     }
     for (const char* key : {"tool_calls", "function_call", "reasoning_content", "reasoning", "audio"}) {
-      if (const json& value = Field(message, key); !value.is_null() && !value.empty()) {
+      if (const json& value = Field(message, key); !value.is_null() && !value.empty() && value != "") {
         throw ApiError(400, StrCat("messages: ", key, " is not supported"), "messages");
       }
     }
@@ -287,7 +318,7 @@ ApiQuery NewQuery(bool chat) {
 
 double Shown(double logprob) { return std::max(logprob, -9999.0); }  // JSON has no infinity
 
-size_t CodePoints(std::string_view bytes) {
+size_t CodePoints(const std::string& bytes) {
   return static_cast<size_t>(std::count_if(bytes.begin(), bytes.end(), [](char byte) { return (byte & 0xC0) != 0x80; }));
 }
 
@@ -337,24 +368,25 @@ struct TokenLists {
 };
 
 // The generated tokens; `offset` goes on by what they add.
-void AddTokens(const std::vector<ScoredToken>& tokens, const Tokenizer& tokenizer, size_t& offset, TokenLists& lists) {
+void AddTokens(const std::vector<ScoredToken>& tokens, const Tokenizer& tokenizer, TextOffset& offset, TokenLists& lists) {
   for (const ScoredToken& token : tokens) {
-    lists.Add(token, offset, tokenizer);
-    if (!tokenizer.IsSpecial(token.chosen.id)) offset += CodePoints(tokenizer.Bytes(token.chosen.id));
+    lists.Add(token, offset.Now(), tokenizer);
+    if (!tokenizer.IsSpecial(token.chosen.id)) offset.Add(tokenizer.Bytes(token.chosen.id));
   }
 }
 
-// The prompt's, as far as it is scored.
-void AddPrompt(const ApiQuery::Prompt& prompt, const Completion& answer, const Tokenizer& tokenizer, size_t& offset,
+// The prompt's, as far as it is scored; behind it the answer's text begins anew.
+void AddPrompt(const ApiQuery::Prompt& prompt, const Completion& answer, const Tokenizer& tokenizer, TextOffset& offset,
                TokenLists& lists) {
   for (size_t i = 0; i < prompt.query.prompt.size(); ++i) {
     if (i == 0) {
-      lists.AddFirst(prompt.query.prompt[0], offset, tokenizer);
+      lists.AddFirst(prompt.query.prompt[0], offset.Now(), tokenizer);
     } else {
-      lists.Add(answer.prompt[i - 1], offset, tokenizer);
+      lists.Add(answer.prompt[i - 1], offset.Now(), tokenizer);
     }
-    offset += CodePoints(prompt.pieces[i]);
+    offset.Add(prompt.pieces[i]);
   }
+  offset = TextOffset(CodePoints(prompt.text));
 }
 
 // logprobs of /v1/chat/completions.
@@ -384,6 +416,7 @@ OrderedJson StopReason(const Completion& answer) {
 // Over prompts, `first` and on: usage, what the cache held, how long it took.
 OrderedJson Sums(const ApiQuery& query, const Served& served, size_t first, std::span<const Completion> answers) {
   int64_t prompt = 0, generated = 0, reused = 0, stored = 0, bytes = 0;
+  std::set<std::string> ran;
   std::optional<int64_t> encoded = 0;
   double prompt_s = 0, s = 0, share = 0;
   for (size_t i = 0; i < answers.size(); ++i) {
@@ -393,11 +426,15 @@ OrderedJson Sums(const ApiQuery& query, const Served& served, size_t first, std:
     stored += answers[i].stored;
     encoded = encoded && answers[i].encoded ? std::optional(*encoded + *answers[i].encoded) : std::nullopt;
     bytes += answers[i].kv_bytes;
+    ran.insert(answers[i].ran);
     share += answers[i].encoded_share / static_cast<double>(answers.size());
     prompt_s += answers[i].prompt_seconds;
     s += answers[i].seconds;
   }
   OrderedJson kv = served.kv;
+  std::string kernels;
+  for (const std::string& one : ran) kernels += (kernels.empty() ? "" : "; ") + one;
+  kv["ran"] = kernels;
   kv.update({{"tokens", stored}, {"encoded_tokens", encoded ? OrderedJson(*encoded) : OrderedJson()}, {"kv_bytes", bytes}, {"encoded_share", share}});
   return {{"usage", {{"prompt_tokens", prompt}, {"total_tokens", prompt + generated}, {"completion_tokens", generated},
                      {"prompt_tokens_details", {{"cached_tokens", reused}}}}},
@@ -408,6 +445,15 @@ OrderedJson Sums(const ApiQuery& query, const Served& served, size_t first, std:
 std::string Event(const OrderedJson& json) { return "data: " + json.dump() + "\n\n"; }
 
 }  // namespace
+
+void TextOffset::Add(const std::string& bytes) {
+  half_ += bytes;
+  const size_t certain = half_.size() - HalfCharacter(half_);
+  whole_ += CodePoints(ReplaceInvalidUtf8(half_.substr(0, certain)));
+  half_.erase(0, certain);
+}
+
+size_t TextOffset::Now() const { return whole_ + CodePoints(ReplaceInvalidUtf8(half_)); }
 
 std::vector<int32_t> Served::Encode(const std::string& text, bool special) const {
   const std::lock_guard lock(mutex_);
@@ -433,8 +479,9 @@ ApiQuery ParseCompletion(const std::string& body, const Served& served) {
   settings.score_prompt = query.logprobs && query.echo;
   settings.top = top.value_or(0);
   const std::optional<int64_t> max_tokens = Whole(request, "max_tokens", query.echo ? 0 : 1, std::numeric_limits<int32_t>::max());
-  query.prompts = ReadPrompts(request, query.echo, served);
-  Settle(query, settings, max_tokens.value_or(16), "max_tokens", served);
+  ReadPrompts(request, query.echo, served, [&](ApiQuery::Prompt prompt) {
+    Settle(query, std::move(prompt), settings, max_tokens.value_or(16), "max_tokens", served);
+  });
   return query;
 }
 
@@ -452,8 +499,8 @@ ApiQuery ParseChat(const std::string& body, const Served& served) {
   std::optional<int64_t> max_tokens = Whole(request, "max_completion_tokens", 1, std::numeric_limits<int32_t>::max());
   if (!max_tokens) max_tokens = Whole(request, "max_tokens", 1, std::numeric_limits<int32_t>::max());
   // The template has written the special tokens.
-  query.prompts.push_back(TextPrompt(ReadMessages(request, served), Switch(request, "add_special_tokens", false), false, served));
-  Settle(query, settings, max_tokens, "messages", served);
+  Settle(query, TextPrompt(ReadMessages(request, served), Switch(request, "add_special_tokens", false), false, served), settings, max_tokens,
+         "messages", served);
   return query;
 }
 
@@ -470,7 +517,7 @@ OrderedJson CompletionJson(const ApiQuery& query, const Served& served, const st
     }
     if (query.logprobs) {
       TokenLists lists;
-      size_t offset = 0;
+      TextOffset offset;
       if (query.echo) AddPrompt(query.prompts[i], answer, *served.tokenizer, offset, lists);
       AddTokens(answer.tokens, *served.tokenizer, offset, lists);
       logprobs = lists.Json();
@@ -492,7 +539,7 @@ OrderedJson CompletionEvents::Chunk(OrderedJson choices) const {
 OrderedJson CompletionEvents::Choice(size_t prompt, const Completion& answer, const CompletionPart& part, std::string& before) {
   const bool first = open_ != prompt;
   open_ = prompt;
-  if (first) offset_ = 0;
+  if (first) offset_ = TextOffset();
   if (query_.chat) {
     const auto choice = [&](OrderedJson delta, OrderedJson logprobs) -> OrderedJson {
       return {{"index", prompt}, {"delta", std::move(delta)}, {"logprobs", std::move(logprobs)}, {"finish_reason", nullptr}};
@@ -545,10 +592,11 @@ OrderedJson TokenizeJson(const std::string& body, const Served& served) {
   CheckModel(request, served);
   // vLLM's names and their defaults, or llama-server's.
   const bool vllm = request.contains("prompt"), chat = request.contains("messages");
-  const json text = chat ? json(ReadMessages(request, served)) : Field(request, vllm ? "prompt" : "content");
-  if (!text.is_string()) throw ApiError(400, "prompt (or content) must be a text, or messages a list", "prompt");
+  const json& given = Field(request, vllm ? "prompt" : "content");
+  if (!chat && !given.is_string()) throw ApiError(400, "prompt (or content) must be a text, or messages a list", "prompt");
+  const std::string text = chat ? ReadMessages(request, served) : given.get<std::string>();
   const bool special = vllm || chat ? Switch(request, "add_special_tokens", !chat) : Switch(request, "add_special", false);
-  const std::vector<int32_t> ids = served.Encode(text.get<std::string>(), special);
+  const std::vector<int32_t> ids = served.Encode(text, special);
   OrderedJson pieces;
   if (Switch(request, "return_token_strs", false)) {
     pieces = OrderedJson::array();

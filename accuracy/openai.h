@@ -46,6 +46,18 @@ struct Served {
   mutable std::mutex mutex_;
 };
 
+// Code points of a text so far whose bytes come token by token, as it is shown: what is no UTF-8 is U+FFFD in it.
+class TextOffset {
+ public:
+  explicit TextOffset(size_t begin = 0) : whole_(begin) {}
+  void Add(const std::string& bytes);
+  size_t Now() const;
+
+ private:
+  size_t whole_;
+  std::string half_;  // of a character: what it is to be is not known
+};
+
 struct ApiQuery {
   bool chat = false, stream = false, include_usage = false, echo = false;
   bool logprobs = false;
@@ -55,6 +67,7 @@ struct ApiQuery {
     std::vector<std::string> pieces;  // what each token adds to it, as bytes
   };
   std::vector<Prompt> prompts;
+  int64_t work = 0;  // of all prompts: tokens of prompt and answer, times the scores that are wanted of each
   std::string id;
   int64_t created = 0;
 };
@@ -83,7 +96,7 @@ class CompletionEvents {
   const ApiQuery& query_;
   const Served& served_;
   std::optional<size_t> open_;  // the prompt whose answer has begun
-  size_t offset_ = 0;           // of it: code points of the text so far
+  TextOffset offset_;           // of it
 };
 
 // /tokenize, /detokenize, /tokenizer_info.

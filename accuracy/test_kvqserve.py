@@ -3,6 +3,8 @@
 ids, clients that come together, go away, send too much, or nonsense."""
 
 import concurrent.futures
+import ctypes
+import glob
 import http.client
 import json
 import math
@@ -13,6 +15,7 @@ import socket
 import struct
 import subprocess
 import tempfile
+import threading
 import time
 import unittest
 
@@ -98,11 +101,11 @@ class Server:
         assert events[-2:] == ["data: [DONE]", ""], events
         return [json.loads(event[len("data: "):]) for event in events[:-2]]
 
-    def begin(self, body):
+    def begin(self, body, headers=b""):
         """A request whose answer is not waited for."""
         client = socket.create_connection(("127.0.0.1", self.port), timeout=300)
         data = json.dumps(body).encode()
-        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n%sContent-Length: %d\r\n\r\n" % (headers, len(data)) + data)
         return client
 
     def wait_for(self, **counts):
@@ -230,6 +233,22 @@ class Serve(unittest.TestCase):
                     if not token.startswith("bytes:"):
                         self.assertEqual(choice["text"][offset:offset + len(token)], token)
                 self.assertEqual(answer["usage"]["completion_tokens"], new)
+        # Bytes that are no character are one U+FFFD each, or one for all that begin one.
+        cut = self.server.post("/tokenize", {"prompt": "世", "add_special_tokens": False})[1]["tokens"]
+        self.assertEqual(len(cut), 3)
+        abc = self.server.post("/tokenize", {"prompt": "abc", "add_special_tokens": False})[1]["tokens"]
+        prompt = cut[1:] + abc + cut[:2] + abc
+        for stream in (False, True):
+            body = {"prompt": prompt, "echo": True, "max_tokens": 3, "logprobs": 0, "temperature": 0}
+            parts = [event["choices"][0] for event in self.server.events("/v1/completions", **body)] if stream else self.server.complete(**body)["choices"]
+            text = "".join(part["text"] for part in parts)
+            self.assertTrue(text.startswith("\ufffd\ufffdabc\ufffdabc"), text)
+            tokens, offsets = ([value for part in parts for value in part["logprobs"][name]] for name in ("tokens", "text_offset"))
+            self.assertEqual(offsets[:3] + offsets[2 + len(abc):][:3], [0, 1, 2, 5, 6, 6])
+            self.assertEqual(offsets[len(prompt)], 9)
+            for token, offset in zip(tokens[:len(prompt)], offsets):
+                if not token.startswith("bytes:"):
+                    self.assertEqual(text[offset:offset + len(token)], token)
         self.assertEqual(self.server.complete(prompt="abc", echo=True, max_tokens=0)["choices"][0]["text"], "abc")
         self.refused("/v1/completions", 400, "max_tokens", "", prompt="a", max_tokens=0)
         self.refused("/v1/completions", 400, "logprobs", "20", prompt="a", logprobs=21)
@@ -252,10 +271,13 @@ class Serve(unittest.TestCase):
         self.assertEqual("".join(event["choices"][0]["text"] for event in streamed), cut["text"])
         self.assertEqual((streamed[-1]["choices"][0]["finish_reason"], streamed[-1]["choices"][0]["stop_reason"]), ("stop", stop))
         # A stop token, and the model's own end, which is among the scored tokens and not in the text.
-        ids = self.server.post("/tokenize", {"prompt": whole["logprobs"]["tokens"][3], "add_special_tokens": False})[1]["tokens"]
-        if len(ids) == 1:
-            cut = self.server.complete(prompt="Hello", max_tokens=40, temperature=0, stop_token_ids=ids, ignore_eos=True)["choices"][0]
-            self.assertEqual((cut["finish_reason"], cut["stop_reason"]), ("stop", ids[0]))
+        tokens = whole["logprobs"]["tokens"]
+        ids = [(i, self.server.post("/tokenize", {"prompt": token, "add_special_tokens": False})[1]["tokens"]) for i, token in enumerate(tokens)
+               if i > 0 and ":" not in token and token not in tokens[:i]]
+        at, ids = next((i, ids) for i, ids in ids if len(ids) == 1)
+        cut = self.server.complete(prompt="Hello", max_tokens=40, temperature=0, stop_token_ids=[419, *ids], ignore_eos=True, logprobs=0)["choices"][0]
+        self.assertEqual((cut["finish_reason"], cut["stop_reason"]), ("stop", ids[0]))
+        self.assertEqual(cut["logprobs"]["tokens"], tokens[:at + 1])
         ended = [self.server.complete(prompt="Hello", max_tokens=1500, temperature=5, seed=seed, logprobs=0) for seed in range(4)]
         ended = [one for one in ended if one["choices"][0]["finish_reason"] == "stop"]
         self.assertTrue(ended, "the model's end never came in 1500 tokens at random")
@@ -322,8 +344,11 @@ class Serve(unittest.TestCase):
         opened = self.server.complete(prompt=prompt + "It is", add_special_tokens=False, max_tokens=1000, temperature=0, stop=[" "])
         self.assertEqual(answer["choices"][0]["message"]["content"], opened["choices"][0]["text"])
         for wrong in ([], "x", [{"role": "tool", "content": "x"}], [{"role": "user"}], [{"role": "user", "content": [{"type": "image_url"}]}],
-                      [{"role": "assistant", "content": "", "tool_calls": [{}]}], [1]):
+                      [{"role": "assistant", "content": "", "tool_calls": [{}]}], [1],
+                      [{"role": "assistant", "content": "", "reasoning_content": "x"}]):
             self.refused("/v1/chat/completions", 400, "messages", "", messages=wrong)
+        status, answer = self.server.post("/v1/chat/completions", {**body, "messages": [{**messages[0], "reasoning_content": ""}, messages[1]]})
+        self.assertEqual((status, answer.get("choices")), (200, [choice]), answer)
         self.refused("/v1/chat/completions", 400, "top_logprobs", "logprobs", messages=messages, top_logprobs=1)
 
     def test_refuses_by_name_what_it_does_not_do(self):
@@ -333,6 +358,10 @@ class Serve(unittest.TestCase):
         for key, value in (("n", 1), ("best_of", 1), ("suffix", None), ("presence_penalty", 0), ("repetition_penalty", 1.0), ("tools", [])):
             self.server.complete(prompt="a", max_tokens=1, **{key: value})
         self.refused("/v1/completions", 404, "model", "tiny", prompt="a", model="other")
+        # 1024 prompts of a token and 194 to come, 20 others wanted with each: 4.2 million.
+        self.refused("/v1/completions", 400, "max_tokens", "fewer", prompt=[[5]] * 1024, max_tokens=194, logprobs=20)
+        self.refused("/v1/completions", 400, "stop", "1024", prompt="a", stop="x" * 1025)
+        self.refused("/v1/completions", 400, "stop_token_ids", "1024", prompt="a", stop_token_ids=[5] * 1025)
         self.refused("/v1/completions", 400, "max_tokens", "2048", prompt=[5] * 2000, max_tokens=49)
         self.assertEqual(self.server.complete(prompt=[5] * 2000, max_tokens=48, temperature=0, ignore_eos=True)["kv"]["tokens"], 2047)
         self.assertEqual(self.server.get("/nowhere")[0], 404)
@@ -343,16 +372,48 @@ class Serve(unittest.TestCase):
         for body in (b"", b"{", b"[]", b"\xff\xfe", b'{"prompt": "\xff"}', b"[" * 500000, b'{"prompt": ' + b'{"a":' * 100000):
             status, answer = self.server.post("/v1/completions", body)
             self.assertEqual((status, answer["error"]["code"]), (400, 400))
-        status, answer, _ = self.server.request("POST", "/v1/completions", b"x", {"Content-Type": "multipart/form-data; boundary=x"})
-        self.assertEqual(status, 400)
+        # Nested and closed: what recurses over it would end the process.
+        deep = b"[" * 400000 + b"]" * 400000
+        for path, key in (("/v1/completions", "temperature"), ("/v1/completions", "model"), ("/v1/completions", "stop"),
+                          ("/v1/completions", "prompt"), ("/tokenize", "prompt"), ("/detokenize", "tokens")):
+            status, answer = self.server.post(path, b'{"x": "a", "%s": %s}' % (key.encode(), deep))
+            self.assertEqual((status, "64 deep" in answer["error"]["message"]), (400, True), answer)
+        self.refused("/v1/completions", 400, "temperature", "[[", prompt="a", temperature=json.loads("[" * 60 + "]" * 60))
+        status, answer = self.server.post("/v1/completions", {"model": "ü" * 150000, "prompt": "a"})
+        self.assertEqual(status, 404)
+        self.assertLess(len(answer["error"]["message"]), 200)
+        self.assertIn("üü...", answer["error"]["message"])
+        for ranges in ("bytes=0-9", "bytes=" + ",".join(["0-"] * 2000), "bytes=9-0", "bytes=" + "9" * 4000 + "-"):
+            for method, path in (("GET", "/v1/models"), ("POST", "/tokenize")):
+                status, text, _ = self.server.request(method, path, b'{"prompt": "a"}' if method == "POST" else None, {"Range": ranges})
+                self.assertIn(status, (400, 416))
+                self.assertEqual(json.loads(text)["error"]["code"], status)
         large = json.dumps({"prompt": "a" * (1 << 20)}).encode()
         self.assertEqual(self.server.post("/v1/completions", large)[0], 413)
         chunks = (large[i:i + 65536] for i in range(0, len(large), 65536))  # no length announced
         try:
-            status, _, _ = self.server.request("POST", "/v1/completions", chunks, {"Transfer-Encoding": "chunked"})
+            status, _, _ = self.server.request("POST", "/v1/completions", chunks)
             self.assertEqual(status, 413)
         except (BrokenPipeError, ConnectionResetError):
             pass  # refused before all of it was sent
+        # A body that is left unread is not taken for the next request, and one that is malformed is not too large.
+        inner = b"GET /nowhere HTTP/1.1\r\n\r\n" * 1000  # more than is read at once
+        size = b"Content-Length: %d\r\n\r\n" % len(inner)
+        for status, head in ((400, b"Content-Type: multipart/form-data; boundary=x\r\n" + size), (400, b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"),
+                             (413, b"Transfer-Encoding: chunked\r\n\r\n180000\r\n" + b"a" * 0x180000 + b"\r\n0\r\n\r\n"),
+                             (400, b"Range: bytes=0-9\r\n" + size)):
+            with socket.create_connection(("127.0.0.1", self.server.port), timeout=60) as client:
+                answer = b""
+                try:
+                    client.sendall(b"POST /tokenize HTTP/1.1\r\nHost: x\r\n" + head + inner)
+                    while data := client.recv(65536):
+                        answer += data
+                except (BrokenPipeError, ConnectionResetError):
+                    pass  # refused before all of it was sent
+                if answer or status == 400:
+                    self.assertTrue(answer.startswith(b"HTTP/1.1 %d " % status), answer[:100])
+                    self.assertEqual(answer.count(b"HTTP/1.1"), 1, answer)
+        self.assertEqual(self.server.post("/nowhere", {})[0], 404)
         with socket.create_connection(("127.0.0.1", self.server.port), timeout=60) as client:
             client.sendall(b"no HTTP at all\r\n\r\n")
             self.assertIn(b" 400 ", client.recv(1000))
@@ -388,6 +449,19 @@ class Serve(unittest.TestCase):
             if server is not self.server:
                 self.assertEqual(server.end(), 0)
 
+    def test_kept_prompts_give_the_same_answers(self):
+        anew = Server(self.model, "--spec=int4-hqq@residual=16", "--no-reuse")
+        body = {"prompt": TEXT[:200], "max_tokens": 4, "temperature": 0, "logprobs": 2, "echo": True}
+        for prompt in (TEXT[:200], TEXT[:200], TEXT[:150] + "another end"):
+            kept, new = (server.complete(**{**body, "prompt": prompt}) for server in (self.server, anew))
+            self.assertEqual(kept["choices"], new["choices"])
+            cached = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in (kept, new)]
+            self.assertEqual((cached[0] % 16, cached[1]), (0, 0))
+            self.assertEqual([answer["timings"]["prompt_n"] for answer in (kept, new)],
+                             [answer["usage"]["prompt_tokens"] - count for answer, count in zip((kept, new), cached)])
+        self.assertGreater(cached[0], 0)
+        self.assertEqual(anew.end(), 0)
+
     def test_full_queue_and_clients_that_go_away(self):
         server = Server(self.model, "--queue=1")
         running = server.begin({**LONG, "stream": True})
@@ -404,13 +478,81 @@ class Serve(unittest.TestCase):
         server.wait_for(waiting=0, cancelled=1, answered=1, refused=1)
         silent = server.begin(LONG)  # not a byte of its answer is due before its end
         time.sleep(0.3)
+        silent.sendall(b"G")  # of a next request, which hides the end from who looks for it among what can be read
         silent.close()
         server.wait_for(cancelled=2)
+        # Nor does one that says it is another.
+        running = server.begin({**LONG, "stream": True})
+        while b"data: " not in running.recv(10000):  # before, it may itself be waiting
+            pass
+        silent = server.begin({"prompt": "Hello", "max_tokens": 2}, b"REMOTE_ADDR: 203.0.113.7\r\nREMOTE_PORT: 1\r\n")
+        server.wait_for(waiting=1)
+        silent.close()  # waiting: it loses its place to the next
+        for _ in range(20):
+            time.sleep(0.3)  # until it is noticed
+            waiting = server.begin({"prompt": "Hello", "max_tokens": 2})
+            time.sleep(0.1)
+            if server.get("/health")[1]["cancelled"] == 3:
+                break
+            self.assertIn(b" 503 ", waiting.recv(1000))
+            waiting.close()
+        server.wait_for(cancelled=3, waiting=1)
+        running.close()
+        self.assertIn(b" 200 ", waiting.recv(1000))
+        waiting.close()
+        server.wait_for(cancelled=4)
         self.assertEqual(server.complete(prompt="Hello", max_tokens=1)["usage"]["completion_tokens"], 1)
-        last = server.begin(LONG)
-        time.sleep(0.2)
+        last = server.begin({**LONG, "stream": True})
+        self.assertIn(b" 200 ", last.recv(1000))
         self.assertEqual(server.end(), 0)  # while it works
+        text = b""
+        while data := last.recv(1 << 20):
+            text += data
         last.close()
+        self.assertRegex(text.decode(), r'(?s)data: \{"error":\{[^\n]*"code":503\}\}\n\ndata: \[DONE\]\n\n')
+
+    def test_a_slow_client_does_not_keep_the_server(self):
+        server = Server(self.model)
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            client.sendall(b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
+            stop = threading.Event()
+
+            def drip():
+                while not stop.wait(0.5):
+                    try:
+                        client.sendall(b" ")
+                    except OSError:
+                        return
+            thread = threading.Thread(target=drip)
+            thread.start()
+            time.sleep(0.3)
+            server.process.send_signal(signal.SIGTERM)  # alone it would take ten seconds
+            time.sleep(1)
+            self.assertIsNone(server.process.poll())
+            begun = time.time()
+            self.assertEqual(server.end(), 0)  # a second
+            self.assertLess(time.time() - begun, 5)
+            stop.set()
+            thread.join()
+
+    def test_a_server_that_cannot_listen_ends(self):
+        server = Server(self.model)
+        pid = server.process.pid
+        with open("/proc/net/tcp") as file:
+            rows = [line.split() for line in file][1:]
+        inode, = (row[9] for row in rows if row[3] == "0A" and row[1].endswith(f":{server.port:04X}"))
+        listening, = (int(path.rsplit("/", 1)[1]) for path in glob.glob(f"/proc/{pid}/fd/*")
+                      if os.path.realpath(path).endswith(f"socket:[{inode}]"))
+        libc = ctypes.CDLL(None, use_errno=True)
+        fd = libc.syscall(438, os.pidfd_open(pid), listening, 0)  # pidfd_getfd
+        if fd < 0:
+            server.end()
+            self.skipTest(os.strerror(ctypes.get_errno()))
+        with socket.socket(fileno=fd) as theirs:
+            theirs.shutdown(socket.SHUT_RDWR)
+        self.assertEqual(server.process.wait(60), 1)
+        self.assertIn("cannot take connections", server.process.stderr.read())
+        server.end()
 
     def test_bad_flags_end_in_one_line(self):
         for flag, word in (("--nope", "--nope"), ("--spec=int5-hqq", "int5-hqq"), ("--model=/nowhere/x", "/nowhere/x"), ("--port=99999", "--port"),
