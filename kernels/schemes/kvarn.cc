@@ -338,7 +338,7 @@ __global__ void __launch_bounds__(256) EncodeKernel(DenseView x, int64_t first_t
     uint32_t word = 0;
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
-#pragma unroll
+#pragma unroll 2  // each is three divisions, and registers are few
       for (int field = 0; field < kFields; ++field) {
         const int d = static_cast<int>(ChannelOf<kBits>(chunk, w, side, field)), r = kKeys ? d : t, c = kKeys ? t : d;
         const float balanced = numbers[t * pitch + d] / balance.best_column[c] / balance.best_row[r];
