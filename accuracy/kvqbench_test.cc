@@ -672,7 +672,10 @@ TEST_F(Kvqbench, SensitivityEqualsRunsOfItsSpecs) {
       ErrorSum error;
       for (const std::vector<Window>& group : SideBySide(WindowsOf(work, cell, options), 2)) {
         const at::Tensor ids = WindowIds(work, group);
-        const std::string encoded = PartOfSpec(ParseSpec(spec), layer, layer, keys, values);
+        const std::string encoded = PartOfSpec(ParseSpec(spec), 2, [&, layer = layer, keys = keys, values = values](
+                                                                       int64_t at, bool of_values) {
+          return at == layer && (of_values ? values : keys);
+        });
         error.Add(ErrorSum::Of(attended(ids, "none"), attended(ids, encoded)));
       }
       const double nmse = run[StrCat("attention_nmse_", name, "/layer:", layer)];
@@ -704,6 +707,38 @@ TEST_F(Kvqbench, SensitivityEqualsRunsOfItsSpecs) {
                 .find("nothing is encoded"),
             std::string::npos)
       << "128 tokens of residual";
+
+  // All of it, and all but one side of a layer: what perplexity says of the same.
+  const auto whole = ByName(Execute(arguments + " --schemes=" + spec + " --parts=all,k,v,without-k,without-v "
+                                    "--benchmark_filter=sensitivity").out)
+                         .at("sensitivity/tiny/sdpa/" + spec + "/ctx:64/batch:2");
+  const std::string without = "none@residual=16@sinks=2@layers=0-0:int2-hqq+int2-hqq@layers=1-1:int2-hqq+none";
+  const auto others = ByName(Execute(arguments + " --schemes=" + spec + "," + without + " --benchmark_filter=perplexity").out);
+  const double all = whole["kld_nats_all"];
+  EXPECT_NEAR(all, others.at("perplexity/tiny/sdpa/" + spec + "/ctx:64/batch:2")["kld_nats"].get<double>(), 1e-6);
+  EXPECT_NEAR(whole["kld_nats_without_v/layer:1"].get<double>(),
+              others.at("perplexity/tiny/sdpa/" + without + "/ctx:64/batch:2")["kld_nats"].get<double>(), 1e-6);
+  EXPECT_GT(std::abs(whole["kld_nats_without_v/layer:1"].get<double>() - all), 1e-5);
+  double sum = 0;
+  for (const char* side : {"k", "v"}) {
+    for (const int layer : {0, 1}) sum += whole[StrCat("kld_nats_", side, "/layer:", layer)].get<double>();
+  }
+  EXPECT_NEAR(whole["interaction"].get<double>(), all / sum, 1e-12);
+  EXPECT_FALSE(whole.contains("kld_nats_kv_mean"));
+  EXPECT_EQ(whole["kld_nats_k/layer:1"], run["kld_nats_k/layer:1"]);
+  const Outcome wrong = Execute(arguments + " --schemes=int4-hqq --parts=k,w --benchmark_filter=sensitivity");
+  EXPECT_EQ(wrong.code, 2);
+  EXPECT_NE(wrong.err.find("--parts: of all, k, v, kv, without-k, without-v, not 'w'"), std::string::npos) << wrong.err;
+
+  // Other windows of the same text: none is scored twice.
+  const auto ppl = [&](const std::string& flags) {
+    return ByName(Execute(arguments + " --schemes=none --benchmark_filter=perplexity " + flags).out)
+        .at("perplexity/tiny/sdpa/none/ctx:64/batch:2")["ppl"].get<double>();
+  };
+  EXPECT_NEAR(std::log(ppl("--windows=2")),
+              (std::log(ppl("--windows=1")) + std::log(ppl("--windows=1 --skip-windows=1"))) / 2, 1e-9);
+  EXPECT_NE(Execute(arguments + " --schemes=none --benchmark_filter=perplexity --skip-windows=100000").out.find(
+                "--skip-windows leaves out"), std::string::npos);
 
   const std::string list = Tiny() + " --schemes=none --contexts=32 --benchmark_list_tests";
   EXPECT_EQ(Execute(list).out.find("sensitivity"), std::string::npos)

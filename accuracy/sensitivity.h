@@ -2,16 +2,16 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <string>
 
 #include "fixtures/cache/spec.h"
 
 namespace kvq {
 
-// `spec` where it encodes layers first to last, of them only the keys, only the values, or both,
-// and `none` everywhere else, with the same other keys: `int4-hqq@sinks=4`
-// of layer 2's keys is `none@sinks=4@layers=2-2:int4-hqq+none`. Empty where nothing would be
-// encoded. `layers`: how many the cache has, which matters where @dense counts from its end.
-std::string PartOfSpec(const Spec& spec, int64_t first, int64_t last, bool keys, bool values, int64_t layers = INT64_MAX);
+// `spec` where it encodes only those sides of layers that `encodes` names, and `none` everywhere else, with the same other
+// keys: `int4-hqq@sinks=4` of layer 2's keys is `none@sinks=4@layers=2-2:int4-hqq+none`. Empty where nothing would be
+// encoded. `layers`: how many the cache has.
+std::string PartOfSpec(const Spec& spec, int64_t layers, const std::function<bool(int64_t layer, bool values)>& encodes);
 
 }  // namespace kvq

@@ -12,7 +12,9 @@ namespace {
 TEST(Sensitivity, PartsOfSpecsAreSpecs) {
   const auto part = [](const std::string& text, int64_t first, int64_t last, bool keys,
                        bool values) {
-    const std::string result = PartOfSpec(ParseSpec(text), first, last, keys, values);
+    const std::string result = PartOfSpec(ParseSpec(text), 4, [&](int64_t layer, bool of_values) {
+      return first <= layer && layer <= last && (of_values ? values : keys);
+    });
     if (!result.empty()) EXPECT_FALSE(ParseSpec(result).stores_dense()) << result;
     return result;
   };
@@ -28,8 +30,13 @@ TEST(Sensitivity, PartsOfSpecsAreSpecs) {
   EXPECT_EQ(part("int4-hqq@layers=0-1:none+int8-hqq", 0, 1, true, false), "")
       << "nothing would be encoded";
   EXPECT_EQ(part("none+int4-hqq@group=32", 1, 1, true, false), "");
-  EXPECT_EQ(PartOfSpec(ParseSpec("int4-hqq@dense=1@residual=64+0"), 0, 3, true, true, 4),
+  EXPECT_EQ(part("int4-hqq@dense=1@residual=64+0", 0, 3, true, true),
             "none@residual=64+0@layers=1-1:int4-hqq+int4-hqq@layers=2-2:int4-hqq+int4-hqq");
+  // Of a preset, what it means.
+  EXPECT_EQ(part("llamacpp-q8_0-q4_0", 3, 3, true, true),
+            "none@residual=0@rotate=hadamard+hadamard:64@layers=3-3:q8_0+q4_0");
+  EXPECT_EQ(PartOfSpec(ParseSpec("int4-hqq@sinks=4"), 2, [](int64_t layer, bool values) { return layer != 1 || values; }),
+            "none@sinks=4@layers=0-0:int4-hqq+int4-hqq@layers=1-1:none+int4-hqq");
 }
 
 }  // namespace

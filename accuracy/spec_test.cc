@@ -1,6 +1,8 @@
 // The grammar of specs, presets, and what is refused.
 #include <gtest/gtest.h>
 
+#include <filesystem>
+#include <fstream>
 #include <set>
 
 #include "fixtures/cache/presets.h"
@@ -73,6 +75,34 @@ TEST(Spec, PresetsMeanTheirSpecs) {
   EXPECT_EQ(ParseSpec("kivi-2").policy, Policy::kKivi);
   EXPECT_EQ(ParseSpec("kivi-2@residual=64").policy, Policy::kAppend);
   EXPECT_EQ(ParseSpec("q4_0").meaning, "");
+}
+
+TEST(Spec, NamesOfTheUsersMeanTheirSpecs) {
+  const std::string file = testing::TempDir() + "/presets.json";
+  const auto add = [&](const std::string& text) -> std::string {
+    std::ofstream(file) << text;
+    try {
+      AddPresets(file);
+    } catch (const InputError& error) {
+      return error.what();
+    }
+    return "";
+  };
+  EXPECT_EQ(add(R"({"mine-4.5": "q8_0+q4_0@residual=0@layers=0-1:none", "mine_2": "none+q4_0"})"), "");
+  EXPECT_EQ(ParseSpec("mine-4.5").meaning, "q8_0+q4_0@residual=0@layers=0-1:none");
+  EXPECT_EQ(ParseSpec("mine-4.5@sinks=4").sink_tokens, 4);
+  EXPECT_EQ(add(R"({"mine-4.5": "q8_0+q4_0@residual=0@layers=0-1:none"})"), "") << "the same again";
+  EXPECT_NE(add(R"({"mine-4.5": "q8_0"})").find("'mine-4.5' has a meaning already"), std::string::npos);
+  EXPECT_NE(add(R"({"q4_0": "q8_0"})").find("a scheme's"), std::string::npos);
+  EXPECT_NE(add(R"({"kivi-2": "q8_0"})").find("has a meaning already"), std::string::npos);
+  EXPECT_NE(add(R"({"a/b": "q8_0"})").find("not 'a/b'"), std::string::npos);
+  EXPECT_NE(add(R"({"a": "q9_0"})").find("q9_0"), std::string::npos);
+  EXPECT_NE(add(R"({"a": "llamacpp-q4_0"})").find("of another preset"), std::string::npos);
+  EXPECT_NE(add(R"({"a": 4})").find("wants a spec as text"), std::string::npos);
+  EXPECT_NE(add("[").find("is not a JSON object"), std::string::npos);
+  std::filesystem::remove(file);
+  EXPECT_NE(add("").find("is not a JSON object"), std::string::npos);
+  EXPECT_THROW(AddPresets(file + ".none"), InputError);
 }
 
 TEST(Spec, RefusesWithTheReason) {

@@ -17,11 +17,14 @@ Work WorkOf(Session& session, const Cell& cell, const std::string& what) {
 std::vector<Window> WindowsOf(const Work& work, const Cell& cell, const Options& options) {
   const int64_t bos = static_cast<int64_t>(work.bos.size());
   if (cell.context < 2) throw Skip("a window of one token predicts none; choose --contexts of 2 or more");
-  const std::vector<Window> windows =
+  std::vector<Window> windows =
       DecodeWindows(static_cast<int64_t>(work.text.size()), cell.context - bos, options.stride,
-                    options.windows, bos > 0);
+                    options.skip_windows + options.windows, bos > 0);
+  const int64_t skipped = std::min(options.skip_windows, static_cast<int64_t>(windows.size()));
+  windows.erase(windows.begin(), windows.begin() + skipped);
   if (windows.empty()) {
-    throw Skip(StrCat("the corpus has ", work.text.size(), " tokens, one window ", cell.context));
+    throw Skip(StrCat("the corpus has ", work.text.size(), " tokens, one window ", cell.context,
+                      skipped > 0 ? StrCat(", and --skip-windows leaves out ", skipped) : ""));
   }
   return windows;
 }
@@ -36,15 +39,21 @@ at::Tensor WindowIds(const Work& work, const std::vector<Window>& windows) {
   return at::cat(rows, 0);
 }
 
+std::vector<std::pair<int64_t, int64_t>> CallsOf(const Spec& spec, int64_t length) {
+  const int64_t chunk = spec.CallTokens();
+  std::vector<std::pair<int64_t, int64_t>> calls;
+  for (int64_t begin = 0; begin < length; begin = calls.back().second) {
+    calls.emplace_back(begin, std::min(begin == 0 ? spec.sink_tokens + chunk : begin + chunk, length));
+  }
+  return calls;
+}
+
 void FeedAsDecoding(const Model& model, const Backend& backend, const Spec& spec,
                     const at::Tensor& ids, KvCache& cache,
                     const std::function<void(int64_t begin, const at::Tensor& hidden)>& use,
                     const Tap& tap) {
-  const int64_t length = ids.size(1), chunk = spec.CallTokens();
-  for (int64_t begin = 0; begin < length;) {
-    const int64_t end = std::min(begin == 0 ? spec.sink_tokens + chunk : begin + chunk, length);
+  for (const auto& [begin, end] : CallsOf(spec, ids.size(1))) {
     use(begin, model.Forward(ids.narrow(1, begin, end - begin), cache, backend, tap));
-    begin = end;
   }
 }
 

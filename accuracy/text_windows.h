@@ -4,6 +4,7 @@
 
 #include <functional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "accuracy/scoring.h"
@@ -35,8 +36,11 @@ std::vector<Window> WindowsOf(const Work& work, const Cell& cell, const Options&
 // Tokens of windows of one length, [windows, length with BOS].
 at::Tensor WindowIds(const Work& work, const std::vector<Window>& windows);
 
-// Feeds ids [batch, n] in calls of Spec::CallTokens, the sinks with the
-// first, so that every token reads the history as decoding would; hands each call's first position
+// The calls, [begin, end) each, in which so many tokens are fed so that every token reads the history as decoding would:
+// of Spec::CallTokens, the sinks with the first.
+std::vector<std::pair<int64_t, int64_t>> CallsOf(const Spec& spec, int64_t length);
+
+// Feeds ids [batch, n] in the calls of a spec; hands each call's first position
 // and hidden states [batch, tokens of the call, hidden_size] to `use`.
 void FeedAsDecoding(const Model& model, const Backend& backend, const Spec& spec,
                     const at::Tensor& ids, KvCache& cache,

@@ -4,8 +4,9 @@
 // encoded_bits_per_element is of encoded tokens alone, their metadata included: what bits_per_element comes near to in a
 // long context (4.5 for 4-bit codes in groups of 64 that share two fp16 numbers). encoded_share says how many of all
 // elements those are, dense tokens, sides and layers counted: bits_per_element is the mean of the two, weighted by it.
-// encoded_tokens is of the side that encodes more.
+// encoded_tokens is of the side that encodes more. kv_bytes/layer:N is what each layer has of kv_bytes.
 #include "benchmarks/measurement.h"
+#include "kernels/error.h"
 
 namespace kvq {
 namespace {
@@ -48,6 +49,10 @@ Counters KvSize(Session& session, const Cell& cell, benchmark::State& state) {
                                                               : EncodedTokens(spec, cell.context);
   counters.emplace_back("encoded_tokens", static_cast<double>(encoded_tokens));
   counters.emplace_back("encoded_share", EncodedShare(spec, shape, cell.context));
+  for (size_t layer = 0; layer < shape.layers.size(); ++layer) {
+    counters.emplace_back(StrCat("kv_bytes/layer:", layer),
+                          static_cast<double>(KvLayerBytes(spec, shape, layer, cell.context, dtype)));
+  }
   return counters;
 }
 

@@ -241,6 +241,10 @@ void AddContext(Session& session, const std::vector<std::string>& benchmark_flag
       benchmark::AddCustomContext("model_tokenizer " + ModelLabel(model), "sha256:" + TokenizerSha256(files.dir));
     }
   }
+  for (const std::string& scheme : o.schemes) {  // what a name of the user's means; those of engines stand in every label
+    const Preset* preset = FindPreset(scheme.substr(0, scheme.find('@')));
+    if (preset != nullptr && preset->engine.empty()) benchmark::AddCustomContext("preset " + preset->name, preset->spec);
+  }
   if (text) {
     benchmark::AddCustomContext("corpus", session.corpus().name);
     benchmark::AddCustomContext("corpus_sha256", session.corpus().sha256);
@@ -256,6 +260,8 @@ void AddContext(Session& session, const std::vector<std::string>& benchmark_flag
     if (!file.empty()) benchmark::AddCustomContext(name, Sha256File(file));
   }
   benchmark::AddCustomContext("windows", std::to_string(o.windows));
+  if (o.skip_windows > 0) benchmark::AddCustomContext("skip_windows", std::to_string(o.skip_windows));
+  if (o.parts != Options().parts) benchmark::AddCustomContext("parts", Join(o.parts));
   benchmark::AddCustomContext("stride", std::to_string(o.stride));
   benchmark::AddCustomContext("prefill_chunk", std::to_string(o.prefill_chunk));
   benchmark::AddCustomContext("seed", std::to_string(o.seed));
@@ -332,7 +338,8 @@ std::string PresetList(const std::string& model, int64_t context) {
       encoded = bits(EncodedBits(spec, shape).value_or(16));
     } catch (const InputError&) {  // not for this shape
     }
-    rows.push_back({preset.name, all, encoded, preset.engine, preset.spec, preset.flags});
+    rows.push_back({preset.name, all, encoded, preset.engine.empty() ? "your own" : preset.engine, preset.spec,
+                    preset.flags});
   }
   std::array<size_t, 6> widths = {};
   for (const auto& row : rows) {

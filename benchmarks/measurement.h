@@ -30,7 +30,8 @@ struct Options {
   std::vector<int64_t> batches = {1};
   std::string corpus = "pride-and-prejudice";
   std::string corpus_file;
-  int64_t windows = 4;
+  int64_t windows = 4, skip_windows = 0;
+  std::vector<std::string> parts = {"all", "k", "v", "kv"};  // of sensitivity
   int64_t stride = 0;  // 0: the protocol's own
   std::string protocol = "decode";
   std::string device = "cpu";

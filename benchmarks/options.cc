@@ -6,6 +6,7 @@
 #include <numeric>
 #include <sstream>
 
+#include "fixtures/cache/presets.h"
 #include "kernels/error.h"
 #include "kernels/groups.h"
 
@@ -21,12 +22,6 @@ std::vector<std::string> List(const std::string& flag, const std::string& text) 
   }
   if (items.empty()) throw InputError(flag, ": wants a list, items separated by commas");
   return items;
-}
-
-std::string Join(const std::vector<std::string>& items) {
-  std::string text;
-  for (const std::string& item : items) text += (text.empty() ? "" : ",") + item;
-  return text;
 }
 
 std::vector<std::string> Texts(const std::vector<int64_t>& numbers) {
@@ -73,6 +68,8 @@ std::vector<Flag> Flags(Options& o) {
       text("corpus", "text by catalogue name", o.corpus),
       text("corpus-file", "a UTF-8 text file, or a folder of them, instead", o.corpus_file),
       number("windows", "windows of text that perplexity and sensitivity score; prompts of drift, contexts of reuse", o.windows, 1),
+      number("skip-windows", "windows of perplexity and sensitivity that are left out at the text's beginning", o.skip_windows, 0),
+      texts("parts", "what sensitivity encodes: all, of one layer k, v or kv, or all without-k or without-v of one layer", o.parts),
       number("stride", "tokens from window to window; 0: disjoint (decode), half a window (study)",
              o.stride, 0),
       text("protocol", "decode, or study: as the reference study measured, see below",
@@ -108,6 +105,12 @@ std::string Columns(const Rows& rows) {
 }
 
 }  // namespace
+
+std::string Join(const std::vector<std::string>& items) {
+  std::string text;
+  for (const std::string& item : items) text += (text.empty() ? "" : ",") + item;
+  return text;
+}
 
 int64_t WholeNumber(const std::string& flag, const std::string& text, int64_t least) {
   int64_t value = 0;
@@ -163,6 +166,9 @@ CommandLine ParseCommandLine(const std::vector<std::string>& arguments) {
       line.output.to_v2 = value;
     } else if (name == "--vram-diag") {
       line.options.vram_diag = value != "false" && value != "0";
+    } else if (name == "--presets") {
+      if (value.empty()) throw InputError("--presets: wants a file, as --presets=FILE.json");
+      AddPresets(value);
     } else if (name == "--list-presets") {
       line.output.list_presets = value != "false" && value != "0";
     } else if (name == "--list-devices") {
@@ -201,6 +207,12 @@ CommandLine ParseCommandLine(const std::vector<std::string>& arguments) {
   if (!line.output.backup && line.output.patch.empty()) {
     throw InputError("--no-backup: is for --patch, which otherwise keeps FILE.bak");
   }
+  for (const std::string& part : line.options.parts) {
+    if (const auto& known = {"all", "k", "v", "kv", "without-k", "without-v"};
+        std::find(known.begin(), known.end(), part) == known.end()) {
+      throw InputError("--parts: of all, k, v, kv, without-k, without-v, not '", part, "'");
+    }
+  }
   if (line.options.protocol != "decode" && line.options.protocol != "study") {
     throw InputError("--protocol: decode or study, not '", line.options.protocol, "'");
   }
@@ -228,6 +240,7 @@ std::string HelpText() {
     rows.emplace_back(flag.name, flag.what + (flag.value.empty() ? "" : " (" + flag.value + ")"));
   }
   rows.emplace_back("--list-devices", "lists what --device can name, and ends");
+  rows.emplace_back("--presets=FILE", "JSON, {\"NAME\": \"SPEC\"}: names of your own that --schemes can use, as those of ci/plan");
   rows.emplace_back("--list-presets", "lists what engines store and --schemes can name, with its bits per element for the first of --models, and ends");
   rows.emplace_back("--vram-diag", "memory lists the largest live blocks of GPU memory on stderr");
   help << Columns(rows)

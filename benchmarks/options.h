@@ -31,6 +31,9 @@ struct CommandLine {
   std::vector<std::string> rest;  // for benchmark::Initialize
 };
 
+// Items with commas between them.
+std::string Join(const std::vector<std::string>& items);
+
 // From `least` to a thousand millions. Throws InputError naming the flag.
 int64_t WholeNumber(const std::string& flag, const std::string& text, int64_t least);
 

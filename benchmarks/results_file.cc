@@ -84,9 +84,10 @@ bool IsOfBuild(const std::string& fact) {
   return fact == "kvqbench_commit" || fact == "kvqbench_sha256";
 }
 
-// Of one model or the text: a run with another model brings its own.
+// Of one model, the text or a preset of the user's: a run with another one brings its own.
 bool IsOfInput(const std::string& fact) {
-  return fact.rfind("model", 0) == 0 || fact.rfind("corpus", 0) == 0 || fact.rfind("kv_dtype ", 0) == 0;
+  return fact.rfind("model", 0) == 0 || fact.rfind("corpus", 0) == 0 || fact.rfind("kv_dtype ", 0) == 0 ||
+         fact.rfind("preset ", 0) == 0;
 }
 
 // What may be replaced: nothing, or a regular file that this program does not print to.
