@@ -52,8 +52,8 @@ SPEED_MARGIN = 0.01
 NAMED = 5
 
 FREE, NEARLY, SMALL, COSTS, BREAKS = range(5)
-GRADES = ["costs nothing that can be measured", f"costs next to nothing, less than {NEXT_TO_NOTHING:g} nats",
-          f"costs little, less than {LITTLE:g} nats", "costs measurably", "breaks it"]
+GRADES = ["costs nothing that can be measured", f"costs next to nothing, less than {NEXT_TO_NOTHING:g} nats above rounding",
+          f"costs little, less than {LITTLE:g} nats above it", "costs measurably", "breaks it"]
 KINDS = ["set", "free", "next to nothing", "little", "costs", "breaks", "faster", "slower", "level", "prefill", "fits", "cannot"]
 
 
@@ -373,6 +373,8 @@ def compare(cell, plain, key):
 def room(cell):
     """(tokens of one sequence, what they rest on) or (None, why not)."""
     if cell["capacity.longest_context"] is not None:
+        if 0 in (cell["capacity.fits_at_limit"], cell["capacity.batch_fits_at_limit"]):
+            return None, "a run at the limit that was predicted did not fit"
         return cell["capacity.longest_context"], "measured"
     total, reserved = cell["memory.vram_total_bytes"], cell["memory.vram_reserved_bytes"]
     if total is None or reserved is None:
@@ -479,8 +481,15 @@ def grade_sentences(judged, proven=()):
     return said
 
 
-def gain_text(compared):
-    return f" ({percent(compared.gain, 0 if abs(compared.gain.value) >= 0.095 else 1)})" if compared.gain else ""
+def gain_text(compared, where=""):
+    gain = compared.gain
+    if not gain:
+        return ""
+    digits = 0 if abs(gain.value) >= 0.095 else 1
+    if gain.low == -1 or gain.high == math.inf:  # one of both times is only known not to be longer
+        end, word = (gain.low, "more") if gain.high == math.inf else (gain.high, "less")
+        return f" ({percent(Number(gain.value, None, None), digits)} [{100 * end:+.{digits}f} or {word}]{where})"
+    return f" ({percent(gain, digits)}{where})"
 
 
 def listed(texts):
@@ -488,7 +497,8 @@ def listed(texts):
 
 
 def speed_sentences(specs, plain, batches):
-    """One a word: schemes that are faster at every context, from one on, and never; and {reason: Compared} of the others."""
+    """One a word: schemes that are faster at every context, from one on, and never; and {(reason, batch): cells} of the
+    others."""
     clauses, reasons = {FASTER: [], LEVEL: [], SLOWER: []}, {}
     for batch in batches:
         found = {}
@@ -497,12 +507,15 @@ def speed_sentences(specs, plain, batches):
                     if (row := compare(cell, plain.get((cell.context, batch)), decode_key(cell)))]
             if rows:
                 found[spec] = rows
+            for cell in cells:
+                if not rows and cell.batch == batch and "decode" in cell.skipped:
+                    reasons.setdefault((cell.skipped["decode"], batch), []).append(cell)
         contexts = sorted({row.cell.context for rows in found.values() for row in rows})
         groups = {}  # (word, from which context on) -> rows of the longest context
         for rows in found.values():
             last = rows[-1]
             if not last.word:
-                reasons.setdefault(last.why, []).append(last)
+                reasons.setdefault((last.why, batch), []).append(last.cell)
                 continue
             since = last.cell.context
             for row in reversed(rows):
@@ -602,29 +615,34 @@ def fits_sentences(specs, plain, limit):
         return [], why + (f" (a token takes {min(each):.1f} to {max(each):.1f} times fewer bytes)" if len(each) > 1 else
                           f" (a token takes {each[0]:.1f} times fewer bytes)" if each else "")
     fitting = [(cell, *room(cell)) for cell in rows]
-    fitting = [row for row in fitting if row[1] is not None and row[2] == why]
+    fitting = [row for row in fitting if row[1] is not None and row[2] == why and
+               row[0]["capacity.memory_bytes"] == dense["capacity.memory_bytes"]]
     if not fitting:
-        return [], "memory was measured of the unquantized cache alone"
+        return [], "memory was measured of the unquantized cache alone, or otherwise"
     chosen = fitting if len(fitting) <= 3 else [fitting[0], fitting[len(fitting) // 2], fitting[-1]]
-    context, total = dense.context, dense["memory.vram_total_bytes"]
-    batches = [row[0]["capacity.largest_batch"] for row in chosen] + [dense["capacity.largest_batch"]]
-    by_bytes = why != "measured"
-    if by_bytes:
-        batches = [math.floor(found / context) for _, found, _ in chosen] + [math.floor(tokens / context)]
+    context, by_bytes = dense.context, why != "measured"
+    total = dense["memory.vram_total_bytes" if by_bytes else "capacity.memory_bytes"]
+    limit = limit or dense["capacity.longest_context_of_model"]
     lengths = [found for _, found, _ in chosen] + [tokens]
-    parts = [f"{total / 2**30:.0f} GiB hold, by bytes alone beside weights and scratch, " if by_bytes else "The device holds, as tried, "]
+    batches = [math.floor(found / context) for found in lengths] if by_bytes else [
+        cell["capacity.largest_batch"] for cell in [*(cell for cell, _, _ in chosen), dense]]
+    tried = all(cell["capacity.fits_at_limit"] for cell in [dense, *(cell for cell, _, _ in chosen)])
+    parts = [f"{total / 2**30:.3g} GiB hold, " if total else "The device holds, ",
+             "by bytes alone beside weights and scratch, " if by_bytes else
+             "as runs at the limit showed, " if tried else "with the workspace that was measured, "]
 
     def row(values, text):
         for i, ((cell, _, _), value) in enumerate(zip(chosen, values)):
-            parts.extend([", " if i else "", text(value) + " with ", (cell.spec, cell), f" ({value / max(values[-1], 1):.1f} times)"])
-        parts.extend([", ", text(values[-1]) + " ", ("unquantized", dense)])
+            parts.extend([", " if i else "", text(value, i) + " with ", (cell.spec, cell)] +
+                         ([f" ({value / values[-1]:.1f} times)"] if values[-1] else []))
+        parts.extend([", ", text(values[-1], len(chosen)) + " ", ("unquantized", dense)])
     if None not in batches:
-        row(batches, lambda value: f"{value:,.0f} sequences of {context_label(context)}" if value == batches[0] else f"{value:,.0f}")
-    if by_bytes and limit and tokens > limit:
-        parts.append(f"; one of all {limit:,} tokens that the model takes fits unquantized, too")
+        row(batches, lambda value, i: f"{value:,.0f}" + (f" sequences of {context_label(context)}" if i == 0 else ""))
+    if limit and tokens > limit:
+        parts.append(f"; one of all {limit:,.0f} tokens that the model takes fits unquantized, too")
     else:
         parts.append("; a single one may have " if None not in batches else "a single sequence of ")
-        row(lengths, lambda value: f"{value:,.0f} tokens" if value == lengths[0] else f"{value:,.0f}")
+        row(lengths, lambda value, i: f"{value:,.0f}" + (" tokens" if i == 0 else ""))
     return [Sentence("fits", [part for part in parts if part] + ["."],
                      [(cell.spec, "tokens that fit", found, None, None) for cell, found, _ in chosen],
                      [(cell.spec, cell) for cell, _, _ in fitting if cell not in [row[0] for row in chosen]])], ""
@@ -649,7 +667,8 @@ def set_sentences(judged, plain, speeds):
         facts = [f"proof: {proof(one)}", fewer_bytes(one.cell, plain)]
         row = speeds.get(one.cell.spec)
         if row and row.word:
-            facts.append({FASTER: "decodes faster", LEVEL: "decodes as fast", SLOWER: "decodes slower"}[row.word] + gain_text(row))
+            facts.append({FASTER: "decodes faster", LEVEL: "decodes as fast", SLOWER: "decodes slower"}[row.word] +
+                         gain_text(row, f" at {context_label(row.cell.context)}"))
         said.append(Sentence("set", [head, (one.cell.spec, one.cell), aside(bits_text(one.cell), meaning(one.cell), between="; ") + tail +
                                      "; " + "; ".join(filter(None, facts)) + "."], rests_on(one)))
 
@@ -666,6 +685,7 @@ def set_sentences(judged, plain, speeds):
                                      f"{aside(bits_text(least.cell))}: {proof(least)}."], rests_on(least)))
     timed = sorted(((one, speeds[one.cell.spec]) for one in fine if speeds.get(one.cell.spec) and speeds[one.cell.spec].word),
                    key=lambda item: -item[1].gain.value)
+    timed = [item for item in timed if (item[1].cell.context, item[1].cell.batch) == (timed[0][1].cell.context, timed[0][1].cell.batch)]
     if len(timed) > 1 and timed[0][1].gain.low > timed[1][1].gain.high:
         said.append(Sentence("set", ["The fastest of these is ", (timed[0][0].cell.spec, timed[0][0].cell), gain_text(timed[0][1])[1:]
                                      .join((" ", "")) + "."], [(timed[0][0].cell.spec, "gain of speed", timed[0][1].gain.value,
@@ -737,7 +757,7 @@ def verdict_of(results, cells, pairs):
     if not specs:
         return None
     judged = [judge(of, plain, pairs) for of in specs.values()]
-    batches = sorted({cell.batch for cell in cells if cell[decode_key(cell)] is not None})
+    batches = sorted({cell.batch for cell in cells if cell[decode_key(cell)] is not None or "decode" in cell.skipped})
     speeds = {}
     spoken, reasons = speed_sentences(specs, plain, batches)
     for spec, of in specs.items():
@@ -751,9 +771,9 @@ def verdict_of(results, cells, pairs):
     unsaid = unsaid_quality(judged)
     if not batches:
         unsaid.append(cannot("speed", [of[-1] for of in specs.values()], "not measured", len(specs)))
-    for reason, rows in reasons.items():
-        only = list({row.cell.spec: row.cell for row in rows}.values())
-        unsaid.append(cannot("speed", only, reason, len(specs)))
+    for (reason, batch), of in reasons.items():
+        unsaid.append(cannot("speed" + (f" at batch {batch}" if len(batches) > 1 else ""),
+                             list({cell.spec: cell for cell in of}.values()), reason, len(specs)))
     if why_not:
         unsaid.append(cannot("what fits", [of[-1] for of in specs.values()], why_not, len(specs)))
     to_set = set_sentences(judged, plain, speeds)
