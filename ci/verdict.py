@@ -53,7 +53,7 @@ NAMED = 5
 
 FREE, NEARLY, SMALL, COSTS, BREAKS = range(5)
 GRADES = ["costs nothing that can be measured", f"costs next to nothing, less than {NEXT_TO_NOTHING:g} nats above rounding",
-          f"costs little, less than {LITTLE:g} nats above it", "costs measurably", "breaks it"]
+          f"costs little, less than {LITTLE:g} nats above rounding", "costs measurably", "breaks it"]
 KINDS = ["set", "free", "next to nothing", "little", "costs", "breaks", "faster", "slower", "level", "prefill", "fits", "cannot"]
 
 
@@ -687,9 +687,9 @@ def set_sentences(judged, plain, speeds):
                    key=lambda item: -item[1].gain.value)
     timed = [item for item in timed if (item[1].cell.context, item[1].cell.batch) == (timed[0][1].cell.context, timed[0][1].cell.batch)]
     if len(timed) > 1 and timed[0][1].gain.low > timed[1][1].gain.high:
-        said.append(Sentence("set", ["The fastest of these is ", (timed[0][0].cell.spec, timed[0][0].cell), gain_text(timed[0][1])[1:]
-                                     .join((" ", "")) + "."], [(timed[0][0].cell.spec, "gain of speed", timed[0][1].gain.value,
-                                                               timed[0][1].gain.low, timed[0][1].gain.high)]))
+        said.append(Sentence("set", ["The fastest of these is ", (timed[0][0].cell.spec, timed[0][0].cell), gain_text(timed[0][1]) + "."],
+                             [(timed[0][0].cell.spec, "gain of speed", timed[0][1].gain.value, timed[0][1].gain.low,
+                               timed[0][1].gain.high)]))
     engines = {}
     for one in ranked:
         row = preset_of(one.cell)
@@ -836,8 +836,9 @@ def hoisted(found):
                     common[sentence.text] = Sentence("cannot", ([part] if part else []) + sentence.parts, [], [])
                 common[sentence.text].rest += [(cell.spec, cell) for cell in sentence.cells]
         verdict.sentences = [s for s in verdict.sentences if s.kind != "cannot" or s.text not in often]
-    return [verdict for verdict in found if verdict.sentences] + (
-        [Verdict("All of these", [], list(common.values()))] if common else [])
+    kept = [verdict for verdict in found if verdict.sentences]
+    title = "All of these" if len(kept) == len(found) else listed(list(dict.fromkeys(verdict.title for verdict in found)))
+    return kept + ([Verdict(title, [] if kept else found[0].where, list(common.values()))] if common else [])
 
 
 # ---- for the terminal
