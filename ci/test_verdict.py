@@ -492,7 +492,7 @@ def the_fewest_bits_that_are_free_and_the_fewest_within_a_hundredth(rules):
     expect("int4" not in text, text)
 
 
-@planted(("timed[0][1].gain.low > timed[1][1].gain.high", "timed[0][1].gain.low > timed[1][1].gain.low"))
+@planted(("timed[0].gain.low > timed[1].gain.high", "timed[0].gain.low > timed[1].gain.low"))
 def the_fastest_is_named_where_it_is_certain(rules):
     for second, certain in (((9.5, 9.4, 9.6), True), ((8.1, 7.9, 8.3), False)):
         results = Planted()

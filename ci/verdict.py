@@ -1,22 +1,24 @@
-"""What results say, in sentences: what to set, what costs nothing, what costs how much, what breaks the model, from which
-context on it is faster, how much more fits the device, and what cannot be said and why. All rules stand here.
+"""What results say, in sentences: what to set, what costs nothing, what costs how much, what breaks the model, from
+which context on it is faster, how much more fits the device, and what cannot be said and why. All rules stand here.
 
 A sentence is claimed on the ends of intervals, never on a number alone. Of each model on a device every scheme gets the
 first of these that holds; of several contexts and measurements the worst counts:
 
-  breaks           perplexity is up by more than BROKEN_PPL, or top-1 agreement is below BROKEN_TOP1 of what rounding alone
-                   leaves, or BROKEN_TASK of what `none` gets right in a task is lost: each by the kind end of its interval
+  breaks           perplexity is up by more than BROKEN_PPL, or top-1 agreement is below BROKEN_TOP1 of what rounding
+                   alone leaves, or BROKEN_TASK of what `none` gets right in a task is lost: each by the kind end of its
+                   interval
   free             the KLD's upper end is at most FLOOR_FACTOR times the noise floor, and nothing else shows harm
   next to nothing  the KLD's upper end is less than NEXT_TO_NOTHING above the floor (a KLD has its floor in it)
   little           the same with LITTLE
-  costs            harm is shown: the KLD's lower end above FLOOR_FACTOR floors, the change of perplexity above 0, top-1 below
-                   its floor, or items answered worse (ci/items.py: Holm's p; of scores without items: intervals apart)
+  costs            harm is shown: the KLD's lower end above FLOOR_FACTOR floors, the change of perplexity above 0, top-1
+                   below its floor, or items answered worse (ci/items.py: Holm's p; of scores without items: intervals
+                   apart)
   cannot be said   what is left, with its reason
 
-A time is certain if it was taken LEAST_RUNS times or more; its interval is the median's (ci95_fraction) or from the fastest
-to the slowest: of three against three that do not overlap by chance once in twenty. A disturbed, throttled or shared time is
-only known not to be less than nothing and not to be more than measured, so what is faster in spite of it counts. A GPU held at
-its own power limit is how a loaded card runs: such times count among themselves. Within SPEED_MARGIN two speeds are level.
+A time is certain if it was taken LEAST_RUNS times or more; its interval is the median's (ci95_fraction) or from the
+fastest to the slowest: of three against three that do not overlap by chance once in twenty. Of a disturbed, throttled or
+shared time only its upper end is known, so what is faster in spite of it counts. A GPU held at its own power limit is how
+a loaded card runs: such times count among themselves. Within SPEED_MARGIN two speeds are level.
 """
 
 import math
@@ -35,7 +37,8 @@ from tables import context_label, model_name
 FLOOR_FACTOR = 2.0
 # Nats a token. Computing SmolLM2 in bfloat16 rather than float32 does 0.001 (ci/baselines/smollm2-135m-cpu).
 NEXT_TO_NOTHING = 0.001
-# One percent of perplexity, were all of it loss; 8-bit floats without scales do as much (ci/baselines/smollm2-135m-referee).
+# One percent of perplexity, were all of it loss; 8-bit floats with scales of 1 do as much to SmolLM2
+# (ci/baselines/smollm2-135m-referee).
 LITTLE = 0.01
 # Of perplexity: twice what parts Llama 2's 7B from its 13B (5.47 and 4.88 on WikiText-2).
 BROKEN_PPL = 0.25
@@ -52,9 +55,11 @@ SPEED_MARGIN = 0.01
 NAMED = 5
 
 FREE, NEARLY, SMALL, COSTS, BREAKS = range(5)
-GRADES = ["costs nothing that can be measured", f"costs next to nothing, less than {NEXT_TO_NOTHING:g} nats above rounding",
+GRADES = ["costs nothing that can be measured",
+          f"costs next to nothing, less than {NEXT_TO_NOTHING:g} nats above rounding",
           f"costs little, less than {LITTLE:g} nats above rounding", "costs measurably", "breaks it"]
-KINDS = ["set", "free", "next to nothing", "little", "costs", "breaks", "faster", "slower", "level", "prefill", "fits", "cannot"]
+KINDS = ["set", "free", "next to nothing", "little", "costs", "breaks", "faster", "slower", "level", "prefill", "fits",
+         "cannot"]
 
 
 @dataclass
@@ -111,7 +116,8 @@ def nats(found):
 
 
 def percent(found, digits=1, sign="+"):
-    return spelled(found.scaled(100), lambda value: f"{value:{sign},.{0 if abs(found.value) >= 1 and sign else digits}f}", " %")
+    digits = 0 if abs(found.value) >= 1 and sign else digits
+    return spelled(found.scaled(100), lambda value: f"{value:{sign},.{digits}f}", " %")
 
 
 def spelled(found, text, unit=""):
@@ -207,8 +213,9 @@ def of_tasks(cell, plain, pairs):
             found.tasks.append((task, row.verdict))
         if row.verdict == "worse":
             half = row.metric == "right" and row.interval[1] <= -BROKEN_TASK * row.reference_score
-            shown = (f"{100 * row.score:.0f} % right, unquantized {100 * row.reference_score:.0f} %" if row.metric == "right" else
-                     f"{row.difference:+.3g} [{row.interval[0]:+.3g}, {row.interval[1]:+.3g}]")
+            shown = f"{row.difference:+.3g} [{row.interval[0]:+.3g}, {row.interval[1]:+.3g}]"
+            if row.metric == "right":
+                shown = f"{100 * row.score:.0f} % right, unquantized {100 * row.reference_score:.0f} %"
             worsen(found, BREAKS if half else COSTS, f"{task}: {shown}", row.metric != "right")
     with_items = {row.cell.split("/")[0] for row in pairs}
     for key in sorted(cell.values):
@@ -217,8 +224,8 @@ def of_tasks(cell, plain, pairs):
             continue
         scale = 0.01 if key.endswith(".score") else 1
         score, theirs = number(cell, key), number(plain, key) if plain else None
-        task = measurement if key.endswith((".score", "needle_rate")) else key.replace(".", " ").replace("needle needle_random_rate",
-                                                                                                         "random needle")
+        task = ("random needle" if key == "needle.needle_random_rate" else
+                measurement if key.endswith((".score", "needle_rate")) else key.replace(".", " "))
         share = cell[measurement + ".encoded_share"]
         if theirs is None:
             verdict = "reference missing"
@@ -248,7 +255,7 @@ def random_weights(cell):
 
 
 def judge(cells, plain, pairs):
-    """A scheme's Judged over its cells; `plain` has the cells of `none` by (context, batch), `pairs` those of items by cell."""
+    """A scheme's Judged over its cells; `plain` has the cells of `none` by (context, batch), `pairs` items' by cell."""
     every = []
     for cell in cells:
         of_cell = [of_text(cell, measurement) for measurement in ("perplexity", "drift")]
@@ -257,8 +264,8 @@ def judge(cells, plain, pairs):
     if random_weights(cells[0]):
         return Judged(every[-1].cell if every else cells[-1], None, "random weights")
     if not every:
-        skipped = next((reason for cell in cells for name, reason in cell.skipped.items() if name in ("perplexity", "drift")), "")
-        return Judged(cells[-1], None, skipped or "not measured")
+        skipped = [reason for cell in cells for name, reason in cell.skipped.items() if name in ("perplexity", "drift")]
+        return Judged(cells[-1], None, skipped[0] if skipped else "not measured")
     graded = [judged for judged in every if judged.grade is not None]
     # Of equal grades the one with text, then the largest KLD.
     worst = max(graded or every, key=lambda judged: (judged.grade or 0, judged.kld is not None or judged.ppl is not None,
@@ -267,10 +274,11 @@ def judge(cells, plain, pairs):
     if worst.kld is None and worst.ppl is None and with_text:  # a task decided; what the text says stands beside it
         text = max(with_text, key=lambda judged: judged.kld.value if judged.kld else 0)
         worst.kld, worst.floor, worst.ppl, worst.top1 = text.kld, text.floor, text.ppl, text.top1
-    shown = max((judged for judged in every if judged.task), default=worst, key=lambda judged: (judged.grade, not judged.task_is_text))
+    shown = max((judged for judged in every if judged.task), default=worst,
+                key=lambda judged: (judged.grade, not judged.task_is_text))
     why = "" if worst.grade is not None else worst.why or "no harm is shown, and no equality"
-    return Judged(worst.cell, worst.grade, why, worst.kld, worst.floor, worst.ppl, worst.top1, shown.task, shown.task_is_text,
-                  [task for judged in every for task in judged.tasks])
+    return Judged(worst.cell, worst.grade, why, worst.kld, worst.floor, worst.ppl, worst.top1, shown.task,
+                  shown.task_is_text, [task for judged in every for task in judged.tasks])
 
 
 def proof(judged):
@@ -378,7 +386,8 @@ def room(cell):
         return cell["capacity.longest_context"], "measured"
     total, reserved = cell["memory.vram_total_bytes"], cell["memory.vram_reserved_bytes"]
     if total is None or reserved is None:
-        return None, "the device's memory is not in the results" if cell["memory.rss_peak_bytes"] else "memory was not measured"
+        return None, ("the device's memory is not in the results" if cell["memory.rss_peak_bytes"] else
+                      "memory was not measured")
     if cell["memory.beyond_weights_bytes"] is None:
         return None, "peaks of this protocol hold several caches"
     each, held = bytes_per_token(cell), cell["memory.kv_bytes_allocated"]
@@ -401,7 +410,8 @@ def presets():
         except OSError:
             return {}
         engines = dict(re.findall(r'constexpr char (k\w+)\[\] = "([^"]*)";', text))
-        for name, engine, spec, flags in re.findall(r'\{"([^"]+)",\s*(k\w+),\s*"([^"]+)",\s*"((?:[^"\\]|\\.)*)"\}', text):
+        row = r'\{"([^"]+)",\s*(k\w+),\s*"([^"]+)",\s*"((?:[^"\\]|\\.)*)"\}'
+        for name, engine, spec, flags in re.findall(row, text):
             _PRESETS[name] = (re.sub(r"( [0-9a-f]{7,}| before .*| [\d.]+)?(,.*)?$", "", engines[engine]), spec,
                               flags.replace('\\"', '"'))
     return _PRESETS
@@ -469,12 +479,13 @@ def grade_sentences(judged, proven=()):
                           "" if one.cell.spec in proven else f"{aside(bits_text(one.cell))}: {proof(one)}"]
             rest = []
         elif grade < COSTS:
-            named, rest = names([one.cell for one in of], lambda cell: aside(bits_text(cell), nats(about[id(cell)].kld)))  # noqa: B023
+            named, rest = names([one.cell for one in of], lambda cell: aside(
+                bits_text(cell), nats(about[id(cell)].kld)))  # noqa: B023
             parts = [head + ": "] + named
         else:
-            least, most = of[0], of[-1]
-            parts = [f"{head}, from ", (least.cell.spec, least.cell), aside(bits_text(least.cell), proof(least), between=": ") + " to ",
-                     (most.cell.spec, most.cell), aside(bits_text(most.cell), proof(most), between=": ")]
+            parts = [head]
+            for word, one in ((", from ", of[0]), (" to ", of[-1])):
+                parts += [word, (one.cell.spec, one.cell), aside(bits_text(one.cell), proof(one), between=": ")]
             rest = [(one.cell.spec, one.cell) for one in of[1:-1]]
         said.append(Sentence(KINDS[1 + grade], [part for part in parts if part] + ["."],
                              [row for one in of for row in rests_on(one)], rest))
@@ -524,16 +535,17 @@ def speed_sentences(specs, plain, batches):
                 since = row.cell.context
             groups.setdefault((last.word, since), []).append(last)
         for word, of_word in clauses.items():
-            of = [(since, rows) for (other, since), rows in sorted(groups.items(), key=lambda item: item[0][1]) if other == word]
+            of = sorted((since, rows) for (other, since), rows in groups.items() if other == word)
             if of:
                 of_word.append((batch, contexts, [since_when(rows, since, contexts, found) for since, rows in of],
                                 [row for _, rows in of for row in rows]))
     said = []
-    for word, verb in ((FASTER, "Decodes faster than unquantized"), (LEVEL, "Decodes as fast as unquantized"), (SLOWER, "Decodes slower than unquantized")):
+    for word, verb in ((FASTER, "faster than"), (LEVEL, "as fast as"), (SLOWER, "slower than")):
         if clauses[word]:
-            parts, rest = [verb + (": " if len(batches) > 1 else "")], []
+            parts, rest = [f"Decodes {verb} unquantized" + (": " if len(batches) > 1 else "")], []
             for i, (batch, contexts, of, _) in enumerate(clauses[word]):
-                gains = f" (gains at {context_label(contexts[-1])}): " if len(contexts) > 1 else f" at {context_label(contexts[0])}: "
+                longest = context_label(contexts[-1])
+                gains = f" (gains at {longest}): " if len(contexts) > 1 else f" at {longest}: "
                 parts.append(("; " if i else "") + (f"at batch {batch}" if len(batches) > 1 else "") + gains)
                 for j, (named, others) in enumerate(of):
                     parts += (["; "] if j else []) + named
@@ -564,11 +576,14 @@ def since_when(rows, since, contexts, found):
     if shorter:
         before = [next((row.word for row in found[row.cell.spec] if row.cell.context == shorter[-1]), "") for row in rows]
         counts = [f"{before.count(word)} {text}" for word, text in (
-            (FASTER, "are faster"), (LEVEL, "are level"), ("", "cannot be told"), (SLOWER, "are slower")) if before.count(word)]
+            (FASTER, "are faster"), (LEVEL, "are level"), ("", "cannot be told"), (SLOWER, "are slower"))
+            if before.count(word)]
         crossings = sorted(row.cell["decode.break_even_context"] for row, word in zip(rows, before)
                            if word == SLOWER and row.word == FASTER and row.cell["decode.break_even_context"])
-        parts.append(f"; of these at {context_label(shorter[-1])} {listed(counts)}" + (
-            f", which by a line between catch up at {crossings[0] / 1024:.0f}k to {crossings[-1] / 1024:.0f}k" if crossings else ""))
+        parts.append(f"; of these at {context_label(shorter[-1])} {listed(counts)}")
+        if crossings:
+            between = f"{crossings[0] / 1024:.0f}k to {crossings[-1] / 1024:.0f}k"
+            parts.append(f", which by a line between catch up at {between}")
     return parts, [(row.cell.spec, row.cell) for row in rows[3:-1]]
 
 
@@ -656,57 +671,57 @@ def fewer_bytes(cell, plain):
 
 
 def set_sentences(judged, plain, speeds):
-    """What to set: the fewest bits that are free or next to that, the fewest within LITTLE, the fastest of both, and the best
-    of each engine. `speeds`: spec -> Compared at the longest context of batch 1."""
+    """What to set: the fewest bits that are free or next to that, the fewest within LITTLE, the fastest of both, and the
+    best of each engine. `speeds`: spec -> Compared at the longest context of the smallest batch."""
     ranked = sorted((one for one in judged if one.grade is not None and bits_of(one.cell) is not None), key=by_bits)
-    if not ranked:
-        return []
+    fine = [one for one in ranked if one.grade <= SMALL]
     said = []
+
+    def say(parts, numbers):
+        said.append(Sentence("set", [part for part in [*parts, "."] if part], numbers))
 
     def add(one, head, tail):
         facts = [f"proof: {proof(one)}", fewer_bytes(one.cell, plain)]
         row = speeds.get(one.cell.spec)
         if row and row.word:
-            facts.append({FASTER: "decodes faster", LEVEL: "decodes as fast", SLOWER: "decodes slower"}[row.word] +
-                         gain_text(row, f" at {context_label(row.cell.context)}"))
-        said.append(Sentence("set", [head, (one.cell.spec, one.cell), aside(bits_text(one.cell), meaning(one.cell), between="; ") + tail +
-                                     "; " + "; ".join(filter(None, facts)) + "."], rests_on(one)))
+            verb = {FASTER: "decodes faster", LEVEL: "decodes as fast", SLOWER: "decodes slower"}[row.word]
+            facts.append(verb + gain_text(row, f" at {context_label(row.cell.context)}"))
+        say([head, (one.cell.spec, one.cell), aside(bits_text(one.cell), meaning(one.cell), between="; "),
+             tail + "; " + "; ".join(filter(None, facts))], rests_on(one))
 
     best = next((one for grade in (FREE, NEARLY) for one in ranked if one.grade == grade), None)
     if best:
-        add(best, "Set ", f": the fewest bits that {'cost nothing that can be measured' if best.grade == FREE else 'cost next to nothing'}")
+        cost = "nothing that can be measured" if best.grade == FREE else "next to nothing"
+        add(best, "Set ", f": the fewest bits that cost {cost}")
     small = next((one for one in ranked if one.grade <= SMALL), None)
     if small and (best is None or by_bits(small)[0] < by_bits(best)[0]):
         add(small, "For fewer bits set " if best else "Set ", f": the fewest within {LITTLE:g} nats")
-    fine = [one for one in ranked if one.grade <= SMALL]
     if not fine and any(one.kld and one.kld.known for one in ranked):
         least = min(ranked, key=by_damage)
-        said.append(Sentence("set", [f"Nothing here is certain to cost less than {LITTLE:g} nats; the least is ", (least.cell.spec, least.cell),
-                                     f"{aside(bits_text(least.cell))}: {proof(least)}."], rests_on(least)))
-    timed = sorted(((one, speeds[one.cell.spec]) for one in fine if speeds.get(one.cell.spec) and speeds[one.cell.spec].word),
-                   key=lambda item: -item[1].gain.value)
-    timed = [item for item in timed if (item[1].cell.context, item[1].cell.batch) == (timed[0][1].cell.context, timed[0][1].cell.batch)]
-    if len(timed) > 1 and timed[0][1].gain.low > timed[1][1].gain.high:
-        said.append(Sentence("set", ["The fastest of these is ", (timed[0][0].cell.spec, timed[0][0].cell), gain_text(timed[0][1]) + "."],
-                             [(timed[0][0].cell.spec, "gain of speed", timed[0][1].gain.value, timed[0][1].gain.low,
-                               timed[0][1].gain.high)]))
+        say([f"Nothing here is certain to cost less than {LITTLE:g} nats; the least is ", (least.cell.spec, least.cell),
+             aside(bits_text(least.cell)), f": {proof(least)}"], rests_on(least))
+    timed = sorted((row for one in fine if (row := speeds.get(one.cell.spec)) and row.word),
+                   key=lambda row: -row.gain.value)
+    timed = [row for row in timed if (row.cell.context, row.cell.batch) == (timed[0].cell.context, timed[0].cell.batch)]
+    if len(timed) > 1 and timed[0].gain.low > timed[1].gain.high:
+        cell, gain = timed[0].cell, timed[0].gain
+        say(["The fastest of these is ", (cell.spec, cell), gain_text(timed[0])],
+            [(cell.spec, "gain of speed", gain.value, gain.low, gain.high)])
     engines = {}
     for one in ranked:
         row = preset_of(one.cell)
         if row:
             engines.setdefault(row[0], []).append(one)
-    if len(engines) > 1:
-        good = {engine: next((one for one in of if one.grade <= SMALL), None) for engine, of in engines.items()}
+    good = {engine: one for engine, of in engines.items() if (one := next((one for one in of if one in fine), None))}
+    if len(engines) > 1 and good:
         parts = []
-        for engine, one in sorted(good.items(), key=lambda item: by_bits(item[1]) if item[1] else ()):
-            if one:
-                given = "" if one in (best, small) else re.sub(r"` .*", "`", flags(preset_of(one.cell)))
-                parts += ["; " if parts else "", f"{engine} ", (one.cell.spec, one.cell), aside(bits_text(one.cell), given, between=": ")]
-        without = [engine for engine, one in good.items() if one is None]
-        if parts:
-            said.append(Sentence("set", [f"By engine, the fewest bits within {LITTLE:g} nats: "] + [part for part in parts if part] +
-                                 ([f"; nothing of {listed(without)}"] if without else []) + ["."],
-                                 [rests_on(one)[0] for one in good.values() if one]))
+        for engine, one in sorted(good.items(), key=lambda item: by_bits(item[1])):
+            given = "" if one in (best, small) else re.sub(r"` .*", "`", flags(preset_of(one.cell)))
+            parts += ["; " if parts else "", engine + " ", (one.cell.spec, one.cell),
+                      aside(bits_text(one.cell), given, between=": ")]
+        without = [engine for engine in engines if engine not in good]
+        say([f"By engine, the fewest bits within {LITTLE:g} nats: ", *parts,
+             f"; nothing of {listed(without)}" if without else ""], [rests_on(one)[0] for one in good.values()])
     return said
 
 
@@ -728,8 +743,8 @@ def unsaid_quality(judged):
     said = []
     for reason, of in reasons.items():
         points = [f"{one.cell.spec} {percent(one.ppl)}" for one in of if one.ppl and not one.ppl.known]
-        said.append(cannot("what it does to the answers", [one.cell for one in of], reason, len(judged),
-                           f" (perplexity without one: {', '.join(points[:NAMED])})" if points and len(points) <= NAMED else ""))
+        shown = f" (perplexity without one: {', '.join(points)})" if 0 < len(points) <= NAMED else ""
+        said.append(cannot("what it does to the answers", [one.cell for one in of], reason, len(judged), shown))
     # Tasks that say nothing of schemes which text says are fine.
     silent, of = {}, {}
     for one in judged:
@@ -777,15 +792,17 @@ def verdict_of(results, cells, pairs):
     if why_not:
         unsaid.append(cannot("what fits", [of[-1] for of in specs.values()], why_not, len(specs)))
     to_set = set_sentences(judged, plain, speeds)
-    proven = {row[0] for sentence in to_set for row in sentence.numbers if row[1] != "gain of speed" and "proof" in sentence.text}
+    proven = {row[0] for sentence in to_set if "proof" in sentence.text for row in sentence.numbers}
     sentences = to_set + grade_sentences(judged, proven) + spoken + fits + unsaid
     first = cells[0]
-    types = listed(list({" with KV in ".join(dict.fromkeys(filter(None, (file.facts.get("dtype"), kv_dtype(file.facts, first.model)))))
-                         : None for cell in cells for file in cell.files}) or [""])
+    types = {(facts.get("dtype"), kv_dtype(facts, first.model)): None for facts in (
+        file.facts for cell in cells for file in cell.files)}
+    types = [" with KV in ".join(dict.fromkeys(filter(None, both))) for both in types]
     contexts = [context_label(context) for context in sorted({cell.context for cell in cells})]
     return Verdict(model_name(first.model), [
-        first.backend, f"on {first.device}" if first.device != "?" else "", types,
-        f"context {contexts[0]}" if len(contexts) == 1 else f"contexts {contexts[0]} to {contexts[-1]}", first.run], sentences)
+        first.backend, f"on {first.device}" if first.device != "?" else "", listed(types or [""]),
+        f"context {contexts[0]}" if len(contexts) == 1 else f"contexts {contexts[0]} to {contexts[-1]}", first.run],
+        sentences)
 
 
 def speaks(cell):
@@ -795,8 +812,7 @@ def speaks(cell):
 
 
 def verdicts(results, cells=None):
-    """Every Verdict, the largest run's first; what all of several say alike is said once, by a last one without a title of its
-    own."""
+    """Every Verdict, the largest run's first; what several cannot say alike is said once, by a last one."""
     cells = results.current() if cells is None else cells
     groups = {}
     for cell in cells:
@@ -806,10 +822,11 @@ def verdicts(results, cells=None):
     for row in tables.item_pairs(results):
         measurement, model, backend, spec, context, batch = row.cell.split("/")
         of_items.setdefault((row.run, model, backend, spec, int(context[4:]), int(batch[6:])), []).append(row)
-    pairs = {id(cell): of_items.get((cell.run, cell.model, cell.backend, cell.spec, cell.context, cell.batch), []) for cell in cells}
+    pairs = {id(cell): of_items.get((cell.run, cell.model, cell.backend, cell.spec, cell.context, cell.batch), [])
+             for cell in cells}
     runs = results.runs()
-    found = [verdict_of(results, group, pairs) for key, group in sorted(
-        groups.items(), key=lambda item: (runs.index(item[0][0]) if item[0][0] in runs else 0, model_name(item[0][2]), item[0][3]))]
+    order = sorted(groups, key=lambda key: (runs.index(key[0]) if key[0] in runs else 0, model_name(key[2]), key[3]))
+    found = [verdict_of(results, groups[key], pairs) for key in order]
     found = hoisted([verdict for verdict in found if verdict and verdict.sentences])
     several_runs, before = len({verdict.where[-1] for verdict in found if verdict.where}) > 1, []
     for verdict in found:  # a title says what differs from the one before
