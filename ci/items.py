@@ -146,6 +146,7 @@ class Pair:
     p_holm: float = 1.0
     seed: int = SEED
     resamples: int = RESAMPLES
+    run: str = ""  # that the cell is of, where a report has several
     verdict: str = field(default="", init=False)
 
     def judge(self, least_share=LEAST_SHARE):

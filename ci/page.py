@@ -6,6 +6,7 @@ import os
 import re
 
 import tables
+import verdict
 import writing
 from results import HERE
 from tables import columns_of, context_label, has_numbers, model_name, spec_order
@@ -34,6 +35,59 @@ def several(cells, get):
 
 def listed(values):
     return ", ".join(str(value) for value in values)
+
+
+# ---- what the numbers say
+
+TAGS = {"set": "", "faster": "speed", "slower": "speed", "level": "speed", "prefill": "speed", "cannot": "cannot be said"}
+
+
+def sentence_html(sentence, numbers):
+    """Its cells are links; beside it those that it counts and does not name. `numbers`: id of a cell -> its anchor's."""
+    named = {id(part[1]) for part in sentence.parts if not isinstance(part, str)}
+    rest = {id(cell): (name, cell) for name, cell in sentence.rest if id(cell) not in named}.values()
+
+    def link(name, cell):
+        return f'<a href="#cell-{numbers[id(cell)]}">{e(name)}</a>' if id(cell) in numbers else e(name)
+    return "".join(prose(part) if isinstance(part, str) else link(*part) for part in sentence.parts), [link(*row) for row in rest]
+
+
+def prose(text):
+    """A sentence's text: what is between backticks is code, and numbers stay with their units."""
+    parts = text.split("`")
+    whole = lambda words: " ".join(f"<span>{e(word)}</span>" for word in words.split(" "))  # noqa: E731: no line ends in a flag
+    return "".join(f"<code>{whole(part)}</code>" if i % 2 else e(part).replace(" %", "&nbsp;%").replace("top-1", "top&#8209;1")
+                   for i, part in enumerate(parts))
+
+
+def verdict_list(of, numbers):
+    rows = []
+    for _, sentences in verdict.as_items(of):
+        texts = [sentence_html(sentence, numbers) for sentence in sentences]
+        kind, shown = sentences[0].kind, "; ".join(text for text, _ in texts) + "." * (sentences[0].kind == "cannot")
+        rest = [link for link in dict.fromkeys(link for _, links in texts for link in links) if link not in shown]
+        tag = TAGS.get(kind, kind)
+        rows.append(f'<li class="{kind.replace(" ", "-")}">' + (f'<span class="tag">{e(tag)}</span> ' if tag else "") + shown + (
+            f"<details><summary>{len(rest)} more cell{'s' * (len(rest) > 1)}</summary>{', '.join(rest)}</details>" if rest else "")
+            + "</li>")
+    return f'<ul class="says">{"".join(rows)}</ul>'
+
+
+# The one picture beside the sentences: of quality if there is some, else of speed.
+FIRST_PICTURE = ["pareto_kld", "pareto_decode", "decode_speed"]
+
+
+def first_picture(drawn):
+    return next((item for name in FIRST_PICTURE for item in drawn if item.name.startswith(name)), None)
+
+
+def verdict_section(said, numbers, picture):
+    lists = "".join(f'<h3 class="of">{e(of.title)}</h3>' + verdict_list(of, numbers) for of in said)
+    if not lists:
+        lists = "<p>Nothing: no scheme was measured beside an unquantized cache.</p>"
+    return (f'<div class="answer"><div>{lists}</div>{figure_html(picture, "") if picture else ""}</div>'
+            '<p class="soft rules">Brackets are 95 % intervals, of times from the fastest to the slowest repetition; names lead to their '
+            'cells. The rules and thresholds: <code>ci/verdict.py</code>.</p>')
 
 
 # ---- what was measured on what
@@ -235,17 +289,18 @@ ITEM_WORDS = ("Every scheme against none on the same prompts: right answers that
 
 # ---- figures, statements, raw data, how to make it again
 
+def figure_html(item, run):
+    links = ", ".join(f'<a href="figures/{e(file)}">{e(file.rsplit(".", 1)[-1].upper())}</a>' for file in item.files)
+    svg = item.svg.replace("<svg ", f'<svg role="img" aria-label="{e(item.title + ". " + item.alt)}" ', 1)
+    return (f'<figure id="{e(item.name)}"><div class="drawn" tabindex="0" role="group" '
+            f'aria-label="{e(item.title)}: figure">{svg}</div><figcaption><strong>{e(item.title)}{run}</strong>{e(item.alt)} '
+            f'<span class="no-print">{links}</span></figcaption></figure>')
+
+
 def figure_section(drawn):
-    shown, several_runs = [], len({item.run for item in drawn if item.run}) > 1
-    for item in drawn:
-        links = ", ".join(
-            f'<a href="figures/{e(file)}">{e(file.rsplit(".", 1)[-1].upper())}</a>' for file in item.files)
-        svg = item.svg.replace("<svg ", f'<svg role="img" aria-label="{e(item.title + ". " + item.alt)}" ', 1)
-        run = f' <span class="soft">({e(item.run)})</span>' if item.run and several_runs else ""
-        shown.append(f'<figure id="{e(item.name)}"><div class="drawn" tabindex="0" role="group" '
-                     f'aria-label="{e(item.title)}: figure">{svg}</div><figcaption><strong>{e(item.title)}{run}</strong>{e(item.alt)} '
-                     f'<span class="no-print">{links}</span></figcaption></figure>')
-    return f'<div class="figures">{"".join(shown)}</div>'
+    several_runs = len({item.run for item in drawn if item.run}) > 1
+    shown = [figure_html(item, f' <span class="soft">({e(item.run)})</span>' if item.run and several_runs else "") for item in drawn]
+    return f'<div class="figures">{"".join(shown)}</div>' if shown else ""
 
 
 def claims_section(claims):
@@ -329,26 +384,33 @@ def write(results, drawn, missing, claims, written, folders, out):
                                   spec_order(c.spec)))
     kernels = sorted((cell for cell in results.current() if not has_numbers(cell) and tables.kernels_of(cell)),
                      key=lambda c: (c.run, c.model, c.batch, c.context, spec_order(c.spec)))
+    said = verdict.verdicts(results)
+    linked = {id(cell): cell for of in said for sentence in of.sentences for cell in sentence.cells}
+    raw = cells + kernels
+    raw += [cell for key, cell in linked.items() if key not in {id(other) for other in raw}]
+    numbers = {id(cell): i for i, cell in enumerate(raw)}
+    picture = first_picture(drawn)
     found = warnings(results, missing)
     models = sorted({model_name(cell.model) for cell in cells})
-    sections = [("measured", "What was measured on what", measured_section(results)),
-                ("warnings", "Warnings", warnings_section(found)),
+    sections = [("verdict", "What these results say", verdict_section(said, numbers, picture)),
                 ("results-heading", "Results", results_section(results, cells) if cells else "<p>No numbers.</p>"),
+                ("warnings", "Warnings", warnings_section(found)),
+                ("measured", "What was measured on what", measured_section(results)),
                 ("latency", "How decoding grows with the context", section_of_rows(
                     tables.latency_table(results, results.current()), LATENCY_WORDS, "Table of the latency model")),
                 ("kernel-table", "Single kernels", section_of_rows(
                     tables.kernel_table(results, results.current()), KERNEL_WORDS, "Table of single kernels")),
                 ("items", "Item by item", section_of_rows(tables.item_table(results), ITEM_WORDS, "Table of paired items")),
-                ("figures", "Figures", figure_section(drawn)),
+                ("figures", "Figures", figure_section([item for item in drawn if item is not picture])),
                 ("statements", "Published statements", claims_section(claims) if claims else ""),
-                ("raw", "Raw data of every cell", raw_section(cells + kernels)),
+                ("raw", "Raw data of every cell", raw_section(raw)),
                 ("reproduce", "How to make it again", reproduce_section(results, folders)),
                 ("files", "Tables to take along", files_section(written))]
     sections = [section for section in sections if section[2]]
     parts = {
         "TITLE": e("What quantizing the KV cache costs and buys: " + listed(models[:6])),
-        "SUBTITLE": e(f"{len(cells) + len(kernels)} cells of {len(results.runs())} run{'s' * (len(results.runs()) > 1)}; "
-                      f"{len(found)} kinds of warnings; one file, no network needed."),
+        "SUBTITLE": f"{len(raw)} cells of {len(results.runs())} run{'s' * (len(results.runs()) > 1)}; "
+                    f'<a href="#warnings">{len(found)} kind{"s" * (len(found) != 1)} of warnings</a>; one file, no network needed.',
         "NAV": "".join(f'<li><a href="#{name}">{e(title)}</a></li>' for name, title, _ in sections),
         "BODY": "".join(f'<section aria-labelledby="{name}"><h2 id="{name}">{e(title)}</h2>{content}</section>'
                         for name, title, content in sections)}

@@ -97,6 +97,7 @@ class Results:
     def __init__(self):
         self.cells, self.files, self.shapes = [], [], {}  # shapes: model -> its config's facts
         self.refused = []  # (path, reason)
+        self.pairs = None  # of items: tables.item_pairs
         self._index = {}
 
     def cell(self, file, device, model, backend, spec, context, batch=1):

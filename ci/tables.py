@@ -280,7 +280,13 @@ def latency_table(results, cells):
 
 def item_pairs(results):
     """What items say of specs against `none`, one Pair a number and cell of all files that are not superseded, judged
-    as one report."""
+    as one report. Drawn once."""
+    if results.pairs is None:
+        results.pairs = judged_pairs(results)
+    return results.pairs
+
+
+def judged_pairs(results):
     runs = {}
     for file in results.files:  # oldest first
         if file.items and not file.superseded_by:
@@ -291,7 +297,10 @@ def item_pairs(results):
     pairs = []
     for run, cells in runs.items():
         try:
-            pairs += items.against_spec(cells)
+            found = items.against_spec(cells)
+            for row in found:
+                row.run = run
+            pairs += found
         except items.Refused as reason:
             results.refused.append((run, str(reason)))
     return items.judge(pairs)

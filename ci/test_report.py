@@ -636,6 +636,24 @@ class Page(Ours):
         for link in links:
             self.assertTrue(os.path.exists(os.path.join(self.folder, "out", link)), link)
 
+    def test_the_first_screen_answers(self):
+        # Sentences stand first and the picture beside them; on a phone the sentences.
+        for look in ({"width": 1280, "height": 800}, {"width": 390, "height": 844}, {"width": 1280, "height": 800, "dark": True}):
+            with self.subTest(**look):
+                self.browser.look(**look)
+                self.browser.open(self.index)
+                places = self.browser.run("['.says li', '.answer figure', '#results', '#warnings'].map("
+                                          "s => document.querySelector(s).getBoundingClientRect().top)")
+                self.assertLess(places[0], 400)
+                self.assertEqual(places[:1] + places[2:], sorted(places[:1] + places[2:]))
+                if look["width"] > 1000:
+                    self.assertLess(places[1], 300)
+        self.assertEqual(self.browser.run("document.querySelectorAll('.answer figure').length"), 1)
+        # A name in a sentence opens its cell.
+        self.browser.run("document.querySelector('.says a').click()")
+        self.assertTrue(self.browser.run(
+            "new Promise(r => setTimeout(() => r(document.querySelector(location.hash).open), 200))"))
+
     def test_sorting(self):
         for heading in ["bits/el.", "ppl"] + ["decode tok/s"] * self.release:
             self.click(heading)
