@@ -12,11 +12,12 @@ import numpy as np
 from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
 
 import claims
+import labels
 import tables
 from costs import (decode_speed, kernels, latency_vs_context, memory_loglog, pareto_decode, pareto_kld, roofline,
                    vram_vs_context)
-from drawing import (COLOURS, DAMAGE, FAINT, INK, RATE, WIDTH, Drawing, Drawn, Line2D, MaxNLocator, for_page, grid,
-                     heatmap, legend, mesh, panels_of, plt, save, styles, subplots)
+from drawing import (COLOURS, DAMAGE, FAINT, INK, PARTS, RATE, WIDTH, Drawing, Drawn, Line2D, MaxNLocator, for_page, grid,
+                     heatmap, legend, look, mesh, panels_of, plt, point_look, save, styles, subplots)
 from tables import context_label, model_name, spec_order
 
 
@@ -27,7 +28,6 @@ def kurtosis_vs_ppl_delta(results, cells):
     models = tables.models_by_kurtosis(results, {point[0] for point in points})
     if len(models) < 2:
         return "needs int4-hqq or int2-hqq and the distribution of keys of two models or more"
-    look = styles(models)
     figure, axis = subplots(figsize=(WIDTH, 3.4))
     low, high = 1e-4, max(10.0, max(point[3] for point in points) * 3)
     for top, bottom, word in ((0.01, low, "no change"), (1, 0.01, "noticeable"), (high, 1, "broken")):
@@ -36,9 +36,7 @@ def kurtosis_vs_ppl_delta(results, cells):
         axis.text(0.008, bottom * 1.25, word, transform=axis.get_yaxis_transform(), ha="left", va="bottom", fontsize=7,
                   style="italic")
     for model, spec, kurtosis, delta in points:
-        axis.plot(kurtosis, max(delta, low), color=look[model]["color"], marker=look[model]["marker"], markersize=7,
-                  linestyle="", markerfacecolor=look[model]["color"] if spec == "int2-hqq" else "none",
-                  markeredgewidth=1.4, zorder=3)
+        axis.plot(kurtosis, max(delta, low), markersize=6, zorder=3, **point_look(look(spec)))
     rho, p = claims.spearman([point[2] for point in points], [point[3] for point in points])
     axis.set_yscale("log")
     axis.set_ylim(low * 0.8, high)
@@ -46,12 +44,17 @@ def kurtosis_vs_ppl_delta(results, cells):
     axis.set_xlabel("mean excess kurtosis of keys over layers")
     axis.set_ylabel("|change of perplexity|")
     axis.set_title(f"Spearman {rho:.2f}, n = {len(points)}, p = {p:.3f}" if len(points) > 3 else "", loc="left")
-    handles = [Line2D([], [], color=look[m]["color"], marker=look[m]["marker"], linestyle="", label=model_name(m))
-               for m in models]
-    handles += [Line2D([], [], color=INK, marker="o", linestyle="", label="int2-hqq"),
-                Line2D([], [], color=INK, marker="o", linestyle="", markerfacecolor="none", label="int4-hqq")]
     figure.spare = None
-    legend(figure, handles)
+    legend(figure, [Line2D([], [], label=spec, **point_look(look(spec)))
+                    for spec in sorted({point[1] for point in points}, key=spec_order)])
+    figure.canvas.draw()
+    for model in models:  # between its points
+        of = [(kurtosis, max(delta, low)) for m, _, kurtosis, delta in points if m == model]
+        axis.plot(*zip(*of), color=FAINT, lw=0.6, zorder=1)
+    places = [(kurtosis, max(delta, low)) for _, _, kurtosis, delta in points]
+    named = [max((p for p in points if p[0] == model), key=lambda p: p[3]) for model in models]
+    labels.name_points(axis, [(p[2], max(p[3], low)) for p in named], [model_name(p[0]) for p in named],
+                       [(x - 4, y - 4, x + 4, y + 4) for x, y in labels.pixels(axis, places)], must=True, fontsize=7)
     return Drawing(figure, f"Change of perplexity grows with the kurtosis of keys: Spearman {rho:.2f} over "
                    f"{len(points)} pairs of model and scheme.",
                    [{"model": m, "spec": s, "key_kurtosis_mean": k, "abs_delta_ppl": d, "spearman": rho, "p": p}
@@ -147,9 +150,14 @@ def needle_heatmap(results, cells):
     if not panels:
         return "no needle was searched"
     specs = sorted({cell.spec for _, of in panels for cell, _ in of}, key=spec_order)
+    rows = [{"panel": title, "spec": cell.spec, "context": cell.context, "depth_percent": depth, "found": found[depth]}
+            for title, of in panels for spec in specs for depth in sorted({d for _, trial in of for d in trial})
+            for cell, found in sorted(of, key=lambda item: item[0].context) if cell.spec == spec and depth in found]
+    if len(specs) > 8:
+        return Drawing(needle_shares(panels, specs), "How many of the hidden numbers are found, over all depths, by model, "
+                       "context and scheme.", rows)
     figure, axes = subplots(len(panels), len(specs), squeeze=False, sharey=True,
                                 figsize=(WIDTH, 0.75 + 1.05 * len(panels)))
-    rows = []
     for y, (title, of) in enumerate(panels):
         contexts = sorted({cell.context for cell, _ in of})
         depths = sorted({depth for _, found in of for depth in found})
@@ -169,10 +177,23 @@ def needle_heatmap(results, cells):
                 axis.set_title(spec.replace("-kivi", "\n-kivi").replace("@", "\n@"), fontsize=7.5)
             if x == 0:
                 axis.set_ylabel(title + "\ndepth", fontsize=7.5)
-            rows += [{"panel": title, "spec": spec, "context": context, "depth_percent": depth, "found": values[i][j]}
-                     for i, depth in enumerate(depths) for j, context in enumerate(contexts) if values[i][j] is not None]
     figure.supxlabel("context, tokens (dark: found; ×: not found)", fontsize=8)
     return Drawing(figure, "Whether a hidden number is found, by depth and context, for each model and scheme.", rows)
+
+
+def needle_shares(panels, specs):
+    """Of many schemes: rows of them, columns of contexts, the share found over depths in each cell."""
+    columns = [(title, context) for title, of in panels for context in sorted({cell.context for cell, _ in of})]
+    share = {(title, cell.context, cell.spec): sum(found.values()) / len(found) for title, of in panels for cell, found in of}
+    values = [[share.get((*column, spec)) for column in columns] for spec in specs]
+    figure, axis = subplots(figsize=(min(WIDTH, 2.4 + 0.55 * len(columns)), 0.9 + 0.17 * len(specs)))
+    heatmap(axis, values, [["" if v is None else f"{100 * v:.0f} %" for v in row] for row in values], specs,
+            [f"{title}\n{context_label(context)}" if len(panels) > 1 else context_label(context) for title, context in columns],
+            plt.Normalize(-0.15, 1.1), RATE)
+    axis.set_xlabel("context, tokens")
+    if len(panels) == 1:
+        axis.set_title(panels[0][0])
+    return figure
 
 
 # ---- what is in the cache
@@ -257,15 +278,15 @@ def kv_key_distributions(results, cells):
     found = [(model, layers) for model, layers in found if layers]
     if not found:
         return "no histogram of keys was measured (measurement `distribution`)"
-    look = styles([model for model, _ in found])
+    style = styles([model for model, _ in found])
     figure, axes = subplots(1, 2, figsize=(WIDTH, 2.9))
     rows = []
     for model, layers in found:
         density = np.mean(np.array(layers, float), axis=0)
         centers = -6 + 12 * (np.arange(len(density)) + 0.5) / len(density)
         for axis in axes:
-            axis.plot(centers, np.where(density > 0, density, np.nan), color=look[model]["color"],
-                      linestyle=look[model]["linestyle"], label=model_name(model))
+            axis.plot(centers, np.where(density > 0, density, np.nan), color=style[model]["color"],
+                      linestyle=style[model]["linestyle"], label=model_name(model))
         rows += [{"model": model, "z": round(z, 4), "density": d} for z, d in zip(centers, density)]
     normal_x = np.linspace(-6, 6, 241)
     for axis in axes:
@@ -293,6 +314,7 @@ def strips_by_layer(panels, words, label):
     """Many schemes, a line each: colour by layer, keys, values and what else is measured side by side. What is zero (layers
     that are not encoded) has none."""
     parts = [name for name in words if any(name in found for _, found in panels)]
+    several = len({cell.model for cell, _ in panels}) > 1
     every = [v for _, found in panels for layers in found.values() for v in layers if v is not None and v > 0]
     norm = LogNorm(min(every, default=1e-9), max(every, default=1))
     figure, axes = subplots(1, len(parts), squeeze=False, sharey=True, figsize=(WIDTH, 0.9 + 0.15 * len(panels)))
@@ -301,7 +323,7 @@ def strips_by_layer(panels, words, label):
         values = [[v if v is not None and v > 0 else math.nan for v in found.get(name, [])] for _, found in panels]
         image = mesh(axis, np.array([row + [math.nan] * (count - len(row)) for row in values]), norm, DAMAGE)
         axis.set_yticks(range(len(panels)))
-        axis.set_yticklabels([cell.spec for cell, _ in panels], fontsize=6.5)
+        axis.set_yticklabels([f"{model_name(cell.model)}, " * several + cell.spec for cell, _ in panels], fontsize=6.5)
         axis.tick_params(length=0)
         axis.set_title(words[name])
         axis.set_xlabel("layer")
@@ -318,21 +340,20 @@ def by_layer(results, cells, prefix, names, label):
         return None
     if len(panels) > 12:  # more than a page: the longest context alone
         panels = [(cell, found) for cell, found in panels if cell.context == max(c.context for c, _ in panels)]
-    if len(panels) > 12 and len({cell.model for cell, _ in panels}) == 1:
+    if len(panels) > 12:
         return strips_by_layer(panels, names, label)
-    panels = panels[:12]
     figure, axes = grid(len(panels), 1.75, sharey=True)
-    rows, words = [], {name: word for name, word in names.items()}
-    look = dict(zip(words, styles(words).values()))
+    rows, words = [], names
+    style = {name: PARTS[word] for name, word in names.items()}
     several = len({(cell.model, cell.context) for cell, _ in panels}) > 1
     for axis, (cell, found) in zip(axes, panels):
         for name, layers in found.items():
             axis.plot(range(len(layers)), [math.nan if v is None else max(v, 1e-9) for v in layers], markersize=2.5,
-                      **look[name])
+                      **style[name])
             low, high = cell.layers(f"{prefix}.{name}_lo"), cell.layers(f"{prefix}.{name}_hi")
             if low and high and None not in low + high:
                 axis.fill_between(range(len(low)), np.maximum(low, 1e-9), np.maximum(high, 1e-9), lw=0, alpha=0.2,
-                                  color=look[name]["color"])
+                                  color=style[name]["color"])
             rows += [{"model": cell.model, "spec": cell.spec, "context": cell.context, "layer": i, "part": words[name],
                       "value": v} for i, v in enumerate(layers)]
         axis.set_yscale("log")
@@ -341,7 +362,7 @@ def by_layer(results, cells, prefix, names, label):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axis in axes[::3]:
         axis.set_ylabel(label)
-    legend(figure, [Line2D([], [], label=words[name], **look[name]) for name in words
+    legend(figure, [Line2D([], [], label=words[name], **style[name]) for name in words
                     if any(name in found for _, found in panels)])
     return figure, rows
 

@@ -1,4 +1,5 @@
-"""Points that lie on each other, side by side, and their names, each beside its own: for figures with many of them."""
+"""Points that lie on each other, side by side, and names, each beside its point or at the end of its line: for figures with
+many of them."""
 
 import math
 
@@ -32,10 +33,10 @@ PLACES += [(dx, dy, align, "center") for reach in (14, 22, 32, 44, 58, 74) for d
            for dx, align in ((reach, "left"), (-reach, "right"))]
 
 
-def name_points(axis, points, names, obstacles=(), size=6.0, **text):
+def name_points(axis, points, names, obstacles=(), size=6.0, must=False, **text):
     """Writes names beside points (x, y), the first ones first, where they cover no marker, no other name and none of the
-    obstacles (left, bottom, right, top, in points); those for which there is no room are left out. A name that stands off
-    has a line to its point. Returns the boxes that are taken now."""
+    obstacles (left, bottom, right, top, in points); those for which there is no room are left out, unless they must
+    stand. A name that stands off has a line to its point. Returns the boxes that are taken now."""
     frame = axis.get_window_extent()
     scale = 72 / axis.figure.dpi
     left, bottom, right, top = (value * scale for value in (frame.x0, frame.y0, frame.x1, frame.y1))
@@ -47,20 +48,25 @@ def name_points(axis, points, names, obstacles=(), size=6.0, **text):
         drawn = axis.annotate(name, point, (0, 0), textcoords="offset points", zorder=5, **text)
         box = drawn.get_window_extent(renderer)
         width, height = box.width * scale, box.height * scale
-        for dx, dy, across, up in PLACES:
+        def at(place):
+            """The box of the name there, and a line to its point if it stands off, as boxes along it."""
+            dx, dy, across, up = place
             x0 = x + dx - {"left": 0, "right": width, "center": width / 2}[across]
             y0 = y + dy - {"bottom": 0, "top": height, "center": height / 2}[up]
-            box = (x0, y0, x0 + width, y0 + height)
-            far = math.hypot(dx, dy) > 10
-            # A line to its point, as boxes along it.
             line = [(x + dx * t - 0.4, y + dy * t - 0.4, x + dx * t + 0.4, y + dy * t + 0.4)
-                    for t in (i / 12 for i in range(1, 13)) if math.hypot(dx * t, dy * t) > size / 2 + 0.5] if far else []
-            if box[0] >= left and box[2] <= right and box[1] >= bottom and box[3] <= top and not any(
-                    overlap(part, other) for part in [box, *line] for other in taken):
-                break
-        else:
+                    for t in (i / 12 for i in range(1, 13)) if math.hypot(dx * t, dy * t) > size / 2 + 0.5] if math.hypot(dx, dy) > 10 else []
+            return (x0, y0, x0 + width, y0 + height), line
+        inside = [place for place in PLACES for (x0, y0, x1, y1), _ in [at(place)]
+                  if x0 >= left and x1 <= right and y0 >= bottom and y1 <= top]
+        def free(boxes):
+            return not any(overlap(part, other) for part in boxes for other in taken)
+        place = next((place for place in inside for box, line in [at(place)] if free([box, *line])), None)
+        if place is None and must:  # its line may cross something, then it may itself
+            place = next((place for place in inside if free([at(place)[0]])), next(iter(inside), PLACES[0]))
+        if place is None:
             drawn.remove()
             continue
+        (box, line), (dx, dy, across, up), far = at(place), place, bool(at(place)[1])
         drawn.set(ha=across, va=up, in_layout=False)
         drawn.set_position((dx, dy))
         if far:
@@ -69,3 +75,34 @@ def name_points(axis, points, names, obstacles=(), size=6.0, **text):
             lines[-1].set_in_layout(False)
         taken += [box, *line]
     return taken
+
+
+def spread(wanted, gap, low, high):
+    """Places of labels `gap` apart between low and high, in the order of what they want and as near to it as the others let
+    them, by least squares: a monotone regression of what is wanted less the gaps below it."""
+    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
+    blocks = []  # [mean, how many]
+    for k, i in enumerate(order):
+        blocks.append([wanted[i] - gap * k, 1])
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            (before, size), (mean, count) = blocks[-2:]
+            blocks[-2:] = [[(before * size + mean * count) / (size + count), size + count]]
+    found = [0.0] * len(wanted)
+    starts = [mean for mean, count in blocks for _ in range(count)]
+    for k, i in enumerate(order):
+        found[i] = min(max(starts[k], low), high - gap * (len(wanted) - 1)) + gap * k
+    return found
+
+
+def name_ends(axis, ends, fontsize=6.2):
+    """Names of lines (name, last point, colour, bold) right of the axis, those first in the list that find no room for all,
+    each with a thin line to where its own ends. To be called when the figure has its layout."""
+    scale = 72 / axis.figure.dpi
+    height = axis.get_window_extent().height * scale
+    gap = 1.12 * fontsize
+    ends = ends[:int((height + gap) / gap)]
+    wanted = [y - axis.get_window_extent().y0 * scale for _, y in pixels(axis, [end[1] for end in ends])]
+    for (name, point, colour, bold), y in zip(ends, spread(wanted, gap, 0, height)):
+        axis.annotate(name, point, (1.03, y / height), textcoords="axes fraction", fontsize=fontsize, va="center", ha="left",
+                      fontweight="bold" if bold else "normal", annotation_clip=False, arrowprops={
+                          "arrowstyle": "-", "lw": 0.5, "color": colour, "relpos": (0, 0.5), "shrinkA": 0, "shrinkB": 2})

@@ -24,10 +24,8 @@ import numpy as np  # noqa: E402
 
 import browser  # noqa: E402
 import claims  # noqa: E402
-import costs  # noqa: E402
 import drawing  # noqa: E402
 import figures  # noqa: E402
-import labels  # noqa: E402
 import page  # noqa: E402
 import results as reading  # noqa: E402
 import tables  # noqa: E402
@@ -503,76 +501,6 @@ class Numbers(unittest.TestCase):
         del cell.values["decode.throttled"], cell.values["prefill.foreign_processes"], cell.values["quantize.disturbed"]
         cell.skipped, file.facts["load_avg"] = {}, [0.5]
         self.assertEqual(page.warnings(results), [])
-
-    def test_a_scheme_looks_the_same_in_every_figure(self):
-        results = reading.Results()
-        file = reading.File("f", "r", "benchmarks", "2026-01-01T00:00:00", {})
-        for spec in ("none", "int8-hqq", "int4-hqq", "llamacpp-q4_0", "llamacpp-q8_0", "vllm-fp8", "q8_0@residual=0"):
-            results.cell(file, "d", "m", "b", spec, 1024)
-        every = drawing.looks(results, [cell.spec for cell in results.cells])
-        for specs in (["int4-hqq"], ["vllm-fp8", "none"], ["q8_0@residual=0", "llamacpp-q8_0"]):
-            self.assertEqual(drawing.looks(results, specs), {spec: every[spec] for spec in sorted(specs, key=tables.spec_order)})
-        def pair(spec):
-            return every[spec]["color"], every[spec]["marker"]
-        self.assertEqual(pair("llamacpp-q4_0"), pair("llamacpp-q8_0"))  # one engine
-        self.assertEqual(len({pair(spec) for spec in every}), len(every) - 1)
-        engines = [engine[2:] for engine in drawing.ENGINES]
-        self.assertEqual(len({marker for _, marker in engines}), len(engines))
-
-    def test_points_and_names_do_not_cover_each_other(self):
-        figure, axis = drawing.subplots(figsize=(6, 4))
-        points = [(4.5, 10 ** (0.01 * i)) for i in range(12)] + [(8.5, 1), (8.5, 1)]
-        axis.plot(*zip(*points), linestyle="")
-        axis.set_xlim(2, 10)
-        axis.set_ylim(0, 3)
-        figure.canvas.draw()
-        xs = labels.side_by_side(axis, points, size=6)
-        self.assertEqual((xs[0], xs[12]), (4.5, 8.5))  # the first keep their place
-        places = labels.pixels(axis, [(x, y) for x, (_, y) in zip(xs, points)])
-        for i, (ax, ay) in enumerate(places):
-            for bx, by in places[:i]:
-                self.assertGreaterEqual(math.hypot(ax - bx, ay - by), 6 - 1e-6)
-        labels.name_points(axis, [(x, y) for x, (_, y) in zip(xs, points)], [f"scheme-{i}" for i in range(14)], fontsize=6)
-        figure.set_layout_engine("none")
-        figure.canvas.draw()
-        boxes = [text.get_window_extent() for text in axis.texts if text.get_text()]
-        self.assertGreater(len(boxes), 8)
-        for i, box in enumerate(boxes):
-            self.assertTrue(all(axis.bbox.contains(*corner) for corner in box.corners()))
-            for other in boxes[:i]:
-                self.assertFalse(box.x0 < other.x1 - 0.5 and other.x0 < box.x1 - 0.5 and box.y0 < other.y1 - 0.5 and
-                                 other.y0 < box.y1 - 0.5)
-        drawing.plt.close(figure)
-
-    def test_the_engines_figure(self):
-        results = reading.load([os.path.join(HERE, "baselines", "smollm2-135m-referee")])
-        drawn = costs.pareto_kld(results, results.cells)
-        axis, rows = drawn.figure.axes[0], drawn.rows
-        self.assertEqual(len(rows), 41)
-        for row in rows:  # by its meaning, not by the sweep that found it
-            beaten = any(other["bits_per_element"] <= row["bits_per_element"] and other["value"] <= row["value"] and
-                         (other["bits_per_element"], other["value"]) != (row["bits_per_element"], row["value"]) for other in rows)
-            self.assertEqual(row["on_front"], not beaten, row["spec"])
-        legend = [text.get_text() for text in axis.get_legend().get_texts()]
-        self.assertEqual(sorted(legend[:-3]), sorted({row["engine"] for row in rows if row["engine"]}))
-        names = [text.get_text() for text in axis.texts if text.get_text()]
-        for row in rows:
-            if row["on_front"] and row["spec"] != "none":
-                self.assertIn(row["spec"].split("@")[0], names)
-        unrotated = [row for row in rows if row["spec"].endswith("-unrotated")]
-        arrows = [text for text in axis.texts if (getattr(text, "arrowprops", None) or {}).get("arrowstyle") == "-|>"]
-        self.assertEqual(len(arrows), len(unrotated))
-        self.assertEqual(len(unrotated), 5)
-        self.assertFalse(costs.encodes_at_once(next(c for c in results.cells if c.spec == "hf-hqq-4")))
-        self.assertTrue(costs.encodes_at_once(next(c for c in results.cells if c.spec == "llamacpp-q4_0")))
-        drawing.plt.close(drawn.figure)
-
-    def test_nothing_is_told_apart_by_colour_alone(self):
-        look = drawing.styles([f"scheme{i}" for i in range(10)])
-        self.assertEqual(len({style["marker"] for style in look.values()}), 10)
-        for name in (drawing.DAMAGE, drawing.RATE):  # darker and darker, so that grey says the same
-            colours = drawing.plt.get_cmap(name)(np.linspace(0, 1, 64))[:, :3] @ [0.2126, 0.7152, 0.0722]
-            self.assertTrue((np.diff(colours) < 0).all(), name)
 
 
 # ---- the page, in a browser
