@@ -18,14 +18,15 @@ def is_own_file(path):
 
 
 def write(path, text):
-    """Beside, on to the disk, then renamed; a link's file is replaced, not the link. What is no file of its own, as
-    /dev/null or a pipe, is handed the text. As benchmarks/results_file.cc does it."""
+    """Text, or bytes. Beside, on to the disk, then renamed; a link's file is replaced, not the link. What is no file of its
+    own, as /dev/null or a pipe, is handed the text. As benchmarks/results_file.cc does it."""
+    kind = {"mode": "wb"} if isinstance(text, bytes) else {"mode": "w", "encoding": "utf-8"}
     if not is_own_file(path):
-        with open(path, "a", encoding="utf-8") as file:
+        with open(path, **kind | {"mode": kind["mode"].replace("w", "a")}) as file:
             file.write(text)
         return
     path = os.path.realpath(path)
-    with open(path + ".part", "w", encoding="utf-8") as file:
+    with open(path + ".part", **kind) as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
