@@ -31,7 +31,7 @@ TEST(Tables, HaveTheirRows) {
   std::string names;
   for (const Measurement& measurement : Measurements()) names += measurement.name + " ";
   EXPECT_EQ(names, "decode error kv_size prefill "
-                   "dequantize distribution kernel_attention kernel_decode kernel_encode kernel_flush memory power quantize "
+                   "capacity dequantize distribution kernel_attention kernel_decode kernel_encode kernel_flush memory power quantize "
                    "drift needle perplexity reuse ruler_cwe ruler_fwe ruler_niah_keys_2 ruler_niah_keys_4 ruler_niah_keys_8 "
                    "ruler_niah_multikey_1 ruler_niah_multikey_2 ruler_niah_multikey_3 ruler_niah_multiquery ruler_niah_multivalue "
                    "ruler_niah_single_1 ruler_niah_single_2 ruler_niah_single_3 ruler_qa_1 ruler_qa_2 ruler_vt ruler_vt_hops_1 "

@@ -4,14 +4,15 @@
 #include "kernels/error.h"
 
 namespace kvq {
-Decoding::Decoding(Session& session, const Cell& cell, int64_t new_tokens)
+Decoding::Decoding(Session& session, const Cell& cell, int64_t new_tokens, const at::Tensor& ids, int64_t chunk)
     : session_(session),
       model_(session.model(cell.model)),
       backend_(FindBackend(cell.backend)),
       spec_(ParseSpec(cell.spec)),
       new_tokens_(new_tokens),
-      ids_(session.context_ids(cell)),
-      cache_(model_.NewCache(spec_, cell.batch, cell.context + new_tokens)) {
+      chunk_(chunk),
+      ids_(ids),
+      cache_(model_.NewCache(spec_, ids.size(0), ids.size(1) + new_tokens)) {
   if (!backend_.graph) return;
   try {
     graph_.emplace(model_, cache_);
@@ -23,7 +24,7 @@ Decoding::Decoding(Session& session, const Cell& cell, int64_t new_tokens)
 
 at::Tensor Decoding::Start() {
   if (!first_.defined()) {
-    first_ = Next(Feed(model_, ids_, cache_, backend_, session_.prefill_chunk(cache_.shape().batch)));
+    first_ = Next(Feed(model_, ids_, cache_, backend_, chunk_));
     behind_context_ = cache_.Save();
   } else {
     behind_context_();

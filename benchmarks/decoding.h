@@ -16,7 +16,10 @@ namespace kvq {
 class Decoding {
  public:
   // Of `new_tokens` steps. Throws Skip where the context cannot be had.
-  Decoding(Session& session, const Cell& cell, int64_t new_tokens);
+  Decoding(Session& session, const Cell& cell, int64_t new_tokens)
+      : Decoding(session, cell, new_tokens, session.context_ids(cell), session.prefill_chunk(cell.batch)) {}
+  // Behind these ids, [batch, n], instead of the cell's context, fed `chunk` of a sequence at once.
+  Decoding(Session& session, const Cell& cell, int64_t new_tokens, const at::Tensor& ids, int64_t chunk);
 
   // Brings the cache to where it is behind the context; returns the next token of every sequence, [batch, 1].
   at::Tensor Start();
@@ -40,7 +43,7 @@ class Decoding {
   const Model& model_;
   const Backend& backend_;
   const Spec spec_;
-  const int64_t new_tokens_;
+  const int64_t new_tokens_, chunk_;
   const at::Tensor ids_;
   KvCache cache_;
   std::optional<DecodeGraph> graph_;

@@ -266,6 +266,8 @@ void AddContext(Session& session, const std::vector<std::string>& benchmark_flag
   benchmark::AddCustomContext("prefill_chunk", std::to_string(o.prefill_chunk));
   benchmark::AddCustomContext("seed", std::to_string(o.seed));
   if (o.memory_limit > 0) benchmark::AddCustomContext("memory_limit_mib", std::to_string(o.memory_limit));
+  if (o.memory > 0) benchmark::AddCustomContext("memory_bytes", std::to_string(o.memory));
+  if (o.check_capacity) benchmark::AddCustomContext("check_capacity", "true");
   benchmark::AddCustomContext("device", DeviceText(session.devices()));
   benchmark::AddCustomContext("dtype", c10::toString(session.dtype()));
   for (size_t i = 0; i < session.nvml().size(); ++i) {  // before the probes warm them up

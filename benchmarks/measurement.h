@@ -43,6 +43,8 @@ struct Options {
   std::string squad_file, hotpotqa_file;  // what ruler_qa_1 and ruler_qa_2 ask about
   int64_t prefill_chunk = 0;  // 0: by device
   int64_t memory_limit = 0;   // MiB; 0: none
+  int64_t memory = 0;         // bytes that capacity plans for; 0: what there is
+  bool check_capacity = false;
   bool vram_diag = false;
 };
 

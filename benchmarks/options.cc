@@ -91,6 +91,8 @@ std::vector<Flag> Flags(Options& o) {
              o.prefill_chunk, 0),
       number("memory-limit", "MiB that a run may take of each GPU, or have as a process on a CPU; 0: all there is",
              o.memory_limit, 0),
+      {"--memory", "that capacity plans for, of a card that is not at hand: 24GiB, 80GB, 512MiB; 0: what the device has", "0",
+       [&o](const std::string& t) { o.memory = t == "0" ? 0 : MemorySize("--memory", t); }},
   };
 }
 
@@ -120,6 +122,20 @@ int64_t WholeNumber(const std::string& flag, const std::string& text, int64_t le
     throw InputError(flag, ": a whole number from ", least, " to 1000000000, not '", text, "'");
   }
   return value;
+}
+
+int64_t MemorySize(const std::string& flag, const std::string& text) {
+  double number = 0;
+  const char* const end = text.data() + text.size();
+  const auto [unit, error] = std::from_chars(text.data(), end, number, std::chars_format::fixed);
+  const std::string_view name(unit, static_cast<size_t>(end - unit));
+  for (const auto& [known, bytes] : {std::pair("", 1.0), {"B", 1.0}, {"KiB", 0x1p10}, {"MiB", 0x1p20}, {"GiB", 0x1p30},
+                                     {"TiB", 0x1p40}, {"KB", 1e3}, {"MB", 1e6}, {"GB", 1e9}, {"TB", 1e12}}) {
+    if (error != std::errc() || name != known) continue;
+    const double size = number * bytes;
+    if (size >= 1 && size <= 0x1p50) return static_cast<int64_t>(size);
+  }
+  throw InputError(flag, ": a size up to 1024TiB, as 24GiB, 80GB, 512MiB or in bytes, not '", text, "'");
 }
 
 std::regex CompileRegex(const std::string& flag, const std::string& text) {
@@ -169,6 +185,11 @@ CommandLine ParseCommandLine(const std::vector<std::string>& arguments) {
     } else if (name == "--presets") {
       if (value.empty()) throw InputError("--presets: wants a file, as --presets=FILE.json");
       AddPresets(value);
+    } else if (name == "--check-capacity") {
+      if (equals != std::string::npos && value != "true" && value != "false") {
+        throw InputError("--check-capacity: true or false, not '", value, "'");
+      }
+      line.options.check_capacity = value != "false";
     } else if (name == "--list-presets") {
       line.output.list_presets = value != "false" && value != "0";
     } else if (name == "--list-devices") {
@@ -243,6 +264,7 @@ std::string HelpText() {
   rows.emplace_back("--presets=FILE", "JSON, {\"NAME\": \"SPEC\"}: names of your own that --schemes can use, as those of ci/plan");
   rows.emplace_back("--list-presets", "lists what engines store and --schemes can name, with its bits per element for the first of --models, and ends");
   rows.emplace_back("--vram-diag", "memory lists the largest live blocks of GPU memory on stderr");
+  rows.emplace_back("--check-capacity", "capacity runs the limits that it has found, and 2 % more: prompts as long as those");
   help << Columns(rows)
        << "  --benchmark_filter=REGEX, --benchmark_format=console|json, --benchmark_out=FILE.json,\n"
           "  --benchmark_list_tests, and the others of Google Benchmark\n"

@@ -37,6 +37,9 @@ std::string Join(const std::vector<std::string>& items);
 // From `least` to a thousand millions. Throws InputError naming the flag.
 int64_t WholeNumber(const std::string& flag, const std::string& text, int64_t least);
 
+// "24GiB", "23.5GB", "512MiB", "1000000": bytes, at least one. Throws InputError naming the flag.
+int64_t MemorySize(const std::string& flag, const std::string& text);
+
 // Throws InputError naming the flag.
 std::regex CompileRegex(const std::string& flag, const std::string& text);
 

@@ -1,0 +1,399 @@
+// capacity: what a memory has room for beside the weights: longest_context, the tokens of a prompt of the cell's batch behind
+// which eight steps still run, as `memory` does them; and largest_batch, the sequences of the cell's context. The memory is
+// that of --memory, for a card that is not at hand, or else what there is.
+//
+// What has to fit is weights_bytes (what is held before the cell begins), the cache with residuals and scratch (kv_bytes_at_limit,
+// by formula for any length, and held against its tensors in every run), and workspace_bytes, which is measured: the peak of
+// small runs without those two, of the prompt and of the steps apart. Beyond two chunks of a prompt nothing in it grows but
+// with the context, so two contexts give it for all, a + b context; and two batches, in the chunks that the limit will have, for
+// all batches. Half a percent of what weights leave is kept free.
+//
+// On a GPU what counts is what libtorch's allocator has to take from the device. That is more than tensors have, and less than
+// it takes where there is plenty: between the two, runs of the longer prompt under smaller and smaller limits find
+// what is enough. CUDA's own context, modules and graphs come on top (driver_bytes, where NVML says it): a card's
+// memory_bytes is its total without those, and without --memory it is so by what the driver says. On a CPU
+// it is the process's resident memory, libraries included; while it is measured, freed memory is not kept, and large tensors
+// are resident whole.
+//
+// --check-capacity holds the predictions against runs at the limit, and 2 % beyond it: on a GPU the allocator is held to
+// memory_bytes, so that the first must succeed and the second run out of memory; on a CPU the peak of resident memory is
+// compared with it. That is a prompt as long as the limit, and another where memory runs out late or not at all: 260,000
+// tokens of a 7B model take some 40 s on an H200, an hour on a CPU, where a small --memory does. Only a prompt's memory
+// matters, so tokens are random.
+//
+// On request: it runs a prompt of four chunks and more for every cell. longest_context is by memory alone;
+// longest_context_of_model, beside it, is what the model was made for.
+#include "benchmarks/capacity.h"
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <tuple>
+
+#include "benchmarks/decoding.h"
+#include "fixtures/machine/gpu_memory.h"
+#include "fixtures/machine/host_memory.h"
+#include "fixtures/machine/out_of_memory.h"
+#include "kernels/error.h"
+
+namespace kvq {
+namespace {
+
+constexpr int64_t kSteps = 8;
+constexpr double kMargin = 0.005;  // of what weights leave: kept free
+constexpr double kBeyond = 1.02;   // of a limit: what must not fit
+constexpr int64_t kMost = 1'000'000'000;
+
+// On a CPU: as long as this lives, resident memory is what tensors have.
+struct Exact {
+  Exact() { ResidentAsAllocated(true); }
+  ~Exact() { ResidentAsAllocated(false); }
+};
+
+// As long as this lives, libtorch's allocator takes no more of a GPU than this.
+struct Cap {
+  at::Device gpu;
+  int64_t before;
+  Cap(at::Device device, int64_t bytes) : gpu(device), before(GpuMemoryLimit(device)) { LimitGpuMemory(gpu, bytes); }
+  ~Cap() { LimitGpuMemory(gpu, before); }
+};
+
+struct Prompt {
+  int64_t context, batch, chunk;
+  auto operator<=>(const Prompt&) const = default;
+};
+
+// Bytes at most, beyond what was held before and the cache: of tensors while the prompt was fed and in the steps, and what
+// the allocator had taken for them.
+struct Work {
+  double prompt = 0, steps = 0, reserved = 0;
+  double tensors() const { return std::max(prompt, steps); }
+};
+
+// Through two points.
+double Line(double x, double x0, double y0, double x1, double y1) { return y0 + (y1 - y0) * (x - x0) / (x1 - x0); }
+
+class Planner {
+ public:
+  Planner(Session& session, const Cell& cell)
+      : session_(session),
+        cell_(cell),
+        model_(session.model(cell.model)),
+        spec_(ParseSpec(cell.spec)),
+        device_(model_.device()),
+        gpu_(device_.is_cuda()) {}
+
+  Counters Plan();
+
+ private:
+  // ---- what there is
+
+  void Release() {
+    session_.DropCapturedCache();
+    session_.window_states("");
+    ForgetMasks();
+    GiveBackMemory(device_);
+  }
+  struct Peak {
+    double tensors, reserved;
+  };
+  Peak ReadPeak() const {
+    if (!gpu_) return {static_cast<double>(*PeakResidentBytes()), static_cast<double>(*PeakResidentBytes())};
+    const GpuMemory now = ReadGpuMemory(device_);
+    return {static_cast<double>(now.peak_allocated), static_cast<double>(now.peak_reserved)};
+  }
+  void ResetPeak() const { gpu_ ? ResetGpuPeaks(device_) : void(ResetPeakResident()); }
+
+  // What tensors can have of the device, in the end; on a CPU the process.
+  double Available() const {
+    if (gpu_) {
+      const double total = static_cast<double>(ReadGpuMemory(device_).device_total);
+      return std::min(total - outside_, static_cast<double>(GpuMemoryLimit(device_)));
+    }
+    const int64_t mib = session_.options().memory_limit;
+    const double free = static_cast<double>(AvailableBytes().value_or(0) + ResidentBytes().value_or(0));
+    return mib > 0 ? std::min(free, static_cast<double>(mib << 20)) : free;
+  }
+  double Usable() const { return memory_ - kMargin * std::max(0.0, memory_ - held_); }
+
+  // ---- formula and measurement
+
+  double CacheBytes(int64_t context, int64_t batch, bool as_tensors = false) const {
+    return static_cast<double>(CacheTensorBytes(spec_, model_.cache_shape(batch), context + kSteps, model_.kv_dtype(), model_.dtype(),
+                                                gpu_ && !as_tensors ? GpuBlockBytes : nullptr));
+  }
+
+  // Once for each prompt.
+  const Work& Measured(const Prompt& prompt) {
+    const auto found = works_.find(prompt);
+    if (found != works_.end()) return found->second;
+    return works_[prompt] = Run(prompt);
+  }
+  Work Run(const Prompt& prompt);
+  // Whether the prompt and its steps fit into so many bytes.
+  bool Fits(const Prompt& prompt, double bytes);
+
+  // The larger of prompt's and steps' line through two runs.
+  static double Extrapolated(double x, double x0, const Work& of0, double x1, const Work& of1) {
+    return std::max({0.0, Line(x, x0, of0.prompt, x1, of1.prompt), Line(x, x0, of0.steps, x1, of1.steps)});
+  }
+
+  void PlanContext();
+  void PlanBatch();
+  void FindSlack(const Prompt& prompt);
+  void Check(Counters& counters);
+
+  int64_t Chunk(int64_t batch) const { return session_.prefill_chunk(batch); }
+  // Of a prompt, where positions are learned.
+  int64_t MostContext() const {
+    return model_.position_embedding().defined() ? model_.position_embedding().size(0) - kSteps : kMost;
+  }
+  double NeedOfContext(int64_t context) const {
+    const auto& [a, b] = contexts_;
+    const double work = Extrapolated(static_cast<double>(context), static_cast<double>(a.context), works_.at(a),
+                                     static_cast<double>(b.context), works_.at(b));
+    return held_ + CacheBytes(context, cell_.batch) + work * (1 + slack_);
+  }
+  double NeedOfBatch(int64_t batch) const {
+    const double work = Extrapolated(static_cast<double>(batch), static_cast<double>(fewer_), of_fewer_, static_cast<double>(2 * fewer_), of_more_);
+    return held_ + CacheBytes(cell_.context, batch) + work * (1 + slack_);
+  }
+
+  Session& session_;
+  const Cell& cell_;
+  const Model& model_;
+  const Spec spec_;
+  const at::Device device_;
+  const bool gpu_;
+  std::map<Prompt, Work> works_;
+  double memory_ = 0;   // that is planned for
+  double held_ = 0;     // before a run
+  double outside_ = 0;  // of the device, what libtorch's allocator has not, at most
+  std::optional<double> driver_;  // of that this process's
+  double slack_ = 0;    // what the allocator takes beyond a run's tensors, held to the least, as a share of them
+  std::pair<Prompt, Prompt> contexts_{};
+  int64_t fewer_ = 1;         // sequences of the cell's context
+  Work of_fewer_, of_more_;  // of them, and of twice as many
+  int64_t longest_ = 0, largest_ = 0;
+  double last_peak_ = 0;  // of a run, as the memory counts
+};
+
+Work Planner::Run(const Prompt& prompt) {
+  Release();
+  ResetPeak();
+  const GpuMemory before = gpu_ ? ReadGpuMemory(device_) : GpuMemory();
+  const double held = gpu_ ? static_cast<double>(before.reserved) : static_cast<double>(*ResidentBytes());
+  const double tensors_before = gpu_ ? static_cast<double>(before.allocated) : held;
+  const double cache = CacheBytes(prompt.context, prompt.batch, /*as_tensors=*/true);
+  Work work;
+  Cell cell = cell_;
+  cell.context = prompt.context, cell.batch = prompt.batch;
+  {
+    const auto options = at::TensorOptions(at::kLong).device(device_);
+    const at::Tensor ids = at::randint(model_.config().vocab_size, {prompt.batch, prompt.context}, options);
+    Decoding decoding(session_, cell, kSteps, ids, prompt.chunk);
+    const at::Tensor token = decoding.Start();
+    Synchronize(device_);
+    const Peak in_prompt = ReadPeak();
+    ResetPeak();
+    decoding.Run(token);
+    Synchronize(device_);
+    const Peak in_steps = ReadPeak();
+    const int64_t allocated = decoding.cache().AllocatedBytes() + decoding.cache().ScratchBytes();
+    if (spec_.policy != Policy::kHf && static_cast<double>(allocated) != cache) {
+      throw std::runtime_error(StrCat("capacity: the formula says ", cache, " bytes of cache, the tensors have ", allocated));
+    }
+    work.prompt = in_prompt.tensors - tensors_before - cache;
+    work.steps = in_steps.tensors - tensors_before - cache;
+    last_peak_ = std::max(in_prompt.reserved, in_steps.reserved);
+    work.reserved = last_peak_ - held - CacheBytes(prompt.context, prompt.batch);
+    if (gpu_) {
+      const GpuMemory now = ReadGpuMemory(device_);
+      outside_ = std::max(outside_, static_cast<double>(now.device_total - now.device_free - now.reserved));
+      if (!session_.nvml().empty()) {
+        const auto added = session_.nvml().front()->MemoryAddedBytes();
+        if (added) driver_ = std::max(driver_.value_or(0), static_cast<double>(*added - now.reserved));
+      }
+    }
+  }
+  held_ = held;
+  return work;
+}
+
+bool Planner::Fits(const Prompt& prompt, double bytes) {
+  try {
+    std::optional<Cap> cap;
+    if (gpu_) cap.emplace(device_, static_cast<int64_t>(bytes));
+    Run(prompt);
+    return gpu_ || last_peak_ <= bytes;
+  } catch (const std::exception& error) {
+    if (!IsOutOfMemory(error)) throw;
+  }
+  Release();
+  return false;
+}
+
+// Under limits between what tensors have and what the allocator took where it was free to.
+void Planner::FindSlack(const Prompt& prompt) {
+  const Work& work = works_.at(prompt);
+  const double least = held_ + CacheBytes(prompt.context, prompt.batch) + work.tensors();
+  double fails = 0, fits = std::max(0.0, work.reserved - work.tensors());
+  const double enough = std::max(16.0 * (1 << 20), 0.1 * fits);
+  while (fits - fails > enough) {
+    const double half = (fits + fails) / 2;
+    (Fits(prompt, least + half) ? fits : fails) = half;
+  }
+  slack_ = work.tensors() > 0 ? fits / work.tensors() : 0;
+}
+
+void Planner::PlanContext() {
+  int64_t shorter = 2 * Chunk(cell_.batch);
+  while (shorter > 8 && 2 * shorter > MostContext()) shorter /= 2;
+  for (bool first = true;; shorter /= 2) {
+    const bool last = shorter <= 8;
+    contexts_ = {{shorter, cell_.batch, Chunk(cell_.batch)}, {2 * shorter, cell_.batch, Chunk(cell_.batch)}};
+    try {
+      if (first && !gpu_) Run(contexts_.first);  // what a first run loads and never gives back
+      first = false;
+      Measured(contexts_.first), Measured(contexts_.second);
+      memory_ = session_.options().memory > 0 ? static_cast<double>(session_.options().memory) : std::floor(Available());
+    } catch (const std::exception& error) {
+      if (!IsOutOfMemory(error) || last) throw;
+      continue;
+    }
+    const auto plan = [&] { longest_ = LargestThatFits([&](int64_t n) { return NeedOfContext(n); }, Usable(), kMost); };
+    plan();
+    if (longest_ < shorter && !last && memory_ > held_) continue;  // a line through shorter ones says it better
+    if (gpu_ && longest_ > 0) {
+      FindSlack(contexts_.second);
+      plan();
+    }
+    return;
+  }
+}
+
+void Planner::PlanBatch() {
+  const auto limit = [&] {
+    return LargestThatFits([&](int64_t batch) { return NeedOfBatch(batch); }, Usable(), kMost / cell_.context);
+  };
+  // What the batch will be decides how long chunks are, and that which kernels run.
+  of_fewer_ = of_more_ = works_.at(contexts_.second);
+  const int64_t chunk = Chunk(std::max<int64_t>(limit(), 1));
+  // As many tokens as the longer prompt has: what memory is off by is then as small a share of them.
+  fewer_ = std::max<int64_t>(1, contexts_.second.context * cell_.batch / cell_.context / 2);
+  for (;; fewer_ = std::max<int64_t>(1, fewer_ / 4)) {
+    try {
+      of_fewer_ = Measured({cell_.context, fewer_, chunk});
+      of_more_ = Measured({cell_.context, 2 * fewer_, chunk});
+      break;
+    } catch (const std::exception& error) {
+      if (!IsOutOfMemory(error)) throw;
+      if (fewer_ > 1) continue;
+      of_fewer_ = Measured({cell_.context, 1, chunk});  // throws where there is no room for one
+      of_more_ = {2 * of_fewer_.prompt, 2 * of_fewer_.steps, 2 * of_fewer_.reserved};
+      break;
+    }
+  }
+  largest_ = limit();
+}
+
+void Planner::Check(Counters& counters) {
+  if (memory_ > Available() && session_.options().memory > 0) {
+    session_.AddNote(StrCat("not checked: --memory is more than the ", static_cast<int64_t>(Available()) >> 20, " MiB that there are"));
+    return;
+  }
+  const double bytes = memory_;
+  const auto beyond = [](int64_t limit) { return std::max(limit + 1, static_cast<int64_t>(kBeyond * static_cast<double>(limit))); };
+  const auto context = [&](int64_t n) { return Fits({n, cell_.batch, Chunk(cell_.batch)}, bytes); };
+  if (longest_ > 0 && beyond(longest_) <= MostContext()) {
+    const bool at_limit = context(longest_);
+    if (at_limit) counters.emplace_back("peak_at_limit_bytes", last_peak_);
+    const bool above = context(beyond(longest_));
+    counters.emplace_back("fits_at_limit", at_limit);
+    counters.emplace_back("fails_beyond", !above);
+    int64_t fits = above ? beyond(longest_) : at_limit ? longest_ : 0;
+    for (double share = 0.98; fits == 0 && share > 0.85; share -= 0.04) {
+      const int64_t n = std::llround(share * static_cast<double>(longest_));
+      if (n > 0 && context(n)) fits = n;
+    }
+    counters.emplace_back("largest_context_seen", static_cast<double>(fits));
+  } else if (longest_ > 0) {
+    session_.AddNote("context not checked: the model has learned fewer positions");
+  }
+  if (largest_ == 0) return;
+  const auto batch = [&](int64_t n) { return Fits({cell_.context, n, Chunk(n)}, bytes); };
+  counters.emplace_back("batch_fits_at_limit", batch(largest_));
+  counters.emplace_back("batch_fails_beyond", !batch(beyond(largest_)));
+}
+
+Counters Planner::Plan() {
+  if (!gpu_ && (!ResidentBytes() || !ResetPeakResident())) throw Skip("this system does not report resident memory");
+  std::optional<Exact> exact;
+  if (!gpu_) exact.emplace();
+  PlanContext();
+  PlanBatch();
+  if (memory_ <= held_) session_.AddNote("the weights alone take all of it");
+  Counters counters = {{"longest_context", static_cast<double>(longest_)},
+                       {"longest_context_of_model", static_cast<double>(model_.config().max_position_embeddings)},
+                       {"largest_batch", static_cast<double>(largest_)},
+                       {"memory_bytes", memory_},
+                       {"weights_bytes", held_}};
+  if (longest_ > 0) {
+    const double need = NeedOfContext(longest_), cache = CacheBytes(longest_, cell_.batch);
+    counters.emplace_back("bytes_at_limit", std::ceil(need));
+    counters.emplace_back("kv_bytes_at_limit", cache);
+    counters.emplace_back("workspace_bytes", std::ceil(need - held_ - cache));
+  }
+  if (driver_) counters.emplace_back("driver_bytes", *driver_);
+  if (session_.options().check_capacity) Check(counters);
+  return counters;
+}
+
+Counters Capacity(Session& session, const Cell& cell, benchmark::State& state) {
+  if (session.devices().size() > 1) throw Skip("it plans for one device");
+  Counters counters;
+  for (auto _ : state) {
+    state.SetIterationTime(Time(session.devices(), [&] { counters = Planner(session, cell).Plan(); }));
+  }
+  return counters;
+}
+
+const RegisterMeasurement kCapacity{
+    {.name = "capacity", .what = "longest context and largest batch that a memory has room for (--memory, --check-capacity); on request",
+     .on_request = true,
+     .like_tokens = [](const Options& o, double tokens) { return 8.0 * static_cast<double>(std::max<int64_t>(o.prefill_chunk, 1024)) + 3 * tokens; },
+     .new_tokens = [](const Options&) { return kSteps; }, .run = Capacity}};
+
+}  // namespace
+
+int64_t CacheTensorBytes(const Spec& spec, const CacheShape& shape, int64_t capacity, at::ScalarType dtype,
+                         at::ScalarType computes, int64_t (*block)(int64_t bytes)) {
+  const auto taken = [&](int64_t bytes) { return block != nullptr ? block(bytes) : bytes; };
+  const KvCache cache(spec, shape, capacity, dtype, at::Device(at::kMeta), computes);  // tensors without memory
+  int64_t total = taken(cache.ScratchBytes());
+  if (spec.policy == Policy::kHf) return total + taken(KvBytesReserved(spec, shape, capacity, dtype));
+  for (int64_t layer = 0; layer < shape.count(); ++layer) {
+    const auto [keys, values] = cache.storage(layer);
+    for (const SideStorage* side : {&keys, &values}) {
+      for (const at::Tensor& dense : {side->tokens, side->sinks, side->residual}) {
+        if (dense.defined()) total += taken(static_cast<int64_t>(dense.nbytes()));
+      }
+      if (side->encoded == nullptr) continue;
+      for (const at::Tensor& plane : side->encoded->planes) total += taken(static_cast<int64_t>(plane.nbytes()));
+    }
+  }
+  return total;
+}
+
+int64_t LargestThatFits(const std::function<double(int64_t)>& bytes, double memory, int64_t most) {
+  int64_t fits = 0, fails = 1;  // the first that is not known to fit
+  while (fails <= most && bytes(fails) <= memory) fits = fails, fails = 2 * fails;
+  fails = std::min(fails, most + 1);
+  while (fails - fits > 1) {
+    const int64_t half = fits + (fails - fits) / 2;
+    (bytes(half) <= memory ? fits : fails) = half;
+  }
+  return fits;
+}
+
+}  // namespace kvq
