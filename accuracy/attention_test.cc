@@ -1,13 +1,42 @@
 // Attention backends against each other: float32 on a CPU is the reference.
 #include "fixtures/attention.h"
 
+#include <array>
 #include <cmath>
+#include <limits>
 
 #include "accuracy/golden.h"
 #include "kernels/error.h"
 
 namespace kvq {
 namespace {
+
+// A cap on scores, by its formula in float64, and that each backend says who computed it.
+TEST(Attention, EveryBackendCapsScores) {
+  const c10::InferenceMode guard;
+  at::manual_seed(3);
+  constexpr double kScale = 0.25, kCap = 1.5;
+  for (const auto& [n, length, window] : std::vector<std::array<int64_t, 3>>{{1, 90, 0}, {37, 37, 0}, {37, 90, 16}, {130, 200, 0}}) {
+    const at::Tensor queries = at::randn({2, 4, n, 64}), keys = at::randn({2, 2, length, 64}), values = at::randn({2, 2, length, 64});
+    const auto wide = [](const at::Tensor& x) { return x.to(at::kDouble).repeat_interleave(2, 1); };
+    at::Tensor scores = at::tanh(at::matmul(queries.to(at::kDouble), wide(keys).transpose(2, 3)) * kScale / kCap) * kCap;
+    const at::Tensor of = at::arange(n).unsqueeze(1) + (length - n), seen = at::arange(length).unsqueeze(0);
+    at::Tensor hidden = seen > of;
+    if (window > 0) hidden = hidden | (seen <= of - window);
+    scores = scores.masked_fill(hidden, -std::numeric_limits<double>::infinity());
+    const at::Tensor reference = at::matmul(at::softmax(scores, -1), wide(values));
+    for (const char* name : {"eager", "sdpa", "fused", "sage"}) {
+      SCOPED_TRACE(StrCat(name, " ", n, " of ", length, " window ", window));
+      const Backend& backend = FindBackend(name);
+      const at::Tensor ours = backend.attend(queries, keys, values, {kScale, window, kCap}).to(at::kDouble);
+      // Sums of at most 200 terms in float32.
+      EXPECT_LT(((ours - reference).norm() / reference.norm()).item<double>(), 1e-5);
+      EXPECT_EQ(RanText(backend, StrCat(name, " on decoded tokens")),
+                backend.ran != nullptr ? "eager (a cap on scores) on decoded tokens" : "eager on decoded tokens");
+      EXPECT_EQ(RanText(backend, "sdpa"), "sdpa") << "asked again";
+    }
+  }
+}
 
 // The last n tokens of `length`, with and without a window, through every path that a backend may
 // take. Rounded once each to 16 bits: the probabilities, the output, and where two parts are merged

@@ -271,10 +271,7 @@ Completion CompletionEngine::Complete(const CompletionQuery& query, const std::f
   answer.text += next.text;
   answer.seconds = watch.Seconds() - answer.prompt_seconds;
 
-  answer.ran = ran_;
-  if (backend_.ran != nullptr) {
-    if (const std::string ways = backend_.ran(); !ways.empty()) answer.ran = ways + OnDecoded(spec_);
-  }
+  answer.ran = RanText(backend_, ran_);
   answer.stored = stepper_.cache().length();
   const CacheShape shape = model_.cache_shape(1);
   const int64_t first_call = std::min(spec_.sink_tokens + spec_.CallTokens(), length);

@@ -5,6 +5,7 @@
 
 #include <cmath>
 
+#include "accuracy/families.h"
 #include "accuracy/golden.h"
 #include "accuracy/relative_error.h"
 #include "fixtures/machine/gpu_memory.h"
@@ -117,6 +118,15 @@ TEST(DecodeGraph, SaysWhatItRefuses) {
   says(refused(llama, [](ModelConfig& c) { c.layers[1].head_dim = 520; }), "a head_dim");
   says(refused(llama, [](ModelConfig& c) { c.ropes.resize(3); }), "more than two kinds of rotation");
   says(refused(llama, [](ModelConfig& c) { c.layer_scalar = true; }), "scalars of layers without norms");
+  says(refused(llama, [](ModelConfig& c) { c.score_softcap = 50; }), "a cap on attention's scores");
+  says(refused(llama, [](ModelConfig& c) { c.residual_scale = 0.5; }), "a factor of what layers add to the state");
+  says(refused(llama, [](ModelConfig& c) { c.logit_divisor = 2; }), "a divisor of logits");
+  says(refused(llama, [](ModelConfig& c) { c.names.input_norm.clear(); }), "without a norm before it");
+  says(refused(llama, [](ModelConfig& c) { c.names.mlp_norm.clear(); }), "without a norm before it");
+  says(refused(llama, [](ModelConfig& c) { c.norm_across_heads = true, c.names.q_norm = c.names.k_norm = "n"; }),
+       "a norm over all heads");
+  says(refused(llama, [](ModelConfig& c) { c.ropes[0] = {.rotated_share = 0.5}; }), "heads of which a part turns");
+  says(refused(llama, [](ModelConfig& c) { c.layers[2].experts = 4, c.layers[2].experts_per_token = 1; }), "experts");
   says(refused(Gemma3(), [](ModelConfig& c) { c.names.post_mlp_norm.clear(); }), "MLP alone");
   says(refused(Gemma3(), [](ModelConfig& c) { c.norm = NormKind::kLayerNorm; }), "LayerNorm behind attention");
   says(refused(Gemma4(), [](ModelConfig& c) { c.per_layer_input_size = 520; }), "more than 512 elements");
@@ -124,6 +134,36 @@ TEST(DecodeGraph, SaysWhatItRefuses) {
   const Model model(Config({"mistral-7b", 128, 4, 2, 64, 128}),
                     Weights::Random(1, at::kHalf, at::kCPU));
   says(RefusalOf(model, "int4-hqq@policy=hf"), "policy hf");
+}
+
+// What a CPU does instead of a graph, of every tiny model: transformers' own tokens, or a refusal, as accuracy/families/ says.
+TEST(DecodeGraph, RunsOrRefusesEveryFamily) {
+  if (!host::HasAvx2()) GTEST_SKIP() << host::kWantsAvx2;
+  const c10::InferenceMode guard;
+  std::map<std::string, int> runs;
+  for (const Family& family : Families()) {
+    for (const auto& [name, golden] : family.golden["cases"].items()) {
+      SCOPED_TRACE(name);
+      const nlohmann::json& says = family.says["cases"][name];
+      const std::string expected = family.says["cases"][says.value("wraps", name)]["graph"];
+      const std::unique_ptr<Model> model = LoadModel(GoldenPath("models/" + name), at::kFloat, at::kCPU);
+      const std::string refusal = RefusalOf(*model, "none");
+      if (!expected.empty()) {
+        EXPECT_NE(refusal.find(expected), std::string::npos) << refusal;
+        continue;
+      }
+      ASSERT_EQ(refusal, "no refusal");
+      KvCache cache = model->NewCache(ParseSpec("none"), 1, 128);
+      DecodeGraph graph(*model, cache);
+      const at::Tensor hidden = Feed(*model, IdTensor(golden["ids"], 1, at::kCPU), cache, FindBackend("sdpa"), 40);
+      const std::vector<int64_t> greedy = golden["greedy"];
+      const at::Tensor first = model->Logits(hidden.narrow(1, hidden.size(1) - 1, 1)).argmax(-1);
+      const at::Tensor picked = graph.Run(first, static_cast<int64_t>(greedy.size()) - 1);
+      EXPECT_TRUE(at::cat({first, picked}, 1).equal(at::tensor(greedy, at::kLong).unsqueeze(0)));
+      ++runs[family.name];
+    }
+  }
+  EXPECT_GE(runs.size(), 5u) << "nearly all were refused";
 }
 
 TEST(DecodeGraphGpu, SaysWhichPoliciesItRefuses) {

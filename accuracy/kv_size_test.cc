@@ -4,6 +4,7 @@
 #include <map>
 #include <sstream>
 
+#include "accuracy/families.h"
 #include "accuracy/golden.h"
 #include "fixtures/model.h"
 #include "kernels/error.h"
@@ -63,6 +64,27 @@ TEST(KvSizeParity, EqualsTheStudysInAllHundredRows) {
                                                   {"qwen2-7b", 20},
                                                   {"qwen3-8b", 20},
                                                   {"yi-1.5-9b", 20}}));
+}
+
+// By hand, in 16 bits: sides, layers, KV heads, head_dim and bytes multiplied; layers of another kind are another term.
+TEST(KvSize, OfPublishedShapesIsWhatOneMultiplies) {
+  std::map<std::string, int64_t> by_hand;
+  for (const Family& family : Families()) {
+    const nlohmann::json shapes = family.says.value("kv_bytes_a_token", nlohmann::json::object());
+    for (const auto& [name, terms] : shapes.items()) {
+      for (const std::vector<int64_t> factors : terms) {
+        int64_t product = 1;
+        for (const int64_t factor : factors) product *= factor;
+        by_hand[name] += product;
+      }
+    }
+  }
+  for (const PublishedShape& shape : PublishedShapes()) {
+    ASSERT_TRUE(by_hand.contains(shape.name)) << shape.name << ": its bytes are missing in accuracy/families/";
+    const CacheShape cache = CacheShapeOf(ParseModelConfig(shape.config, shape.name), 1);
+    EXPECT_EQ(KvBytes(ParseSpec("none"), cache, 4096, at::kHalf), 4096 * by_hand[shape.name]) << shape.name;
+  }
+  EXPECT_EQ(by_hand.size(), PublishedShapes().size());
 }
 
 // The committed figures are a copy of the study's own files, where those are at hand.

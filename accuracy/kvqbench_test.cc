@@ -359,6 +359,24 @@ TEST_F(Kvqbench, MeasuresEverythingOnATinyModel) {
               runs.at("perplexity/tiny/sdpa/none/ctx:64/batch:2")["ppl"].get<double>(), 1e-3);
 }
 
+// A step of one sequence reads two experts a layer, not all five; by hand, in float32.
+TEST_F(Kvqbench, TheLimitCountsExpertsThatStepsRead) {
+  if (std::string(KVQ_BUILD_TYPE) != "Release") GTEST_SKIP() << "times are measured in Release builds only";
+  for (const char* name : {"config.json", "model.safetensors"}) {
+    fs::copy(StrCat(GoldenPath("models/mixtral-top2/"), name), dir_ / "tiny" / name, fs::copy_options::overwrite_existing);
+  }
+  const fs::path file = dir_ / "experts.json";
+  const Outcome outcome = Execute(Tiny() + " --schemes=none --backends=fused --contexts=16 --decode-tokens=4 --dtype=float32 --runs=1 "
+                                  "--max-runs=1 --benchmark_filter='^decode' --benchmark_out=" + file.string());
+  ASSERT_EQ(outcome.code, 0) << outcome.err;
+  std::ifstream in(file);
+  const auto run = nlohmann::json::parse(in)["benchmarks"][0];
+  const int64_t layer = 32 * (32 + 16 + 16 + 32) + 2 * 32 + 5 * 32;  // q, k, v, o; norms; router
+  const int64_t head = 32 + 420 * 32, experts = 2 * 3 * 24 * 32, token = 2 * 2 * 2 * 8;
+  EXPECT_EQ(run["bytes_per_token"], 4 * (2 * (layer + experts) + head + (16 + 2) * token));
+  EXPECT_EQ(run.value("label", ""), "cpu Float, sdpa (no decoding graph: it does not know experts)");
+}
+
 TEST_F(Kvqbench, TheLabelSaysWhatRanUnderSage) {
   const auto label = [&](const std::string& contexts) {
     const fs::path file = dir_ / ("out" + contexts + ".json");

@@ -1,101 +1,82 @@
 #!/usr/bin/env python3
-"""Makes the golden files of the architectures: tiny random models by transformers, and what they compute.
+"""Makes the golden files of the model families: tiny random models by transformers, what they compute, and what
+transformers knows of the family.
 
-usage: make_golden_models.py [--check]
+usage: make_golden_models.py [--check] [FAMILY...]
 
-Writes accuracy/golden/models/<case>/{config.json,model.safetensors} and accuracy/golden/models.json; with
---check makes them anew and compares (golden_files.py). Packages: accuracy/requirements.txt.
+For every family (accuracy/families/FAMILY.json: its model_type and the tiny models, by the arguments of transformers'
+config class) writes accuracy/golden/models/<case>/{config.json,model.safetensors} and accuracy/golden/families/FAMILY.json: what
+the models compute, what the config class has where a config.json says nothing, and how many parameters the published
+shapes of fixtures/architectures/ have. With --check makes them anew and compares (golden_files.py). Packages:
+accuracy/requirements.txt.
 """
 
+import glob
 import json
 import os
+import re
 import sys
+import tempfile
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, Gemma4ForCausalLM, Gemma4TextConfig,
-                          GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig,
-                          MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
+from transformers import DynamicCache
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 import golden_files
 from golden_files import short
 
 VOCAB, TOKENS, GREEDY = 61, 40, 64
+SLIDING = "sliding_attention"
 IDS = [(i * i * 7 + 3 * i + 5) % VOCAB for i in range(TOKENS)]
 SIZES = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=40, num_hidden_layers=2,
              max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-HEADS = dict(num_attention_heads=4, num_key_value_heads=2)
+HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def rope(**extra):
     return dict(rope_parameters=dict(rope_theta=1000.0, **extra))
 
 
-LLAMA, MISTRAL = (LlamaConfig, LlamaForCausalLM), (MistralConfig, MistralForCausalLM)
-QWEN2, QWEN3 = (Qwen2Config, Qwen2ForCausalLM), (Qwen3Config, Qwen3ForCausalLM)
-GEMMA3, GEMMA4 = (Gemma3TextConfig, Gemma3ForCausalLM), (Gemma4TextConfig, Gemma4ForCausalLM)
-GPT2 = (GPT2Config, GPT2LMHeadModel)
-SLIDING, FULL = "sliding_attention", "full_attention"
+def classes(model_type):
+    """The config class and the model class."""
+    config_class = CONFIG_MAPPING[model_type]
+    return config_class, MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
 
-CASES = {
-    "llama-gqa3": (*LLAMA, dict(SIZES, hidden_size=36, num_attention_heads=9, num_key_value_heads=3,
-                                tie_word_embeddings=True, **rope())),
-    "llama-mha": (*LLAMA, dict(SIZES, num_attention_heads=4, num_key_value_heads=4, vocab_size=420, **rope())),
-    "llama-gqa7": (*LLAMA, dict(SIZES, hidden_size=28, num_attention_heads=7, num_key_value_heads=1, head_dim=8,
-                                **rope())),
-    "llama-gqa8-dim80": (*LLAMA, dict(SIZES, num_attention_heads=8, num_key_value_heads=1, head_dim=80,
-                                      num_hidden_layers=1, **rope())),
-    "llama-bias": (*LLAMA, dict(SIZES, **HEADS, attention_bias=True, mlp_bias=True, **rope())),
-    "llama-linear": (*LLAMA, dict(SIZES, **HEADS, **rope(rope_type="linear", factor=4.0))),
-    "llama-llama3": (*LLAMA, dict(SIZES, **HEADS, head_dim=16,
-                                  **rope(rope_type="llama3", factor=8.0, low_freq_factor=1.0,
-                                         high_freq_factor=4.0, original_max_position_embeddings=64))),
-    "llama-yarn": (*LLAMA, dict(SIZES, **HEADS, head_dim=32, **rope(rope_type="yarn", factor=4.0,
-                                                                    original_max_position_embeddings=32))),
-    "mistral-window": (*MISTRAL, dict(SIZES, **HEADS, sliding_window=12, **rope())),
-    "mistral-full-dim96": (*MISTRAL, dict(SIZES, num_attention_heads=2, num_key_value_heads=1, head_dim=96,
-                                          sliding_window=None, **rope())),
-    "qwen2-gqa7": (*QWEN2, dict(SIZES, hidden_size=28, num_attention_heads=14, num_key_value_heads=2,
-                                tie_word_embeddings=True, **rope())),
-    "qwen2-window": (*QWEN2, dict(SIZES, **HEADS, use_sliding_window=True, sliding_window=9, max_window_layers=1,
-                                  **rope())),
-    "qwen3-gqa4": (*QWEN3, dict(SIZES, num_attention_heads=4, num_key_value_heads=1, head_dim=16, **rope())),
-    "qwen3-bias": (*QWEN3, dict(SIZES, **HEADS, head_dim=128, num_hidden_layers=1, attention_bias=True, **rope())),
-    "gemma3-local": (*GEMMA3, dict(SIZES, **HEADS, head_dim=16, num_hidden_layers=3, query_pre_attn_scalar=24,
-                                   layer_types=[SLIDING, FULL, SLIDING], sliding_window=8,
-                                   rope_parameters={SLIDING: dict(rope_type="default", rope_theta=100.0),
-                                                    FULL: dict(rope_type="linear", factor=8.0,
-                                                               rope_theta=1000.0)})),
-    "gemma3-dim256": (*GEMMA3, dict(SIZES, num_attention_heads=1, num_key_value_heads=1, head_dim=256,
-                                    num_hidden_layers=1, final_logit_softcapping=5.0, layer_types=[FULL])),
-    "gemma4-shared": (*GEMMA4, dict(SIZES, **HEADS, head_dim=8, global_head_dim=16, num_hidden_layers=6,
-                                    layer_types=[SLIDING, FULL, SLIDING, SLIDING, SLIDING, FULL],
-                                    num_kv_shared_layers=3, sliding_window=8, hidden_size_per_layer_input=6,
-                                    vocab_size_per_layer_input=VOCAB, use_double_wide_mlp=True,
-                                    final_logit_softcapping=5.0)),
-    "gemma4-plain": (*GEMMA4, dict(SIZES, num_attention_heads=5, num_key_value_heads=1, head_dim=8,
-                                   global_head_dim=64, hidden_size_per_layer_input=0, sliding_window=8,
-                                   layer_types=[SLIDING, FULL])),
-    "gpt2": (*GPT2, dict(vocab_size=VOCAB, n_embd=32, n_head=4, n_layer=2, n_positions=128, bos_token_id=1,
-                         eos_token_id=2)),
-    "gpt2-inverse": (*GPT2, dict(vocab_size=VOCAB, n_embd=30, n_head=3, n_layer=3, n_positions=128, n_inner=50,
-                                 bos_token_id=1, eos_token_id=2, scale_attn_by_inverse_layer_idx=True)),
-}
+
+LLAMA, QWEN2, QWEN3, GEMMA3 = (classes(of) for of in ("llama", "qwen2", "qwen3", "gemma3_text"))
+
+
+def families():
+    """What accuracy/families/ says, by its files' names."""
+    result = {}
+    for path in sorted(glob.glob(os.path.join(HERE, "families", "*.json"))):
+        with open(path, encoding="utf-8") as file:
+            result[os.path.basename(path).removesuffix(".json")] = json.load(file)
+    return result
+
+
+# Of each tiny model: config class, model class, the config's arguments.
+CASES = {name: (*classes(family["model_type"]), {**family["config"], **case["config"]})
+         for family in families().values() for name, case in family["cases"].items() if "config" in case}
 
 
 def make(config_class, model_class, arguments):
     """A random model in which nothing is as it would be if it were left out: no norm of one, no bias of zero."""
     torch.manual_seed(7)
-    model = model_class(config_class(initializer_range=0.3, **arguments)).eval()
-    around = 0.0 if config_class is Gemma3TextConfig else 1.0  # its norms add one
+    config = config_class(initializer_range=0.3, **arguments)
+    if getattr(config, "attn_logit_softcapping", None):
+        config._attn_implementation = "eager"  # sdpa, the default, leaves the cap out
+    model = model_class(config).eval()
     with torch.no_grad():
         for name, value in list(model.named_parameters()) + list(model.named_buffers()):
             if name.endswith("layer_scalar"):
                 value.uniform_(0.6, 1.1)
             elif name.endswith("bias"):
                 value.normal_(0, 0.3)
-            elif "norm" in name or ".ln_" in name:
-                value.uniform_(around - 0.5, around + 0.5)
+            elif "norm" in name or ".ln_" in name:  # around one, or where the family adds one to it, zero
+                value.uniform_(value.mean() - 0.5, value.mean() + 0.5)
         for value in model.state_dict().values():  # bfloat16 halves the files and loses nothing
             if value.is_floating_point() and value.dim() > 0:
                 value.copy_(value.to(torch.bfloat16))
@@ -103,19 +84,17 @@ def make(config_class, model_class, arguments):
 
 
 def save(model, target):
-    model.config.save_pretrained(target)
-    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    tensors = {name: value.to(torch.bfloat16).contiguous() for name, value in model.state_dict().items()
-               if name not in tied and value.dim() > 0}
+    """As files are published: transformers itself may hold weights in other pieces."""
+    model.config.save_pretrained(target)  # before it names its weights' type
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        tensors = {name: value.to(torch.bfloat16).contiguous()
+                   for name, value in load_file(os.path.join(folder, "model.safetensors")).items() if value.dim() > 0}
     save_file(tensors, os.path.join(target, "model.safetensors"), {"format": "pt"})
 
 
-# The same models as the text half of a multimodal one.
-WRAPPED = {"gemma3-wrapped": "gemma3-local", "gemma4-wrapped": "gemma4-shared"}
-
-
 def wrap(source, target):
-    """config.json one deeper, weights under another prefix."""
+    """The same model as the text half of a multimodal one: config.json one deeper, weights under another prefix."""
     os.makedirs(target, exist_ok=True)
     with open(os.path.join(source, "config.json"), encoding="utf-8") as file:
         config = json.load(file)
@@ -145,24 +124,75 @@ def computed(model):
             "greedy": longer[TOKENS:], "cache": layers}
 
 
+def defaults(model_type):
+    """What the config class has where a config.json leaves everything out."""
+    config = CONFIG_MAPPING[model_type]()
+    config = getattr(config, "text_config", config)
+    types, ropes = getattr(config, "layer_types", None), getattr(config, "rope_parameters", None) or {}
+    heads = config.num_attention_heads
+    slides = types is None or types[0] == SLIDING
+    return {"hidden_size": config.hidden_size, "layers": config.num_hidden_layers, "heads": heads,
+            "kv_heads": getattr(config, "num_key_value_heads", heads),
+            "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+            "vocabulary": config.vocab_size, "positions": config.max_position_embeddings,
+            "norm_eps": getattr(config, "rms_norm_eps", getattr(config, "layer_norm_epsilon", None)),
+            "tied": config.tie_word_embeddings,
+            # Of the first layer.
+            "intermediate_size": (getattr(config, "moe_intermediate_size", None)
+                                  or getattr(config, "intermediate_size", 4 * config.hidden_size)),
+            "window": (getattr(config, "sliding_window", None) or 0) if slides else 0,
+            "rope_theta": ropes.get(types[0] if types else None, ropes).get("rope_theta", 0.0)}
+
+
+def published():
+    """Name and config.json of the shapes that fixtures/architectures/ knows."""
+    row = re.compile(r'RegisterShape \w+\{\{"([^"]+)", "[^"]+", R"\((.*?)\)"\}\}', re.DOTALL)
+    for path in sorted(glob.glob(os.path.join(HERE, "..", "fixtures", "architectures", "*.cc"))):
+        with open(path, encoding="utf-8") as file:
+            for name, text in row.findall(file.read()):
+                yield name, json.loads(text)
+
+
+def parameters(model_type):
+    """Of the published shapes of a family."""
+    result = {}
+    for name, config in published():
+        if config["model_type"] != model_type:
+            continue
+        config_class, model_class = classes(model_type)
+        with torch.device("meta"):
+            model = model_class(config_class.from_dict(config))
+        result[name] = sum(value.numel() for value in model.parameters())
+    return result
+
+
 def main(arguments):
-    if arguments not in ([], ["--check"]):
+    known = families()
+    check, wanted = "--check" in arguments, [one for one in arguments if one != "--check"]
+    if not set(wanted) <= set(known):
         print(__doc__.strip())
         return 2
-    check = arguments == ["--check"]
     torch.set_num_threads(1)
-    results = {}
+    made = {}
     with golden_files.folder(check) as folder:
-        for name, (config_class, model_class, extra) in CASES.items():
-            model = make(config_class, model_class, extra)
-            if not check:
-                save(model, os.path.join(folder, "models", name))
-            results[name] = computed(model)
-        for name, source in WRAPPED.items():
-            if not check:
-                wrap(os.path.join(folder, "models", source), os.path.join(folder, "models", name))
-            results[name] = results[source]
-        return golden_files.write_or_check({"models.json": results}, check)
+        for family in wanted or known:
+            cases, types = {}, {known[family]["model_type"]}
+            for name, case in known[family]["cases"].items():
+                target = os.path.join(folder, "models", name)
+                if "wraps" in case:
+                    types.add(known[family]["model_type"].removesuffix("_text"))
+                    cases[name] = cases[case["wraps"]]
+                    if not check:
+                        wrap(os.path.join(folder, "models", case["wraps"]), target)
+                    continue
+                model = make(*CASES[name])
+                cases[name] = computed(model)
+                if not check:
+                    save(model, target)
+            made[f"families/{family}.json"] = {
+                "cases": cases, "defaults": {one: defaults(one) for one in sorted(types)},
+                "parameters": parameters(known[family]["model_type"])}
+        return golden_files.write_or_check(made, check)
 
 
 if __name__ == "__main__":

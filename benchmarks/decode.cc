@@ -1,6 +1,6 @@
 // decode: new tokens per second at a context, greedy, one at a time; the prefill is outside the timer.
 // Limit: the bytes one step must read, weights and stored KV cache (as far as a sliding window shows it), over the read bandwidth measured in
-// the same run (peak_fraction). In a pipeline over several GPUs the stages of a step work one after the other, so the
+// the same run (peak_fraction). Of experts those count that the timed steps read, each once a layer and step. In a pipeline over several GPUs the stages of a step work one after the other, so the
 // limit is the sum of their times: one GPU's bandwidth, not that of all.
 //
 // Backend fused runs the steps as one CUDA graph, whose first logits are compared with the other path's
@@ -10,6 +10,9 @@
 // greedy steps; and the timer starts before the whole prompt is prefilled once more (the study meant to copy
 // a cache there). tokens_per_s is that number; tokens_per_s_net is what it should have been, the same
 // steps without the prefill, and reprefill_ms the difference. The tokens are in the JSON.
+#include <algorithm>
+#include <cmath>
+
 #include "benchmarks/decoding.h"
 #include "benchmarks/study.h"
 #include "fixtures/finite.h"
@@ -22,15 +25,44 @@ at::Tensor Next(const Model& model, const at::Tensor& hidden) {
   return model.Logits(hidden.narrow(1, hidden.size(1) - 1, 1)).argmax(-1);
 }
 
+// The bytes of experts that timed steps read, on each device.
+class ExpertReads {
+ public:
+  explicit ExpertReads(const Model& model) : model_(model), before_(Now()), bytes_(before_.size()) {}
+  // What `steps` of them do is counted.
+  template <typename Steps>
+  void Count(int64_t steps, const Steps& run) {
+    before_ = Now();
+    run();
+    const std::vector<int64_t> after = Now();
+    for (size_t i = 0; i < after.size(); ++i) bytes_[i] += after[i] - before_[i];
+    steps_ += steps;
+  }
+  // A step, on the device number `i` of the model's.
+  double PerStep(size_t i) const { return static_cast<double>(bytes_[i]) / static_cast<double>(std::max<int64_t>(steps_, 1)); }
+
+ private:
+  std::vector<int64_t> Now() const {
+    std::vector<int64_t> bytes;
+    for (const at::Device device : model_.devices()) bytes.push_back(model_.ExpertBytesRead(device));
+    return bytes;
+  }
+
+  const Model& model_;
+  std::vector<int64_t> before_, bytes_;
+  int64_t steps_ = 0;
+};
+
 // What one step must read, and the share of the read bandwidth that is: of the cache what each layer's window shows it,
 // again for every layer that reads it.
-void AddLimit(Counters& counters, const Model& model, const Spec& spec, int64_t batch,
+void AddLimit(Counters& counters, const Model& model, const ExpertReads& experts, const Spec& spec, int64_t batch,
               int64_t tokens, double seconds_per_step) {
   const CacheShape shape = model.cache_shape(batch);
   const std::vector<at::Device> cache_devices = model.cache_devices();
   double bytes = 0, limit = 0;
-  for (const at::Device device : model.devices()) {
-    int64_t here = model.WeightBytes(device);
+  for (size_t i = 0; i < model.devices().size(); ++i) {
+    const at::Device device = model.devices()[i];
+    int64_t here = model.WeightBytes(device) + static_cast<int64_t>(std::llround(experts.PerStep(i)));
     for (size_t layer = 0; layer < model.config().layers.size(); ++layer) {
       const auto cached = static_cast<size_t>(model.cache_layer(static_cast<int64_t>(layer)));
       if (cache_devices[cached] != device) continue;
@@ -57,6 +89,7 @@ Counters StudyDecode(Session& session, const Cell& cell, benchmark::State& state
   const at::Tensor last = ids.narrow(1, ids.size(1) - 1, 1);
   prefill();
   Next(model, model.Forward(last, cache, backend));  // warm-up of both shapes
+  ExpertReads experts(model);
   std::vector<double> rates, net_rates, prefill_ms;
   Counters tokens;
   at::Tensor hidden;
@@ -64,11 +97,14 @@ Counters StudyDecode(Session& session, const Cell& cell, benchmark::State& state
   Samples(session, state, [&] {
     const double prefill_s = session.Time(prefill);
     std::vector<at::Tensor> steps = {last};
-    const double steps_s = session.Time([&] {
-      for (int64_t i = 0; i < new_tokens; ++i) {
-        hidden = model.Forward(steps.back(), cache, backend);
-        steps.push_back(Next(model, hidden));
-      }
+    double steps_s = 0;
+    experts.Count(new_tokens, [&] {
+      steps_s = session.Time([&] {
+        for (int64_t i = 0; i < new_tokens; ++i) {
+          hidden = model.Forward(steps.back(), cache, backend);
+          steps.push_back(Next(model, hidden));
+        }
+      });
     });
     rates.push_back(count / (prefill_s + steps_s));
     net_rates.push_back(count / steps_s);
@@ -83,7 +119,7 @@ Counters StudyDecode(Session& session, const Cell& cell, benchmark::State& state
   Counters counters;
   AddSpread(counters, "tokens_per_s", rates);
   AddSpread(counters, "tokens_per_s_net", net_rates);
-  AddLimit(counters, model, spec, cell.batch, ids.size(1) + new_tokens / 2,
+  AddLimit(counters, model, experts, spec, cell.batch, ids.size(1) + new_tokens / 2,
            static_cast<double>(cell.batch) / counters[3].second);
   AddSpread(counters, "reprefill_ms", prefill_ms);
   counters.emplace_back("prompt_tokens", static_cast<double>(ids.size(1)));
@@ -96,10 +132,13 @@ Counters Decode(Session& session, const Cell& cell, benchmark::State& state) {
   const int64_t new_tokens = session.options().decode_tokens;
   Decoding decoding(session, cell, new_tokens);
   decoding.WarmUp();
+  ExpertReads experts(decoding.model());
   std::vector<double> rates, per_token;
   for (const double seconds : Samples(session, state, [&] {
          const at::Tensor first = decoding.Start();
-         return session.Time([&] { decoding.Run(first); });
+         double run_s = 0;
+         experts.Count(new_tokens, [&] { run_s = session.Time([&] { decoding.Run(first); }); });
+         return run_s;
        })) {
     rates.push_back(decoding.tokens() / seconds);
     per_token.push_back(seconds * 1e3 / static_cast<double>(new_tokens));
@@ -108,7 +147,7 @@ Counters Decode(Session& session, const Cell& cell, benchmark::State& state) {
   Counters counters;
   AddSpread(counters, "tokens_per_s", rates);
   AddSpread(counters, "ms_per_token", per_token);
-  AddLimit(counters, decoding.model(), decoding.spec(), cell.batch, cell.context + new_tokens / 2,
+  AddLimit(counters, decoding.model(), experts, decoding.spec(), cell.batch, cell.context + new_tokens / 2,
            counters[3].second / 1e3);
   return counters;
 }

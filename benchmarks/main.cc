@@ -122,14 +122,11 @@ void Measure(benchmark::State& state, const Measurement& measurement, const Cell
   const c10::InferenceMode no_gradients;
   session.note.clear();
   session.samples.clear();
-  const char* on = spec.stores_dense() ? "" : " on decoded tokens";
-  session.ran = StrCat(backend.graph ? "sdpa" : cell.backend, on);
+  session.ran = StrCat(backend.graph ? "sdpa" : cell.backend, spec.stores_dense() ? "" : " on decoded tokens");
   if (backend.ran != nullptr) backend.ran();  // of a cell that failed
   session.TakeWatch();                        // what a cell that failed has left
   Counters counters = measurement.run(session, cell, state);
-  if (backend.ran != nullptr) {
-    if (const std::string ways = backend.ran(); !ways.empty()) session.ran = StrCat(ways, on);
-  }
+  session.ran = RanText(backend, session.ran);
   AddGpuState(session, session.TakeWatch(), counters);
   CheckSamples(session.samples);
   for (const auto& [name, value] : counters) {
