@@ -284,7 +284,7 @@ def name_cells(axis, cells, xs, points, fronts):
                                    fontsize=7.2, fontweight="bold")
     def short(spec):  # colour and marker say whose it is
         engine = engine_of(spec)
-        return spec.split("@")[0].removeprefix(engine[1] if engine and engine[1] not in ("mlx-", "kivi-", "turboquant-") else "")
+        return spec.split("@")[0].removeprefix(engine[1] if engine and engine[1] not in ("mlx-", "kivi-", "exl", "turboquant-") else "")
     rest = sorted(((place, short(cell.spec)) for cell, place in zip(cells, places) if cell not in fronts[0] and
                    not cell.spec.endswith("-unrotated")), key=lambda item: "+" in item[1])  # presets before bare specs
     labels.name_points(axis, [place for place, _ in rest], [name for _, name in rest], obstacles, fontsize=6)

@@ -63,7 +63,8 @@ class Drawn:
 ENGINES = [("llama.cpp", "llamacpp-", "#0072b2", "o"), ("vLLM", "vllm-", "#d55e00", "s"),
            ("TensorRT-LLM", "trtllm-", "#009e73", "^"), ("SGLang", "sglang-", "#cc79a7", "D"),
            ("LMDeploy", "lmdeploy-", "#8a5a2b", "v"), ("MLX", "mlx-", "#56b4e9", "P"), ("transformers", "hf-", "#b58900", "X"),
-           ("KIVI", "kivi-", "#7b4fa3", "*"), ("exllamav3", "exl3-", "#5f8d3b", "<"),
+           ("KIVI", "kivi-", "#7b4fa3", "*"), ("exllamav3", "exl", "#5f8d3b", "<"),
+           ("ik_llama.cpp", "ik-llamacpp-", "#3b6f8d", "p"),
            ("TurboQuant, all layers", "turboquant-", "#b04a6e", ">")]
 
 
