@@ -11,6 +11,7 @@
 #include <nlohmann/json.hpp>
 #include <string>
 
+#include "accuracy/golden.h"
 #include "kernels/error.h"
 
 namespace kvq {
@@ -23,8 +24,7 @@ struct Outcome {
 // Runs kvqbench with these arguments; `before` may set limits.
 inline Outcome Execute(const std::string& arguments, const std::string& before = "") {
   const std::filesystem::path dir = testing::TempDir();
-  const std::string id = testing::UnitTest::GetInstance()->current_test_info()->name();
-  const std::string out = dir / (id + ".out"), err = dir / (id + ".err");
+  const std::string out = dir / (TestName() + ".out"), err = dir / (TestName() + ".err");
   const int status = std::system(
       StrCat("(", before, " exec ", KVQ_BENCH_EXE, " ", arguments, ") >", out, " 2>", err, " </dev/null").c_str());
   const auto read = [](const std::string& path) {

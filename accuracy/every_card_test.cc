@@ -9,6 +9,7 @@
 #include <map>
 #include <optional>
 
+#include "accuracy/golden.h"
 #include "fixtures/cache/spec.h"
 #include "kernels/device/attention.h"
 #include "kernels/device/newest.h"
@@ -306,7 +307,7 @@ class KernelCache : public testing::Test {
 
   const std::optional<std::string> before_ =
       getenv("KVQ_CACHE") != nullptr ? std::optional<std::string>(getenv("KVQ_CACHE")) : std::nullopt;
-  const std::string folder_ = testing::TempDir() + "/kernel_cache";
+  const std::string folder_ = testing::TempDir() + "/" + TestName();
   std::vector<std::string> lines_;
   const KernelInstance kernel_{{"kernels/device/probe.cuh"}, "kvq::probe::StreamingReadKernel"};
 };

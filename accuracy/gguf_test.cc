@@ -29,10 +29,7 @@ class OwnCache {
 
  private:
   static fs::path Make() {
-    const auto* test = testing::UnitTest::GetInstance()->current_test_info();
-    std::string name = StrCat("kvq_", test->test_suite_name(), test->name());
-    std::replace(name.begin(), name.end(), '/', '_');
-    const fs::path dir = fs::path(testing::TempDir()) / name;
+    const fs::path dir = fs::path(testing::TempDir()) / TestName();
     fs::remove_all(dir);
     fs::create_directories(dir);
     fs::create_directory_symlink(CacheDir() + "/downloads", dir / "downloads");

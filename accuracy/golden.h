@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <fstream>
@@ -16,6 +17,14 @@
 #include "kernels/half.h"
 
 namespace kvq {
+
+// Of the running test, for files of its own: tests run side by side, and two suites may have one of the same name.
+inline std::string TestName() {
+  const testing::TestInfo& test = *testing::UnitTest::GetInstance()->current_test_info();
+  std::string name = std::string(test.test_suite_name()) + "." + test.name();
+  std::replace(name.begin(), name.end(), '/', '_');
+  return name;
+}
 
 inline std::string GoldenPath(const std::string& name) {
   return KVQ_SOURCE_DIR "/accuracy/golden/" + name;

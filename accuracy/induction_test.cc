@@ -95,7 +95,7 @@ class Induction : public testing::Test {
  protected:
   static constexpr int64_t kPairs = 200;
   void SetUp() override {
-    const std::filesystem::path dir = std::filesystem::path(testing::TempDir()) / "kvqbench_induction";
+    const std::filesystem::path dir = std::filesystem::path(testing::TempDir()) / TestName();
     WriteInductionModel(dir);
     model_ = LoadModel(dir.string(), at::kFloat, at::kCPU);
   }

@@ -23,8 +23,7 @@ namespace fs = std::filesystem;
 
 // A fresh folder of this test.
 fs::path Folder() {
-  const auto* test = testing::UnitTest::GetInstance()->current_test_info();
-  const fs::path dir = fs::path(testing::TempDir()) / (std::string("kvq_") + test->name());
+  const fs::path dir = fs::path(testing::TempDir()) / TestName();
   fs::remove_all(dir);
   fs::create_directories(dir);
   return dir;

@@ -156,7 +156,7 @@ TEST(Measuring, AThrottledCellSaysWhy) {
 class RaplFiles : public testing::Test {
  protected:
   void SetUp() override {
-    root_ = fs::path(testing::TempDir()) / "powercap";
+    root_ = fs::path(testing::TempDir()) / TestName();
     fs::remove_all(root_);
     fs::create_directories(root_);
   }

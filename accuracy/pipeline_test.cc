@@ -310,7 +310,7 @@ echo run >>runs
     return cells;
   }
 
-  const fs::path dir_ = fs::path(testing::TempDir()) / testing::UnitTest::GetInstance()->current_test_info()->name();
+  const fs::path dir_ = fs::path(testing::TempDir()) / TestName();
   std::string log_;
 };
 

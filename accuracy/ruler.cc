@@ -25,9 +25,9 @@
 #include <optional>
 
 #include "accuracy/statistics.h"
+#include "accuracy/stepper.h"
 #include "accuracy/text_windows.h"
 #include "benchmarks/measurement.h"
-#include "fixtures/decode_graph.h"
 #include "fixtures/finite.h"
 #include "kernels/error.h"
 #include "kernels/file.h"
@@ -147,33 +147,24 @@ struct Result {
 class Batch {
  public:
   Batch(Session& session, const Cell& cell, const RulerTask& task, const Spec& spec, int64_t batch, int64_t capacity)
-      : session_(session),
-        task_(task),
+      : task_(task),
         spec_(spec),
         model_(session.model(cell.model)),
         backend_(FindBackend(cell.backend)),
         tokenizer_(session.tokenizer(cell.model)),
         first_call_(session.options().protocol == "study" ? capacity : spec.sink_tokens + spec.CallTokens()),
         chunk_(session.options().protocol == "study" ? capacity : spec.CallTokens()),
-        cache_(model_.NewCache(spec, batch, capacity)) {
-    if (!backend_.graph) return;
-    try {
-      graph_.emplace(model_, cache_);
-      session.ran = StrCat("sdpa, answers ", graph_->kernels());
-    } catch (const InputError& why) {  // what it does not know goes the other way
-      session.ran = StrCat("sdpa", spec.stores_dense() ? "" : " on decoded tokens", " (", why.what(), ")");
-    }
-  }
-  int64_t batch() const { return cache_.shape().batch; }
+        stepper_(session, model_, backend_, spec, batch, capacity, "answers") {}
+  int64_t batch() const { return cache().shape().batch; }
 
   std::vector<Result> Ask(const std::vector<const Question*>& questions) {
     std::vector<at::Tensor> rows;
     for (const Question* question : questions) rows.push_back(IdTensor(question->ids, 1, model_.device()));
     const at::Tensor ids = at::cat(rows, 0);
-    cache_.Clear();
-    prompt_ = Logits(Feed(model_, ids, cache_, backend_, chunk_, first_call_));
+    cache().Clear();
+    prompt_ = stepper_.Logits(stepper_.Prompt(ids, chunk_));
     CheckFinite(prompt_, model_, ids, spec_, backend_);
-    restore_ = cache_.Save();
+    restore_ = cache().Save();
 
     std::vector<Result> results(questions.size());
     const std::vector<double> gold = LogProbabilities(questions, [](const Question& q) { return &q.gold; });
@@ -198,7 +189,7 @@ class Batch {
       results[b].nll = -gold[b] / static_cast<double>(std::count(of.scored.begin(), of.scored.end(), true));
       if (wrong > 0) results[b].margin = right[b] - other[b];
       // The prompt's last token predicts the answer's first one.
-      results[b].encoded_share = EncodedShareRead(spec_, cache_.shape(), std::min(first_call_, length), length - 1,
+      results[b].encoded_share = EncodedShareRead(spec_, cache().shape(), std::min(first_call_, length), length - 1,
                                                   length - 1 + static_cast<int64_t>(of.ids.size()));
     }
     restore_();
@@ -207,7 +198,8 @@ class Batch {
   }
 
  private:
-  at::Tensor Logits(const at::Tensor& hidden) const { return model_.Logits(hidden.narrow(1, hidden.size(1) - 1, 1)); }
+  KvCache& cache() { return stepper_.cache(); }
+  const KvCache& cache() const { return stepper_.cache(); }
 
   // The log-probability of each question's continuation behind its prompt, scored tokens alone. The questions have
   // continuations of the same kind, or the shorter ones are followed by anything, which they do not see.
@@ -226,10 +218,10 @@ class Batch {
     std::vector<at::Tensor> logits = {prompt_};
     for (int64_t at = 0, last = static_cast<int64_t>(length) - 1; at < last;) {
       // Calls end where those of a longer prompt would.
-      const int64_t behind = cache_.length() - first_call_;
-      const int64_t end = cache_.length() < first_call_ ? first_call_ : first_call_ + (behind / chunk_ + 1) * chunk_;
-      const int64_t n = std::min(end - cache_.length(), last - at);
-      logits.push_back(model_.Logits(model_.Forward(ids.narrow(1, at, n), cache_, backend_)));
+      const int64_t stored = cache().length(), behind = stored - first_call_;
+      const int64_t end = stored < first_call_ ? first_call_ : first_call_ + (behind / chunk_ + 1) * chunk_;
+      const int64_t n = std::min(end - stored, last - at);
+      logits.push_back(model_.Logits(stepper_.Feed(ids.narrow(1, at, n), n)));
       at += n;
     }
     const at::Tensor all = at::log_softmax(at::cat(logits, 1), -1);
@@ -248,7 +240,7 @@ class Batch {
 
   void Answer(const std::vector<const Question*>& questions, const at::Tensor& ids, std::vector<Result>& results) {
     std::vector<bool> done(questions.size());
-    at::Tensor logits = prompt_, token = logits.argmax(-1);
+    at::Tensor token = prompt_.argmax(-1);
     for (int64_t i = 0;; ++i) {
       const at::Tensor now = token.cpu();
       for (size_t b = 0; b < results.size(); ++b) {
@@ -263,26 +255,19 @@ class Batch {
         done[b] = ended || result.score == 1;
       }
       if (i + 1 == task_.new_tokens || std::all_of(done.begin(), done.end(), [](bool one) { return one; })) return;
-      if (graph_) {
-        token = graph_->Run(token, 1);
-        logits = graph_->logits();
-      } else {
-        logits = Logits(model_.Forward(token, cache_, backend_));
-        token = logits.argmax(-1);
-      }
+      const at::Tensor logits = stepper_.Logits(stepper_.Step(token.squeeze(1)));
       CheckFinite(logits, model_, ids, spec_, backend_);
+      token = logits.argmax(-1);
     }
   }
 
-  Session& session_;
   const RulerTask& task_;
   const Spec& spec_;
   const Model& model_;
   const Backend& backend_;
   const Tokenizer& tokenizer_;
   const int64_t first_call_, chunk_;
-  KvCache cache_;
-  std::optional<DecodeGraph> graph_;
+  Stepper stepper_;
   at::Tensor prompt_;              // logits behind the prompt, [batch, 1, vocab_size]
   std::function<void()> restore_;  // brings the cache there
 };

@@ -72,6 +72,22 @@ TEST(Spec, PresetsMeanTheirSpecs) {
   EXPECT_EQ(ParseSpec("llamacpp-q4_0@sinks=4").sink_tokens, 4);
   EXPECT_EQ(ParseSpec("llamacpp-q4_0@sinks=4").keys.rotation.kind, Rotation::kHadamard);
   EXPECT_THROW(ParseSpec("llamacpp-q4_0@residual=4"), InputError) << "it says that already";
+  // ik_llama.cpp turns what -khad and -vhad name, and nothing by itself.
+  for (const auto& [name, keys, values] : {std::tuple("ik-llamacpp-q6_0", Rotation::kNone, Rotation::kNone),
+                                           std::tuple("ik-llamacpp-q6_0-khad", Rotation::kHadamard, Rotation::kNone),
+                                           std::tuple("ik-llamacpp-q6_0-khad-vhad", Rotation::kHadamard, Rotation::kHadamard)}) {
+    EXPECT_EQ(ParseSpec(name).keys.rotation, (Rotation{keys, 0})) << name;
+    EXPECT_EQ(ParseSpec(name).values.rotation, (Rotation{values, 0})) << name;
+  }
+  // Every token is encoded as it comes, and read as it is stored by its own prompt, too.
+  for (const char* name : {"ik-llamacpp-q8_kv", "ik-llamacpp-q8_0-q6_0", "exllamav3-8", "exllamav3-5-4", "exllamav3-2"}) {
+    const Spec spec = ParseSpec(name);
+    EXPECT_EQ(spec.keys.residual_length, 0) << name;
+    EXPECT_FALSE(spec.raw_prefill) << name;
+  }
+  EXPECT_EQ(ParseSpec("exllamav3-5-4").schemes.keys->name, "exl3-5");
+  EXPECT_EQ(ParseSpec("exllamav3-5-4").schemes.values->name, "exl3-4");
+  EXPECT_EQ(ParseSpec("ik-llamacpp-q8_kv").schemes.values->name, "none");
   EXPECT_EQ(ParseSpec("kivi-2").policy, Policy::kKivi);
   EXPECT_EQ(ParseSpec("kivi-2@residual=64").policy, Policy::kAppend);
   EXPECT_EQ(ParseSpec("q4_0").meaning, "");

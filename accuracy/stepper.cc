@@ -5,12 +5,12 @@
 namespace kvq {
 
 Stepper::Stepper(Session& session, const Model& model, const Backend& backend, const Spec& spec, int64_t batch,
-                 int64_t capacity)
+                 int64_t capacity, const char* steps)
     : model_(model), backend_(backend), spec_(spec), cache_(model.NewCache(spec, batch, capacity)) {
   if (!backend.graph) return;
   try {
     graph_.emplace(model, cache_);
-    session.ran = StrCat("sdpa, tokens ", graph_->kernels());
+    session.ran = StrCat("sdpa, ", steps, " ", graph_->kernels());
   } catch (const InputError& why) {  // what it does not know goes the other way
     session.ran = StrCat("sdpa", spec.stores_dense() ? "" : " on decoded tokens", " (", why.what(), ")");
   }

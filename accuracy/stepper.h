@@ -11,8 +11,9 @@ namespace kvq {
 
 class Stepper {
  public:
-  // Sets Session::ran. What it refers to outlives it.
-  Stepper(Session& session, const Model& model, const Backend& backend, const Spec& spec, int64_t batch, int64_t capacity);
+  // Sets Session::ran, in which `steps` is what the graph's are called. What it refers to outlives it.
+  Stepper(Session& session, const Model& model, const Backend& backend, const Spec& spec, int64_t batch, int64_t capacity,
+          const char* steps = "tokens");
 
   // ids [batch, n] behind what the cache holds. On an empty cache in calls of `call` tokens, the sinks with the first.
   // Returns the hidden states of the last call, [batch, its tokens, hidden_size].
@@ -26,6 +27,7 @@ class Stepper {
   at::Tensor Logits(const at::Tensor& state) const;
 
   KvCache& cache() { return cache_; }
+  const KvCache& cache() const { return cache_; }
 
  private:
   const Model& model_;

@@ -18,8 +18,7 @@ class TinyModel : public testing::Test {
  protected:
   void SetUp() override {
     namespace fs = std::filesystem;
-    const testing::TestInfo& test = *testing::UnitTest::GetInstance()->current_test_info();
-    dir_ = fs::path(testing::TempDir()) / StrCat("kvqbench_", test.name());
+    dir_ = fs::path(testing::TempDir()) / StrCat("kvqbench_", TestName());
     fs::remove_all(dir_);
     fs::create_directories(dir_);
     fs::copy(GoldenPath("models/llama-mha"), dir_ / "tiny", fs::copy_options::recursive);

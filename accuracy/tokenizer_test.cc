@@ -344,7 +344,7 @@ TEST(Tokenizer, RefusesByName) {
 
 // A model directory with these files; `bytes` by name.
 std::string ErrorOf(const std::map<std::string, std::string>& files) {
-  const fs::path dir = fs::path(testing::TempDir()) / "kvq_tokenizer_files";
+  const fs::path dir = fs::path(testing::TempDir()) / TestName();
   fs::remove_all(dir);
   fs::create_directories(dir);
   for (const auto& [name, bytes] : files) std::ofstream(dir / name, std::ios::binary) << bytes;

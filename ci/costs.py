@@ -336,7 +336,7 @@ def name_cells(axis, cells, xs, points, fronts, fast, which):
         return
     def short(spec):  # colour and marker say whose it is
         engine = engine_of(spec)
-        return names[spec].removeprefix(engine[1] if engine and engine[1] not in ("mlx-", "kivi-", "turboquant-") else "")
+        return names[spec].removeprefix(engine[1] if engine and engine[1] not in ("mlx-", "kivi-", "exl", "turboquant-") else "")
     rest = sorted(((place, short(cell.spec) + timed(cell.spec)) for cell, place, of in zip(cells, places, bold) if not of and
                    not cell.spec.endswith("-unrotated")), key=lambda item: "+" in item[1])  # presets before bare specs
     labels.name_points(axis, [place for place, _ in rest], [name for _, name in rest], obstacles, must=which == "all",

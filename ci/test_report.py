@@ -216,6 +216,16 @@ class Ours(Once, unittest.TestCase):
     SPECS = ["none", "int8-hqq", "int4-hqq", "int2-hqq", "int2-hqq-kivi"]
 
     @classmethod
+    def setUpClass(cls):
+        if not hasattr(Ours, "results"):  # once for class Page, too
+            super(Ours, Ours).setUpClass()
+            unittest.addModuleCleanup(shutil.rmtree, Ours.folder)
+
+    @classmethod
+    def tearDownClass(cls):
+        pass
+
+    @classmethod
     def make(cls):
         cls.parameters = write_model(os.path.join(cls.folder, "tiny"))
         with open(os.path.join(cls.folder, "text.txt"), "w", encoding="utf-8") as file:
@@ -232,8 +242,8 @@ class Ours(Once, unittest.TestCase):
         cls.v2 = done.stdout.split()
         cls.data = json.loads(read(cls.json))
         cls.done = report(os.path.join(cls.folder, "run"), "--out", os.path.join(cls.folder, "out"))
-        cls.results = reading.load([os.path.join(cls.folder, "run")])
         cls.release = cls.data["context"]["kvqbench_build"] == "Release"  # others refuse to time
+        cls.results = reading.load([os.path.join(cls.folder, "run")])
 
     def cell(self, results, spec, context, batch=1):
         return next(c for c in results.cells if (c.spec, c.context, c.batch) == (spec, context, batch))
@@ -509,8 +519,8 @@ class Page(Ours):
     """The page of kvqbench's results and, where it is there, the study's."""
 
     @classmethod
-    def make(cls):
-        super().make()
+    def setUpClass(cls):
+        super().setUpClass()
         with zipfile.ZipFile(AXE) as wheel:
             cls.axe = wheel.read("axe_playwright_python/axe.min.js").decode()
         cls.index = os.path.join(cls.folder, "out", "index.html")
@@ -519,7 +529,6 @@ class Page(Ours):
     @classmethod
     def tearDownClass(cls):
         cls.browser.close()
-        super().tearDownClass()
 
     def setUp(self):
         self.browser.errors.clear()
