@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import shlex
 import struct
 import subprocess
 from collections import Counter
@@ -24,6 +25,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy
 import yaml
+
+import writing
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 KVQBENCH = os.environ.get("KVQ_BENCH_EXE", os.path.join(os.path.dirname(HERE), "build", "release", "kvqbench"))
@@ -1104,3 +1107,16 @@ class ExLlamaV3(Engine):
 ENGINES = {engine.name: engine for engine in (
     LlamaCpp("llama.cpp"), IkLlamaCpp("ik_llama.cpp"), Vllm("vllm"), Transformers("transformers"), SgLang("sglang"),
     TensorRtLlm("tensorrt-llm"), LmDeploy("lmdeploy"), Mlx("mlx"), ExLlamaV3("exllamav3"), KvTuner("kvtuner"))}
+
+
+def written(projection, out):
+    """Writes its files to a folder of `out` that has the engine's name; what the engine is to be told, and what is lost, in
+    lines."""
+    lines = [f"{projection.engine}: {projection.spec}" + (", as asked" if projection.exact else "")]
+    words = [f"{name}={value}" for name, value in projection.environment.items()] + [shlex.join(projection.flags)]
+    lines += ["  " + " ".join(words)] * any(words) + ["  >>> " + line for line in projection.snippet.splitlines()]
+    for name, text in projection.files.items():
+        os.makedirs(os.path.join(out, projection.engine), exist_ok=True)
+        writing.write(os.path.join(out, projection.engine, name), text)
+        lines.append("  wrote " + os.path.join(out, projection.engine, name))
+    return "\n".join(lines + ["  - " + sentence for sentence in projection.lost])
