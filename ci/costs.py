@@ -186,11 +186,14 @@ def pareto_panels(results, cells, y_key, y_label, better, log, interval=False):
         return abs(cell[y_key]) if log else cell[y_key]
     def ends(cell):
         return cell[y_key + "_lo"] or cell[y_key + "_min"], cell[y_key + "_hi"] or cell[y_key + "_max"]
-    floors = [next((c["perplexity.kld_floor_nats"] for c in of if c["perplexity.kld_floor_nats"]), None)
+    # Rounding alone may come out as nothing, or a little less.
+    floors = [next((c["perplexity.kld_floor_nats"] for c in of if (c["perplexity.kld_floor_nats"] or 0) > 1e-7), None)
               if y_key == "perplexity.kld_nats" else None for _, of, _ in panels]
     # Where rounding is a line, `none` is that line, and what there is to see has the room.
     as_line = all(floor and any(c.spec != "none" for c in of) for floor, (_, of, _) in zip(floors, panels))
-    shown_cells = [[c for c in of if not (as_line and c.spec == "none")] for _, of, _ in panels]
+    # Where rounding does nothing that a logarithm could show, neither does `none`.
+    nothing = log and y_key == "perplexity.kld_nats" and all(abs(c[y_key]) <= 1e-7 for _, of, _ in panels for c in of if c.spec == "none")
+    shown_cells = [[c for c in of if not ((as_line or nothing) and c.spec == "none")] for _, of, _ in panels]
     most_bits = max(bits(c) for of in shown_cells for c in of)
     ranges = [(min(v), max(v)) for v in ([*map(size_of, of), *(e for c in of for e in ends(c) if e)] for of in shown_cells)]
     scale = "log" if log else scale_of(ranges).replace("log", "zero")
@@ -232,8 +235,8 @@ def pareto_panels(results, cells, y_key, y_label, better, log, interval=False):
                 axis.plot([most_bits] * 2, [max(low, bottom), high], linestyle="")
         if not log:
             begin(axis, scale, least, most)
-        axis.set_xlim(max(0, min(bits(c) for of in shown_cells for c in of) - 1.2) if as_line else 0,
-                      most_bits + 1.2 if as_line else most_bits * 1.08)
+        axis.set_xlim(max(0, min(bits(c) for of in shown_cells for c in of) - 1.2) if as_line or nothing else 0,
+                      most_bits + 1.2 if as_line or nothing else most_bits * 1.08)
         axis.set_title(title, pad=11 if scale == "near" else None)
         axis.set_xlabel("bits per element")
         if large or axis in axes[::3]:
