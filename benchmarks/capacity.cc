@@ -5,12 +5,12 @@
 // What has to fit is weights_bytes (what is held before the cell begins), the cache with residuals and scratch (kv_bytes_at_limit,
 // by formula for any length, and held against its tensors in every run), and workspace_bytes, which is measured: the peak of
 // small runs without those two, of the prompt and of the steps apart. Beyond two chunks of a prompt nothing in it grows but
-// with the context, so two contexts give it for all, a + b context; and two batches, in the chunks that the limit will have, for
-// all batches. Half a percent of what weights leave is kept free.
+// with the context, so two contexts give it for all, a + b context (where it grows, three on a line); and two batches, with as
+// many tokens fed at once as the limit will have, for all batches (`workspace_*_bytes/ctx:N/batch:B/chunk:C`, in the JSON alone, are what the runs had). Half a percent of what weights leave is kept free.
 //
 // On a GPU what counts is what libtorch's allocator has to take from the device. That is more than tensors have, and less than
 // it takes where there is plenty: between the two, runs of the longer prompt under smaller and smaller limits find
-// what is enough. CUDA's own context, modules and graphs come on top (driver_bytes, where NVML says it): a card's
+// what is enough (allocator_bytes: so much more than tensors). CUDA's own context, modules and graphs come on top (driver_bytes, where NVML says it): a card's
 // memory_bytes is its total without those, and without --memory it is so by what the driver says. On a CPU
 // it is the process's resident memory, libraries included; while it is measured, freed memory is not kept, and large tensors
 // are resident whole.
@@ -70,8 +70,18 @@ struct Work {
   double tensors() const { return std::max(prompt, steps); }
 };
 
-// Through two points.
-double Line(double x, double x0, double y0, double x1, double y1) { return y0 + (y1 - y0) * (x - x0) / (x1 - x0); }
+// Of two lengths, or numbers of sequences.
+struct Trend {
+  int64_t n0 = 1, n1 = 2;
+  Work of0, of1;
+
+  double Line(double Work::*part, int64_t n) const {
+    const double slope = (of1.*part - of0.*part) / static_cast<double>(n1 - n0);
+    return of0.*part + slope * static_cast<double>(n - n0);
+  }
+  // Of tensors, at most: the larger of prompt's and steps' line.
+  double At(int64_t n) const { return std::max({0.0, Line(&Work::prompt, n), Line(&Work::steps, n)}); }
+};
 
 class Planner {
  public:
@@ -133,10 +143,20 @@ class Planner {
   // Whether the prompt and its steps fit into so many bytes.
   bool Fits(const Prompt& prompt, double bytes);
 
-  // The larger of prompt's and steps' line through two runs.
-  static double Extrapolated(double x, double x0, const Work& of0, double x1, const Work& of1) {
-    return std::max({0.0, Line(x, x0, of0.prompt, x1, of1.prompt), Line(x, x0, of0.steps, x1, of1.steps)});
+  // Nothing where memory runs out.
+  const Work* TryMeasured(const Prompt& prompt) {
+    try {
+      return &Measured(prompt);
+    } catch (const std::exception& error) {
+      if (!IsOutOfMemory(error)) throw;
+    }
+    Release();
+    return nullptr;
   }
+  // Where work grows up to `limit`, a part of it that grows faster may be seen later: on to where three lie on a line, and
+  // that is as steep as `least`, bytes for one more.
+  template <typename PromptOf, typename Limit>
+  void Extend(Trend& trend, double least, const PromptOf& prompt, const Limit& limit);
 
   void PlanContext();
   void PlanBatch();
@@ -148,16 +168,8 @@ class Planner {
   int64_t MostContext() const {
     return model_.position_embedding().defined() ? model_.position_embedding().size(0) - kSteps : kMost;
   }
-  double NeedOfContext(int64_t context) const {
-    const auto& [a, b] = contexts_;
-    const double work = Extrapolated(static_cast<double>(context), static_cast<double>(a.context), works_.at(a),
-                                     static_cast<double>(b.context), works_.at(b));
-    return held_ + CacheBytes(context, cell_.batch) + work * (1 + slack_);
-  }
-  double NeedOfBatch(int64_t batch) const {
-    const double work = Extrapolated(static_cast<double>(batch), static_cast<double>(fewer_), of_fewer_, static_cast<double>(2 * fewer_), of_more_);
-    return held_ + CacheBytes(cell_.context, batch) + work * (1 + slack_);
-  }
+  double NeedOfContext(int64_t context) const { return held_ + CacheBytes(context, cell_.batch) + contexts_.At(context) + slack_; }
+  double NeedOfBatch(int64_t batch) const { return held_ + CacheBytes(cell_.context, batch) + batches_.At(batch) + slack_; }
 
   Session& session_;
   const Cell& cell_;
@@ -170,10 +182,9 @@ class Planner {
   double held_ = 0;     // before a run
   double outside_ = 0;  // of the device, what libtorch's allocator has not, at most
   std::optional<double> driver_;  // of that this process's
-  double slack_ = 0;    // what the allocator takes beyond a run's tensors, held to the least, as a share of them
-  std::pair<Prompt, Prompt> contexts_{};
-  int64_t fewer_ = 1;         // sequences of the cell's context
-  Work of_fewer_, of_more_;  // of them, and of twice as many
+  double slack_ = 0;    // what the allocator takes beyond a run's tensors, held to the least
+  Trend contexts_, batches_;
+  double growth_ = 0;  // of work with a prompt's length, in small chunks, bytes a token
   int64_t longest_ = 0, largest_ = 0;
   double last_peak_ = 0;  // of a run, as the memory counts
 };
@@ -182,7 +193,8 @@ Work Planner::Run(const Prompt& prompt) {
   Release();
   ResetPeak();
   const GpuMemory before = gpu_ ? ReadGpuMemory(device_) : GpuMemory();
-  const double held = gpu_ ? static_cast<double>(before.reserved) : static_cast<double>(*ResidentBytes());
+  // Of a process the same for all runs: what a heap gives back between them comes again.
+  const double held = gpu_ ? static_cast<double>(before.reserved) : held_ > 0 ? held_ : static_cast<double>(*ResidentBytes());
   const double tensors_before = gpu_ ? static_cast<double>(before.allocated) : held;
   const double cache = CacheBytes(prompt.context, prompt.batch, /*as_tensors=*/true);
   Work work;
@@ -238,63 +250,84 @@ void Planner::FindSlack(const Prompt& prompt) {
   const Work& work = works_.at(prompt);
   const double least = held_ + CacheBytes(prompt.context, prompt.batch) + work.tensors();
   double fails = 0, fits = std::max(0.0, work.reserved - work.tensors());
-  const double enough = std::max(16.0 * (1 << 20), 0.1 * fits);
+  const double enough = std::max(16.0 * (1 << 20), 0.003 * (memory_ - held_));
   while (fits - fails > enough) {
     const double half = (fits + fails) / 2;
     (Fits(prompt, least + half) ? fits : fails) = half;
   }
-  slack_ = work.tensors() > 0 ? fits / work.tensors() : 0;
+  slack_ = fits;
+}
+
+template <typename PromptOf, typename Limit>
+void Planner::Extend(Trend& trend, double least, const PromptOf& prompt, const Limit& limit) {
+  for (;;) {
+    const int64_t most = limit(), next = std::min(2 * trend.n1, most);
+    const double matters = kMargin * (memory_ - held_), rest = static_cast<double>(most - trend.n1);
+    if (4 * next < 5 * trend.n1 || std::max(least * rest, trend.At(most) - trend.of1.tensors()) < matters) return;
+    const double line = trend.At(next);
+    const Work* of = TryMeasured(prompt(next));
+    if (of == nullptr) return;
+    trend = {trend.n1, next, trend.of1, *of};
+    const double slope = (trend.of1.tensors() - trend.of0.tensors()) / static_cast<double>(trend.n1 - trend.n0);
+    const bool on_line = std::abs(of->tensors() - line) * static_cast<double>(most) / static_cast<double>(next) < matters;
+    if (on_line && (least - slope) * static_cast<double>(most - next) < matters) return;
+  }
 }
 
 void Planner::PlanContext() {
-  int64_t shorter = 2 * Chunk(cell_.batch);
+  const int64_t chunk = Chunk(cell_.batch);
+  const auto prompt = [&](int64_t context) { return Prompt{context, cell_.batch, chunk}; };
+  const auto plan = [&] { return longest_ = LargestThatFits([&](int64_t n) { return NeedOfContext(n); }, Usable(), kMost); };
+  int64_t shorter = 2 * chunk;
   while (shorter > 8 && 2 * shorter > MostContext()) shorter /= 2;
-  for (bool first = true;; shorter /= 2) {
+  if (!gpu_) Run(prompt(shorter));  // what a first run loads and never gives back
+  for (;; shorter /= 2) {
     const bool last = shorter <= 8;
-    contexts_ = {{shorter, cell_.batch, Chunk(cell_.batch)}, {2 * shorter, cell_.batch, Chunk(cell_.batch)}};
-    try {
-      if (first && !gpu_) Run(contexts_.first);  // what a first run loads and never gives back
-      first = false;
-      Measured(contexts_.first), Measured(contexts_.second);
-      memory_ = session_.options().memory > 0 ? static_cast<double>(session_.options().memory) : std::floor(Available());
-    } catch (const std::exception& error) {
-      if (!IsOutOfMemory(error) || last) throw;
+    const Work *of_shorter = TryMeasured(prompt(shorter)), *of_longer = TryMeasured(prompt(2 * shorter));
+    if (of_shorter == nullptr || of_longer == nullptr) {
+      if (last) throw OutOfMemory("a prompt of 16 tokens");
       continue;
     }
-    const auto plan = [&] { longest_ = LargestThatFits([&](int64_t n) { return NeedOfContext(n); }, Usable(), kMost); };
-    plan();
-    if (longest_ < shorter && !last && memory_ > held_) continue;  // a line through shorter ones says it better
-    if (gpu_ && longest_ > 0) {
-      FindSlack(contexts_.second);
-      plan();
-    }
-    return;
+    contexts_ = {shorter, 2 * shorter, *of_shorter, *of_longer};
+    memory_ = session_.options().memory > 0 ? static_cast<double>(session_.options().memory) : std::floor(Available());
+    // Where fewer fit, a line through shorter ones says it better.
+    if (plan() >= shorter || last || memory_ <= held_) break;
   }
+  if (longest_ == 0) return;
+  if (gpu_) FindSlack(prompt(2 * shorter));
+  if (gpu_ && shorter == 2 * chunk && chunk >= 1024) {
+    // What the tokens of one call take may hide what grows with those before them.
+    const int64_t small = chunk / 32;
+    const Work *few = TryMeasured({chunk / 2, cell_.batch, small}), *more = TryMeasured({chunk, cell_.batch, small});
+    if (few != nullptr && more != nullptr) growth_ = (more->tensors() - few->tensors()) / static_cast<double>(chunk - chunk / 2);
+  }
+  Extend(contexts_, growth_, prompt, plan);
+  plan();
 }
 
 void Planner::PlanBatch() {
-  const auto limit = [&] {
-    return LargestThatFits([&](int64_t batch) { return NeedOfBatch(batch); }, Usable(), kMost / cell_.context);
+  const auto plan = [&] {
+    return largest_ = LargestThatFits([&](int64_t batch) { return NeedOfBatch(batch); }, Usable(), kMost / cell_.context);
   };
-  // What the batch will be decides how long chunks are, and that which kernels run.
-  of_fewer_ = of_more_ = works_.at(contexts_.second);
-  const int64_t chunk = Chunk(std::max<int64_t>(limit(), 1));
-  // As many tokens as the longer prompt has: what memory is off by is then as small a share of them.
-  fewer_ = std::max<int64_t>(1, contexts_.second.context * cell_.batch / cell_.context / 2);
-  for (;; fewer_ = std::max<int64_t>(1, fewer_ / 4)) {
-    try {
-      of_fewer_ = Measured({cell_.context, fewer_, chunk});
-      of_more_ = Measured({cell_.context, 2 * fewer_, chunk});
-      break;
-    } catch (const std::exception& error) {
-      if (!IsOutOfMemory(error)) throw;
-      if (fewer_ > 1) continue;
-      of_fewer_ = Measured({cell_.context, 1, chunk});  // throws where there is no room for one
-      of_more_ = {2 * of_fewer_.prompt, 2 * of_fewer_.steps, 2 * of_fewer_.reserved};
-      break;
-    }
+  // What the batch will be decides how many tokens are fed at once, where chunks are by device; else chunks are what they are.
+  batches_.of0 = batches_.of1 = contexts_.of0;
+  const int64_t rough = std::max<int64_t>(plan(), 1);
+  const auto prompt = [&](int64_t batch) {
+    const bool by_device = gpu_ && session_.options().prefill_chunk == 0;
+    return Prompt{cell_.context, batch, by_device ? std::max<int64_t>(Chunk(rough) * rough / batch, 1) : Chunk(batch)};
+  };
+  // As many tokens as a prompt of four chunks has: what memory is off by is then as small a share of them.
+  int64_t fewer = std::max<int64_t>(1, 2 * Chunk(cell_.batch) * cell_.batch / cell_.context);
+  for (;; fewer = std::max<int64_t>(1, fewer / 4)) {
+    const Work *few = TryMeasured(prompt(fewer)), *more = TryMeasured(prompt(2 * fewer));
+    if (fewer > 1 && (few == nullptr || more == nullptr)) continue;
+    if (few == nullptr) throw OutOfMemory(StrCat("a prompt of ", cell_.context, " tokens"));
+    batches_ = {fewer, 2 * fewer, *few, more != nullptr ? *more : Work{2 * few->prompt, 2 * few->steps, 2 * few->reserved}};
+    break;
   }
-  largest_ = limit();
+  plan();
+  Extend(batches_, growth_ * static_cast<double>(cell_.context) / static_cast<double>(cell_.batch), prompt, plan);
+  plan();
 }
 
 void Planner::Check(Counters& counters) {
@@ -345,6 +378,12 @@ Counters Planner::Plan() {
     counters.emplace_back("workspace_bytes", std::ceil(need - held_ - cache));
   }
   if (driver_) counters.emplace_back("driver_bytes", *driver_);
+  if (gpu_) counters.emplace_back("allocator_bytes", slack_);
+  for (const auto& [prompt, work] : works_) {
+    for (const auto& [name, bytes] : {std::pair("prompt", work.prompt), {"steps", work.steps}, {"reserved", work.reserved}}) {
+      counters.emplace_back(StrCat("workspace_", name, "_bytes/ctx:", prompt.context, "/batch:", prompt.batch, "/chunk:", prompt.chunk), bytes);
+    }
+  }
   if (session_.options().check_capacity) Check(counters);
   return counters;
 }
