@@ -119,12 +119,21 @@ TEST(DecodeGraph, SaysWhatItRefuses) {
   says(refused(llama, [](ModelConfig& c) { c.ropes.resize(3); }), "more than two kinds of rotation");
   says(refused(llama, [](ModelConfig& c) { c.layer_scalar = true; }), "scalars of layers without norms");
   says(refused(llama, [](ModelConfig& c) { c.score_softcap = 50; }), "a cap on attention's scores");
-  says(refused(llama, [](ModelConfig& c) { c.residual_scale = 0.5; }), "a factor of what layers add to the state");
-  says(refused(llama, [](ModelConfig& c) { c.logit_divisor = 2; }), "a divisor of logits");
-  says(refused(llama, [](ModelConfig& c) { c.names.input_norm.clear(); }), "without a norm before it");
-  says(refused(llama, [](ModelConfig& c) { c.names.mlp_norm.clear(); }), "without a norm before it");
-  says(refused(llama, [](ModelConfig& c) { c.norm_across_heads = true, c.names.q_norm = c.names.k_norm = "n"; }),
-       "a norm over all heads");
+  for (bool ModelConfig::*bias : {&ModelConfig::o_bias, &ModelConfig::mlp_bias}) {
+    ModelConfig biased = llama;
+    biased.*bias = true;
+    says(refused(biased, [](ModelConfig& c) { c.residual_scale = 0.5; }), "a factor of what layers add to the state");
+  }
+  says(refused(Gemma3(), [](ModelConfig& c) { c.residual_scale = 0.5; }), "a factor of what layers add to the state");
+  says(refused(Gemma4(), [](ModelConfig& c) { c.logit_divisor = 2; }), "a divisor of logits that are capped");
+  says(refused(llama, [](ModelConfig& c) { c.names.input_norm.clear(); }), "without a norm before or behind it");
+  says(refused(llama, [](ModelConfig& c) { c.names.mlp_norm.clear(); }), "without a norm before or behind it");
+  const auto across = [](ModelConfig& c) { c.norm_across_heads = true, c.names.q_norm = c.names.k_norm = "n"; };
+  says(refused(llama, [&](ModelConfig& c) { across(c), c.qkv_bias = true; }), "biases under a norm over all heads");
+  says(refused(llama, [&](ModelConfig& c) {
+         across(c);
+         for (LayerConfig& layer : c.layers) layer.head_dim = 12, layer.num_kv_heads = 1;
+       }), "a norm over all heads with channels");
   says(refused(llama, [](ModelConfig& c) { c.ropes[0] = {.rotated_share = 0.5}; }), "heads of which a part turns");
   says(refused(llama, [](ModelConfig& c) { c.layers[2].experts = 4, c.layers[2].experts_per_token = 1; }), "experts");
   says(refused(Gemma3(), [](ModelConfig& c) { c.names.post_mlp_norm.clear(); }), "MLP alone");
@@ -267,6 +276,20 @@ std::vector<Case> HostCases() {
   return cases;
 }
 
+// The tiny models that a graph does not refuse, on other weights and in 16 bits.
+std::vector<Case> FamilyCases(at::ScalarType type) {
+  std::vector<Case> cases;
+  for (const Family& family : Families()) {
+    for (const auto& [name, says] : family.says["cases"].items()) {
+      if (!says.contains("graph") || says["graph"] != "") continue;
+      const ModelConfig config = LoadModelConfig(GoldenPath("models/" + name));
+      cases.push_back({config, "none", 1, type});
+      cases.push_back({config, "none", 3, type});
+    }
+  }
+  return cases;
+}
+
 // What a CPU's graph knows beside one residual for both sides.
 std::vector<Case> PolicyCases() {
   const ModelConfig mistral = Config({"mistral-7b", 128, 4, 2, 128, 96}), qwen2 = Config({"qwen2-7b", 192, 3, 1, 64, 200});
@@ -317,9 +340,9 @@ void ExpectStepsEqualForward(const std::vector<Case>& cases, const std::vector<i
     for (const int64_t length : lengths) {
       SCOPED_TRACE(StrCat(c.text(), " after ", length, ": ", graph.kernels()));
       plain.Clear(), cache.Clear();
-      Feed(model, Prompt(c.batch, length, device), plain, backend, 64);
-      Feed(model, Prompt(c.batch, length, device), cache, backend, 64);
-      const at::Tensor first = Prompt(c.batch, 1, device);
+      const at::Tensor prompt = Prompt(c.batch, length, device).remainder(c.config.vocab_size);
+      Feed(model, prompt, plain, backend, 64), Feed(model, prompt, cache, backend, 64);
+      const at::Tensor first = Prompt(c.batch, 1, device).remainder(c.config.vocab_size);
       const at::Tensor logits = model.Logits(model.Forward(first, plain, backend)).select(1, 0);
       const at::Tensor token = graph.Run(first, 1);
       EXPECT_LT(RelativeError(graph.logits(), logits), tolerance);
@@ -347,6 +370,14 @@ TEST(DecodeGraphGpu, NewestTokens) {  // under memcheck
     cases.push_back({Config({"mistral-7b", 128, 4, 2, 64, 128}), spec, 2, at::kHalf});
   }
   ExpectStepsEqualForward(cases, {1, 33}, at::kCUDA);
+}
+TEST(DecodeGraphGpu, StepsOfEveryFamilyEqualForward) {
+  KVQ_NEEDS_CUDA();
+  ExpectStepsEqualForward(FamilyCases(at::kHalf), {1, 36, 70}, at::kCUDA);
+}
+TEST(DecodeGraph, StepsOfEveryFamilyOnACpuEqualForward) {
+  if (!host::HasAvx2()) GTEST_SKIP() << host::kWantsAvx2;
+  ExpectStepsEqualForward(FamilyCases(at::kBFloat16), {1, 36, 70}, at::kCPU);
 }
 TEST(DecodeGraph, StepsOnACpuEqualForward) {
   if (!host::HasAvx2()) GTEST_SKIP() << host::kWantsAvx2;
