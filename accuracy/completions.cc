@@ -165,116 +165,154 @@ void CompletionEngine::Score(const at::Tensor& logits, const int32_t* targets, c
   }
 }
 
-int64_t CompletionEngine::Read(const CompletionQuery& query, const std::function<bool()>& wanted, at::Tensor& logits) {
-  KvCache& cache = stepper_.cache();
-  const int64_t length = static_cast<int64_t>(query.prompt.size());
-  const int64_t reused = Reusable(query);
+CompletionEngine::Running::Running(const CompletionQuery& query)
+    : query(query), random(query.sampling.seed ? *query.sampling.seed : std::random_device()()), text(query.stops) {}
+
+void CompletionEngine::Begin(const CompletionQuery& query) {
+  if (query.prompt.empty()) throw std::logic_error("a prompt without tokens");
+  Running& now = running_.emplace(query);
+  now.read = now.answer.reused = Reusable(query);
   if (spec_.policy == Policy::kHf) {
-    cache.Clear();
+    stepper_.cache().Clear();
   } else {
-    while (marks_.back().length > reused) marks_.pop_back();
+    while (marks_.back().length > now.read) marks_.pop_back();
     marks_.back().restore();
   }
-  kept_.resize(static_cast<size_t>(reused));
-  positions_.resize(static_cast<size_t>(reused));
-  for (int64_t begin = reused; begin < length;) {
-    if (wanted && !wanted()) throw Cancelled();
-    const int64_t whole = begin == 0 ? spec_.sink_tokens + spec_.CallTokens() : begin + spec_.CallTokens();
-    const int64_t end = std::min(whole, length);
-    const at::Tensor hidden = model_.Forward(Ids(query.prompt.data() + begin, end - begin), cache, backend_);
-    for (int64_t at = begin; at < end && query.score_prompt; at += kLogitRows) {
-      const int64_t n = std::min(kLogitRows, end - at);
-      logits = model_.Logits(hidden.narrow(1, at - begin, n)).squeeze(0).cpu().contiguous();
-      // The last position's token is still to come.
-      std::vector<int32_t> targets(query.prompt.begin() + at + 1, query.prompt.begin() + std::min(at + n + 1, length));
-      targets.resize(static_cast<size_t>(n), 0);
-      Score(logits, targets.data(), query, positions_);
-    }
-    if (!query.score_prompt) positions_.resize(static_cast<size_t>(end));
-    if (end == length) {
-      if (!query.score_prompt) logits = model_.Logits(hidden.narrow(1, end - begin - 1, 1)).squeeze(0).cpu().contiguous();
-      logits = logits[logits.size(0) - 1];
-      CheckFinite(logits, model_, Ids(query.prompt.data(), length), spec_, backend_);
-      positions_.back() = {};
-    }
-    kept_.insert(kept_.end(), query.prompt.begin() + begin, query.prompt.begin() + end);
-    begin = end;
-    if (reuse_ && end == whole) {
-      marks_.push_back({end, cache.Save()});
-      if (marks_.size() > kMarks + 1) marks_.erase(marks_.begin() + 1);
-    }
-  }
-  return reused;
+  kept_.resize(static_cast<size_t>(now.read));
+  positions_.resize(static_cast<size_t>(now.read));
 }
 
-Completion CompletionEngine::Complete(const CompletionQuery& query, const std::function<bool()>& wanted,
-                                      const std::function<void(const Completion& so_far, const CompletionPart&)>& part) {
-  if (query.prompt.empty()) throw std::logic_error("a prompt without tokens");
-  if (backend_.ran != nullptr) backend_.ran();  // of one that failed
-  Completion answer;
+void CompletionEngine::Read(Running& now) {
+  const CompletionQuery& query = now.query;
+  KvCache& cache = stepper_.cache();
+  const int64_t length = now.length(), begin = now.read;
+  const int64_t whole = begin == 0 ? spec_.sink_tokens + spec_.CallTokens() : begin + spec_.CallTokens();
+  const int64_t end = std::min(whole, length);
+  const at::Tensor hidden = model_.Forward(Ids(query.prompt.data() + begin, end - begin), cache, backend_);
   at::Tensor logits;
-  Stopwatch watch(model_.devices());
-  answer.reused = Read(query, wanted, logits);
-  answer.prompt_seconds = watch.Seconds();
-  const auto length = static_cast<int64_t>(query.prompt.size());
-  if (query.score_prompt) {
-    for (int64_t i = 0; i + 1 < length; ++i) {
-      const Position& position = positions_[static_cast<size_t>(i)];
-      if (!std::isfinite(position.logprob)) {
-        CheckFinite(at::full({}, NAN), model_, Ids(query.prompt.data(), length), spec_, backend_);
-      }
-      ScoredToken token{{query.prompt[static_cast<size_t>(i) + 1], position.logprob}, position.top};
-      if (static_cast<int64_t>(token.top.size()) > query.top) token.top.resize(static_cast<size_t>(query.top));
-      answer.prompt.push_back(std::move(token));
-    }
+  for (int64_t at = begin; at < end && query.score_prompt; at += kLogitRows) {
+    const int64_t n = std::min(kLogitRows, end - at);
+    logits = model_.Logits(hidden.narrow(1, at - begin, n)).squeeze(0).cpu().contiguous();
+    // The last position's token is still to come.
+    std::vector<int32_t> targets(query.prompt.begin() + at + 1, query.prompt.begin() + std::min(at + n + 1, length));
+    targets.resize(static_cast<size_t>(n), 0);
+    Score(logits, targets.data(), query, positions_);
   }
+  if (!query.score_prompt) positions_.resize(static_cast<size_t>(end));
+  if (end == length) {
+    if (!query.score_prompt) logits = model_.Logits(hidden.narrow(1, end - begin - 1, 1)).squeeze(0).cpu().contiguous();
+    now.logits = logits[logits.size(0) - 1];
+    CheckFinite(now.logits, model_, Ids(query.prompt.data(), length), spec_, backend_);
+    positions_.back() = {};
+  }
+  kept_.insert(kept_.end(), query.prompt.begin() + begin, query.prompt.begin() + end);
+  now.read = end;
+  if (reuse_ && end == whole) {
+    marks_.push_back({end, cache.Save()});
+    if (marks_.size() > kMarks + 1) marks_.erase(marks_.begin() + 1);
+  }
+}
 
-  std::mt19937_64 random(query.sampling.seed ? *query.sampling.seed : std::random_device()());
-  TextStream text(query.stops);
+void CompletionEngine::TakePromptScores(Running& now) const {
+  for (int64_t i = 0; i + 1 < now.length(); ++i) {
+    const Position& position = positions_[static_cast<size_t>(i)];
+    if (!std::isfinite(position.logprob)) {
+      CheckFinite(at::full({}, NAN), model_, Ids(now.query.prompt.data(), now.length()), spec_, backend_);
+    }
+    ScoredToken token{{now.query.prompt[static_cast<size_t>(i) + 1], position.logprob}, position.top};
+    if (static_cast<int64_t>(token.top.size()) > now.query.top) token.top.resize(static_cast<size_t>(now.query.top));
+    now.answer.prompt.push_back(std::move(token));
+  }
+}
+
+bool CompletionEngine::Next(Running& now, const OnPart& part) const {
+  const CompletionQuery& query = now.query;
+  Completion& answer = now.answer;
   CompletionPart& next = answer.rest;
-  for (int64_t i = 0; i < query.max_tokens; ++i) {
-    if (wanted && !wanted()) throw Cancelled();
-    if (i > 0) {
-      const at::Tensor last = at::full({1}, int64_t{answer.tokens.back().chosen.id}, at::TensorOptions(at::kLong).device(model_.device()));
-      logits = stepper_.Logits(stepper_.Step(last)).view({-1}).cpu().contiguous();
-      CheckFinite(logits, model_, Ids(query.prompt.data(), length), spec_, backend_);
-    }
-    const int32_t id = Draw(logits.data_ptr<float>(), logits.size(0), query.sampling, random);
-    std::vector<Position> position(1);
-    if (query.logprobs) {
-      position.clear();
-      Score(logits.unsqueeze(0), &id, query, position);
-    }
-    answer.tokens.push_back({{id, position[0].logprob}, std::move(position[0].top)});
-    next.tokens.push_back(answer.tokens.back());
-    const auto among = [&](const std::vector<int32_t>& ids) { return std::find(ids.begin(), ids.end(), id) != ids.end(); };
-    if (!query.ignore_eos && among(end_ids_)) {
-      answer.stopped = true;
-    } else if (among(query.stop_ids)) {
-      answer.stop_id = id;
-    } else if (tokenizer_.IsSpecial(id)) {  // is not printed, but a stop string may be its name
-      for (const std::string& stop : query.stops) {
-        if (stop == tokenizer_.Piece(id)) answer.stop_text = stop;
-      }
-    } else if (text.Add(tokenizer_.Bytes(id))) {
-      answer.stop_text = text.stopped_by();
-    }
-    answer.stopped = answer.stopped || answer.stop_id || answer.stop_text;
-    if (answer.stopped) break;
-    next.text += text.Take(false);
-    if (!part || next.text.empty() || i + 1 == query.max_tokens) continue;
-    answer.text += next.text;
-    part(answer, next);
-    next = {};
+  const int32_t id = Draw(now.logits.data_ptr<float>(), now.logits.size(0), query.sampling, now.random);
+  std::vector<Position> position(1);
+  if (query.logprobs) {
+    position.clear();
+    Score(now.logits.unsqueeze(0), &id, query, position);
   }
-  next.text += text.Take(true);
+  answer.tokens.push_back({{id, position[0].logprob}, std::move(position[0].top)});
+  next.tokens.push_back(answer.tokens.back());
+  const auto among = [&](const std::vector<int32_t>& ids) { return std::find(ids.begin(), ids.end(), id) != ids.end(); };
+  if (!query.ignore_eos && among(end_ids_)) {
+    answer.stopped = true;
+  } else if (among(query.stop_ids)) {
+    answer.stop_id = id;
+  } else if (tokenizer_.IsSpecial(id)) {  // is not printed, but a stop string may be its name
+    for (const std::string& stop : query.stops) {
+      if (stop == tokenizer_.Piece(id)) answer.stop_text = stop;
+    }
+  } else if (now.text.Add(tokenizer_.Bytes(id))) {
+    answer.stop_text = now.text.stopped_by();
+  }
+  answer.stopped = answer.stopped || answer.stop_id || answer.stop_text;
+  if (answer.stopped) return true;
+  next.text += now.text.Take(false);
+  const bool last = static_cast<int64_t>(answer.tokens.size()) == query.max_tokens;
+  if (!part || next.text.empty() || last) return last;
   answer.text += next.text;
-  answer.seconds = watch.Seconds() - answer.prompt_seconds;
+  part(answer, next);
+  next = {};
+  return false;
+}
 
-  answer.ran = RanText(backend_, ran_);
+void CompletionEngine::NoteWays(Running& now) const {
+  if (backend_.ran == nullptr) return;
+  const std::string ran = backend_.ran();
+  for (size_t begin = 0; begin < ran.size();) {
+    const size_t end = std::min(ran.find(", ", begin), ran.size());
+    const std::string way = ran.substr(begin, end - begin);
+    if (std::find(now.ways.begin(), now.ways.end(), way) == now.ways.end()) now.ways.push_back(way);
+    begin = end + 2;
+  }
+}
+
+bool CompletionEngine::Step(const OnPart& part) {
+  Running& now = running_.value();
+  Completion& answer = now.answer;
+  if (backend_.ran != nullptr) backend_.ran();  // of one that failed
+  Stopwatch watch(model_.devices());
+  double reading = 0;
+  bool whole = false;
+  if (now.read < now.length()) {
+    Read(now);
+    reading = watch.Seconds();
+    answer.prompt_seconds += reading;
+    if (now.read == now.length()) {
+      if (now.query.score_prompt) TakePromptScores(now);
+      whole = now.query.max_tokens == 0 || Next(now, part);
+      answer.seconds += watch.Seconds() - reading;
+    }
+  } else {
+    const at::Tensor last = at::full({1}, int64_t{answer.tokens.back().chosen.id}, at::TensorOptions(at::kLong).device(model_.device()));
+    now.logits = stepper_.Logits(stepper_.Step(last)).view({-1}).cpu().contiguous();
+    CheckFinite(now.logits, model_, Ids(now.query.prompt.data(), now.length()), spec_, backend_);
+    whole = Next(now, part);
+    answer.seconds += watch.Seconds();
+  }
+  NoteWays(now);
+  return whole;
+}
+
+Completion CompletionEngine::End() {
+  Running& now = running_.value();
+  Completion answer = std::move(now.answer);
+  answer.rest.text += now.text.Take(true);
+  answer.text += answer.rest.text;
+
+  answer.ran = ran_;
+  if (!now.ways.empty()) {
+    answer.ran.clear();
+    for (const std::string& way : now.ways) answer.ran += (answer.ran.empty() ? "" : ", ") + way;
+    answer.ran += OnDecoded(spec_);
+  }
   answer.stored = stepper_.cache().length();
   const CacheShape shape = model_.cache_shape(1);
-  const int64_t first_call = std::min(spec_.sink_tokens + spec_.CallTokens(), length);
+  const int64_t first_call = std::min(spec_.sink_tokens + spec_.CallTokens(), now.length());
   answer.encoded_share = EncodedShareRead(spec_, shape, first_call, answer.stored - 1, answer.stored);
   if (spec_.policy == Policy::kHf) {  // what is there depends on the calls
     answer.kv_bytes = stepper_.cache().AllocatedBytes();
@@ -282,7 +320,16 @@ Completion CompletionEngine::Complete(const CompletionQuery& query, const std::f
     answer.kv_bytes = KvBytes(spec_, shape, answer.stored, model_.kv_dtype());
     answer.encoded = EncodedTokens(spec_, answer.stored);
   }
+  running_.reset();
   return answer;
+}
+
+Completion CompletionEngine::Complete(const CompletionQuery& query, const std::function<bool()>& wanted, const OnPart& part) {
+  Begin(query);
+  do {
+    if (wanted && !wanted()) throw Cancelled();
+  } while (!Step(part));
+  return End();
 }
 
 }  // namespace kvq

@@ -100,7 +100,7 @@ struct Completion {
   std::string ran;                  // the kernels, in words
 };
 
-// Thrown out of Complete where the client is gone.
+// Thrown where the client is gone.
 class Cancelled : public std::runtime_error {
  public:
   Cancelled() : std::runtime_error("the client is gone") {}
@@ -112,10 +112,22 @@ class CompletionEngine {
   CompletionEngine(Session& session, const Model& model, const Tokenizer& tokenizer, const Backend& backend, const Spec& spec,
                    int64_t context, std::vector<int32_t> end_ids, bool reuse);
 
+  using OnPart = std::function<void(const Completion& so_far, const CompletionPart&)>;
   // `part` is handed what has become certain before the end; `wanted` is asked between calls of the model. Throws Cancelled where it says no,
   // and std::runtime_error where logits are not finite.
-  Completion Complete(const CompletionQuery& query, const std::function<bool()>& wanted = {},
-                      const std::function<void(const Completion& so_far, const CompletionPart&)>& part = {});
+  Completion Complete(const CompletionQuery& query, const std::function<bool()>& wanted = {}, const OnPart& part = {});
+
+  // The same in steps, between which other engines may have theirs: Begin, then Step, one call of the model each, until it
+  // says that the answer is whole, then End. What is begun takes the place of what was, ended or not. The query outlives
+  // its answer, whose seconds are those of its own steps.
+  void Begin(const CompletionQuery& query);
+  bool Step(const OnPart& part = {});
+  Completion End();
+
+  // Of a prompt's tokens, those that would not be read again.
+  int64_t Reusable(const CompletionQuery& query) const;
+  // Bytes that the cache has, whatever is in it, with those in which it hands tokens to attention.
+  int64_t CacheBytes() const { return stepper_.cache().AllocatedBytes() + stepper_.cache().ScratchBytes(); }
 
   // The kernels, in words; where the backend chooses with each call, its name, and Completion::ran says more.
   const std::string& ran() const { return ran_; }
@@ -132,9 +144,26 @@ class CompletionEngine {
     std::function<void()> restore;
   };
 
-  int64_t Reusable(const CompletionQuery& query) const;
-  // Feeds the prompt; the logits behind its last token, [vocab] float32 on the CPU. Returns how many tokens were kept.
-  int64_t Read(const CompletionQuery& query, const std::function<bool()>& wanted, at::Tensor& logits);
+  // An answer that is being made.
+  struct Running {
+    explicit Running(const CompletionQuery& query);
+    int64_t length() const { return static_cast<int64_t>(query.prompt.size()); }
+
+    const CompletionQuery& query;
+    Completion answer;
+    int64_t read = 0;    // tokens of the prompt
+    at::Tensor logits;   // behind the last token, once the prompt is read: [vocab], float32, on the CPU
+    std::mt19937_64 random;
+    TextStream text;
+    std::vector<std::string> ways;  // what the backend says of its calls
+  };
+
+  // The next call of the prompt.
+  void Read(Running& now);
+  void TakePromptScores(Running& now) const;
+  // The next token; true if it is the last.
+  bool Next(Running& now, const OnPart& part) const;
+  void NoteWays(Running& now) const;
   void Score(const at::Tensor& logits, const int32_t* targets, const CompletionQuery& query, std::vector<Position>& to) const;
   at::Tensor Ids(const int32_t* ids, int64_t n) const;
 
@@ -150,6 +179,7 @@ class CompletionEngine {
   std::vector<Mark> marks_;           // states behind whole calls of kept_, the empty cache first
   std::vector<int32_t> kept_;         // the prompt that was fed last
   std::vector<Position> positions_;   // of each of its tokens
+  std::optional<Running> running_;
 };
 
 }  // namespace kvq

@@ -1,6 +1,8 @@
 // What kvqserve computes, without a server: kept prompts, drawing, text as it becomes certain, chat templates.
 #include "accuracy/completions.h"
 
+#include <deque>
+#include <optional>
 #include <set>
 
 #include "accuracy/chat_templates.h"
@@ -125,6 +127,52 @@ TEST_F(CompletionTest, StopsWhenTheClientIsGone) {
     EXPECT_THROW(engine.Complete(query, [&] { return left-- > 0; }), Cancelled);
   }
   EXPECT_EQ(engine.Complete(query).text, other.Complete(query).text);
+}
+
+// Engines that take turns, and one that is left in the middle: every answer has the bits of one alone, and says of itself
+// alone what ran.
+TEST_F(CompletionTest, InTurnsAnswersAreThoseOfOneAlone) {
+  const c10::InferenceMode no_gradients;
+  for (const auto& [backend, spec_text] : std::vector<std::pair<const char*, const char*>>{
+           {"sdpa", "int4-hqq@residual=16"}, {"fused", "int4-hqq@residual=16@sinks=2"}, {"sage", "q8_0@residual=0"},
+           {"sdpa", "kivi-2@policy=kivi@residual=32@group=32"}, {"sdpa", "int4-hqq@residual=8@policy=hf"}}) {
+    SCOPED_TRACE(StrCat(backend, " ", spec_text));
+    const Spec spec = ParseSpec(spec_text);
+    std::vector<CompletionQuery> queries(4);
+    std::deque<CompletionEngine> engines;
+    for (size_t i = 0; i < queries.size(); ++i) {
+      const std::string name = (dir_ / "tiny").string();
+      engines.emplace_back(*session_, session_->model(name), session_->tokenizer(name), FindBackend(backend), spec, 384, std::vector<int32_t>{2}, true);
+      for (size_t id = 0; id < 20 + 97 * i; ++id) queries[i].prompt.push_back(static_cast<int32_t>(3 + id * (31 + i) % 400));
+      queries[i].logprobs = true, queries[i].top = 2, queries[i].score_prompt = i % 2 == 0;
+      queries[i].max_tokens = 25 - static_cast<int64_t>(5 * i), queries[i].ignore_eos = true;
+      queries[i].sampling.temperature = i == 1 ? 1 : 0, queries[i].sampling.seed = 7;
+    }
+    for (const bool again : {false, true}) {  // on a kept cache, too
+      std::vector<std::optional<Completion>> answers(queries.size());
+      for (size_t i = 0; i < queries.size(); ++i) engines[i].Begin(queries[i]);
+      for (int turn = 0, left = 4; left > (again ? 0 : 1); ++turn) {
+        for (size_t i = 0; i < queries.size(); ++i) {
+          if (answers[i] || (i == 0 && !again && turn > 3) || !engines[i].Step()) continue;
+          answers[i] = engines[i].End();
+          --left;
+        }
+      }
+      EXPECT_EQ(answers[0].has_value(), again) << "it was left";
+      for (size_t i = 0; i < queries.size(); ++i) {
+        if (!answers[i]) continue;
+        const Completion alone = Engine(spec, true, backend, 384).Complete(queries[i]);
+        ExpectSame(answers[i]->prompt, alone.prompt);
+        ExpectSame(answers[i]->tokens, alone.tokens);
+        EXPECT_EQ(answers[i]->text, alone.text);
+        if (answers[i]->reused == 0) {  // else there were fewer calls
+          EXPECT_EQ(answers[i]->ran, alone.ran);
+        }
+        EXPECT_EQ(answers[i]->stored, alone.stored);
+        EXPECT_EQ(answers[i]->kv_bytes, alone.kv_bytes);
+      }
+    }
+  }
 }
 
 // Sage computes nothing of fewer than 128 queries at once: what ran is what its calls were, not its name.

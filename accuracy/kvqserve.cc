@@ -1,7 +1,10 @@
 // kvqserve: an OpenAI-compatible server for a model over a quantized KV cache (accuracy/completions.h).
 //
-// One thread, the first, runs the model; requests wait for it in a queue, first come, first served, and one that finds the
-// queue full is refused at once. Each connection has a thread that reads, checks and waits: a request that is wrong never
+// One thread, the first, runs the model. It answers so many requests side by side as there are slots (--parallel), each of
+// which has a cache of its own: they take turns, a turn is a call of the model, of a piece of the prompt or of a token. Two
+// are never computed in one call, whose sums would be in another order than that of the request alone; so every answer has
+// the bits that it has without the others. Further requests wait in a queue, first come, first served, and one that finds
+// the queue full is refused at once. Each connection has a thread that reads, checks and waits: a request that is wrong never
 // reaches the queue. A client that goes away is noticed within a fifth of a second, and its request is dropped.
 #include <arpa/inet.h>
 #include <httplib.h>
@@ -43,7 +46,7 @@ struct Flags {
   std::string model = "smollm2-135m", spec = "none", backend = "sdpa";
   std::string device = "cpu", dtype = "auto", kv_dtype = "auto";
   std::string host = "127.0.0.1";
-  int64_t context = 0, port = 8000, queue = 64, body_mib = 8;
+  int64_t context = 0, port = 8000, parallel = 1, queue = 64, body_mib = 8;
   bool reuse = true, help = false;
 };
 
@@ -62,6 +65,7 @@ const char kHelp[] =
     "  --context=N       tokens of prompt and answer together, for which the cache has room (the model's, at most 8192)\n"
     "  --host=ADDRESS    where to listen; others than this machine reach it only if you say so (127.0.0.1)\n"
     "  --port=N          0: a free one (8000)\n"
+    "  --parallel=N      requests that are answered side by side, each with a cache of its own; the answers are the same (1)\n"
     "  --queue=N         requests that may wait; one more is refused with 503 (64)\n"
     "  --body-mib=N      MiB that a request may have; a larger one is refused with 413 (8)\n"
     "  --no-reuse        reads every prompt anew, also what it has in common with the one before; the answers are the same\n\n"
@@ -85,7 +89,7 @@ Flags ParseFlags(const std::vector<std::string>& arguments) {
     const std::map<std::string, std::string*> texts = {{"--model", &flags.model}, {"--spec", &flags.spec}, {"--backend", &flags.backend},
         {"--device", &flags.device}, {"--dtype", &flags.dtype}, {"--kv-dtype", &flags.kv_dtype}, {"--host", &flags.host}};
     const std::map<std::string, std::pair<int64_t*, int64_t>> numbers = {{"--context", {&flags.context, 2}}, {"--port", {&flags.port, 0}},
-        {"--queue", {&flags.queue, 1}}, {"--body-mib", {&flags.body_mib, 1}}};
+        {"--parallel", {&flags.parallel, 1}}, {"--queue", {&flags.queue, 1}}, {"--body-mib", {&flags.body_mib, 1}}};
     const auto text = texts.find(name);
     const auto number = numbers.find(name);
     if (text == texts.end() && number == numbers.end()) throw InputError(name, ": no such flag; --help lists them");
@@ -100,6 +104,7 @@ Flags ParseFlags(const std::vector<std::string>& arguments) {
     }
   }
   if (flags.port > 65535) throw InputError("--port: a whole number from 0 to 65535, not '", flags.port, "'");
+  if (flags.parallel > 256) throw InputError("--parallel: at most 256, since each has a cache; not '", flags.parallel, "'");
   if (flags.queue > 4096) throw InputError("--queue: at most 4096, since each waiting request has a thread; not '", flags.queue, "'");
   if (flags.body_mib > 1024) throw InputError("--body-mib: at most 1024, not '", flags.body_mib, "'");
   return flags;
@@ -153,11 +158,11 @@ class Queue {
     changed_.notify_one();
     return Pushed::kYes;
   }
-  // Null once the queue is closed.
-  std::shared_ptr<Job> Pop() {
+  // Waits for one if it is to. Null where there is none, and once the queue is closed.
+  std::shared_ptr<Job> Pop(bool wait) {
     std::unique_lock lock(mutex_);
-    changed_.wait(lock, [&] { return closed_ || !jobs_.empty(); });
-    if (closed_) return nullptr;
+    if (wait) changed_.wait(lock, [&] { return closed_ || !jobs_.empty(); });
+    if (closed_ || jobs_.empty()) return nullptr;
     std::shared_ptr<Job> job = jobs_.front();
     jobs_.pop_front();
     return job;
@@ -276,15 +281,28 @@ class App {
     if (served_.context > positions) {
       throw InputError("--context: ", served_.context, " tokens are more than the model's ", positions, " positions");
     }
-    CompletionEngine engine(session_, model, tokenizer, backend, spec, served_.context, EndIds(files, tokenizer), flags_.reuse);
+    for (int64_t i = 0; i < flags_.parallel; ++i) {
+      slots_.emplace_back(session_, model, tokenizer, backend, spec, served_.context, EndIds(files, tokenizer), flags_.reuse);
+      cache_bytes_ += slots_.back().engine.CacheBytes();
+    }
     served_.name = ModelLabel(files.name);
     served_.other_name = flags_.model;
     served_.vocab = model.config().vocab_size;
     served_.tokenizer = &tokenizer;
-    Describe(files, spec, model, engine);
+    Describe(files, spec, model, slots_.front().engine);
     ready_ = true;
     std::cerr << "kvqserve: ready: " << served_.kv.dump() << std::endl;
-    while (const std::shared_ptr<Job> job = queue_.Pop()) Answer(engine, *job);
+    for (;;) {
+      while (running_ < flags_.parallel) {
+        std::shared_ptr<Job> job = queue_.Pop(/*wait=*/running_ == 0);
+        if (!job) break;
+        Take(std::move(job));
+      }
+      if (running_ == 0) break;
+      for (Slot& slot : slots_) {
+        if (slot.job) Advance(slot);
+      }
+    }
   }
 
   void Stop() {
@@ -305,7 +323,7 @@ class App {
 
  private:
   void SetUp() {
-    http_.new_task_queue = [threads = flags_.queue + 32] { return new httplib::ThreadPool(static_cast<size_t>(threads)); };
+    http_.new_task_queue = [threads = flags_.parallel + flags_.queue + 32] { return new httplib::ThreadPool(static_cast<size_t>(threads)); };
     http_.set_tcp_nodelay(true);
     http_.set_payload_max_length(static_cast<size_t>(flags_.body_mib) << 20);
     http_.set_read_timeout(10s);
@@ -455,34 +473,68 @@ class App {
     OrderedJson health = {{"status", ready ? "ok" : "loading"}};
     if (ready) {
       const std::lock_guard lock(counts_);
-      health.update({{"waiting", queue_.size()}, {"answered", answered_}, {"refused", refused_.load()}, {"cancelled", cancelled_},
+      health.update({{"slots", flags_.parallel}, {"running", running_.load()}, {"cache_bytes", cache_bytes_},
+                     {"waiting", queue_.size()}, {"answered", answered_}, {"refused", refused_.load()}, {"cancelled", cancelled_},
                      {"failed", failed_}, {"sequences", sequences_},
                      {"encoded_share", sequences_ > 0 ? OrderedJson(share_ / static_cast<double>(sequences_)) : OrderedJson()}});
     }
     response.set_content(health.dump(), "application/json");
   }
 
-  // On the model's thread.
-  void Answer(CompletionEngine& engine, Job& job) {
+  // Where a request is answered.
+  struct Slot {
+    template <typename... Arguments>
+    explicit Slot(Arguments&&... arguments) : engine(std::forward<Arguments>(arguments)...) {}
+
+    CompletionEngine engine;
+    std::shared_ptr<Job> job;  // null: free
+    std::optional<CompletionEvents> events;
+    std::vector<Completion> answers;  // of its prompts that are done
+    bool begun = false;               // the next one
+    int64_t last = 0;                 // of the requests, by number
+  };
+
+  // On the model's thread, as all of the slots: the free slot that has most of the prompt already, of those the one that
+  // was used longest ago.
+  void Take(std::shared_ptr<Job> job) {
+    Slot* best = nullptr;
+    for (Slot& slot : slots_) {
+      if (slot.job) continue;
+      const auto rank = [&](const Slot& one) { return std::pair(one.engine.Reusable(job->query.prompts.front().query), -one.last); };
+      if (best == nullptr || rank(slot) > rank(*best)) best = &slot;
+    }
+    best->job = std::move(job);
+    best->events.emplace(best->job->query, served_);
+    best->answers.clear();
+    best->begun = false;
+    best->last = ++taken_;
+    ++running_;
+  }
+
+  // A turn: one call of the model for the slot's request.
+  void Advance(Slot& slot) {
+    Job& job = *slot.job;
     const ApiQuery& query = job.query;
-    std::vector<Completion> answers;
-    CompletionEvents events(query, served_);
+    const size_t i = slot.answers.size();
     try {
-      for (size_t i = 0; i < query.prompts.size(); ++i) {
-        answers.push_back(engine.Complete(query.prompts[i].query, [&] { return !job.gone && !stopping_; },
-            !query.stream ? std::function<void(const Completion&, const CompletionPart&)>()
-                          : [&](const Completion& so_far, const CompletionPart& part) { job.Send(events.Part(i, so_far, part)); }));
-        if (query.stream) job.Send(events.End(i, answers.back()));
-      }
+      if (job.gone || stopping_) throw Cancelled();
+      if (!std::exchange(slot.begun, true)) slot.engine.Begin(query.prompts[i].query);
+      CompletionEngine::OnPart send;
+      if (query.stream) send = [&](const Completion& so_far, const CompletionPart& part) { job.Send(slot.events->Part(i, so_far, part)); };
+      if (!slot.engine.Step(send)) return;
+      slot.answers.push_back(slot.engine.End());
+      slot.begun = false;
+      if (query.stream) job.Send(slot.events->End(i, slot.answers.back()));
+      if (slot.answers.size() < query.prompts.size()) return;
       if (query.stream) {
-        job.Finish(200, events.Done(answers));
+        job.Finish(200, slot.events->Done(slot.answers));
       } else {
-        OrderedJson json = CompletionJson(query, served_, answers);
+        OrderedJson json = CompletionJson(query, served_, slot.answers);
         job.Finish(200, json.dump(-1, ' ', false, OrderedJson::error_handler_t::replace));
       }
       const std::lock_guard lock(counts_);
       ++answered_;
-      for (const Completion& answer : answers) ++sequences_, share_ += answer.encoded_share;
+      for (const Completion& answer : slot.answers) ++sequences_, share_ += answer.encoded_share;
     } catch (const Cancelled&) {
       job.Finish(503, ErrorJson(503, "the server ends"));  // or nobody reads it
       const std::lock_guard lock(counts_);
@@ -494,6 +546,9 @@ class App {
       const std::lock_guard lock(counts_);
       ++failed_;
     }
+    slot.events.reset();
+    slot.job.reset();
+    --running_;
   }
 
   // With which tokens the model ends a text: the tokenizer's, and what config.json and generation_config.json say.
@@ -566,7 +621,10 @@ class App {
   Served served_;  // not written once ready_ is set
   OrderedJson models_, tokenizer_info_;  // likewise
   std::atomic<bool> ready_ = false, stopping_ = false, deaf_ = false;
-  std::atomic<int64_t> refused_ = 0;
+  std::atomic<int64_t> refused_ = 0, running_ = 0;
+  std::deque<Slot> slots_;     // of the model's thread
+  int64_t taken_ = 0;          // likewise
+  int64_t cache_bytes_ = 0;    // not written once ready_ is set
   std::mutex counts_;
   int64_t answered_ = 0, cancelled_ = 0, failed_ = 0, sequences_ = 0;
   double share_ = 0;

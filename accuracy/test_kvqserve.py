@@ -101,6 +101,22 @@ class Server:
         assert events[-2:] == ["data: [DONE]", ""], events
         return [json.loads(event[len("data: "):]) for event in events[:-2]]
 
+    def stream(self, body):
+        """The texts of a stream as they come; closed, the client is gone."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
+        connection.request("POST", "/v1/completions", json.dumps({**body, "stream": True}))
+        response = connection.getresponse()
+
+        def texts():
+            try:
+                while (line := response.readline()) != b"data: [DONE]\n":
+                    if line.startswith(b"data: "):
+                        yield json.loads(line[len(b"data: "):])["choices"][0]["text"]
+            finally:
+                response.close()
+                connection.close()
+        return texts()
+
     def begin(self, body, headers=b""):
         """A request whose answer is not waited for."""
         client = socket.create_connection(("127.0.0.1", self.port), timeout=300)
@@ -429,6 +445,37 @@ class Serve(unittest.TestCase):
             for _ in range(2):
                 self.assertEqual(list(pool.map(lambda body: self.server.complete(**body)["choices"], bodies)), alone)
 
+    def test_side_by_side_answers_are_those_of_one_after_another(self):
+        bodies = [{"prompt": TEXT[3 * i:3 * i + 20 + 7 * i], "max_tokens": 5 + i % 9, "temperature": i % 2, "seed": i, "logprobs": 2, "echo": i % 3 == 0}
+                  for i in range(24)]
+        bodies[5]["prompt"] = [TEXT[:90], TEXT[:120], "Paris"]
+        server = Server(self.model, "--spec=int4-hqq@residual=16", "--parallel=4")
+        health, one = server.get("/health")[1], self.server.get("/health")[1]
+        self.assertEqual((health["slots"], health["running"], one["slots"]), (4, 0, 1))
+        self.assertEqual(health["cache_bytes"], 4 * one["cache_bytes"])  # all there is, from the start
+        what = lambda answer: (answer["choices"], answer["kv"])  # noqa: E731
+        alone = [what(self.server.complete(**body)) for body in bodies]
+        with concurrent.futures.ThreadPoolExecutor(24) as pool:
+            for _ in range(2):
+                self.assertEqual(list(pool.map(lambda body: what(server.complete(**body)), bodies)), alone)
+        server.wait_for(answered=48, running=0, waiting=0, cache_bytes=health["cache_bytes"])
+
+        # Four streams: all have begun before one has ended; one is left, and the others do not know it.
+        bodies = [{"prompt": [5, 6, 7 + i], "max_tokens": 700, "ignore_eos": True, "temperature": i % 2, "seed": i} for i in range(4)]
+        streams = [server.stream(body) for body in bodies]
+        texts = [next(stream) for stream in streams]
+        health = server.get("/health")[1]
+        self.assertEqual((health["running"], health["answered"], health["waiting"]), (4, 48, 0))
+        streams[1].close()
+        server.wait_for(cancelled=1, running=3, answered=48)
+        # Its place is the next one's, which ends before the three.
+        self.assertEqual(server.complete(**{**bodies[1], "max_tokens": 3})["choices"], self.server.complete(**{**bodies[1], "max_tokens": 3})["choices"])
+        server.wait_for(cancelled=1, running=3, answered=49)
+        for i in (3, 0, 2):
+            self.assertEqual(texts[i] + "".join(streams[i]), self.server.complete(**bodies[i])["choices"][0]["text"])
+        server.wait_for(cancelled=1, running=0, answered=52, failed=0)
+        self.assertEqual(server.end(), 0)
+
     def test_perplexity_is_kvqbenchs(self):
         corpus = os.path.join(self.folder, "text.txt")
         with open(corpus, "w") as file:
@@ -556,7 +603,7 @@ class Serve(unittest.TestCase):
 
     def test_bad_flags_end_in_one_line(self):
         for flag, word in (("--nope", "--nope"), ("--spec=int5-hqq", "int5-hqq"), ("--model=/nowhere/x", "/nowhere/x"), ("--port=99999", "--port"),
-                           ("--backend=x", "backend"), ("--context=99999", "--context"), ("--queue=0", "--queue"), ("--model=mistral-7b", "random"),
+                           ("--backend=x", "backend"), ("--context=99999", "--context"), ("--queue=0", "--queue"), ("--parallel=0", "--parallel"), ("--parallel=257", "--parallel"), ("--model=mistral-7b", "random"),
                            ("--host=203.0.113.7", "--host")):
             run = subprocess.run([SERVE, "--model=" + self.model, "--port=0", "--dtype=float32", flag], capture_output=True, text=True, timeout=60)
             lines = [line for line in run.stderr.splitlines() if "warning" not in line]
