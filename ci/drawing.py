@@ -76,8 +76,8 @@ SCHEMES = {"none": (INK, "o"), "int8-hqq": (BLUE, "s"), "int4-hqq": (VERMILLION,
 # Engines whose formats are measured (kvqbench --list-presets): name, how such specs begin, colour and marker.
 ENGINES = [("llama.cpp", "llamacpp-", BLUE, "o"), ("vLLM", "vllm-", VERMILLION, "s"), ("TensorRT-LLM", "trtllm-", GREEN, "^"),
            ("SGLang", "sglang-", PINK, "D"), ("LMDeploy", "lmdeploy-", BROWN, "v"), ("MLX", "mlx-", SKY, "P"),
-           ("transformers", "hf-", GOLD, "X"), ("KIVI", "kivi-", PURPLE, "*"), ("exllamav3", "exl", OLIVE, "<"), ("ik_llama.cpp", "ik-llamacpp-", BLUE, "p"),
-           ("TurboQuant, all layers", "turboquant-", PLUM, ">")]
+           ("transformers", "hf-", GOLD, "X"), ("KIVI", "kivi-", PURPLE, "*"), ("exllamav3", "exl", OLIVE, "<"),
+           ("ik_llama.cpp", "ik-llamacpp-", SKY, "8"), ("TurboQuant, all layers", "turboquant-", PLUM, ">")]
 PLAN = ("plan", "plan-", INK, (4, 1, 0))  # what ci/plan put together for a budget of bits
 # Schemes by their own names, which keep the newest tokens in 16 bits.
 FAMILIES = [("ggml types", ("q4_", "q5_", "q6_", "q8_", "iq4_"), TEAL, "p"),
