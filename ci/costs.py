@@ -8,7 +8,7 @@ import labels
 import tables
 from drawing import (FAINT, INK, MANY, PAPER, PLAN, SIDE_BY_SIDE, WIDTH, Drawing, FuncFormatter, Line2D, LogLocator,
                      NullLocator, axis_label, begin, engine_of, grid, group_handles, is_plan, legend, lines, look,
-                     looks, panels_of, point_look, scale_of, short_names, subplots)
+                     looks, panels_of, point_look, scale_of, short_name, short_names, subplots)
 from results import MIB, decode_ms_per_token
 from tables import context_label, model_name, spec_order
 
@@ -334,10 +334,7 @@ def name_cells(axis, cells, xs, points, fronts, fast, which):
                                    obstacles, must=which != "front", fontsize=6 if which == "front" else 7.2, fontweight="bold")
     if which == "front":
         return
-    def short(spec):  # colour and marker say whose it is
-        engine = engine_of(spec)
-        return names[spec].removeprefix(engine[1] if engine and engine[1] not in ("mlx-", "kivi-", "turboquant-") else "")
-    rest = sorted(((place, short(cell.spec) + timed(cell.spec)) for cell, place, of in zip(cells, places, bold) if not of and
+    rest = sorted(((place, short_name(names[cell.spec]) + timed(cell.spec)) for cell, place, of in zip(cells, places, bold) if not of and
                    not cell.spec.endswith("-unrotated")), key=lambda item: "+" in item[1])  # presets before bare specs
     labels.name_points(axis, [place for place, _ in rest], [name for _, name in rest], obstacles, must=which == "all",
                        fontsize=6)
