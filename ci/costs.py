@@ -186,7 +186,8 @@ def pareto_panels(results, cells, y_key, y_label, better, log, interval=False):
         return abs(cell[y_key]) if log else cell[y_key]
     def ends(cell):
         return cell[y_key + "_lo"] or cell[y_key + "_min"], cell[y_key + "_hi"] or cell[y_key + "_max"]
-    floors = [next((c["perplexity.kld_floor_nats"] for c in of if c["perplexity.kld_floor_nats"]), None)
+    # One below zero is zero, but for rounding.
+    floors = [next((c["perplexity.kld_floor_nats"] for c in of if (c["perplexity.kld_floor_nats"] or 0) > 0), None)
               if y_key == "perplexity.kld_nats" else None for _, of, _ in panels]
     # Where rounding is a line, `none` is that line, and what there is to see has the room.
     as_line = all(floor and any(c.spec != "none" for c in of) for floor, (_, of, _) in zip(floors, panels))
@@ -210,13 +211,13 @@ def pareto_panels(results, cells, y_key, y_label, better, log, interval=False):
                  for c in of]
         front = [c for c in front if c in here]
         if floor and (floor >= bottom or as_line):
-            axis.axhline(floor, color=INK, lw=0.8, ls=(0, (1, 1)))
+            axis.axhline(max(floor, bottom), color=INK, lw=0.8, ls=(0, (1, 1)))
             plain = next((bits(c) for c in of if c.spec == "none"), None)
             # At the left if a point is near to it at the right; of groups the legend is there.
             left = not grouped and any(bits(c) > most_bits / 2 and size_of(c) < 3 * floor for c in here)
-            axis.text(0.01 if left else 0.99, floor, f"{plain:.0f} bits: rounding alone" if as_line and plain else
-                      "rounding alone", transform=axis.get_yaxis_transform(), fontsize=6.5, va="bottom",
-                      ha="left" if left else "right")
+            words = f"{plain:.0f} bits: rounding alone" if as_line and plain else "rounding alone"
+            axis.text(0.01 if left else 0.99, max(floor, bottom), words + f", {floor:.1g}" * (floor < bottom),
+                      transform=axis.get_yaxis_transform(), fontsize=6.5, va="bottom", ha="left" if left else "right")
         axis.plot([bits(c) for c in front], [shown(c) for c in front], color=FAINT, lw=1.4 if large else 0.9, zorder=1)
         axis.plot([bits(c) for c in plans], [shown(c) for c in plans], color=INK, lw=1, zorder=1)
         at_once = pareto_front([c for c in here if encodes_at_once(c) and not is_plan(c.spec)], size_of, better)

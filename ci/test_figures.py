@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import unittest
+import warnings
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
@@ -499,6 +500,25 @@ class Kept(unittest.TestCase):
         floor = next(row["value"] for row in of.rows if row["spec"] == "none")
         self.assertTrue(any(np.allclose(line.get_ydata(), floor, rtol=0.05) for line in axis.get_lines()
                             if line.get_linestyle() != "-" and len(line.get_ydata()) == 2))
+
+    def test_floors_that_are_no_floors(self):
+        for floor, words in ((-1.7e-9, None), (0.0, None), (1e-12, "16 bits: rounding alone, 1e-12")):
+            for batches in ((1,), (1, 2)):
+                results = made_up(["none", "int8-hqq", "int4-hqq"], batches=batches)
+                for cell in results.cells:
+                    cell.values["perplexity.kld_nats"] = floor if cell.spec == "none" else 0.1 * drawing.bits_said(cell.spec)
+                    cell.values["perplexity.kld_floor_nats"] = floor
+                    cell.values["perplexity.kld_nats_lo"] = 0.0 if cell.spec == "none" else 0.1
+                    cell.values["perplexity.kld_nats_hi"] = 1e-9 if cell.spec == "none" else 1.0
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error")
+                    figure = costs.pareto_kld(results, results.cells).figure
+                    figure.canvas.draw()
+                box = figure.get_tightbbox(figure.canvas.get_renderer())
+                self.assertLess(max(box.width, box.height), 1.2 * max(figure.get_size_inches()))
+                for axis in figure.axes[:len(batches)]:
+                    self.assertGreater(axis.get_ylim()[0], 1e-4)  # and nothing is far from what there is to see
+                    self.assertEqual([text.get_text() for text in axis.texts if "rounding" in text.get_text()], [words] * bool(words))
 
     def test_names_in_the_pareto_figures_do_not_cover_each_other(self):
         for (source, name), of in self.drawn.items():
