@@ -8,7 +8,7 @@ import labels
 import tables
 from drawing import (FAINT, INK, MANY, PAPER, PLAN, SIDE_BY_SIDE, WIDTH, Drawing, FuncFormatter, Line2D, LogLocator,
                      NullLocator, axis_label, begin, engine_of, grid, group_handles, is_plan, legend, lines, look,
-                     looks, panels_of, point_look, scale_of, short_names, subplots)
+                     looks, panels_of, point_look, scale_of, short_name, short_names, subplots)
 from results import MIB, decode_ms_per_token
 from tables import context_label, model_name, spec_order
 
@@ -186,8 +186,8 @@ def pareto_panels(results, cells, y_key, y_label, better, log, interval=False):
         return abs(cell[y_key]) if log else cell[y_key]
     def ends(cell):
         return cell[y_key + "_lo"] or cell[y_key + "_min"], cell[y_key + "_hi"] or cell[y_key + "_max"]
-    # Rounding alone may come out as nothing, or a little less.
-    floors = [next((c["perplexity.kld_floor_nats"] for c in of if (c["perplexity.kld_floor_nats"] or 0) > 1e-7), None)
+    # One below zero is zero, but for rounding.
+    floors = [next((c["perplexity.kld_floor_nats"] for c in of if (c["perplexity.kld_floor_nats"] or 0) > 0), None)
               if y_key == "perplexity.kld_nats" else None for _, of, _ in panels]
     # Where rounding is a line, `none` is that line, and what there is to see has the room.
     as_line = all(floor and any(c.spec != "none" for c in of) for floor, (_, of, _) in zip(floors, panels))
@@ -213,13 +213,13 @@ def pareto_panels(results, cells, y_key, y_label, better, log, interval=False):
                  for c in of]
         front = [c for c in front if c in here]
         if floor and (floor >= bottom or as_line):
-            axis.axhline(floor, color=INK, lw=0.8, ls=(0, (1, 1)))
+            axis.axhline(max(floor, bottom), color=INK, lw=0.8, ls=(0, (1, 1)))
             plain = next((bits(c) for c in of if c.spec == "none"), None)
             # At the left if a point is near to it at the right; of groups the legend is there.
             left = not grouped and any(bits(c) > most_bits / 2 and size_of(c) < 3 * floor for c in here)
-            axis.text(0.01 if left else 0.99, floor, f"{plain:.0f} bits: rounding alone" if as_line and plain else
-                      "rounding alone", transform=axis.get_yaxis_transform(), fontsize=6.5, va="bottom",
-                      ha="left" if left else "right")
+            words = f"{plain:.0f} bits: rounding alone" if as_line and plain else "rounding alone"
+            axis.text(0.01 if left else 0.99, max(floor, bottom), words + f", {floor:.1g}" * (floor < bottom),
+                      transform=axis.get_yaxis_transform(), fontsize=6.5, va="bottom", ha="left" if left else "right")
         axis.plot([bits(c) for c in front], [shown(c) for c in front], color=FAINT, lw=1.4 if large else 0.9, zorder=1)
         axis.plot([bits(c) for c in plans], [shown(c) for c in plans], color=INK, lw=1, zorder=1)
         at_once = pareto_front([c for c in here if encodes_at_once(c) and not is_plan(c.spec)], size_of, better)
@@ -337,10 +337,7 @@ def name_cells(axis, cells, xs, points, fronts, fast, which):
                                    obstacles, must=which != "front", fontsize=6 if which == "front" else 7.2, fontweight="bold")
     if which == "front":
         return
-    def short(spec):  # colour and marker say whose it is
-        engine = engine_of(spec)
-        return names[spec].removeprefix(engine[1] if engine and engine[1] not in ("mlx-", "kivi-", "exl", "turboquant-") else "")
-    rest = sorted(((place, short(cell.spec) + timed(cell.spec)) for cell, place, of in zip(cells, places, bold) if not of and
+    rest = sorted(((place, short_name(names[cell.spec]) + timed(cell.spec)) for cell, place, of in zip(cells, places, bold) if not of and
                    not cell.spec.endswith("-unrotated")), key=lambda item: "+" in item[1])  # presets before bare specs
     labels.name_points(axis, [place for place, _ in rest], [name for _, name in rest], obstacles, must=which == "all",
                        fontsize=6)

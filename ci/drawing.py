@@ -179,6 +179,13 @@ def short_names(specs):
     return {spec: spec if names.count(name) > 1 else name for spec, name in zip(specs, names)}
 
 
+def short_name(name):
+    """Without its engine, where colour and marker say that and something is left that says the rest."""
+    engine = engine_of(name)
+    rest = name.removeprefix(engine[1]) if engine and engine[1] not in ("mlx-", "kivi-", "turboquant-") else name
+    return rest if rest[:1].isalpha() else name
+
+
 # ---- panels
 
 def panels_of(results, cells, backends_apart=True):
@@ -263,7 +270,10 @@ def begin(axis, scale, least, most, below=0.0, above=0.0):
     if scale == "zero":
         axis.set_ylim(-below * room, top)
         return
-    ticks = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(max(0, low - (0.04 + below) * room), top)
+    for bins in (5, 10):  # more where the few begin far below
+        ticks = MaxNLocator(bins, steps=[1, 2, 2.5, 5, 10]).tick_values(max(0, low - (0.04 + below) * room), top)
+        if low - ticks[0] < (0.2 + below) * room:
+            break
     axis.set_yticks([tick for tick in ticks if tick <= top])
     axis.set_ylim(ticks[0], top)
     if ticks[0] > 0:
@@ -406,7 +416,7 @@ def name_lines(figure, axes, panels, away, style, better, short):
         best = best_somewhere(per_spec, better)
         rank = sorted((spec for spec in per_spec if spec not in not_here), key=lambda spec: (
             spec not in best, spec != "none", (1 if better == "less" else -1) * -per_spec[spec][-1][1]))
-        labels.name_ends(axis, [(names[spec].removeprefix(engine_of(spec)[1]) if short and engine_of(spec) else names[spec],
+        labels.name_ends(axis, [(short_name(names[spec]) if short else names[spec],
                                  per_spec[spec][-1][:2], style[spec]["color"], spec in best) for spec in rank])
 
 

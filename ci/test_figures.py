@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import unittest
+import warnings
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
@@ -116,8 +117,9 @@ class Looks(unittest.TestCase):
                 self.assertGreaterEqual(contrast(colour, paper), 3, (colour, paper))
 
     def test_unknown_schemes_look_like_no_known_one(self):
+        known = {*drawing.SCHEMES.values(), *(of[2:] for of in [*drawing.ENGINES, drawing.PLAN, *drawing.FAMILIES])}
         for i in range(500):
-            self.assertNotIn((drawing.look(f"new-{i}")["color"], drawing.look(f"new-{i}")["marker"]), drawing.RESERVED)
+            self.assertNotIn((drawing.look(f"new-{i}")["color"], drawing.look(f"new-{i}")["marker"]), known)
         self.assertGreater(len({kind(drawing.look(f"new-{i}")) for i in range(500)}), 90)
 
     def test_what_would_look_alike_in_a_legend_is_filled_otherwise(self):
@@ -435,7 +437,7 @@ class Kept(unittest.TestCase):
     def test_both_fronts_are_joined_and_named(self):
         of = self.drawn["many", "pareto_kld"]
         axis, rows = of.figure.axes[0], of.rows
-        names = [text.get_text().split(", ")[0] for text in self.names(axis)]
+        names = [text.get_text().split(", ")[0] for text in self.names(axis) if text.get_fontweight() == "bold"]
         for plans in (False, True):
             part = [row for row in rows if row["spec"].startswith("plan-") == plans]
             for row in part:  # by its meaning, each among its own
@@ -499,6 +501,25 @@ class Kept(unittest.TestCase):
         self.assertTrue(any(np.allclose(line.get_ydata(), floor, rtol=0.05) for line in axis.get_lines()
                             if line.get_linestyle() != "-" and len(line.get_ydata()) == 2))
 
+    def test_floors_that_are_no_floors(self):
+        for floor, words in ((-1.7e-9, None), (0.0, None), (1e-12, "16 bits: rounding alone, 1e-12")):
+            for batches in ((1,), (1, 2)):
+                results = made_up(["none", "int8-hqq", "int4-hqq"], batches=batches)
+                for cell in results.cells:
+                    cell.values["perplexity.kld_nats"] = floor if cell.spec == "none" else 0.1 * drawing.bits_said(cell.spec)
+                    cell.values["perplexity.kld_floor_nats"] = floor
+                    cell.values["perplexity.kld_nats_lo"] = 0.0 if cell.spec == "none" else 0.1
+                    cell.values["perplexity.kld_nats_hi"] = 1e-9 if cell.spec == "none" else 1.0
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error")
+                    figure = costs.pareto_kld(results, results.cells).figure
+                    figure.canvas.draw()
+                box = figure.get_tightbbox(figure.canvas.get_renderer())
+                self.assertLess(max(box.width, box.height), 1.2 * max(figure.get_size_inches()))
+                for axis in figure.axes[:len(batches)]:
+                    self.assertGreater(axis.get_ylim()[0], 1e-4)  # and nothing is far from what there is to see
+                    self.assertEqual([text.get_text() for text in axis.texts if "rounding" in text.get_text()], [words] * bool(words))
+
     def test_names_in_the_pareto_figures_do_not_cover_each_other(self):
         for (source, name), of in self.drawn.items():
             if name in ("pareto_kld", "pareto_decode") and source != "strangers":
@@ -538,12 +559,12 @@ class Scales(unittest.TestCase):
             self.assertEqual(drawing.scale_of(ranges), scale, ranges)
 
     def test_an_axis_begins_at_a_round_number_below_what_it_shows(self):
-        for least, most in ((3.74, 4.55), (219, 326), (13.6, 17.4), (0.0123, 0.02), (1000.5, 1000.9)):
+        for least, most in ((3.74, 4.55), (219, 326), (13.6, 17.4), (8.08, 10.64), (0.0123, 0.02), (1000.5, 1000.9)):
             figure, axis = drawing.subplots()
             drawing.begin(axis, "near", least, most)
             low, high = axis.get_ylim()
             self.assertTrue(0 < low < least and most < high, (least, most, low, high))
-            self.assertGreater((most - least) / (high - low), 0.5)  # and not far below
+            self.assertGreater((most - least) / (high - low), 0.65)  # and not far below
             close_all()
 
 
