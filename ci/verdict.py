@@ -53,6 +53,8 @@ LEAST_RUNS = 3
 SPEED_MARGIN = 0.01
 # So many schemes are named in a sentence.
 NAMED = 5
+# What a name stands for is said up to so many characters: a plan's is a spec for each layer.
+LONGEST_MEANING = 80
 
 FREE, NEARLY, SMALL, COSTS, BREAKS = range(5)
 GRADES = ["costs nothing that can be measured",
@@ -436,7 +438,7 @@ def meaning(cell):
         return f"{row[0]}: {flags(row)}"
     found = [part for key, text in sorted(cell.texts.items()) if key.endswith(".label")
              for part in text.split("; ")[1:] if "@" in part]
-    return f"`{found[0]}`" if found else ""
+    return f"`{found[0]}`" if found and len(found[0]) <= LONGEST_MEANING else ""
 
 
 # ---- sentences
