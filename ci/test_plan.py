@@ -133,7 +133,7 @@ class Command(unittest.TestCase):
         with open(os.path.join(cls.folder, "text.txt"), "w", encoding="utf-8") as file:
             file.write("The capital of France is Paris. The river that runs through it is the Seine. " * 300)
         cls.out = os.path.join(cls.folder, "out")
-        cls.done = cls.plan("--budget=5bits", "--out=" + cls.out)
+        cls.done = cls.plan("--budget=5bits", "--out=" + cls.out, "--engine=llama.cpp,vllm")
 
     @classmethod
     def tearDownClass(cls):
@@ -143,7 +143,7 @@ class Command(unittest.TestCase):
     def plan(cls, *flags, bare=False):
         common = [] if bare else [f"--models={cls.model}", "--corpus-file=" + os.path.join(cls.folder, "text.txt"), "--contexts=64",
                                   "--windows=2", "--batch=2", "--check-windows=3", "--front=4", "--candidates=q8_0,q4_0,exl3-2",
-                                  "--decode-tokens=4", "--runs=1", "--max-runs=1", "--kvqbench=" + KVQBENCH, "--beside=llamacpp-q4_0,kivi-2"]
+                                  "--decode-tokens=4", "--runs=1", "--max-runs=1", "--kvqbench=" + KVQBENCH, "--beside=llamacpp-q4_0,kivi-2", "--engine=no"]
         return subprocess.run([os.path.join(HERE, "plan"), *common, *flags], capture_output=True, text=True, env=ENVIRONMENT)
 
     def test_the_plan_is_the_best_of_all_and_is_measured(self):
@@ -174,6 +174,9 @@ class Command(unittest.TestCase):
         self.assertIn(f"set: {plan['spec']}", self.done.stdout)
         self.assertIn("Preset llamacpp-q4_0 (4.500 bits, 10 % fewer bytes)", self.done.stdout)
         self.assertIn("kivi-2", self.done.stdout)
+        for name in ("llamacpp-of-plan-5", "vllm-of-plan-5"):
+            self.assertIsNotNone(next(row for row in plan["rows"] if row["name"] == name)["kld"])
+        self.assertIn("-ctk ", self.done.stdout)
         self.assertGreater(sum(row["kind"] == "plan" for row in plan["rows"]), 1)
         front = [row for row in plan["rows"] if row["front"]]
         for a, b in zip(front, front[1:]):
@@ -183,7 +186,7 @@ class Command(unittest.TestCase):
 
     def test_again_nothing_is_measured_and_the_plan_is_the_same(self):
         before = {name: read(self.out, name) for name in os.listdir(self.out) if name.endswith(".json")}
-        again = self.plan("--budget=5bits", "--out=" + self.out)
+        again = self.plan("--budget=5bits", "--out=" + self.out, "--engine=llama.cpp,vllm")
         self.assertEqual((again.returncode, again.stdout), (0, self.done.stdout))
         def measured(text):  # what depends on neither the date nor the load
             return json.loads(text).get("benchmarks")
