@@ -553,7 +553,7 @@ TEST(KvCacheParity, PolicyHfEqualsTransformersQuantizedCache) {
   }
 }
 
-// Tokens that a kernel stores itself, by the same rules as fixtures/decode_graph.cc, and then counts.
+// Tokens that a kernel stores itself, by the same rules as fixtures/decode_step.cc, and then counts.
 TEST(KvCache, CountsWhatWasStoredFromOutside) {
   for (const char* text : {"none", "int4-hqq@residual=16@sinks=4", "int2-hqq-kivi@residual=32", "int8-hqq@residual=16"}) {
     const Spec spec = ParseSpec(text);
