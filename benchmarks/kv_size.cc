@@ -4,7 +4,9 @@
 // encoded_bits_per_element is of encoded tokens alone, their metadata included: what bits_per_element comes near to in a
 // long context (4.5 for 4-bit codes in groups of 64 that share two fp16 numbers). encoded_share says how many of all
 // elements those are, dense tokens, sides and layers counted: bits_per_element is the mean of the two, weighted by it.
-// encoded_tokens is of the side that encodes more. kv_bytes/layer:N is what each layer has of kv_bytes.
+// encoded_tokens is of the side that encodes more. kv_bytes/layer:N is what each layer has of kv_bytes. Where layers keep a window
+// alone (@window-cache=window), kv_bytes has the tokens that are kept, and encoded_share is of these; bits_per_element is over the
+// elements of the whole context, as of any cache: what a token of context costs, so that `none` has fewer than 16.
 #include "benchmarks/measurement.h"
 #include "kernels/error.h"
 
