@@ -270,7 +270,9 @@ TEST_F(WindowCacheCommand, ResultsAreOfTheirOwnNameAndResume) {
   for (const auto& [name, run] : before.items()) EXPECT_EQ(after.at(name), run) << name;
   const int64_t token = layers_ * 2 * heads_ * 64 * 2;
   EXPECT_EQ(Of(after, "kv_size", "none")["kv_bytes"], 64 * token);
+  EXPECT_EQ(Of(after, "kv_size", "none")["kv_bytes_window_cache"], 16 * token);
   EXPECT_EQ(Of(after, "kv_size", "none@window-cache=window")["kv_bytes"], 16 * token);
+  EXPECT_FALSE(Of(after, "kv_size", "none@window-cache=window").contains("kv_bytes_window_cache"));
   EXPECT_EQ(Of(after, "kv_size", "none@window-cache=window")["kv_bytes_allocated"], 16 * token);
   EXPECT_EQ(Of(after, "kv_size", "none@window-cache=window")["bits_per_element"], 4);
   // Of 16 tokens in sight 8 are encoded, as codes of 4.5 bits.
