@@ -205,7 +205,7 @@ Work Planner::Run(const Prompt& prompt) {
     const auto options = at::TensorOptions(at::kLong).device(device_);
     const at::Tensor ids = at::randint(model_.config().vocab_size, {prompt.batch, prompt.context}, options);
     Decoding decoding(session_, cell, kSteps, ids, prompt.chunk);
-    const at::Tensor token = decoding.Start();
+    const at::Tensor token = decoding.Start(/*once=*/true);
     Synchronize(device_);
     const Peak in_prompt = ReadPeak();
     ResetPeak();
