@@ -220,6 +220,19 @@ TEST(DecodeGraphGpu, SaysWhichPoliciesItRefuses) {
   EXPECT_EQ(RefusalOf(model, "int4-hqq@residual=0"), "no refusal");
 }
 
+TEST(DecodeGraph, RefusesAWindowOfWhichItWouldReadBlocks) {
+  if (!host::HasAvx2()) GTEST_SKIP() << host::kWantsAvx2;
+  const c10::InferenceMode guard;
+  const Model model(WindowedMistral(), Weights::Random(1, at::kFloat, at::kCPU));
+  for (const char* spec : {"int4-hqq@residual=32", "int4-hqq@residual=32+0", "none+int4-hqq@residual=32", "int8-hqq@residual=0@sinks=4", "int4-hqq@policy=kivi@residual=8"}) {
+    EXPECT_EQ(RefusalOf(model, spec), "no refusal");
+    EXPECT_NE(RefusalOf(model, StrCat(spec, "@window-cache=window")).find("stored one by one, residual=0 and no sinks"), std::string::npos) << spec;
+  }
+  for (const char* spec : {"none", "int8-hqq@residual=0", "int4-hqq@residual=32@layers=0-2:none"}) {
+    EXPECT_EQ(RefusalOf(model, StrCat(spec, "@window-cache=window")), "no refusal");
+  }
+}
+
 struct Case {
   ModelConfig config;
   std::string spec;
@@ -333,6 +346,11 @@ std::vector<Case> PolicyCases() {
   cases.push_back({Gemma4(), "int4-hqq@policy=kivi@residual=32", 2, at::kFloat});
   cases.push_back({Gemma4(), "int8-hqq@residual=0", 2, at::kFloat});
   cases.push_back({mistral, "int4-hqq@policy=kivi@residual=32", 2, at::kFloat, at::kBFloat16});
+  for (const char* spec : {"none", "int8-hqq@residual=0", "none+q8_0@residual=0", "q8_0+none@residual=0@rotate=hadamard", "q4_0+int8-hqq@residual=0@dense=1+0"}) {
+    for (const ModelConfig& config : {Gemma3(), Gemma4(), WindowedMistral()}) {
+      cases.push_back({config, StrCat(spec, "@window-cache=window"), 2, at::kFloat, at::kBFloat16});
+    }
+  }
   return cases;
 }
 
@@ -348,6 +366,12 @@ std::vector<Case> PolicyCasesOnAGpu() {
     cases.push_back({qwen2, spec, 3, at::kBFloat16});
   }
   cases.push_back({WindowedMistral(), "kivi-2@policy=kivi@residual=32", 2, at::kHalf});
+  for (const char* spec : {"none", "q8_0@residual=0", "none+q8_0@residual=0", "q8_0+none@residual=0@dense=1+0"}) {
+    for (const ModelConfig& config : {Gemma3(), Gemma4(), WindowedMistral()}) {
+      cases.push_back({config, StrCat(spec, "@window-cache=window"), 2, at::kHalf});
+    }
+  }
+  cases.push_back({WindowedMistral(), "llamacpp-q4_0@window-cache=window", 1, at::kBFloat16});
   return cases;
 }
 

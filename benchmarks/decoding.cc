@@ -22,10 +22,10 @@ Decoding::Decoding(Session& session, const Cell& cell, int64_t new_tokens, const
   }
 }
 
-at::Tensor Decoding::Start() {
+at::Tensor Decoding::Start(bool once) {
   if (!first_.defined()) {
     first_ = Next(Feed(model_, ids_, cache_, backend_, chunk_));
-    behind_context_ = cache_.Save();
+    if (!once) behind_context_ = cache_.Save();
   } else {
     behind_context_();
   }
