@@ -54,10 +54,10 @@ __device__ __forceinline__ void MoveThrees(uint32_t low, uint32_t high, uint32_t
   odd = ones(low) | ones(high) << 4;
 }
 
-template <typename S, DType kType, int kDim, int kGroup>
-__global__ void __launch_bounds__(32 * kWarps, OwnBlocks<S>(kGroup))
+template <typename S, DType kType, int kDim, int kGroup, int kOwn>
+__global__ void __launch_bounds__(32 * kWarps, OwnBlocks(kOwn))
     EncodeOwnKernel(const __grid_constant__ DenseView x, int64_t first_token, const __grid_constant__ KvView out) {
-  constexpr int kOwn = OwnChannels<S>(kGroup), kTokenLanes = kDim / kOwn, kTokens = 32 / kTokenLanes;
+  constexpr int kTokenLanes = kDim / kOwn, kTokens = 32 / kTokenLanes;
   constexpr int kPieces = kOwn / 8, kPitch = 2 * kOwn + 16;  // of a lane's numbers: 16 bytes each; bytes, with a gap against bank conflicts
   constexpr int kWords = kDim * kLow<S> / 32, kOwnRuns = kOwn / kRunChannels<kLow<S>>;
   constexpr int kRowPitch = kWords + (kOwnRuns == 2 ? 8 : 4);  // words
