@@ -131,11 +131,11 @@ KVQ_HD inline float ShortQuotient(float x, float d, float inverse) {
   return fmaf(fmaf(-d, near, x), inverse, near);
 }
 
-// v / kDivisor of a v that is not negative.
-template <int kDivisor>
+// v / kDivisor of a v that is not negative. `kFinite`: nor infinite, and 0 or at least 1e-28, as differences of float16 are.
+template <int kDivisor, bool kFinite = false>
 KVQ_HD inline float DividedBy(float v) {
 #ifdef __CUDA_ARCH__
-  if (v >= 1e-28f && v < 1e38f) return ShortQuotient(v, kDivisor, 1.0f / kDivisor);
+  if (kFinite || (v >= 1e-28f && v < 1e38f)) return ShortQuotient(v, kDivisor, 1.0f / kDivisor);
 #endif
   return v / kDivisor;
 }
@@ -196,6 +196,11 @@ KVQ_HD inline float Poisoned(float v, float poison) {
 // v, but 0 for -0: where the smallest of several zeros is stored, CPU and GPU may have found another one.
 KVQ_HD inline float PlusZero(float v) { return v + 0.0f; }
 
+#ifndef __CUDACC__
+template <typename Numbers>
+inline constexpr bool kAreHalves = false;
+#endif
+
 // A group's numbers as float16 has them.
 template <typename Numbers>
 struct Halves {
@@ -248,6 +253,8 @@ template <typename Numbers>
 inline constexpr DType kInWords<Numbers&> = kInWords<Numbers>;
 template <typename Numbers>
 inline constexpr bool kHasWords = kInWords<Numbers> != DType::kFloat32;
+template <typename Numbers>
+inline constexpr bool kAreHalves = kInWords<Numbers> == DType::kFloat16;
 
 // `combine` of v over those lanes.
 template <typename Numbers, typename T, typename Combine>

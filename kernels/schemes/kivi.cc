@@ -86,11 +86,12 @@ __device__ __forceinline__ PairFit PairsOf(const Fit& low, const Fit& high, uint
     }
     return {0, 0x3C003C00, 0xBC00BC00, 0x3C003C00, low.stored};
   }
+  // No 1 / s is within 2^-22 of itself of the middle between two float16: an approximate one is rounded as the exact one.
   const uint32_t in_range = (scales & 0x03FF03FF) | 0x3C003C00;
   float first, second;
   UnpackTwo<DType::kFloat16>(in_range, first, second);
   return {(low.stored.minimum | uint32_t{high.stored.minimum} << 16) ^ 0x80008000, 0x78007800 - (scales & 0x7C007C00),
-          in_range ^ 0x80008000, PackTwo<DType::kFloat16>(1 / first, 1 / second), low.stored};
+          in_range ^ 0x80008000, PackTwo<DType::kFloat16>(ptx::Reciprocal(first), ptx::Reciprocal(second)), low.stored};
 }
 #endif
 

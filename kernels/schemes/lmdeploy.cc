@@ -56,7 +56,7 @@ struct Affine {
   KVQ_HD static auto FitGroup(const Numbers& x, int n) {
     const GroupRange range = plain::Range(x, n);
     const float difference = range.high - range.low;
-    float s = plain::DividedBy<(1 << kBits) - 1>(kBits == 8 ? plain::AsHalf(difference) : difference);
+    float s = plain::DividedBy<(1 << kBits) - 1, plain::kAreHalves<Numbers>>(kBits == 8 ? plain::AsHalf(difference) : difference);
     float z = (0 - range.low) / s;  // Triton's minus is 0 - x: no negative zero
     const bool constant = s == 0 || plain::Absolute(plain::AsHalf(z)) > 65504;
     if (constant) s = 1, z = 0 - range.low;

@@ -155,7 +155,7 @@ struct SglangFp4 {
   template <typename Numbers>
   KVQ_HD static auto FitGroup(const Numbers& x, int n) {
     const float largest = plain::Magnitude(x, n);
-    const Fit fit = FitOf(CeilLog2(plain::Poisoned(Larger(plain::DividedBy<6>(largest), 1e-10f), largest)));
+    const Fit fit = FitOf(CeilLog2(plain::Poisoned(Larger(plain::DividedBy<6, plain::kAreHalves<Numbers>>(largest), 1e-10f), largest)));
 #ifdef __CUDACC__
     if constexpr (plain::kInWords<Numbers> == DType::kFloat16) {
       const PairFit pairs = PairsOf(x, n, fit);

@@ -36,9 +36,9 @@ struct Candidate {
   uint32_t s;
   float inverse;
 };
-template <int kMost>
+template <int kMost, bool kFinite>
 KVQ_HD inline Candidate ScaleFor(float largest) {
-  const uint32_t code = E4M3::Code(plain::DividedBy<kMost>(largest));
+  const uint32_t code = E4M3::Code(plain::DividedBy<kMost, kFinite>(largest));
   const float s = E4M3::Value(code);
   return {code, s > 0 ? 1 / s : 0};
 }
@@ -97,9 +97,9 @@ struct Blocks {
   template <typename Numbers>
   KVQ_HD static auto FitGroup(const Numbers& x, int n) {
     const float largest = plain::Magnitude(x, n);
-    Candidate best = ScaleFor<6>(largest);
+    Candidate best = ScaleFor<6, plain::kAreHalves<Numbers>>(largest);
     if constexpr (kFourOverSix) {
-      const Candidate four = ScaleFor<4>(largest);
+      const Candidate four = ScaleFor<4, plain::kAreHalves<Numbers>>(largest);
       if (Error(four, x, n) < Error(best, x, n)) best = four;
     }
 #ifdef __CUDACC__
@@ -129,9 +129,11 @@ struct Blocks {
     if constexpr (plain::kInWords<Numbers> != DType::kFloat16) {
       return ProductFit<Stored>{up, stored};
     } else {
-      // The bits of an E4M3 are those of a float16 that is 2^8 too small.
+      // The bits of an E4M3 are those of a float16 that is 2^8 too small. No 1 / s is so near to the middle between two float16 that
+      // an approximate one would be rounded otherwise.
       const uint32_t s = MultiplyTwo(best.s * 0x800080, 0x5C005C00);
-      return QuotientFit<Stored>{s ^ 0x80008000, PackTwo<DType::kFloat16>(best.inverse, best.inverse), up, stored};
+      const float inverse = best.s == 0 ? 0 : ptx::Reciprocal(ptx::HalfAt(s, 0));
+      return QuotientFit<Stored>{s ^ 0x80008000, PackTwo<DType::kFloat16>(inverse, inverse), up, stored};
     }
   }
   static constexpr plain::Signs kSigns = plain::Signs::kOfNumbers;
