@@ -85,6 +85,8 @@ def frame_lost(asked, stored, sides, head_dim):
         if sides[side] and turned(want, head_dim) != turned(has, head_dim):
             lost.append(f"{SIDES[side]}: rotation {want} was planned, the engine has {has}, beyond what its formats do "
                         "themselves")
+    if asked.window_cache != stored.window_cache:
+        lost.append("how many tokens a layer with a sliding window keeps is not handed over: it is the engine's own default")
     if asked.group != stored.group:
         lost.append(f"groups of {asked.group or 'the default size'} were planned, the engine has " +
                     (f"groups of {stored.group}" if stored.group else "its formats' own"))
