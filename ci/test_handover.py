@@ -487,7 +487,7 @@ def run(*arguments):
 
 class Command(unittest.TestCase):
     def test_bad_input_is_one_line(self):
-        for arguments, line in ((["q4_0", "--engine=ollama"], "--engine: no engine 'ollama'; there are llama.cpp, "),
+        for arguments, line in ((["q4_0", "--engine=ollama"], "--engine: no engine 'ollama'; there are exllamav3, "),
                                 (["q3_k"], "no scheme 'q3_k'; there are "), ([], ""), (["q4_0", "q8_0"], "wants one spec"),
                                 (["q4_0", "--colour"], "unknown flag '--colour'"), (["q4_0", "--model=nowhere"], "nowhere"),
                                 (["q4_0@layers=0-99:none"], "layers 0-99, but the cache has layers 0-29"),
