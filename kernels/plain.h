@@ -739,7 +739,7 @@ constexpr int OwnChannels(int group) {
   return own;
 }
 // Blocks of a multiprocessor that registers have to be left for.
-constexpr int OwnBlocks(int own) { return own > 64 ? 3 : own > 32 ? 5 : 8; }
+constexpr int OwnBlocks(int own) { return own > 64 ? 3 : own > 32 ? 5 : 7; }
 
 // The newest token of each sequence on one side, before and after it is encoded.
 struct NewestSide {
