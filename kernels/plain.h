@@ -730,11 +730,12 @@ struct Split {
 
 // Where the shape is known when a kernel is compiled, and numbers and codes are aligned (EncodesOwn), a lane has those that it encodes
 // in registers (kernels/device/plain_encode.cuh): so many neighbouring channels of a token, whose codes fill words; more, where
-// fewer lanes then have to exchange numbers, and all of a group that is seen number by number.
+// fewer lanes then have to exchange numbers, or where a lane's own work (places, loads, stores) would be much of it; and all of a group
+// that is seen number by number.
 inline constexpr int kWarps = 4;
 template <typename S>
 constexpr int OwnChannels(int group) {
-  int own = kRunChannels<kLow<S>> > 32 || kHasVector<S> ? 64 : 32;
+  int own = kLow<S> <= 4 && (kOdd<S> == 0 || kLow<S> == 2) ? 64 : 32;
   if constexpr (requires { S::kInOrder; }) own = group > own ? group : own;
   return own;
 }
