@@ -420,10 +420,11 @@ KVQ_HD inline int32_t Total(const Numbers& x, int n, const Term& term) {
 }
 
 #ifdef __CUDACC__
-// Codes that are the whole part of s = x inverse + offset, below 16 or limited (kLimits) to 15, but for what a scheme's own roundings make of that, as pairs in
-// x.Words(), kTooLargeWhole too large: where s ends up within 2^-15 of a whole number, or is not `near` enough for that to be said
-// (all |x inverse| <= 32), `exact(number)` makes them. (192 + s has 16 bits behind the point: one operation makes a code and what
-// lies behind it. That sum, the offset's and the reciprocal's roundings are off by 2^-16 at most, a scheme's three by 2^-17.)
+// Codes that are the whole part of s = x inverse + offset, below 16 or limited (kLimits) to 15, but for what a scheme's own roundings
+// make of that: as pairs in x.Words(), kTooLargeWhole too large. Where s ends up within 2^-15 of a whole number, or is not `near` enough
+// for that to be said (all |x inverse| <= 32), `exact(number)` makes them. (192 + s has 16 bits behind the point: one operation makes a
+// code and what lies behind it. That sum's and the offset's roundings are 2^-17 at most each, the reciprocal's and a scheme's three
+// together less than 2^-17: some 2^-15.4 in all.)
 inline constexpr uint32_t kTooLargeWhole = 0x4340;
 template <bool kLimits, typename Numbers, typename Exact>
 __device__ __forceinline__ void CodeWhole(const Numbers& x, int n, float inverse, float offset, bool near, const Exact& exact) {
