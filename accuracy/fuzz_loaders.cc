@@ -72,7 +72,7 @@ void Use(const std::string& text, unsigned flags) {
 void UseSpec(const std::string& text) {
   const kvq::Spec spec = kvq::ParseSpec(text);
   spec.stores_dense();
-  kvq::CacheShape mixed{2, {{8, 128}, {1, 256}, {3, 80}}};
+  kvq::CacheShape mixed{2, {{8, 128}, {1, 256}, {3, 80}, {.kv_heads = 2, .head_dim = 64, .window = 16}}};
   for (const kvq::CacheShape& shape :
        {kvq::CacheShape::Uniform(4, 1, 2, 64), kvq::CacheShape::Uniform(1, 1, 1, 1), mixed}) {
     try {
@@ -85,9 +85,9 @@ void UseSpec(const std::string& text) {
       const kvq::SchemePair pair = spec.At(static_cast<int64_t>(layer), shape.count());
       for (const kvq::Codec* codec : {&pair.keys->keys, &pair.values->values}) {
         if (codec->encode == nullptr) continue;
-        const auto [heads, head_dim] = shape.layers[layer];
+        const kvq::KvShape& of = shape.layers[layer];
         const int64_t tokens = 1024 * codec->min_block_tokens;
-        Expect(kvq::EncodedBytes(*codec, spec.Params(*codec), shape.batch, heads, head_dim, tokens) > 0, "no bytes");
+        Expect(kvq::EncodedBytes(*codec, spec.Params(*codec), shape.batch, of.kv_heads, of.head_dim, tokens) > 0, "no bytes");
       }
     }
   }
