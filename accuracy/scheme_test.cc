@@ -200,7 +200,10 @@ void ExpectAllQuotientsOnGpu(const Codec& codec, const std::vector<float>& large
       while (value(bits) <= most) {
         numbers.push_back(most);  // a group's first one
         numbers.push_back(both_signs ? -most : 0);
-        for (int64_t i = 2; i < n; ++i, ++bits) numbers.push_back(value(bits) <= most ? (both_signs && bits % 3 == 0 ? -1.0f : 1.0f) * value(bits) : 0);
+        for (int64_t i = 2; i < n; ++i, ++bits) {
+          const float sign = both_signs && bits % 3 == 0 ? -1.0f : 1.0f;
+          numbers.push_back(value(bits) <= most ? sign * value(bits) : 0);
+        }
       }
     }
     numbers.resize((numbers.size() + 127) / 128 * 128);
@@ -267,7 +270,9 @@ TEST(ShortQuotient, IsTheQuotient) {
   }
   EXPECT_EQ(wrong, 0);
   for (const float d : {3.0f, 4.0f, 6.0f, 7.0f, 15.0f, 255.0f, 448.0f}) {
-    for (uint32_t bits = 0x3F800000; bits < 0x40000000; ++bits) wrong += plain::ShortQuotient(BitsFloat(bits), d, 1 / d) != BitsFloat(bits) / d;
+    for (uint32_t bits = 0x3F800000; bits < 0x40000000; ++bits) {
+      wrong += plain::ShortQuotient(BitsFloat(bits), d, 1 / d) != BitsFloat(bits) / d;
+    }
     EXPECT_EQ(wrong, 0) << d;
   }
   // The least of a number above 0, where it is taken, leaves a rest that is one.

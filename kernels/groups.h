@@ -282,8 +282,8 @@ __device__ __forceinline__ uint32_t MultiplyAddTwo(uint32_t a, uint32_t b, uint3
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
   return sum;
 }
-// x / d of two float16 at a time, where d is in [1, 2) and `inverse` is 1 / d to the nearest, rounded once (as in plain.h,
-// ReciprocalQuotients) for quotients of 1/4 and more that x has room for, a smaller one nearly so.
+// x / d of two float16 at a time, `inverse` 1 / d to the nearest: rounded once (as in plain.h, ReciprocalQuotients) where what is left of
+// x has room, nearly so where it has not. QuotientsGpu in scheme_test.cc says that of those whose codes are made with it.
 __device__ __forceinline__ uint32_t DivideTwo(uint32_t x, uint32_t minus_d, uint32_t inverse) {
   const uint32_t near = MultiplyTwo(x, inverse);
   return MultiplyAddTwo(MultiplyAddTwo(minus_d, near, x), inverse, near);

@@ -420,10 +420,11 @@ KVQ_HD inline int32_t Total(const Numbers& x, int n, const Term& term) {
 }
 
 #ifdef __CUDACC__
-// Codes that are the whole part of s = x inverse + offset, below 16 or limited (kLimits) to 15, but for what a scheme's own roundings make of that, as pairs in
-// x.Words(), kTooLargeWhole too large: where s ends up within 2^-15 of a whole number, or is not `near` enough for that to be said
-// (all |x inverse| <= 32), `exact(number)` makes them. (192 + s has 16 bits behind the point: one operation makes a code and what
-// lies behind it. That sum, the offset's and the reciprocal's roundings are off by 2^-16 at most, a scheme's three by 2^-17.)
+// Codes that are the whole part of s = x inverse + offset, below 16 or limited (kLimits) to 15, but for what a scheme's own roundings
+// make of that: as pairs in x.Words(), kTooLargeWhole too large. Where s ends up within 2^-15 of a whole number, or is not `near` enough
+// for that to be said (all |x inverse| <= 32), `exact(number)` makes them. (192 + s has 16 bits behind the point: one operation makes a
+// code and what lies behind it. That sum's and the offset's roundings are 2^-17 at most each, the reciprocal's and a scheme's three
+// together less than 2^-17: some 2^-15.4 in all.)
 inline constexpr uint32_t kTooLargeWhole = 0x4340;
 template <bool kLimits, typename Numbers, typename Exact>
 __device__ __forceinline__ void CodeWhole(const Numbers& x, int n, float inverse, float offset, bool near, const Exact& exact) {
@@ -730,16 +731,17 @@ struct Split {
 
 // Where the shape is known when a kernel is compiled, and numbers and codes are aligned (EncodesOwn), a lane has those that it encodes
 // in registers (kernels/device/plain_encode.cuh): so many neighbouring channels of a token, whose codes fill words; more, where
-// fewer lanes then have to exchange numbers, and all of a group that is seen number by number.
+// fewer lanes then have to exchange numbers, or where a lane's own work (places, loads, stores) would be much of it; and all of a group
+// that is seen number by number.
 inline constexpr int kWarps = 4;
 template <typename S>
 constexpr int OwnChannels(int group) {
-  int own = kRunChannels<kLow<S>> > 32 || kHasVector<S> ? 64 : 32;
+  int own = kLow<S> <= 4 && (kOdd<S> == 0 || kLow<S> == 2) ? 64 : 32;
   if constexpr (requires { S::kInOrder; }) own = group > own ? group : own;
   return own;
 }
 // Blocks of a multiprocessor that registers have to be left for.
-constexpr int OwnBlocks(int own) { return own > 64 ? 3 : own > 32 ? 5 : 8; }
+constexpr int OwnBlocks(int own) { return own > 64 ? 3 : own > 32 ? 5 : 7; }
 
 // The newest token of each sequence on one side, before and after it is encoded.
 struct NewestSide {

@@ -192,7 +192,13 @@ struct Iq4Nl {
   KVQ_HD static auto FitGroup(const Numbers& x, int n) {
     const float largest = plain::SignedMagnitude(x, n);
     const bool zero = plain::Absolute(largest) < 1e-15f;
-    const float inverse = zero ? 0 : 1 / (largest / NonLinear(0));
+    float step;
+#ifdef __CUDACC__
+    if constexpr (plain::kHasWords<Numbers>) step = plain::ShortQuotient(largest, NonLinear(0), 1 / NonLinear(0));
+    else
+#endif
+    step = largest / NonLinear(0);
+    const float inverse = zero ? 0 : 1 / step;
     float with_x = 0, with_itself = 0;
 #ifdef __CUDACC__
     if constexpr (plain::kHasWords<Numbers>) {

@@ -53,7 +53,8 @@ struct Affine {
   KVQ_HD static auto FitGroup(const Numbers& x, int n) {
     const GroupRange range = plain::Range(x, n);
     const bool low_is_edge = plain::Absolute(range.low) > plain::Absolute(range.high);
-    const float edge = low_is_edge ? range.low : range.high, magnitude = Larger(plain::DividedBy<(1 << kBits) - 1, plain::kAreHalves<Numbers>>(range.high - range.low), 1e-7f);
+    const float part = plain::DividedBy<(1 << kBits) - 1, plain::kAreHalves<Numbers>>(range.high - range.low);
+    const float edge = low_is_edge ? range.low : range.high, magnitude = Larger(part, 1e-7f);
     float scale = low_is_edge ? magnitude : -magnitude, bias = 0;
     const float steps = rintf(edge / scale);
     if (steps != 0) scale = edge / steps, bias = edge;

@@ -243,7 +243,8 @@ struct Values {
   template <typename Numbers>
   KVQ_HD static auto FitGroup(const Numbers& x, int n) {
     const GroupRange range = plain::Range(x, n);
-    const float scale = plain::Poisoned(Larger(plain::DividedBy<(1 << kBits) - 1, plain::kAreHalves<Numbers>>(range.high - range.low), 1e-8f), range.poison);
+    const float part = plain::DividedBy<(1 << kBits) - 1, plain::kAreHalves<Numbers>>(range.high - range.low);
+    const float scale = plain::Poisoned(Larger(part, 1e-8f), range.poison);
     const float minimum = plain::Poisoned(plain::PlusZero(range.low), range.poison);
     const Fit fit{plain::Quotients::By(scale), minimum, {FloatToHalf(scale), FloatToHalf(minimum)}};
 #ifdef __CUDACC__
