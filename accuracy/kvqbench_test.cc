@@ -690,7 +690,7 @@ TEST_F(Kvqbench, SensitivityEqualsRunsOfItsSpecs) {
       ErrorSum error;
       for (const std::vector<Window>& group : SideBySide(WindowsOf(work, cell, options), 2)) {
         const at::Tensor ids = WindowIds(work, group);
-        const std::string encoded = PartOfSpec(ParseSpec(spec), 2, [&, layer = layer, keys = keys, values = values](
+        const std::string encoded = PartOfSpec(ParseSpec(spec), CacheShape::Uniform(2, 1, 2, 64), [&, layer = layer, keys = keys, values = values](
                                                                        int64_t at, bool of_values) {
           return at == layer && (of_values ? values : keys);
         });
