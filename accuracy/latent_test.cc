@@ -142,7 +142,7 @@ TEST_F(KvqbenchLatents, AreMeasuredAsOtherCachesAre) {
   const std::string file = (dir_ / "out.json").string();
   const Outcome outcome = Execute(Tiny() + " --schemes=none,int4-hqq@residual=16 --backends=sdpa --contexts=64 --windows=2 --runs=1 --max-runs=1 "
                                   "--decode-tokens=4 --dtype=float32 --benchmark_filter='^(kv_size|error|quantize|distribution|perplexity|"
-                                  "sensitivity|drift|reuse|prefill|decode|memory)' --benchmark_out=" + file);
+                                  "sensitivity|drift|prefill|decode|memory)' --benchmark_out=" + file);
   EXPECT_EQ(outcome.code, 0) << outcome.err;
   std::ifstream in(file);
   std::map<std::string, nlohmann::json> runs;
