@@ -28,6 +28,8 @@ class CompletionTest : public TinyModel {
     const std::string name = (dir_ / "tiny").string();
     return CompletionEngine(*session_, session_->model(name), session_->tokenizer(name), FindBackend(backend), spec, context, {2}, reuse);
   }
+  // Under these backends and specs.
+  void ExpectKeptPromptsAreAsNew(const std::vector<std::pair<const char*, const char*>>& cases);
   std::unique_ptr<Session> session_;
 };
 
@@ -46,15 +48,12 @@ void ExpectSame(const std::vector<ScoredToken>& a, const std::vector<ScoredToken
 
 // Prompts that share beginnings of all kinds: longer, shorter, the same, another in the middle, none; with scores and
 // without, with more of the likeliest than were kept.
-TEST_F(CompletionTest, AKeptPromptGivesTheBitsOfANewOne) {
+void CompletionTest::ExpectKeptPromptsAreAsNew(const std::vector<std::pair<const char*, const char*>>& cases) {
   const c10::InferenceMode no_gradients;
   std::mt19937_64 random(7);
   std::vector<int32_t> text(300);
   for (int32_t& id : text) id = static_cast<int32_t>(3 + random() % 400);
-  for (const auto& [backend, spec_text] : std::vector<std::pair<const char*, const char*>>{
-           {"sdpa", "none@residual=16"}, {"sdpa", "int4-hqq@residual=16"}, {"sdpa", "int2-hqq-kivi@residual=32@sinks=4@group=32"},
-           {"sdpa", "q8_0@residual=0"}, {"sdpa", "int4-hqq@residual=16@prefill=raw"}, {"sdpa", "kivi-2@policy=kivi@residual=32@group=32"},
-           {"sdpa", "int4-hqq@residual=8@policy=hf"}, {"fused", "none@residual=16"}, {"fused", "int4-hqq@residual=16@sinks=2"}}) {
+  for (const auto& [backend, spec_text] : cases) {
     SCOPED_TRACE(StrCat(backend, " ", spec_text));
     const Spec spec = ParseSpec(spec_text);
     // With no residual a call has 128 tokens: of longer prompts some are whole.
@@ -84,6 +83,23 @@ TEST_F(CompletionTest, AKeptPromptGivesTheBitsOfANewOne) {
       EXPECT_GT(reused, 300);
     }
   }
+}
+
+TEST_F(CompletionTest, AKeptPromptGivesTheBitsOfANewOne) {
+  ExpectKeptPromptsAreAsNew({{"sdpa", "none@residual=16"}, {"sdpa", "int4-hqq@residual=16"}, {"sdpa", "int2-hqq-kivi@residual=32@sinks=4@group=32"},
+                             {"sdpa", "q8_0@residual=0"}, {"sdpa", "int4-hqq@residual=16@prefill=raw"}, {"sdpa", "kivi-2@policy=kivi@residual=32@group=32"},
+                             {"sdpa", "int4-hqq@residual=8@policy=hf"}, {"fused", "none@residual=16"}, {"fused", "int4-hqq@residual=16@sinks=2"}});
+}
+
+// Where what is kept of a prompt is a window, the tokens that an answer has pushed out of it are there again.
+TEST_F(CompletionTest, AKeptPromptOfAWindowGivesTheBitsOfANewOne) {
+  json config = json::parse(std::ifstream(dir_ / "tiny" / "config.json"));
+  config["model_type"] = "mistral", config["sliding_window"] = 24;
+  for (const char* key : {"attention_bias", "mlp_bias", "architectures", "pretraining_tp"}) config.erase(key);
+  std::ofstream(dir_ / "tiny" / "config.json") << config;
+  ExpectKeptPromptsAreAsNew({{"sdpa", "none@residual=16@window-cache=window"}, {"sdpa", "int4-hqq@residual=16@window-cache=window"},
+                             {"sdpa", "q8_0@residual=0@window-cache=window"}, {"sdpa", "kivi-2@policy=kivi@residual=32@group=32@window-cache=window"},
+                             {"fused", "none@residual=16@window-cache=window"}, {"fused", "int8-hqq@residual=0@window-cache=window"}});
 }
 
 // The prompt's scores against the calls that measurements make, and a softmax in float64.

@@ -72,7 +72,8 @@ void Use(const std::string& text, unsigned flags) {
 void UseSpec(const std::string& text) {
   const kvq::Spec spec = kvq::ParseSpec(text);
   spec.stores_dense();
-  const kvq::CacheShape mixed{2, {{8, 128}, {1, 256}, {3, 80}}}, latent{1, {{1, 512, 64}, {1, 512, 64}}};
+  const kvq::CacheShape latent{1, {{1, 512, 64}, {1, 512, 64}}};
+  const kvq::CacheShape mixed{2, {{8, 128}, {1, 256}, {3, 80}, {.kv_heads = 2, .head_dim = 64, .window = 16}}};
   for (const kvq::CacheShape& shape :
        {kvq::CacheShape::Uniform(4, 1, 2, 64), kvq::CacheShape::Uniform(1, 1, 1, 1), mixed, latent}) {
     try {

@@ -13,9 +13,9 @@ namespace {
 const CacheShape kShape = CacheShape::Uniform(/*layers=*/2, /*batch=*/1, /*kv_heads=*/3, /*head_dim=*/64);
 
 at::Tensor Tokens(int64_t count, uint64_t seed, const CacheShape& shape = kShape) {
-  const auto [kv_heads, head_dim] = shape.layers[0];
-  return at::tensor(GoldenNumbers(shape.batch * kv_heads * count * head_dim, seed, "outliers"))
-      .view({shape.batch, kv_heads, count, head_dim});
+  const KvShape& of = shape.layers[0];
+  return at::tensor(GoldenNumbers(shape.batch * of.kv_heads * count * of.head_dim, seed, "outliers"))
+      .view({shape.batch, of.kv_heads, count, of.head_dim});
 }
 
 // All tokens in calls of the given sizes; what the last call returns for keys of the last layer.
@@ -553,7 +553,7 @@ TEST(KvCacheParity, PolicyHfEqualsTransformersQuantizedCache) {
   }
 }
 
-// Tokens that a kernel stores itself, by the same rules as fixtures/decode_graph.cc, and then counts.
+// Tokens that a kernel stores itself, by the same rules as fixtures/decode_step.cc, and then counts.
 TEST(KvCache, CountsWhatWasStoredFromOutside) {
   for (const char* text : {"none", "int4-hqq@residual=16@sinks=4", "int2-hqq-kivi@residual=32", "int8-hqq@residual=16"}) {
     const Spec spec = ParseSpec(text);

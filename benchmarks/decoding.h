@@ -21,8 +21,9 @@ class Decoding {
   // Behind these ids, [batch, n], instead of the cell's context, fed `chunk` of a sequence at once.
   Decoding(Session& session, const Cell& cell, int64_t new_tokens, const at::Tensor& ids, int64_t chunk);
 
-  // Brings the cache to where it is behind the context; returns the next token of every sequence, [batch, 1].
-  at::Tensor Start();
+  // Brings the cache to where it is behind the context; returns the next token of every sequence, [batch, 1]. `once`: nothing is kept
+  // to do so again, which is a copy of the residual and of windows, where memory is what is measured.
+  at::Tensor Start(bool once = false);
   // Feeds the token and decodes greedily, new_tokens steps in all.
   void Run(at::Tensor token);
   // A prefill and one step. Where a graph runs, throws std::runtime_error if its logits are not those of the other
@@ -30,6 +31,9 @@ class Decoding {
   void WarmUp();
   // Behind a Run: its last logits, as fixtures/finite.h says.
   void CheckFinite() const;
+
+  // Bytes of experts that steps have read until now, on one of the model's devices.
+  int64_t ExpertBytesRead(at::Device device) const;
 
   const Model& model() const { return model_; }
   const KvCache& cache() const { return cache_; }

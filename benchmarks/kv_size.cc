@@ -4,7 +4,10 @@
 // encoded_bits_per_element is of encoded tokens alone, their metadata included: what bits_per_element comes near to in a
 // long context (4.5 for 4-bit codes in groups of 64 that share two fp16 numbers). encoded_share says how many of all
 // elements those are, dense tokens, sides and layers counted: bits_per_element is the mean of the two, weighted by it.
-// encoded_tokens is of the side that encodes more. kv_bytes/layer:N is what each layer has of kv_bytes.
+// encoded_tokens is of the side that encodes more. kv_bytes/layer:N is what each layer has of kv_bytes. Where layers keep a window
+// alone (@window-cache=window), kv_bytes has the tokens that are kept, and encoded_share is of these; bits_per_element is over the
+// elements of the whole context, as of any cache: what a token of context costs, so that `none` has fewer than 16. Where they could,
+// and the spec keeps all tokens, kv_bytes_window_cache is what it would have of kv_bytes otherwise, as engines do.
 #include "benchmarks/measurement.h"
 #include "kernels/error.h"
 
@@ -43,6 +46,11 @@ Counters KvSize(Session& session, const Cell& cell, benchmark::State& state) {
   Counters counters = {{"kv_bytes", static_cast<double>(bytes)},
                        {"kv_bytes_allocated", static_cast<double>(allocated)},
                        {"bits_per_element", 8.0 * static_cast<double>(bytes) / elements}};
+  Spec windowed = spec;
+  windowed.window_cache = spec.policy != Policy::kHf;
+  if (const int64_t fewer = KvBytes(windowed, shape, cell.context, dtype); fewer < bytes) {
+    counters.emplace_back("kv_bytes_window_cache", static_cast<double>(fewer));
+  }
   if (const auto bits = EncodedBits(spec, shape)) counters.emplace_back("encoded_bits_per_element", *bits);
   const int64_t encoded_tokens = spec.stores_dense()            ? 0
                                  : spec.policy == Policy::kHf ? cell.context

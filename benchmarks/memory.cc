@@ -57,7 +57,7 @@ void Diagnose(Session& session, const char* when, const KvCache* cache) {
 
 Counters Honest(Session& session, const Cell& cell) {
   Decoding decoding(session, cell, kSteps);
-  decoding.Run(decoding.Start());
+  decoding.Run(decoding.Start(/*once=*/true));
   decoding.CheckFinite();
   Diagnose(session, "after the last step", &decoding.cache());
   return {{"kv_bytes_allocated", static_cast<double>(decoding.cache().AllocatedBytes())},

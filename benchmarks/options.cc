@@ -300,7 +300,8 @@ std::string HelpText() {
        << "  keys of a spec: @group=N @residual=N[+N] (128: of keys and values; 0: each token is encoded as it comes)\n"
           "  @sinks=N (0) @policy=append|kivi|hf (append) @prefill=stored|raw (stored: what a prompt's attention reads)\n"
           "  @rotate=R[+R] (none; hadamard[:BLOCK], signs[:BLOCK]) @dense=N[+N] (0: first and last layers not encoded)\n"
-          "  @layers=FIRST-LAST:SCHEME[+SCHEME]\n\nbackends\n";
+          "  @layers=FIRST-LAST:SCHEME[+SCHEME]\n"
+          "  @window-cache=full|window (full; window: layers with a sliding window keep what later queries see)\n\nbackends\n";
   rows.clear();
   for (const Backend& backend : Backends()) rows.emplace_back(backend.name, backend.what);
   help << Columns(rows)

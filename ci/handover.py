@@ -50,6 +50,7 @@ class Frame:
     prefill: str = "stored"
     rotate: tuple = ("none", "none")
     group: int = 0                # 0: each scheme's own
+    window_cache: str = "full"    # of layers with a sliding window
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,8 @@ def parse_spec(text, layers, presets=()):
             dense = tuple(whole(text, key, half) for half in halves(value))
         elif key == "rotate":
             frame[key] = halves(value)
-        elif key in ("policy", "prefill"):
-            frame[key] = value
+        elif key in ("policy", "prefill", "window-cache"):
+            frame[key.replace("-", "_")] = value
         elif key == "layers":
             span, colon, stored = value.partition(":")
             first, dash, last = span.partition("-")
@@ -100,8 +101,8 @@ def parse_spec(text, layers, presets=()):
                 _refuse(f"spec '{text}': layers wants FIRST-LAST:SCHEME[+SCHEME], not '{value}'")
             ranges.append((whole(text, key, first), whole(text, key, last if dash else first), halves(stored)))
         else:
-            _refuse(f"spec '{text}': no key '{key}'; the keys are group, residual, sinks, policy, prefill, rotate, dense, "
-                    "layers")
+            _refuse(f"spec '{text}': no key '{key}'; the keys are group, residual, sinks, policy, prefill, window-cache, "
+                    "rotate, dense, layers")
     if frame.get("policy", "append") != "append":
         frame["prefill"] = "raw"  # by their own rules
     assignment = [NONE if layer < dense[0] or layer >= layers - dense[1] else pair for layer in range(layers)]
@@ -143,9 +144,9 @@ def encodes(assignment):
 
 def write_spec(assignment, frame):
     """The spec that stores this; of two ways to say it, that with fewer @layers."""
-    keys, values = encodes(assignment)
-    if not keys and not values:
-        return "none"
+    window = "" if frame.window_cache == "full" else f"@window-cache={frame.window_cache}"
+    if not any(encodes(assignment)):
+        return "none" + window
     base = Counter(pair for pair in assignment if pair != NONE).most_common(1)[0][0]
     text, default = pair_text(base), Frame()
     if frame.policy != "append":
@@ -158,6 +159,7 @@ def write_spec(assignment, frame):
     for key in ("sinks", "group"):
         if getattr(frame, key):
             text += f"@{key}={getattr(frame, key)}"
+    text += window
     first = 0
     for pair, same in itertools.groupby(assignment):
         last = first + len(list(same)) - 1
@@ -341,6 +343,8 @@ def frame_lost(asked, stored, sides, head_dim):
         if sides[side] and turned(want, head_dim) != turned(has, head_dim):
             lost.append(f"{SIDES[side]}: rotation {want} was planned, the engine has {has}, beyond what its formats do "
                         "themselves")
+    if asked.window_cache != stored.window_cache:
+        lost.append("how many tokens a layer with a sliding window keeps is not handed over: it is the engine's own default")
     if asked.group != stored.group:
         lost.append(f"groups of {asked.group or 'the default size'} were planned, the engine has " +
                     (f"groups of {stored.group}" if stored.group else "its formats' own"))

@@ -47,7 +47,8 @@ SPECS = ("none", "llamacpp-q4_0", "llamacpp-q8_0-q4_0-unrotated", "vllm-fp8", "v
          "fp8-e4m3@residual=0@layers=3-3:none@layers=11-12:none", "int8-hqq+int4-hqq@residual=64@layers=0-1:none",
          "int4-hqq@policy=hf@group=32@layers=3-5:int8-hqq@layers=9:int2-hqq-kivi@layers=20-20:none",
          "int8-hqq+int2-hqq@policy=hf@layers=4-9:int4-hqq+int8-hqq", "mlx-8@residual=0@layers=5-20:mlx-4",
-         "int4-hqq@sinks=4@residual=64+32@rotate=signs+hadamard:32@prefill=raw", "none+q8_0@residual=0", "nvfp4@dense=1+2")
+         "int4-hqq@sinks=4@residual=64+32@rotate=signs+hadamard:32@prefill=raw", "none+q8_0@residual=0", "nvfp4@dense=1+2",
+         "q4_0@residual=0@window-cache=window@layers=0-2:none")
 LOADED = []
 
 
@@ -77,7 +78,7 @@ def named(lost):
 
 # A sentence of each thing that two frames differ in.
 OF_FRAME = {"policy": r"that is policy \w+, not ", "sinks": "no sinks", "prefill": "^a prompt's own attention reads (the originals|what is stored), not ",
-            "group": "groups of .* were planned"}
+            "group": "groups of .* were planned", "window_cache": "keeps is not handed over"}
 
 
 class Specs(unittest.TestCase):

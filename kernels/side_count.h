@@ -11,6 +11,7 @@ struct SideCount {
   int64_t sinks = 0, residual_length = 0;
   bool kivi = false;    // policy kivi; else append
   bool slides = false;  // and of it the values: a window from which they leave one by one
+  int64_t ring = 0;     // places of the newest tokens, the only ones that are kept, all encoded or all dense; 0: all are kept
 
   // Whether a step encodes its own token.
   KVQ_HD bool encodes_each() const { return !kivi && residual_length == 0; }
@@ -33,12 +34,17 @@ struct SideCount {
   // During the step that brings token number `after`: what attention reads, and where the token goes, number `residual` of the
   // dense ones.
   KVQ_HD SequenceLength Read(int64_t after) const {
+    if (ring > 0) return {0, static_cast<int32_t>(after < ring ? after : ring), 0};
     if (!kivi) return At(after);
     SequenceLength read = At(after - 1);  // what is stored before, and the step's own
     ++read.residual;
     return read;
   }
   KVQ_HD SequenceLength To(int64_t after) const {
+    if (ring > 0) {  // of dense ones it is the last of so many
+      const int32_t place = static_cast<int32_t>((after - 1) % ring);
+      return encodes_each() ? SequenceLength{0, place, 1} : SequenceLength{0, place + 1, 0};
+    }
     SequenceLength to = Read(after);
     if (encodes_each()) {
       const int32_t first = to.sinks;

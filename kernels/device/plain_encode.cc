@@ -1,5 +1,8 @@
 #include "kernels/plain.h"
 
+#include <algorithm>
+#include <cstdlib>
+
 namespace kvq::plain {
 
 // Of head_dims that instances are worth compiling for: 16-bit numbers and rows of codes aligned to 16 bytes (of odd bits to 4).
@@ -12,8 +15,9 @@ bool EncodesOwn(const DenseView& x, int64_t group, const KvView& out, bool odd) 
 }
 
 KernelLaunch EncodeOwnLaunch(const char* file, const char* scheme, const DenseView& x, int64_t group, int own) {
+  if (const char* wanted = getenv("KVQ_OWN"); wanted != nullptr && group <= atoi(wanted)) own = std::min<int>(atoi(wanted), static_cast<int>(x.head_dim));  // for an experiment
   const int tokens = kWarps * 32 * own / static_cast<int>(x.head_dim);  // of a block
-  return {.instance = {{file}, InstanceName("kvq::plain::EncodeOwnKernel", scheme, TypeName(x.dtype), x.head_dim, group)},
+  return {.instance = {{file}, InstanceName("kvq::plain::EncodeOwnKernel", scheme, TypeName(x.dtype), x.head_dim, group, own)},
           .grid = {GridFor(x.tokens, tokens), static_cast<unsigned>(x.heads), static_cast<unsigned>(x.batch)},
           .threads = 32 * kWarps,
           .early = false};
