@@ -244,6 +244,7 @@ TEST(Model, RandomWeightsAreTheSameForASeedAndStayFinite) {
     ModelConfig config = ParseModelConfig(shape.config, shape.name);
     // The published frame with everything that costs cut down.
     config.vocab_size = config.per_layer_vocab_size = 100;
+    if (config.latent.rank > 0) config.num_heads = 4, config.layers.resize(8);
     config.hidden_size = config.num_heads * 8;
     for (LayerConfig& layer : config.layers) {
       layer.head_dim = 8, layer.intermediate_size = 64;
