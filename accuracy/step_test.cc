@@ -9,7 +9,9 @@
 #include "accuracy/relative_error.h"
 #include "fixtures/cache/codec_tensors.h"
 #include "kernels/device/step.h"
+#include "kernels/runtime/captured_graph.h"
 #include "kernels/runtime/launch.h"
+#include "kernels/scheme.h"
 
 namespace kvq {
 namespace {
@@ -311,7 +313,9 @@ void ExpectMixture(const Mixture& mixture, const char* what) {
   EXPECT_TRUE(mixture.partial.equal(first)) << "the same bits again";
   const bool each_once = mixture.rows <= 8 && mixture.hidden % 64 == 0 && mixture.size % 64 == 0;
   const int64_t distinct = std::get<0>(at::_unique(mixture.Chosen())).numel();
-  if (each_once || mixture.rows == 1) EXPECT_EQ(mixture.reads.item<int64_t>(), 2 * distinct);
+  if (each_once || mixture.rows == 1) {
+    EXPECT_EQ(mixture.reads.item<int64_t>(), 2 * distinct);
+  }
 }
 TEST(StepGpu, ExpertsOfAFewShapes) {  // under a sanitizer
   KVQ_NEEDS_CUDA();
@@ -350,6 +354,122 @@ TEST(StepGpu, ExpertsOfPublishedShapes) {
     ExpectMixture(Mixture(rows, 2880, 2880, 32, 4, true, options), "gpt-oss-20b");
     ExpectMixture(Mixture(rows, 4096, 14336, 8, 2, true, options), "mixtral-8x7b");
   }
+}
+
+// Where a step of Qwen3-30B-A3B's shape spends its time: microseconds a layer of each kernel alone and of chains of them, in a
+// graph over layers that no cache holds. Measures; it cannot fail.
+TEST(StepGpu, DISABLED_TimesOfQwen3Moe) {
+  KVQ_NEEDS_CUDA();
+  const c10::InferenceMode guard;
+  constexpr int64_t kLayers = 16, kHidden = 2048, kHeads = 32, kKvHeads = 4, kDim = 128, kTokens = 4096;
+  const at::TensorOptions options = at::TensorOptions(at::kHalf).device(at::kCUDA), floats = options.dtype(at::kFloat);
+  const auto weight = [&](int64_t out, int64_t in) { return at::randn({out, in}, options) / std::sqrt(static_cast<double>(in)); };
+  const Codec& codec = FindScheme("none").keys;
+  struct Weights {
+    at::Tensor qkv, o, router, keys, values;
+    Mixture mixture;
+  };
+  std::vector<Weights> layers;
+  for (int64_t i = 0; i < kLayers; ++i) {
+    layers.push_back({weight((kHeads + 2 * kKvHeads) * kDim, kHidden), weight(kHidden, kHeads * kDim), weight(128, kHidden),
+                      at::randn({1, kKvHeads, kTokens + 64, kDim}, options), at::randn({1, kKvHeads, kTokens + 64, kDim}, options),
+                      Mixture(1, kHidden, 768, 128, 8, true, options)});
+  }
+  const at::Tensor x = at::randn({1, kHidden}, options), sum = at::empty_like(x), normed = at::empty_like(x);
+  const at::Tensor partial = at::zeros({4, kHidden}, floats), ones = at::ones({kHidden}, floats);
+  const at::Tensor qkv = at::zeros({(kHeads + 2 * kKvHeads) * kDim}, options), queries = at::zeros({kHeads * kDim}, options), attended = at::zeros_like(queries);
+  const at::Tensor lengths = at::tensor({0, int{kTokens}, 0}, at::kInt).to(at::kCUDA), cos = at::ones({kDim / 2}, floats), sin = at::zeros_like(cos);
+  const auto product = [&](const at::Tensor& w, const at::Tensor& from, ProductEnd end) {
+    ProductArgs args;
+    args.dtype = DType::kFloat16, args.rows = 1, args.out = w.size(0), args.in = w.size(1), args.weight = w.data_ptr();
+    args.x = from.data_ptr(), args.end = end, args.partial = partial.data_ptr<float>();
+    if (end == ProductEnd::kPartial) return args;
+    args.normalizes = true;
+    args.norm = {.dtype = DType::kFloat16, .rows = 1, .size = kHidden, .x = x.data_ptr(), .partial = partial.data_ptr<float>(), .splits = 1,
+                 .sum = sum.data_ptr(), .weight = ones.data_ptr<float>(), .eps = 1e-6f, .out = normed.data_ptr()};
+    return args;
+  };
+  const auto token = [&](const at::Tensor& tokens) {
+    return NewToken{.sinks = {}, .tail = ViewOf(tokens), .dense = true, .lengths = static_cast<const SequenceLength*>(lengths.data_ptr())};
+  };
+  at::Tensor workspace;
+  const auto run = [&](const std::string& kernel, const Weights& layer, void* stream) {
+    if (kernel == "qkv") {
+      ProductArgs args = product(layer.qkv, x, ProductEnd::kStore);
+      args.stored = qkv.data_ptr();
+      Product(args, stream);
+    } else if (kernel == "heads") {
+      AppendArgs args;
+      args.of = {.dtype = DType::kFloat16, .rows = 1, .heads = kHeads, .kv_heads = kKvHeads, .head_dim = kDim, .q_norm = ones.data_ptr<float>(),
+                 .k_norm = ones.data_ptr<float>(), .eps = 1e-6f, .cos = cos.data_ptr<float>(), .sin = sin.data_ptr<float>()};
+      args.queries = queries.data_ptr(), args.keys = token(layer.keys), args.values = token(layer.values);
+      AppendHeads(args, qkv.data_ptr(), stream);
+    } else if (kernel == "attention") {
+      DecodeAttentionArgs args;
+      args.query_heads = kHeads, args.queries = queries.data_ptr(), args.out = attended.data_ptr();
+      args.scale = 0.088f, args.early = true, args.lengths = static_cast<const SequenceLength*>(lengths.data_ptr());
+      for (const auto& [view, tokens] : {std::pair(&args.keys, &layer.keys), std::pair(&args.values, &layer.values)}) {
+        view->batch = 1, view->heads = kKvHeads, view->head_dim = kDim, view->capacity = tokens->size(2);
+        view->planes[0] = static_cast<std::byte*>(tokens->data_ptr()), view->plane_stride[0] = tokens->stride(1) * 2;
+      }
+      args.residual_keys = ViewOf(layer.keys), args.residual_values = ViewOf(layer.values);
+      if (!workspace.defined()) workspace = at::zeros({DecodeAttentionWorkspace(codec, codec, args)}, options.dtype(at::kByte));
+      args.workspace = workspace.data_ptr();
+      DecodeAttention(codec, codec, args, stream);
+    } else if (kernel == "o") {
+      Product(product(layer.o, attended, ProductEnd::kPartial), stream);
+    } else if (kernel == "router") {
+      ProductArgs args = product(layer.router, x, ProductEnd::kStore);
+      args.stored = layer.mixture.logits.data_ptr(), args.writes_normed = true;
+      Product(args, stream);
+    } else {
+      ExpertsArgs args = layer.mixture.args();
+      args.x = normed.data_ptr(), args.partial = partial.data_ptr<float>();
+      kernel == "up" ? ExpertsUp(args, stream) : ExpertsDown(args, stream);
+    }
+  };
+  cudaStream_t stream;
+  Check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
+  cudaEvent_t begin, end;
+  Check(cudaEventCreate(&begin), "event"), Check(cudaEventCreate(&end), "event");
+  const auto time = [&](const std::vector<std::string>& kernels) {
+    const auto work = [&] {
+      for (const Weights& layer : layers) {
+        for (const std::string& kernel : kernels) run(kernel, layer, stream);
+      }
+    };
+    CapturedGraph graph;
+    Check(cudaDeviceSynchronize(), "before");
+    graph.Rehearse(work);
+    Check(cudaStreamSynchronize(stream), "rehearsal");
+    graph.Capture(stream, work);
+    std::vector<float> all;
+    for (int i = 0; i < 21; ++i) {
+      Check(cudaEventRecord(begin, stream), "event");
+      graph.Launch();
+      Check(cudaEventRecord(end, stream), "event"), Check(cudaEventSynchronize(end), "event");
+      float ms = 0;
+      Check(cudaEventElapsedTime(&ms, begin, end), "event");
+      all.push_back(ms);
+    }
+    std::ranges::sort(all);
+    double bytes = 0;
+    std::string text;
+    for (const std::string& kernel : kernels) {
+      const Weights& layer = layers[0];
+      text += (text.empty() ? "" : " ") + kernel;
+      bytes += kernel == "qkv" ? layer.qkv.nbytes() : kernel == "o" ? layer.o.nbytes() : kernel == "router" ? layer.router.nbytes()
+               : kernel == "up" ? layer.mixture.up.nbytes() / 16 : kernel == "down" ? layer.mixture.down.nbytes() / 16
+               : kernel == "attention" ? 4 * kKvHeads * kDim * kTokens : 0;
+    }
+    const double us = all[10] * 1e3 / kLayers;
+    printf("%-44s %7.2f us a layer, %6.1f MB, %5.2f TB/s\n", text.c_str(), us, bytes / 1e6, bytes / us / 1e6);
+  };
+  for (const char* kernel : {"qkv", "heads", "attention", "o", "router", "up", "down"}) time({kernel});
+  time({"qkv", "heads"}), time({"qkv", "heads", "attention"}), time({"qkv", "heads", "attention", "o"});
+  time({"o", "router"}), time({"router", "up"}), time({"up", "down"}), time({"o", "router", "up"}), time({"o", "router", "up", "down"});
+  time({"down", "qkv"}), time({"qkv", "heads", "attention", "o", "router", "up", "down"});
+  Check(cudaEventDestroy(begin), "event"), Check(cudaEventDestroy(end), "event"), Check(cudaStreamDestroy(stream), "stream");
 }
 
 // Embeddings with learned positions, inputs of layers, capped logits.

@@ -17,10 +17,10 @@ using namespace step;
 ExpertsPlan Plan(const ExpertsArgs& a) {
   ExpertsPlan plan;
   if (a.hidden % kUnit != 0 || a.size % kUnit != 0 || a.hidden > (1 << 24) || a.size > (1 << 22)) return plan;
-  const int64_t rows = std::min<int64_t>(a.rows, kExpertRows);
+  constexpr int64_t kStatic = 11 << 10;  // of the kernel: the choice
   for (const auto& [warps, stages, blocks] : {std::tuple(8, 12, 2), std::tuple(8, 8, 2), std::tuple(8, 4, 2), std::tuple(8, 4, 1)}) {
-    plan.shared_bytes = warps * stages * kUnitBytes + SumBytes(warps, kExpertRows) + ChoiceBytes(rows, a.experts);
-    if (plan.shared_bytes > std::min(CurrentDevice().block_shared, CurrentDevice().shared / blocks - 1024)) continue;
+    plan.shared_bytes = warps * stages * kUnitBytes + SumBytes(warps, kExpertRows);
+    if (plan.shared_bytes + kStatic > std::min(CurrentDevice().block_shared, CurrentDevice().shared / blocks - 1024)) continue;
     plan.warps = warps, plan.stages = stages, plan.blocks_per_sm = blocks;
     return plan;
   }
@@ -38,8 +38,7 @@ void LaunchExperts(const ExpertsArgs& a, bool down, void* stream) {
     const int64_t outs = down ? a.hidden : a.per_token * a.size;
     const auto blocks = static_cast<unsigned>(std::min((outs + 7) / 8, 8 * multiprocessors));
     Launch("experts", {.instance = {sources, InstanceName("kvq::step::AnyExpertsKernel", bfloat16, down)},
-                       .grid = dim3(blocks, static_cast<unsigned>(a.rows)), .threads = 256,
-                       .shared_bytes = static_cast<size_t>(ChoiceBytes(1, a.experts))},
+                       .grid = dim3(blocks, static_cast<unsigned>(a.rows)), .threads = 256},
            stream, a);
     return;
   }
@@ -57,6 +56,10 @@ void LaunchExperts(const ExpertsArgs& a, bool down, void* stream) {
 
 bool ExpertsFit(const ExpertsArgs& a) {
   return a.experts >= 1 && a.experts <= kMostExperts && a.per_token >= 1 && a.per_token <= std::min<int64_t>(kMostPerToken, a.experts);
+}
+
+int64_t ExpertsChoiceBytes(int64_t rows) {
+  return (rows + kExpertRows - 1) / kExpertRows * static_cast<int64_t>(sizeof(ChosenExperts));
 }
 
 void ExpertsUp(const ExpertsArgs& args, void* stream) { LaunchExperts(args, /*down=*/false, stream); }

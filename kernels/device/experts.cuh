@@ -3,8 +3,8 @@
 // The stream of weights is that of product.cuh: tiles of eight rows, units of 64 columns in a ring of shared memory a warp,
 // eight rows of x as one operand of the tensor cores. What is other:
 //
-// - Which weights these are, the logits say. Every block chooses for itself, which costs less than one more kernel: a key of 32
-//   bits for each logit, unique and in their order, and how many are above it.
+// - Which weights these are, the logits say. Every block of the first product chooses for itself, which costs less than one more
+//   kernel: a key of 32 bits for each logit, unique and in their order. The first block hands the choice to the second product.
 // - An expert is read once for all tokens that chose it: the block's list has each once, and a product has all rows of x; what
 //   comes out for rows that did not choose it, nobody takes.
 // - Rows of x come from the L2 cache into registers, two units ahead: there may be more of them than shared memory holds, and
@@ -21,22 +21,17 @@ namespace kvq::step {
 inline constexpr int kExpertRows = 8;  // of x, that share a read
 inline constexpr int kMostChosen = kExpertRows * kMostPerToken;
 
-// What a block knows of its rows' experts, in shared memory.
+// What a block knows of its rows' experts, in shared memory, and what the first product's hands to the second's.
 struct ChosenExperts {
-  int count = 0;
-  int expert[kMostChosen];                 // by number, each once
-  float share[kMostChosen][kExpertRows];   // 0 of a row that did not choose it
-  int place[kMostChosen][kExpertRows];     // of the row in `gated`, [rows, per_token]; -1
+  int count;
+  int expert[kMostChosen];                // each once
+  float share[kMostChosen][kExpertRows];  // 0 of a row that did not choose it
+  int place[kMostChosen][kExpertRows];    // of the row in `gated`, [rows, per_token]; -1
 };
 struct ExpertsPlan {
   int warps = 0, stages = 0, blocks_per_sm = 1;
   int64_t shared_bytes = 0;
 };
-// Behind the rings and sums: of all logits keys, weights and ranks; and the choice.
-KVQ_HD constexpr int64_t ChoiceBytes(int64_t rows, int64_t experts) {
-  return (rows * experts * 9 + 15) / 16 * 16 + static_cast<int64_t>(sizeof(ChosenExperts));
-}
-
 #ifdef __CUDACC__
 
 // A logit's place among its row's: larger for a larger one, and of equal ones for a smaller number; NaN above all.
@@ -45,66 +40,118 @@ __device__ __forceinline__ uint32_t KeyOf(uint32_t bits, bool nan, int expert) {
   return order << 16 | (0xFFFFu - static_cast<uint32_t>(expert));
 }
 
-// By all threads of a block; `room` has ChoiceBytes. Rows `first` and on of the logits.
+// By all threads of a block: of rows `first` and on. A warp a row: its keys are in registers, and the largest is taken as often as
+// experts are wanted.
 template <bool kBFloat16>
-__device__ ChosenExperts& Choose(const ExpertsArgs& a, int64_t first, int rows, std::byte* room) {
-  constexpr int kNot = 255;
-  const int experts = static_cast<int>(a.experts), per_token = static_cast<int>(a.per_token), all = rows * experts;
-  ChosenExperts& to = *reinterpret_cast<ChosenExperts*>(room);
-  uint32_t* keys = reinterpret_cast<uint32_t*>(room + sizeof(ChosenExperts));
-  float* weights = reinterpret_cast<float*>(keys + all);
-  uint8_t* ranks = reinterpret_cast<uint8_t*>(weights + all);  // among those that are chosen; kNot of the others
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const uint16_t* logits = static_cast<const uint16_t*>(a.logits) + first * experts;
-  for (int i = threadIdx.x; i < all; i += blockDim.x) {
-    const uint32_t bits = __ldcg(logits + i);
-    const float x = At<kBFloat16>(bits, 0);
-    keys[i] = KeyOf(x == 0.0f ? 0u : bits, x != x, i % experts);  // -0 is 0
-    weights[i] = x;
+__device__ void Choose(const ExpertsArgs& a, int64_t first, int rows, ChosenExperts& to) {
+  constexpr int kHeld = kMostExperts / 32;
+  __shared__ int experts_of[kExpertRows][kMostPerToken];
+  __shared__ float shares_of[kExpertRows][kMostPerToken];
+  __shared__ uint32_t seen[kHeld];  // by any row
+  const int experts = static_cast<int>(a.experts), per_token = static_cast<int>(a.per_token);
+  const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
+  if (rows > 1) {
+    if (threadIdx.x < kHeld) seen[threadIdx.x] = 0;
+    for (int i = threadIdx.x; i < rows * per_token * kExpertRows; i += blockDim.x) {
+      to.share[i / kExpertRows][i % kExpertRows] = 0;
+      to.place[i / kExpertRows][i % kExpertRows] = -1;
+    }
   }
-  __syncthreads();
-  for (int i = threadIdx.x; i < all; i += blockDim.x) {
-    const uint32_t key = keys[i], *others = keys + i / experts * experts;
-    int above = 0;
-#pragma unroll 8
-    for (int e = 0; e < experts; ++e) above += others[e] > key;
-    ranks[i] = static_cast<uint8_t>(above < per_token ? above : kNot);
-  }
-  __syncthreads();
-  for (int row = warp; row < rows; row += warps) {  // shares
-    float* of = weights + row * experts;
-    float largest = -INFINITY, sum = 0;
-    for (int e = lane; e < experts; e += 32) largest = fmaxf(largest, of[e]);
+  const auto value = [](uint32_t key) {
+    const uint32_t order = key >> 16;
+    return At<kBFloat16>((order & 0x8000u ? order : ~order) & (order & 0x8000u ? 0x7FFFu : 0xFFFFu), 0);
+  };
+  for (int row = threadIdx.x / 32; row < rows; row += warps) {
+    const uint16_t* logits = static_cast<const uint16_t*>(a.logits) + (first + row) * experts;
+    uint32_t keys[kHeld], top = 0;
 #pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, lanes));
-    for (int e = lane; e < experts; e += 32) {
-      of[e] = expf(of[e] - largest);
-      if (!a.normalized || ranks[row * experts + e] != kNot) sum += of[e];
+    for (int i = 0; i < kHeld; ++i) {
+      const int e = lane + 32 * i;
+      keys[i] = e < experts ? __ldcg(logits + e) : 0;  // all on their way at once
     }
-    sum = WarpSum(sum);
-    for (int e = lane; e < experts; e += 32) of[e] /= sum;
-  }
-  if (warp == warps - 1) {  // which experts any row has
-    int count = 0;
-    for (int begin = 0; begin < experts; begin += 32) {
-      const int e = begin + lane;
-      bool any = false;
-      for (int row = 0; e < experts && row < rows; ++row) any |= ranks[row * experts + e] != kNot;
-      const uint32_t those = __ballot_sync(~0u, any);
-      if (any) to.expert[count + __popc(those & ((1u << lane) - 1))] = e;
-      count += __popc(those);
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const int e = lane + 32 * i;
+      const float x = At<kBFloat16>(keys[i], 0);
+      keys[i] = e < experts ? KeyOf(x == 0.0f ? 0u : keys[i], x != x, e) : 0;  // -0 is 0
+      top = max(top, keys[i]);
     }
-    if (lane == 0) to.count = count;
+    const float largest = value(__reduce_max_sync(~0u, top));
+    float sum = 0;
+    if (!a.normalized) {
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) sum += keys[i] != 0 ? expf(value(keys[i]) - largest) : 0.0f;
+    }
+    uint32_t own = 0;  // of rank `lane`
+    for (int rank = 0; rank < per_token; ++rank) {
+      top = 0;
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        if (32 * i < experts) top = max(top, keys[i]);
+      }
+      const uint32_t best = __reduce_max_sync(~0u, top);
+      if (lane == rank) own = best;
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        if (32 * i < experts && keys[i] == best) keys[i] = 0;
+      }
+    }
+    const float weight = lane < per_token ? expf(value(own) - largest) : 0.0f;
+    sum = WarpSum(a.normalized ? weight : sum);
+    if (lane >= per_token) continue;
+    const int expert = static_cast<int>(0xFFFFu - (own & 0xFFFFu));
+    if (rows > 1) {
+      experts_of[row][lane] = expert, shares_of[row][lane] = weight / sum;
+    } else {
+      to.expert[lane] = expert;
+      for (int i = 0; i < kExpertRows; ++i) to.share[lane][i] = 0, to.place[lane][i] = -1;
+      to.share[lane][0] = weight / sum, to.place[lane][0] = static_cast<int>(first) * per_token + lane;
+      if (lane == 0) to.count = per_token;
+    }
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < to.count * kExpertRows; i += blockDim.x) {
-    const int n = i / kExpertRows, row = i % kExpertRows, at = min(row, rows - 1) * experts + to.expert[n];
-    const bool taken = row < rows && ranks[at] != kNot;
-    to.share[n][row] = taken ? weights[at] : 0.0f;
-    to.place[n][row] = taken ? static_cast<int>(first + row) * per_token + ranks[at] : -1;
-  }
+  if (rows == 1) return;
+  const int row = threadIdx.x / per_token, rank = threadIdx.x % per_token;  // rows * per_token <= kMostChosen <= threads
+  const bool works = row < rows;
+  const int expert = works ? experts_of[row][rank] : 0;
+  if (works) atomicOr(&seen[expert / 32], 1u << expert % 32);
   __syncthreads();
-  return to;
+  int before = 0, count = 0;
+  for (int i = 0; i < kHeld; ++i) {
+    if (i == expert / 32) before = count + __popc(seen[i] & ((1u << expert % 32) - 1));
+    count += __popc(seen[i]);
+  }
+  if (works) {
+    to.expert[before] = expert;
+    to.share[before][row] = shares_of[row][rank];
+    to.place[before][row] = static_cast<int>(first + row) * per_token + rank;
+  }
+  if (threadIdx.x == 0) to.count = count;
+  __syncthreads();
+}
+
+// Hands the choice to the second product's kernel, which may begin when all blocks have let it; and takes it there.
+__device__ __forceinline__ void HandOver(const ChosenExperts& from, int most, ChosenExperts* to) {
+  for (int i = threadIdx.x; i < most * kExpertRows; i += blockDim.x) {
+    const int n = i / kExpertRows, row = i % kExpertRows;
+    if (n >= from.count) break;
+    to->share[n][row] = from.share[n][row], to->place[n][row] = from.place[n][row];
+    if (row == 0) to->expert[n] = from.expert[n];
+  }
+  if (threadIdx.x == 0) to->count = from.count;
+  __threadfence();
+  __syncthreads();
+}
+__device__ __forceinline__ void TakeOver(const ChosenExperts* from, int most, ChosenExperts& to) {
+  for (int i = threadIdx.x; i < most * kExpertRows; i += blockDim.x) {  // all at once, also what is behind the last
+    const int n = i / kExpertRows, row = i % kExpertRows;
+    const float share = __ldcg(&from->share[n][row]);
+    const int place = __ldcg(&from->place[n][row]), expert = __ldcg(&from->expert[n]);
+    to.share[n][row] = share, to.place[n][row] = place;
+    if (row == 0) to.expert[n] = expert;
+  }
+  if (threadIdx.x == 0) to.count = __ldcg(&from->count);
+  __syncthreads();
 }
 
 // What was chosen, by one block.
@@ -126,13 +173,18 @@ __global__ void __launch_bounds__(kWarps * 32, kStages > 4 ? 2 : 1)
   const int size = static_cast<int>(a.size), in = static_cast<int>(kDown ? a.size : a.hidden);
   const ptx::Shared ring = ptx::SharedAddress(shared) + warp * kStages * kUnitBytes;
   float* sums = reinterpret_cast<float*>(shared + kWarps * kStages * kUnitBytes);
-  std::byte* room = reinterpret_cast<std::byte*>(sums) + SumBytes(kWarps, kExpertRows);
+  __shared__ ChosenExperts chosen;
+  const int most = rows * static_cast<int>(a.per_token);
+  ChosenExperts* handed = static_cast<ChosenExperts*>(a.choice) + first_row / kExpertRows;
 
-  // The kernel behind the first product is the second, which is not to begin before the logits are there.
-  if constexpr (!kDown) WaitForPredecessors();
-  LaunchDependents();
-  const ChosenExperts& chosen = Choose<kBFloat16>(a, first_row, rows, room);
-  if (!kDown && blockIdx.x == 0) Report(a, chosen, rows);
+  // The kernel behind the first product is the second, which is not to begin before the choice is there.
+  if constexpr (kDown) {
+    LaunchDependents();
+    TakeOver(handed, most, chosen);
+  } else {
+    WaitForPredecessors();
+    Choose<kBFloat16>(a, first_row, rows, chosen);
+  }
 
   // Tiles: of the first product [expert, 4 rows of the gate and 4 of the factor], of the second [8 rows], of all experts.
   // Units of a tile: of a row's 64s of columns, or, second, [expert, 64 columns]. This warp has those from begin to end.
@@ -175,7 +227,15 @@ __global__ void __launch_bounds__(kWarps * 32, kStages > 4 ? 2 : 1)
   aim();
 #pragma unroll 1
   for (int i = 0; i < kStages - 1; ++i) fetch();
-  if constexpr (kDown) WaitForPredecessors();
+  if constexpr (kDown) {
+    WaitForPredecessors();
+  } else {
+    if (blockIdx.x == 0) {
+      HandOver(chosen, most, handed);
+      Report(a, chosen, rows);
+    }
+    LaunchDependents();
+  }
 
   // Of the lane's row of x: columns 8 t and on of both 32s of a unit. Rows that are none, or did not choose the expert, read
   // another's.
@@ -267,11 +327,11 @@ __global__ void __launch_bounds__(kWarps * 32, kStages > 4 ? 2 : 1)
 // The same for any sizes and rows: a row of x a blockIdx.y, a warp an element of what comes out.
 template <bool kBFloat16, bool kDown>
 __global__ void __launch_bounds__(256) AnyExpertsKernel(const __grid_constant__ ExpertsArgs a) {
-  extern __shared__ __align__(128) std::byte shared[];
+  __shared__ ChosenExperts chosen;
   if constexpr (!kDown) WaitForPredecessors();
   LaunchDependents();
   const int64_t row = blockIdx.y;
-  const ChosenExperts& chosen = Choose<kBFloat16>(a, row, 1, shared);
+  Choose<kBFloat16>(a, row, 1, chosen);
   if (!kDown && blockIdx.x == 0) Report(a, chosen, 1);
   if constexpr (kDown) WaitForPredecessors();
   const int lane = threadIdx.x % 32;

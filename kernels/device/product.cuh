@@ -79,14 +79,14 @@ __global__ void __launch_bounds__(kWarps * 32, kStages > 4 ? 2 : 1)
   const auto swizzle = [](int row) { return (row & 1) << 2; };
   const ptx::Shared copy_place = lane / 8 * 128 + ((lane % 8) ^ swizzle(lane / 8)) * 16;
   const ptx::Shared read_place = ring + g * 128 + (t ^ swizzle(g)) * 16;
-  int64_t apart_bytes = 0;
+  int64_t apart_bytes = static_cast<int64_t>(plan.apart) * in * 2;
   int next_tile = first_tile, next_unit = begin, next_stage = 0;
   const std::byte* next = nullptr;
   const auto aim = [&] {
     next = static_cast<const std::byte*>(a.weight) +
            (static_cast<int64_t>(first_row(next_tile) + lane / 8) * in + begin * kUnit) * 2 +
            lane % 8 * 16;
-    apart_bytes = static_cast<int64_t>(apart_of(next_tile)) * in * 2;
+    if constexpr (kEnd == ProductEnd::kAppend) apart_bytes = static_cast<int64_t>(apart_of(next_tile)) * in * 2;
   };
   const auto fetch = [&] {  // an empty group behind the last unit
     if (next_tile < plan.tiles && begin < end) {

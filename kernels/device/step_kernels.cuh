@@ -167,6 +167,7 @@ __global__ void __launch_bounds__(128)
   const HeadsArgs& of = a.of;
   const int heads = static_cast<int>(of.heads), kv_heads = static_cast<int>(of.kv_heads);
   const int dim = static_cast<int>(of.head_dim), half = dim / 2, all = heads + 2 * kv_heads;
+  const int pairs = of.pairs();  // that turn (HeadsArgs::First)
   const int worked = kAppend ? all : heads + kv_heads;
   const int64_t task = static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / 32;
   if (task >= of.rows * worked) return;
@@ -181,7 +182,7 @@ __global__ void __launch_bounds__(128)
   for (int s = 0; s < kSteps; ++s) {
     const int i = 2 * (lane + 32 * s);
     if (i >= half) break;
-    const int first = of.First(i), apart = of.Apart(i);
+    const int first = i < pairs ? i : i + pairs, apart = i < pairs ? pairs : half - pairs;
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
       const uint32_t word = __ldcg(reinterpret_cast<const uint32_t*>(from + part * apart + first));
@@ -210,7 +211,7 @@ __global__ void __launch_bounds__(128)
   for (int s = 0; s < kSteps; ++s) {
     const int i = 2 * (lane + 32 * s);
     if (i >= half) break;
-    const int first = of.First(i), apart = of.Apart(i);
+    const int first = i < pairs ? i : i + pairs, apart = i < pairs ? pairs : half - pairs;
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       if (norm != nullptr) {
@@ -220,7 +221,7 @@ __global__ void __launch_bounds__(128)
               Round<kBFloat16>(x[s][part][k] * inverse * __ldcg(norm + part * apart + first + k));
         }
       }
-      if (head < heads + kv_heads && i < of.pairs()) {
+      if (head < heads + kv_heads && i < pairs) {
         const float2 turned = Turn(of, row, i + k, x[s][0][k], x[s][1][k]);
         x[s][0][k] = turned.x, x[s][1][k] = turned.y;
       }
