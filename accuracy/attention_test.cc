@@ -34,6 +34,8 @@ TEST(Attention, EveryBackendCapsScores) {
       EXPECT_EQ(RanText(backend, StrCat(name, " on decoded tokens")),
                 backend.ran != nullptr ? "eager (a cap on scores) on decoded tokens" : "eager on decoded tokens");
       EXPECT_EQ(RanText(backend, "sdpa"), "sdpa") << "asked again";
+      backend.attend(queries, keys, values, {kScale, window, kCap});
+      EXPECT_EQ(RanText(backend, "fused_decode_16bit, own products"), "fused_decode_16bit, own products") << "what a graph ran";
     }
   }
 }

@@ -22,6 +22,8 @@ struct AttentionCase {
   int32_t window = 0;
   std::vector<int32_t> values_encoded = {};  // of each sequence, where other values are encoded than keys
   bool ring = false;                         // the values' residual is one
+  double cap = 0;      // of logits
+  bool sinks = false;  // a logit a head without a value
 
   std::vector<SequenceLength> LengthsOf(bool values) const {
     std::vector<SequenceLength> of = lengths;
@@ -132,7 +134,7 @@ void Check(const AttentionCase& c) {
   }
   Side keys = MakeSide(key_codec, values_dense, c, key_lengths, capacity);
   Side values = MakeSide(value_codec, keys_dense, c, value_lengths, capacity);
-  const Tensor queries = at::randn({batch, kKvHeads, c.ratio, c.head_dim}).to(c.dtype);
+  const Tensor queries = at::randn({batch, kKvHeads, c.ratio, c.head_dim}).to(c.dtype), sink_logits = at::randn({kKvHeads * c.ratio}) * 2;
   const double scale = 1 / std::sqrt(static_cast<double>(c.head_dim));
 
   // What is right, and how far off rounding may leave it: the output once, the weight p scale of each token once
@@ -150,8 +152,11 @@ void Check(const AttentionCase& c) {
                       side.residual[b].narrow(1, 0, of.residual).to(at::kDouble)}, 1)
           .narrow(1, hidden, all_tokens - hidden);
     };
-    const Tensor p = at::softmax(
-        at::matmul(queries[b].to(at::kDouble), all(keys, keys.decoded).transpose(1, 2)) * scale, -1);
+    Tensor logits = at::matmul(queries[b].to(at::kDouble), all(keys, keys.decoded).transpose(1, 2)) * scale;
+    const int64_t seen = logits.size(-1);
+    if (c.cap > 0) logits = at::tanh(logits / c.cap) * c.cap;
+    if (c.sinks) logits = at::cat({logits, sink_logits.to(at::kDouble).view({kKvHeads, c.ratio, 1})}, -1);
+    const Tensor p = at::softmax(logits, -1).narrow(-1, 0, seen);
     expected[b].copy_(at::matmul(p, all(values, values.decoded)));
     const Tensor in_codes = all(values, values.weight).abs(), as_are = all(values, at::zeros_like(values.weight)).abs();
     // Turned queries are rounded to float16, so are a table's elements, and queries times scales of channels, which meet codes of
@@ -169,7 +174,7 @@ void Check(const AttentionCase& c) {
     for (const SequenceLength& length : of) counts.insert(counts.end(), {length.sinks, length.encoded, length.residual});
     return at::tensor(counts, at::kInt).cuda();
   };
-  const Tensor lengths = on_device(key_lengths), of_values = on_device(value_lengths), on_gpu = queries.cuda();
+  const Tensor lengths = on_device(key_lengths), of_values = on_device(value_lengths), on_gpu = queries.cuda(), sinks_on_gpu = sink_logits.cuda();
   for (int64_t b = 0; c.ring && b < batch; ++b) {  // number i goes to slot (encoded + i) mod them
     values.residual[b] = values.residual[b].roll({value_lengths[static_cast<size_t>(b)].encoded % kResidual}, {1}).clone();
   }
@@ -191,6 +196,8 @@ void Check(const AttentionCase& c) {
                            .queries = on_gpu.data_ptr(),
                            .out = out.data_ptr(),
                            .scale = static_cast<float>(scale),
+                           .softcap = static_cast<float>(c.cap),
+                           .sink_logits = c.sinks ? sinks_on_gpu.data_ptr<float>() : nullptr,
                            .keys = view(keys),
                            .values = view(values),
                            .key_params = keys.params,
@@ -233,7 +240,7 @@ void CheckAll(const std::vector<AttentionCase>& cases) {
       DecodeAttentionArgs args;
       args.dtype = DTypeOf(c.dtype), args.query_heads = kKvHeads * c.ratio, args.window = c.window;
       args.keys.batch = static_cast<int64_t>(c.lengths.size()), args.keys.heads = kKvHeads, args.keys.head_dim = c.head_dim;
-      args.keys.capacity = 1, args.values = args.keys;
+      args.keys.capacity = 1, args.values = args.keys, args.softcap = static_cast<float>(c.cap);
       args.key_params = ParamsOf(pair.keys->keys, c), args.value_params = ParamsOf(pair.values->values, c);
       args.value_lengths = c.values_encoded.empty() ? nullptr : c.lengths.data(), args.values_in_ring = c.ring;
       args.key_turn = TurnOf(pair.keys->keys, {}, c.head_dim), args.value_turn = TurnOf(pair.values->values, {}, c.head_dim);
@@ -431,6 +438,27 @@ TEST(DecodeAttentionGpu, SlidingWindows) {
         if (dim != 128 && window % 2 == 0) continue;
         cases.push_back(
             {spec, dim, 64, 4, {{3, 1000, 40}, {0, 20, 3}}, window % 3 == 0 ? at::kHalf : at::kBFloat16, window});
+      }
+    }
+  }
+  CheckAll(cases);
+}
+
+// A cap on logits, which are up to four or so here, and a logit a head that has no value: Gemma 2's and gpt-oss's attention.
+TEST(DecodeAttentionGpu, CapsLogitsAndCountsSinkLogits) {
+  KVQ_NEEDS_CUDA();
+  const c10::InferenceMode guard;
+  at::manual_seed(16);
+  std::vector<AttentionCase> cases;
+  for (const char* spec : {"none", "int8-hqq", "int4-hqq", "none+int4-quanto", "int4-hqq+none", "q8_0", "kivi-2"}) {
+    for (const int64_t dim : {64, 128, 256, 96}) {
+      for (const auto& [cap, sinks] : {std::pair(1.5, false), std::pair(0.0, true), std::pair(2.0, true)}) {
+        if (dim == 96 && std::string(spec) == "kivi-2") continue;
+        AttentionCase c{spec, dim, 32, 8, {{3, 960, 40}, {0, 0, 5}, {0, 0, 0}}, at::kHalf, dim == 64 ? 128 : 0};
+        c.cap = cap, c.sinks = sinks;
+        cases.push_back(c);
+        c.ratio = 2, c.dtype = at::kBFloat16, c.lengths = {{0, 96, 0}};
+        cases.push_back(c);
       }
     }
   }

@@ -57,6 +57,26 @@ ModelConfig Gemma4() {
     "max_position_embeddings": 1024})",
                           "gemma4");
 }
+// Gemma 2, small: caps that bend scores and logits.
+ModelConfig Gemma2() {
+  return ParseModelConfig(R"({
+    "model_type": "gemma2", "hidden_size": 256, "intermediate_size": 320, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 256, "query_pre_attn_scalar": 64,
+    "sliding_window": 24, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0,
+    "vocab_size": 1000, "max_position_embeddings": 1024})",
+                          "gemma2");
+}
+// Three quarters of a head's channels turn, in products that end in the cache and, with a hidden size of their own, behind them.
+ModelConfig Phi4() { return Config({"phi-4-mini", 512, 8, 2, 128, 1024}); }
+ModelConfig OddPhi4() { return Config({"phi-4-mini", 264, 4, 2, 128, 520}); }
+// Experts of sizes that have a kernel of their own, and in another layer one MLP.
+ModelConfig Qwen3Moe() {
+  return ParseModelConfig(R"({
+    "model_type": "qwen3_moe", "hidden_size": 512, "intermediate_size": 1024, "moe_intermediate_size": 192, "num_hidden_layers": 3,
+    "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128, "num_experts": 40, "num_experts_per_tok": 6,
+    "norm_topk_prob": true, "mlp_only_layers": [1], "vocab_size": 1000, "max_position_embeddings": 1024})",
+                          "qwen3_moe");
+}
 ModelConfig Gpt2() { return Config({"gpt2", 512, 8, 8, 64, 1024}); }
 ModelConfig WindowedMistral() {
   ModelConfig config = Config({"mistral-7b-v0.1", 512, 8, 2, 128, 1024});
@@ -118,7 +138,6 @@ TEST(DecodeGraph, SaysWhatItRefuses) {
   says(refused(llama, [](ModelConfig& c) { c.layers[1].head_dim = 520; }), "a head_dim");
   says(refused(llama, [](ModelConfig& c) { c.ropes.resize(3); }), "more than two kinds of rotation");
   says(refused(llama, [](ModelConfig& c) { c.layer_scalar = true; }), "scalars of layers without norms");
-  says(refused(llama, [](ModelConfig& c) { c.score_softcap = 50; }), "a cap on attention's scores");
   for (bool ModelConfig::*bias : {&ModelConfig::o_bias, &ModelConfig::mlp_bias}) {
     ModelConfig biased = llama;
     biased.*bias = true;
@@ -134,8 +153,13 @@ TEST(DecodeGraph, SaysWhatItRefuses) {
          across(c);
          for (LayerConfig& layer : c.layers) layer.head_dim = 12, layer.num_kv_heads = 1;
        }), "a norm over all heads with channels");
-  says(refused(llama, [](ModelConfig& c) { c.ropes[0] = {.rotated_share = 0.5}; }), "heads of which a part turns");
-  says(refused(llama, [](ModelConfig& c) { c.layers[2].experts = 4, c.layers[2].experts_per_token = 1; }), "experts");
+  says(refused(llama, [](ModelConfig& c) { c.ropes[0] = {.rotated_share = 0.1}; }), "heads of which channels turn whose number");
+  const auto mix = [](ModelConfig& c, int64_t experts, int64_t per_token) {
+    c.layers[2].experts = experts, c.layers[2].experts_per_token = per_token, c.layers[2].intermediate_size = 8;
+  };
+  says(refused(llama, [&](ModelConfig& c) { mix(c, 513, 1); }), "more than 512 experts");
+  says(refused(llama, [&](ModelConfig& c) { mix(c, 20, 17); }), "16 a token");
+  says(refused(llama, [&](ModelConfig& c) { mix(c, 4, 2), c.residual_scale = 0.5; }), "experts beside");
   says(refused(Gemma3(), [](ModelConfig& c) { c.names.post_mlp_norm.clear(); }), "MLP alone");
   says(refused(Gemma3(), [](ModelConfig& c) { c.norm = NormKind::kLayerNorm; }), "LayerNorm behind attention");
   says(refused(Gemma4(), [](ModelConfig& c) { c.per_layer_input_size = 520; }), "more than 512 elements");
@@ -252,7 +276,7 @@ std::vector<Case> Cases() {
   for (const char* spec : {"q8_0@residual=0", "vllm-int8-per-token-head"}) {  // a head_dim of 512, too, which is not turned
     cases.push_back({Gemma4(), spec, 2, at::kBFloat16});
   }
-  for (const ModelConfig& config : {Gemma3(), Gemma4(), Gpt2(), WindowedMistral()}) {
+  for (const ModelConfig& config : {Gemma2(), Gemma3(), Gemma4(), Gpt2(), WindowedMistral(), Phi4(), OddPhi4(), Qwen3Moe()}) {
     for (const char* spec : {"none", "int4-hqq@residual=32", "int8-hqq+int4-hqq@residual=32"}) {
       cases.push_back({config, spec, 1, at::kHalf});
       cases.push_back({config, spec, 3, at::kBFloat16});
@@ -270,7 +294,8 @@ at::Tensor Prompt(int64_t batch, int64_t n, at::Device device = at::kCUDA) {
 std::vector<Case> HostCases() {
   std::vector<Case> cases;
   const std::vector<ModelConfig> configs = {Config({"qwen2-7b", 192, 3, 1, 64, 200}), Config({"qwen3-8b", 136, 4, 1, 128, 96}),
-                                            Gemma3(), Gemma4(), Config({"gpt2", 128, 2, 2, 64, 256}), WindowedMistral()};
+                                            Gemma2(), Gemma3(), Gemma4(), Config({"gpt2", 128, 2, 2, 64, 256}),
+                                            WindowedMistral(), OddPhi4(), Qwen3Moe()};
   for (const ModelConfig& config : configs) {
     cases.push_back({config, "none", 3, at::kFloat});
     cases.push_back({config, "int4-hqq@residual=32@sinks=4", 2, at::kBFloat16});
@@ -367,13 +392,21 @@ void ExpectStepsEqualForward(const std::vector<Case>& cases, const std::vector<i
       const at::Tensor prompt = Prompt(c.batch, length, device).remainder(c.config.vocab_size);
       Feed(model, prompt, plain, backend, 64), Feed(model, prompt, cache, backend, 64);
       const at::Tensor first = Prompt(c.batch, 1, device).remainder(c.config.vocab_size);
-      const at::Tensor logits = model.Logits(model.Forward(first, plain, backend)).select(1, 0);
       const at::Tensor token = graph.Run(first, 1);
+      const at::Tensor logits = model.Logits(model.Forward(first, plain, backend, {}, {}, {}, graph.routing())).select(1, 0);
       EXPECT_LT(RelativeError(graph.logits(), logits), tolerance);
       EXPECT_TRUE(token.equal(graph.logits().argmax(-1, /*keepdim=*/true)));
       EXPECT_EQ(cache.length(), length + 1);
-      const at::Tensor after = model.Logits(model.Forward(token, plain, backend));
-      EXPECT_LT(RelativeError(model.Logits(model.Forward(token, cache, backend)), after), tolerance);
+      // The second goes where the first did: a router that a rounding tips is no error.
+      std::vector<at::Tensor> ways;
+      const Routing leads = [&](int64_t layer, const at::Tensor& shares) {
+        ways.push_back(std::get<1>(shares.topk(c.config.layers[static_cast<size_t>(layer)].experts_per_token, -1)));
+        return ways.back();
+      };
+      size_t way = 0;
+      const Routing follows = [&](int64_t, const at::Tensor&) { return ways[way++]; };
+      const at::Tensor after = model.Logits(model.Forward(token, plain, backend, {}, {}, {}, leads));
+      EXPECT_LT(RelativeError(model.Logits(model.Forward(token, cache, backend, {}, {}, {}, follows)), after), tolerance);
     }
   }
 }
@@ -619,7 +652,7 @@ TEST(DecodeGraphGpu, GreedyTokensEqualForwards) {
   compare(*LoadModel(GoldenPath("models/qwen3-bias"), at::kHalf, at::kCUDA));
   compare(Model(Config({"mistral-7b", 512, 8, 2, 128, 1024}),
                 Weights::Random(3, at::kHalf, at::kCUDA)));
-  for (const ModelConfig& config : {Gemma3(), Gemma4(), Gpt2(), WindowedMistral()}) {
+  for (const ModelConfig& config : {Gemma2(), Gemma3(), Gemma4(), Gpt2(), WindowedMistral(), Phi4()}) {
     compare(Varied(config, 3, at::kHalf));
   }
 }

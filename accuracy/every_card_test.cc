@@ -12,6 +12,7 @@
 #include "accuracy/golden.h"
 #include "fixtures/cache/spec.h"
 #include "kernels/device/attention.h"
+#include "kernels/device/experts.h"
 #include "kernels/device/newest.h"
 #include "kernels/device/probe.h"
 #include "kernels/device/sage.h"
@@ -66,10 +67,10 @@ class Collector {
 };
 
 void AddAttention(Collector& all, const std::string& spec, int64_t dim, int64_t group, int64_t ratio, int32_t window,
-                  DType dtype, bool apart = false) {
+                  DType dtype, bool apart = false, float cap = 0) {
   const SchemePair pair = ParseSpec(spec).schemes;
   DecodeAttentionArgs args;
-  args.dtype = dtype, args.query_heads = 2 * ratio, args.window = window, args.values_in_ring = apart;
+  args.dtype = dtype, args.query_heads = 2 * ratio, args.window = window, args.values_in_ring = apart, args.softcap = cap;
   args.keys.batch = 1, args.keys.heads = 2, args.keys.head_dim = dim, args.keys.capacity = 4096;
   args.values = args.keys;
   const Codec &keys = pair.keys->keys, &values = pair.values->values;
@@ -140,6 +141,13 @@ void AddSteps(Collector& all, DType dtype) {
     AppendArgs with_value_norm = append;
     with_value_norm.of.v_norm = &there;
     all.Add([&] { AppendHeads(with_value_norm, nullptr, nullptr); });
+  }
+  for (const int64_t size : {768, 2880, 20}) {
+    for (const int64_t rows : {1, 8}) {
+      const ExpertsArgs experts = {.dtype = dtype, .rows = rows, .hidden = size == 20 ? 36 : 2048, .size = size, .experts = 128,
+                                   .per_token = 8};
+      all.Add([&] { ExpertsUp(experts, nullptr), ExpertsDown(experts, nullptr); });
+    }
   }
   all.Add([&] { LayerInputs({.dtype = dtype, .batch = 1, .layers = 2, .size = 256}, nullptr); });
   all.Add([&] { MergeAttention({.dtype = dtype, .batch = 1, .tokens = 1, .heads = 8, .head_dim = 128}, nullptr); });
@@ -222,6 +230,9 @@ TEST_P(EveryCard, TakesTheDefaultInstances) {
   AddAttention(all, "none+int4-hqq", 256, 64, 2, 512, DType::kFloat16);
   AddAttention(all, "int4-hqq", 256, 64, 4, 512, DType::kFloat16);
   AddAttention(all, "int4-hqq", 512, 64, 4, 0, DType::kFloat16);
+  for (const char* spec : {"none", "int4-hqq"}) {  // Gemma 2's
+    for (const int32_t window : {0, 512}) AddAttention(all, spec, 256, 64, 2, window, DType::kFloat16, /*apart=*/false, /*cap=*/50);
+  }
   for (const char* spec : {"kivi-4", "kivi-2"}) AddAttention(all, spec, 128, 32, 4, 0, DType::kFloat16, /*apart=*/true);
   for (const Scheme& scheme : Schemes()) AddCodecs(all, scheme, DType::kFloat16, /*every_group=*/false);
   AddNewest(all, FindScheme("kivi-2").values);
@@ -247,6 +258,12 @@ TEST_P(EveryCardEveryInstance, Fits) {
   for (const char* spec : {"kivi-4", "kivi-2", "int4-hqq", "int8-hqq+none", "none+int2-quanto", "q8_0+q4_0", "q5_1", "kivi-2+q8_0"}) {
     for (const int64_t dim : {64, 128, 256}) {
       for (const int64_t ratio : {4, 16}) AddAttention(all, spec, dim, 64, ratio, dim == 64 ? 512 : 0, DType::kBFloat16, /*apart=*/true);
+    }
+  }
+  for (const char* spec : {"none", "int4-hqq", "int8-hqq+none", "none+int2-quanto", "q8_0", "kivi-2", "turboquant-k4+turboquant-v4"}) {
+    for (const int64_t dim : {64, 96, 128, 256}) {
+      if (dim == 96 && std::string(spec) != "none" && std::string(spec) != "int4-hqq") continue;
+      for (const int64_t ratio : {2, 16}) AddAttention(all, spec, dim, 32, ratio, 512, DType::kBFloat16, /*apart=*/false, /*cap=*/50);
     }
   }
   const std::vector<std::string> schemes = FusedSchemes(/*plain=*/false);

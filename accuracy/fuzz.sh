@@ -25,7 +25,7 @@ oniguruma=$cache/third_party/oniguruma-6.9.10
 build=$root/build/fuzz
 mkdir -p "$build/corpus"
 cd "$build"
-checked=(-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fsanitize=fuzzer-no-link)
+checked=(-gline-tables-only -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fsanitize=fuzzer-no-link)
 
 # Architectures' rows are parsers of config.json, schemes' rows check specs.
 mapfile -t architectures < <(grep -l '^const RegisterArchitecture' "$root"/fixtures/architectures/*.cc)
@@ -35,13 +35,17 @@ sources=("$root"/fixtures/{safetensors,model_config,cache/{spec,presets}}.cc
   "$root/accuracy/fuzz_loaders.cc")
 # A header or this script that has changed makes all of ours anew.
 mapfile -t headers < <(ls -t "$root"/*/*.{h,cuh} "$root"/*/*/*.{h,cuh} "$0" 2>/dev/null)
+ours=("${checked[@]}" -std=c++20 -Wno-unknown-pragmas -I "$root" -isystem "$oniguruma/src" -isystem "$cache/cuda-13.0.96/include")
+# What most of them include is read once. Without -O1 a file takes a third of the time: what loops over an input has it, and
+# before all others safetensors.cc, from whose object the linker takes JSON's own code.
+echo '#include <nlohmann/json.hpp>' >common.h
+for level in -O0 -O1; do clang++ "${ours[@]}" $level -x c++-header -fpch-instantiate-templates common.h -o "common$level.pch"; done
 compile() {  # SOURCE
-  local object optimized=-O1
-  [[ $1 == */schemes/* ]] && optimized=-O0  # in half the time: what runs of them is what checks a spec
+  local object level=-O0
+  [[ $1 == */safetensors.cc || $1 == */tokenizer/* ]] && level=-O1
   object=$(basename "$1").o
   [[ $object -nt $1 && $object -nt ${headers[0]} ]] ||
-    clang++ "${checked[@]}" $optimized -std=c++20 -Wno-unknown-pragmas -I "$root" -isystem "$oniguruma/src" \
-      -isystem "$cache/cuda-13.0.96/include" -c "$1" -o "$object"
+    clang++ "${ours[@]}" $level -include-pch "common$level.pch" -c "$1" -o "$object"
 }
 waiting=0
 for source in "${sources[@]}"; do

@@ -3,8 +3,10 @@
 #include <cmath>
 
 #include "accuracy/encoded.h"
+#include "accuracy/mixture.h"
 #include "fixtures/cache/spec.h"
 #include "kernels/error.h"
+#include "kernels/host/experts.h"
 #include "kernels/host/step.h"
 
 namespace kvq {
@@ -35,6 +37,29 @@ TEST(Host, ProductsEqualFloat64) {
         host::Product(args);
         EXPECT_TRUE((stored.to(at::kDouble) - exact).abs().le(allowed).all().item<bool>())
             << type << " " << out << " x " << in << ", " << rows << " rows";
+      }
+    }
+  }
+}
+
+// As StepGpu's (accuracy/step_test.cc); of float32 the sums' own error is seen.
+TEST(Host, ExpertsEqualFloat64) {
+  if (!host::HasAvx2()) GTEST_SKIP() << host::kWantsAvx2;
+  const c10::InferenceMode guard;
+  at::manual_seed(19);
+  for (const at::ScalarType type : {at::kFloat, at::kHalf, at::kBFloat16}) {
+    for (const auto& [rows, hidden, size, experts, per_token] :
+         std::vector<std::array<int64_t, 5>>{{1, 128, 64, 16, 3}, {3, 512, 192, 40, 6}, {11, 36, 20, 5, 2}, {2, 64, 128, 1, 1}}) {
+      for (const bool normalized : {false, true}) {
+        Mixture mixture(rows, hidden, size, experts, per_token, normalized, at::TensorOptions(type));
+        if (rows == 3) mixture.logits[1].zero_(), mixture.logits[2].narrow(0, 30, 5).fill_(-0.0);
+        Tensor out = at::full({rows, hidden}, NAN, mixture.x.options());
+        host::Experts(mixture.args(), out.data_ptr());
+        const Tensor exact = mixture.Exact();
+        const double error = ((out.to(at::kDouble) - exact).norm() / exact.norm()).item<double>();
+        EXPECT_LT(error, type == at::kFloat ? 1e-6 : (4 + 4 * 1.13) * Roundoff(type)) << type << " " << rows << " rows of " << hidden;
+        EXPECT_TRUE(mixture.chosen.to(at::kLong).equal(mixture.Chosen()));
+        EXPECT_EQ(mixture.reads.item<int64_t>(), std::get<0>(at::_unique(mixture.Chosen())).numel());
       }
     }
   }
@@ -72,7 +97,7 @@ Side MakeSide(const Codec& codec, bool other_dense, int64_t group, int64_t dim, 
 }
 
 void CheckAttention(const std::string& spec, int64_t dim, int64_t group, int64_t ratio, at::ScalarType type,
-                    const SequenceLength& length, int32_t window) {
+                    const SequenceLength& length, int32_t window, double cap = 0, bool sinks = false) {
   const SchemePair pair = ParseSpec(spec).schemes;
   const Codec &key_codec = pair.keys->keys, &value_codec = pair.values->values;
   for (const Codec* codec : {&key_codec, &value_codec}) {
@@ -95,16 +120,19 @@ void CheckAttention(const std::string& spec, int64_t dim, int64_t group, int64_t
                     side.residual.narrow(2, 0, length.residual).to(at::kDouble)}, 2)
         .narrow(2, hidden, tokens - hidden);
   };
+  const Tensor sink_logits = at::randn({kKvHeads * ratio}) * 2;
   Tensor expected = at::zeros({2, kKvHeads, ratio, dim}, at::kDouble), allowed = at::zeros_like(expected);
   if (tokens > 0) {
-    const Tensor logits = at::matmul(queries.to(at::kDouble), all(keys).transpose(2, 3)) * scale;
-    const Tensor p = at::softmax(logits, -1);
+    Tensor logits = at::matmul(queries.to(at::kDouble), all(keys).transpose(2, 3)) * scale;
+    if (cap > 0) logits = at::tanh(logits / cap) * cap;
+    if (sinks) logits = at::cat({logits, sink_logits.to(at::kDouble).view({1, kKvHeads, ratio, 1}).expand({2, -1, -1, 1})}, 3);
+    const Tensor p = at::softmax(logits, -1).narrow(3, 0, tokens - hidden);
     expected = at::matmul(p, all(values));
     // A logit is a float32 sum of dim products (some roundoffs of their magnitudes, in powers of two), and what it is off by
     // is a share of p; so is the 2e-7 of Exp2 (kernels/vector_math.h), of p and of its sum, and what the order of some hundred
-    // tokens does to that, 6e-7; the output is a float32 sum, and rounded once.
+    // tokens does to that, 6e-7; a cap is off by some of its roundoffs; the output is a float32 sum, and rounded once.
     const Tensor magnitudes = at::matmul(queries.to(at::kDouble).abs(), all(keys).abs().transpose(2, 3)) * scale;
-    const Tensor share = magnitudes.max() * (static_cast<double>(dim) * 0x1p-23) + 1e-6;
+    const Tensor share = magnitudes.max() * (static_cast<double>(dim) * 0x1p-23) + 1e-6 * (1 + cap);
     allowed = expected.abs() * Roundoff(type) + at::matmul(p, all(values).abs()) * share * 2;
   }
   const Tensor lengths = at::tensor({length.sinks, length.encoded, length.residual}, at::kInt).repeat({2, 1});
@@ -122,7 +150,8 @@ void CheckAttention(const std::string& spec, int64_t dim, int64_t group, int64_t
   Tensor out = at::full(queries.sizes(), NAN, queries.options());
     host::DecodeAttention(key_codec, value_codec,
                           {.dtype = DTypeOf(type), .query_heads = kKvHeads * ratio, .queries = queries.data_ptr(),
-                           .out = out.data_ptr(), .scale = static_cast<float>(scale), .keys = view(keys),
+                           .out = out.data_ptr(), .scale = static_cast<float>(scale), .softcap = static_cast<float>(cap),
+                           .sink_logits = sinks ? sink_logits.data_ptr<float>() : nullptr, .keys = view(keys),
                            .values = view(values), .key_params = {.group_size = group},
                            .value_params = {.group_size = group}, .sink_keys = ViewOf(keys.sinks),
                            .sink_values = ViewOf(values.sinks), .residual_keys = residual(keys, values_dense),
@@ -133,6 +162,19 @@ void CheckAttention(const std::string& spec, int64_t dim, int64_t group, int64_t
     EXPECT_TRUE(error.le(allowed + 1e-30).all().item<bool>())
         << spec << " head_dim " << dim << " group " << group << " ratio " << ratio << " " << type << " tokens "
         << length.sinks << "/" << length.encoded << "/" << length.residual << " window " << window << ": " << (error / (allowed + 1e-30)).max().item<double>() << " of what is allowed";
+}
+
+// A cap on logits, which are up to four or so here, and a logit a head that has no value: Gemma 2's and gpt-oss's attention.
+TEST(Host, AttentionCapsLogitsAndCountsSinkLogits) {
+  if (!host::HasAvx2()) GTEST_SKIP() << host::kWantsAvx2;
+  const c10::InferenceMode guard;
+  at::manual_seed(6);
+  for (const char* spec : {"none", "int4-hqq", "int8-hqq+none", "int4-hqq-kivi"}) {
+    for (const auto& [cap, sinks] : {std::pair(1.5, false), std::pair(0.0, true), std::pair(2.0, true), std::pair(50.0, false)}) {
+      CheckAttention(spec, 64, 64, 8, at::kHalf, {4, 257, 40}, 0, cap, sinks);
+      CheckAttention(spec, 128, 64, 3, at::kFloat, {0, 520, 7}, 100, cap, sinks);
+    }
+  }
 }
 
 TEST(Host, AttentionEqualsFloat64OverDecodedTokens) {

@@ -1,7 +1,5 @@
-// The command as its users run it: what it prints, what it refuses, and that it leaves nothing half-written.
+// The command as its users run it: what it prints and measures.
 #include <gtest/gtest.h>
-#include <sys/stat.h>
-#include <sys/sysmacros.h>
 
 #include <chrono>
 #include <cmath>
@@ -11,11 +9,9 @@
 #include <numeric>
 
 #include "accuracy/distribution.h"
-#include "accuracy/error_sum.h"
-#include "accuracy/sensitivity.h"
-#include "accuracy/text_windows.h"
 #include "accuracy/tiny_model.h"
-#include "fixtures/dataset.h"
+#include "benchmarks/measurement.h"
+#include "fixtures/model_config.h"
 #include "kernels/error.h"
 
 namespace kvq {
@@ -24,136 +20,6 @@ namespace {
 namespace fs = std::filesystem;
 
 class Kvqbench : public TinyModel {};
-
-TEST_F(Kvqbench, RefusesBadInputInOneLine) {
-  const std::string tiny = Tiny();
-  ExpectRefused(Execute("--models=gpt-5"), {"--models", "gpt-5", "smollm2-135m"});
-  ExpectRefused(Execute("--models=" + (dir_ / "none/x").string()), {"not a directory"});
-  ExpectRefused(Execute(tiny + " --schemes=int5-hqq"), {"int5-hqq", "int4-hqq"});
-  ExpectRefused(Execute(tiny + " --schemes=int8-quanto"), {"int8-quanto", "2 and 4 bits"});
-  ExpectRefused(Execute(tiny + " --schemes=int4-hqq"), {"head_dim", "64"});  // the tiny model's is 8
-  ExpectRefused(Execute(tiny + " --backends=warp"), {"warp", "eager, sdpa, fused, sage"});
-  ExpectRefused(Execute(tiny + " --contexts=ten"), {"--contexts", "ten"});
-  ExpectRefused(Execute(tiny + " --contexts=64,,"), {"--contexts", "empty item"});
-  ExpectRefused(Execute(tiny + " --windows=0"), {"--windows", "1"});
-  ExpectRefused(Execute(tiny + " --window=4"), {"--window", "no such flag"});
-  ExpectRefused(Execute(tiny + " --benchmark_windows=4 --schemes=none --contexts=32"), {"--benchmark_windows", "no such flag"});
-  ExpectRefused(Execute(tiny + " --protocol=fast"), {"--protocol", "decode or study"});
-  ExpectRefused(Execute(tiny + " --schemes=none --contexts=32 --dtype=int8"), {"--dtype", "float32"});
-  ExpectRefused(Execute(tiny + " --schemes=none --contexts=32 --kv-dtype=int8"), {"--kv-dtype", "bfloat16", "int8"});
-  ExpectRefused(Execute(tiny + " --schemes=none --contexts=32 --device=tpu"), {"--device", "tpu"});
-  ExpectRefused(Execute(tiny + " --schemes=none --contexts=32 --vram-diag"), {"--vram-diag", "--device=cuda"});
-  ExpectRefused(Execute(tiny + " --schemes=none --contexts=32 --benchmark_filter=nothing"), {"--benchmark_filter", "matches none"});
-  ExpectRefused(Execute(tiny + " --schemes=none --contexts=32 --benchmark_filter='('"), {"--benchmark_filter", "regular expression"});
-  ExpectRefused(Execute(tiny + " --schemes=none --contexts=32 --benchmark_format=xml"), {"--benchmark_format"});
-  ExpectRefused(Execute(tiny + " --schemes=none --contexts=32 --benchmark_out=/no/such/dir/x.json"), {"--benchmark_out", "/no/such/dir"});
-  ExpectRefused(Execute(tiny + " --schemes=none --contexts=32 --summary-file=/no/such/dir/x.txt"), {"--summary-file", "/no/such/dir"});
-  ExpectRefused(Execute("--models=./" + std::string(5000, 'a')), {"File name too long"});
-  ExpectRefused(Execute(tiny + " --schemes=none --contexts=32 --benchmark_out=" + (dir_ / "\xff.json").string()),
-                {"--benchmark_out", "UTF-8"});
-  ExpectRefused(Execute(tiny + " --schemes=none --contexts=32 --corpus-file=/no/such/file"), {"--corpus-file", "is not there"});
-  std::ofstream(dir_ / "empty.txt");
-  ExpectRefused(Execute(tiny + " --schemes=none --contexts=32 --corpus-file=" + (dir_ / "empty.txt").string()), {"empty.txt", "empty"});
-}
-
-TEST_F(Kvqbench, RefusesBrokenModelsInOneLine) {
-  const auto run = [&] { return Execute(Tiny() + " --schemes=none --contexts=32 --benchmark_filter=perplexity"); };
-  std::ofstream(dir_ / "tiny/tokenizer.json") << "{";
-  ExpectRefused(run(), {"tokenizer.json", "not a JSON object"});
-  fs::remove(dir_ / "tiny/tokenizer.json");
-  ExpectRefused(run(), {"tokenizer.json", "not there"});
-  fs::resize_file(dir_ / "tiny/model.safetensors", 5000);
-  ExpectRefused(run(), {"model.safetensors", "truncated"});
-  fs::remove(dir_ / "tiny/model.safetensors");
-  ExpectRefused(run(), {"neither model.safetensors"});
-  std::ofstream(dir_ / "tiny/config.json") << "{}";
-  ExpectRefused(run(), {"config.json", "model_type"});
-}
-
-TEST_F(Kvqbench, RefusesATokenizerOfAnotherModel) {
-  fs::copy(GoldenPath("models/llama-gqa3"), dir_ / "tiny", fs::copy_options::recursive | fs::copy_options::overwrite_existing);
-  ExpectRefused(Execute(Tiny() + " --schemes=none --contexts=32"), {"420 tokens", "vocab_size 61"});
-}
-
-// Found before anything is measured, of any model: the right one before it has no result that would be lost.
-TEST_F(Kvqbench, RefusesATensorOfAnotherTypeOrShapeBeforeItMeasures) {
-  const auto refused = [&](const std::string& tensor, const std::string& from, const std::string& to, const std::string& why) {
-    fs::remove_all(dir_ / "bad");
-    fs::copy(dir_ / "tiny", dir_ / "bad");
-    std::ifstream in(dir_ / "bad/model.safetensors", std::ios::binary);
-    std::string file((std::istreambuf_iterator<char>(in)), {});
-    const size_t at = file.find(from, file.find("\"" + tensor + "\""));
-    ASSERT_NE(at, std::string::npos);
-    std::ofstream(dir_ / "bad/model.safetensors", std::ios::binary) << file.replace(at, from.size(), to);
-    const std::string models = StrCat(" --models=", (dir_ / "tiny").string(), ",", (dir_ / "bad").string());
-    ExpectRefused(Execute(Tiny() + models + " --schemes=none --contexts=32 --benchmark_filter=kv_size "
-                          "--benchmark_format=json"), {tensor, why});
-  };
-  refused("model.norm.weight", "\"BF16\"", " \"I16\"", "type I16");
-  refused("model.layers.1.mlp.down_proj.weight", "[32,40]", "[40,32]", "shape [40, 32]");
-}
-
-// ---- what is not finite is no measurement
-
-class NotFinite : public Kvqbench {
- protected:
-  // error_message of every cell, "" of one that was measured.
-  std::map<std::string, std::string> Errors(const std::string& more, int code) const {
-    const fs::path file = dir_ / "not_finite.json";
-    fs::remove(file);
-    const Outcome outcome = Execute(
-        Tiny() + " --schemes=none,int4-hqq@residual=16 --contexts=64 --windows=2 --runs=1 --max-runs=1 --decode-tokens=2 "
-        "--benchmark_filter='perplexity|needle|sensitivity|distribution|error|prefill|decode|memory|quantize' "
-        "--benchmark_out=" + file.string() + more);
-    EXPECT_EQ(outcome.code, code) << outcome.err;
-    std::ifstream in(file);
-    std::map<std::string, std::string> errors;
-    for (const auto& [name, run] : ByName(std::string((std::istreambuf_iterator<char>(in)), {}))) {
-      const std::string error = run.value("error_message", "");
-      if (error.find("Release") == std::string::npos && error.find("nothing is encoded") == std::string::npos) {
-        errors[name] = error;
-      }
-    }
-    return errors;
-  }
-};
-
-TEST_F(NotFinite, LogitsFailEveryCellThatReadsThem) {
-  WidenHeads(dir_ / "tiny");
-  Overwrite(dir_ / "tiny", "model.norm.weight", NAN);
-  for (const char* protocol : {" --dtype=float32", " --dtype=float32 --protocol=study"}) {
-    const auto errors = Errors(protocol, 1);
-    EXPECT_GE(errors.size(), 9u);
-    for (const auto& [name, error] : errors) {
-      const bool reads_logits = name.find("error/") != 0 && name.find("distribution/") != 0;
-      EXPECT_EQ(error, reads_logits ? "failed: the logits are not finite in float32, and no --dtype reaches further; "
-                                      "weights of the model are not finite themselves" : "") << name;
-    }
-  }
-}
-
-TEST_F(NotFinite, TheFirstLayerIsNamedAndTheTypeThatReachesFurther) {
-  WidenHeads(dir_ / "tiny");
-  Overwrite(dir_ / "tiny", "model.layers.0.mlp.down_proj.weight", 3e4);
-  for (const auto& [name, error] : Errors(" --dtype=float16", 1)) {
-    EXPECT_EQ(error, "failed: layer 0 is the first that is not finite in float16; try --dtype=bfloat16 or --dtype=float32")
-        << name;
-  }
-  for (const auto& [name, error] : Errors(" --dtype=bfloat16", 0)) EXPECT_EQ(error, "") << name;
-}
-
-TEST_F(NotFinite, NothingAgreesWithWhatIsNoNumber) {
-  const at::Tensor plain = at::arange(0, 24, at::kFloat).view({1, 2, 12}), targets = at::zeros({1, 2}, at::kLong);
-  EXPECT_EQ(ScoreTokens(plain, plain, targets)[0][0][3].item<double>(), 1);
-  for (const float value : {NAN, INFINITY, -INFINITY}) {
-    at::Tensor broken = plain.clone();
-    broken[0][0][5] = value;
-    const at::Tensor scores = ScoreTokens(broken, broken, targets)[0];
-    EXPECT_FALSE(std::isfinite(scores[0][2].item<double>())) << value;
-    EXPECT_TRUE(std::isnan(scores[0][3].item<double>())) << value;
-    EXPECT_EQ(scores[1][3].item<double>(), 1) << "the next token's are whole";
-  }
-}
 
 // On a processor without instructions for bfloat16, products are of our own.
 TEST_F(Kvqbench, SixteenBitsAreTheSameWithoutInstructionsForThem) {
@@ -205,46 +71,6 @@ TEST_F(Kvqbench, WhatExceedsAModelsPositionsIsSkippedAndTheRestRuns) {
   EXPECT_NE(random.at("kv_size/gpt2/sdpa/none/ctx:8192/batch:1").value("error_message", "").find("1024 positions"),
             std::string::npos);
   EXPECT_FALSE(random.at("kv_size/llama-2-7b/sdpa/none/ctx:8192/batch:1").contains("error_message"));
-}
-
-// ---- files that are none
-
-TEST_F(Kvqbench, OnlyRegularFilesAreReplacedOrRead) {
-  const std::string flags = Tiny() + " --schemes=none --contexts=32 --benchmark_filter=kv_size ";
-  const fs::path pipe = dir_ / "pipe";
-  ASSERT_EQ(mkfifo(pipe.c_str(), 0600), 0);
-  ExpectRefused(Execute(flags + "--benchmark_out=" + pipe.string()), {"--benchmark_out", pipe.string(), "a pipe"});
-  EXPECT_EQ(fs::status(pipe).type(), fs::file_type::fifo);
-  ExpectRefused(Execute(flags + "--benchmark_out=/dev/stdout"), {"--benchmark_out", "--benchmark_format=json"});
-  ExpectRefused(Execute(flags + "--corpus-file=" + pipe.string()), {pipe.string(), "no regular file"});
-  ExpectRefused(Execute("--to-v2=" + (dir_ / "v2").string() + " " + pipe.string()), {pipe.string(), "no regular file"});
-  // A summary is only written: what takes text gets it, at the end, and stays what it is.
-  const Outcome shown = Execute(flags + "--summary-file=/dev/stdout");
-  EXPECT_EQ(shown.code, 0) << shown.err;
-  EXPECT_LT(shown.out.find("kv_size/tiny"), shown.out.find("1 benchmarks: 1 done")) << shown.out;
-  EXPECT_NE(shown.out.find("1 benchmarks: 1 done"), std::string::npos) << shown.out;
-  const Outcome full = Execute(flags + "--summary-file=/dev/full");
-  EXPECT_EQ(full.code, 2) << full.err;
-  EXPECT_NE(full.err.find("cannot write /dev/full: No space left"), std::string::npos) << full.err;
-  // A link's file is replaced, not the link.
-  fs::create_symlink(dir_ / "summary.txt", dir_ / "link.txt");
-  EXPECT_EQ(Execute(flags + "--summary-file=" + (dir_ / "link.txt").string()).code, 0);
-  EXPECT_TRUE(fs::is_symlink(dir_ / "link.txt"));
-  EXPECT_TRUE(fs::exists(dir_ / "summary.txt"));
-  for (const char* name : {"config.json", "tokenizer.json", "model.safetensors"}) {
-    fs::rename(dir_ / "tiny" / name, dir_ / name);
-    ASSERT_EQ(mkfifo((dir_ / "tiny" / name).c_str(), 0600), 0);
-    ExpectRefused(Execute(flags), {name});
-    fs::rename(dir_ / name, dir_ / "tiny" / name);
-  }
-  // A device as /dev/null and /dev/zero are, under a name of its own: only root may make one.
-  for (const auto& [name, minor_number] : {std::pair("null", 3), std::pair("zero", 5)}) {
-    const fs::path node = dir_ / name;
-    if (mknod(node.c_str(), S_IFCHR | 0666, makedev(1, static_cast<unsigned>(minor_number))) != 0) continue;
-    ExpectRefused(Execute(flags + "--benchmark_out=" + node.string()), {node.string(), "a device"});
-    EXPECT_EQ(Execute(flags + "--summary-file=" + node.string()).code, 0);
-    EXPECT_EQ(fs::status(node).type(), fs::file_type::character);
-  }
 }
 
 TEST_F(Kvqbench, ListsWhatItWouldRun) {
@@ -644,125 +470,6 @@ TEST_F(Kvqbench, DistributionDescribesTheCache) {
   EXPECT_EQ(run["kurtosis_k_max"], kurtosis_max);
   EXPECT_EQ(run["heavy_tailed_layers"], heavy);
   EXPECT_EQ(run["layers"], 2);
-}
-
-// Each number of the profile against runs under the spec of that layer and part: the same attention
-// outputs, bit for bit, whose inputs nothing has touched, and perplexity's own kld.
-TEST_F(Kvqbench, SensitivityEqualsRunsOfItsSpecs) {
-  const c10::InferenceMode guard;
-  WidenHeads(dir_ / "tiny");
-  const std::string spec = "int2-hqq@residual=16@sinks=2";
-  const std::string part = "none@residual=16@sinks=2@layers=1-1:int2-hqq+none";
-  const std::string arguments =
-      Tiny() + " --contexts=64 --windows=3 --batch=2 --dtype=float32 --benchmark_format=json";
-  const Outcome outcome = Execute(arguments + " --schemes=" + spec +
-                                  ",int2-hqq@residual=16@layers=0-0:none,int4-hqq "
-                                  "--benchmark_filter=sensitivity");
-  ASSERT_EQ(outcome.code, 0) << outcome.err;
-  const auto runs = ByName(outcome.out);
-  const auto& run = runs.at("sensitivity/tiny/sdpa/" + spec + "/ctx:64/batch:2");
-
-  Options options{.models = {(dir_ / "tiny").string()},
-                  .corpus_file = (dir_ / "text.txt").string(),
-                  .windows = 3,
-                  .dtype = "float32"};
-  Session session(options);
-  const Cell cell{options.models[0], "sdpa", spec, 64, 2};
-  const Work work = WorkOf(session, cell);
-  for (int64_t layer = 0; layer < 2; ++layer) {
-    for (const auto& [name, keys, values] :
-         {std::tuple("k", true, false), std::tuple("v", false, true),
-          std::tuple("kv", true, true)}) {
-      const auto attended = [&, keys = keys, values = values](const at::Tensor& ids,
-                                                              const std::string& text) {
-        KvCache cache(ParseSpec(text), work.model.cache_shape(ids.size(0)), 64, at::kFloat,
-                      at::kCPU);
-        std::vector<at::Tensor> calls;
-        FeedAsDecoding(
-            work.model, work.backend, ParseSpec(spec), ids, cache,
-            [](int64_t, const at::Tensor&) {},
-            [&](const LayerView& view) {
-              if (view.cached_layer == layer) calls.push_back(view.attended.clone());
-            });
-        // The first call reads 2 sinks and 16 tokens as they are.
-        return at::cat(calls, 2).narrow(2, 18, 64 - 18);
-      };
-      ErrorSum error;
-      for (const std::vector<Window>& group : SideBySide(WindowsOf(work, cell, options), 2)) {
-        const at::Tensor ids = WindowIds(work, group);
-        const std::string encoded = PartOfSpec(ParseSpec(spec), 2, [&, layer = layer, keys = keys, values = values](
-                                                                       int64_t at, bool of_values) {
-          return at == layer && (of_values ? values : keys);
-        });
-        error.Add(ErrorSum::Of(attended(ids, "none"), attended(ids, encoded)));
-      }
-      const double nmse = run[StrCat("attention_nmse_", name, "/layer:", layer)];
-      EXPECT_GT(nmse, 1e-4);
-      EXPECT_NEAR(nmse, error.nmse(), 1e-12 * nmse);  // sums of float64 in another order
-    }
-  }
-  const auto perplexity =
-      ByName(Execute(arguments + " --schemes=" + part + " --benchmark_filter=perplexity").out);
-  const auto& of_part = perplexity.at("perplexity/tiny/sdpa/" + part + "/ctx:64/batch:2");
-  // Its reference comes from one call: float32 sums in another order, as in kld_floor_nats.
-  EXPECT_NEAR(run["kld_nats_k/layer:1"].get<double>(), of_part["kld_nats"].get<double>(), 1e-6);
-  EXPECT_NEAR(run["top1_agreement_k/layer:1"].get<double>(),
-              of_part["top1_agreement"].get<double>(), 1e-12);
-  EXPECT_GT(run["kld_nats_k/layer:1"].get<double>(), 1e-5);
-  EXPECT_LT(run["kld_nats_k_lo/layer:1"].get<double>(), run["kld_nats_k/layer:1"].get<double>());
-  EXPECT_GT(run["logits_nmse_v/layer:0"].get<double>(), 1e-6);
-  EXPECT_EQ(
-      run["kld_nats_v_max"].get<double>(),
-      run[StrCat("kld_nats_v/layer:", run["most_sensitive_layer_v"].get<int>())].get<double>());
-  EXPECT_EQ(run["windows"], 3);
-
-  const auto& half =
-      runs.at("sensitivity/tiny/sdpa/int2-hqq@residual=16@layers=0-0:none/ctx:64/batch:2");
-  EXPECT_FALSE(half.contains("kld_nats_k/layer:0")) << "nothing is encoded there";
-  EXPECT_TRUE(half.contains("kld_nats_k/layer:1"));
-  EXPECT_NE(runs.at("sensitivity/tiny/sdpa/int4-hqq/ctx:64/batch:2")["error_message"]
-                .get<std::string>()
-                .find("nothing is encoded"),
-            std::string::npos)
-      << "128 tokens of residual";
-
-  // All of it, and all but one side of a layer: what perplexity says of the same.
-  const auto whole = ByName(Execute(arguments + " --schemes=" + spec + " --parts=all,k,v,without-k,without-v "
-                                    "--benchmark_filter=sensitivity").out)
-                         .at("sensitivity/tiny/sdpa/" + spec + "/ctx:64/batch:2");
-  const std::string without = "none@residual=16@sinks=2@layers=0-0:int2-hqq+int2-hqq@layers=1-1:int2-hqq+none";
-  const auto others = ByName(Execute(arguments + " --schemes=" + spec + "," + without + " --benchmark_filter=perplexity").out);
-  const double all = whole["kld_nats_all"];
-  EXPECT_NEAR(all, others.at("perplexity/tiny/sdpa/" + spec + "/ctx:64/batch:2")["kld_nats"].get<double>(), 1e-6);
-  EXPECT_NEAR(whole["kld_nats_without_v/layer:1"].get<double>(),
-              others.at("perplexity/tiny/sdpa/" + without + "/ctx:64/batch:2")["kld_nats"].get<double>(), 1e-6);
-  EXPECT_GT(std::abs(whole["kld_nats_without_v/layer:1"].get<double>() - all), 1e-5);
-  double sum = 0;
-  for (const char* side : {"k", "v"}) {
-    for (const int layer : {0, 1}) sum += whole[StrCat("kld_nats_", side, "/layer:", layer)].get<double>();
-  }
-  EXPECT_NEAR(whole["interaction"].get<double>(), all / sum, 1e-12);
-  EXPECT_FALSE(whole.contains("kld_nats_kv_mean"));
-  EXPECT_EQ(whole["kld_nats_k/layer:1"], run["kld_nats_k/layer:1"]);
-  const Outcome wrong = Execute(arguments + " --schemes=int4-hqq --parts=k,w --benchmark_filter=sensitivity");
-  EXPECT_EQ(wrong.code, 2);
-  EXPECT_NE(wrong.err.find("--parts: of all, k, v, kv, without-k, without-v, not 'w'"), std::string::npos) << wrong.err;
-
-  // Other windows of the same text: none is scored twice.
-  const auto ppl = [&](const std::string& flags) {
-    return ByName(Execute(arguments + " --schemes=none --benchmark_filter=perplexity " + flags).out)
-        .at("perplexity/tiny/sdpa/none/ctx:64/batch:2")["ppl"].get<double>();
-  };
-  EXPECT_NEAR(std::log(ppl("--windows=2")),
-              (std::log(ppl("--windows=1")) + std::log(ppl("--windows=1 --skip-windows=1"))) / 2, 1e-9);
-  EXPECT_NE(Execute(arguments + " --schemes=none --benchmark_filter=perplexity --skip-windows=100000").out.find(
-                "--skip-windows leaves out"), std::string::npos);
-
-  const std::string list = Tiny() + " --schemes=none --contexts=32 --benchmark_list_tests";
-  EXPECT_EQ(Execute(list).out.find("sensitivity"), std::string::npos)
-      << "it costs too much to run unasked";
-  EXPECT_NE(Execute(list + " --benchmark_filter='error|sensitivity'").out.find("sensitivity"),
-            std::string::npos);
 }
 
 // ---- SmolLM2 on the default text: the numbers users see must not drift

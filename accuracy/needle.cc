@@ -13,12 +13,11 @@
 #include <array>
 #include <functional>
 #include <nlohmann/json.hpp>
-#include <optional>
 #include <random>
 
 #include "accuracy/statistics.h"
+#include "accuracy/stepper.h"
 #include "benchmarks/measurement.h"
-#include "fixtures/decode_graph.h"
 #include "fixtures/finite.h"
 #include "kernels/error.h"
 
@@ -38,37 +37,26 @@ constexpr int64_t kNewTokens = 32;
 class Answers {
  public:
   Answers(Session& session, const Cell& cell, const Spec& spec, std::vector<NeedlePrompt> prompts, int64_t chunk)
-      : session_(session), cell_(cell), spec_(spec), prompts_(std::move(prompts)), chunk_(chunk),
-        cache_(session.model(cell.model).NewCache(spec, 1, Longest() + kNewTokens)) {
-    if (!FindBackend(cell.backend).graph) return;
-    try {
-      graph_.emplace(session.model(cell.model), cache_);
-      session.ran = StrCat("sdpa, answers ", graph_->kernels());
-    } catch (const InputError&) {  // what it does not know goes the other way
-    }
-  }
+      : model_(session.model(cell.model)), tokenizer_(session.tokenizer(cell.model)), backend_(FindBackend(cell.backend)), spec_(spec),
+        prompts_(std::move(prompts)), chunk_(chunk),
+        stepper_(session, model_, backend_, spec, /*batch=*/1, Longest() + kNewTokens, "answers") {}
 
   // The greedy continuation of the next prompt: 32 tokens, or up to EOS, which is one of them; what is found stays found,
   // so it ends with `until` unless that is empty.
   std::vector<int32_t> Next(const std::string& until) {
-    const Model& model = session_.model(cell_.model);
-    const Tokenizer& tokenizer = session_.tokenizer(cell_.model);
-    const Backend& backend = FindBackend(cell_.backend);
-    const at::Tensor ids = IdTensor(prompts_[next_].ids, 1, model.device());
-    at::Tensor hidden = FeedPrompt(model, backend, ids), token;
+    const at::Tensor ids = IdTensor(prompts_[next_].ids, 1, model_.device());
+    at::Tensor state = FeedPrompt(ids);
     std::vector<int32_t> answer;
     for (;;) {
-      const bool by_graph = graph_ && !answer.empty();
-      if (by_graph) token = graph_->Run(token, 1);
-      const at::Tensor logits = by_graph ? graph_->logits() : model.Logits(hidden.narrow(1, hidden.size(1) - 1, 1));
-      CheckFinite(logits, model, ids, spec_, backend);
-      if (!by_graph) token = logits.argmax(-1);
+      const at::Tensor logits = stepper_.Logits(state);
+      CheckFinite(logits, model_, ids, spec_, backend_);
+      const at::Tensor token = logits.argmax(-1).flatten();
       answer.push_back(static_cast<int32_t>(token.item<int64_t>()));
-      if (static_cast<int64_t>(answer.size()) == kNewTokens || tokenizer.eos_id() == answer.back() ||
-          (!until.empty() && tokenizer.Decode(answer).find(until) != std::string::npos)) {
+      if (static_cast<int64_t>(answer.size()) == kNewTokens || tokenizer_.eos_id() == answer.back() ||
+          (!until.empty() && tokenizer_.Decode(answer).find(until) != std::string::npos)) {
         return answer;
       }
-      if (!graph_) hidden = model.Forward(token, cache_, backend);
+      state = stepper_.Step(token);
     }
   }
 
@@ -89,36 +77,32 @@ class Answers {
     return most < first ? 0 : first + (most - first) / chunk_ * chunk_;
   }
 
-  at::Tensor FeedPrompt(const Model& model, const Backend& backend, const at::Tensor& ids) {
+  // The state behind the prompt.
+  at::Tensor FeedPrompt(const at::Tensor& ids) {
     int64_t at = kept_;
     if (at > 0) {
       restore_();
     } else {
-      cache_.Clear();
+      stepper_.cache().Clear();
     }
-    const auto feed = [&](int64_t end) {
-      const at::Tensor part = ids.narrow(1, at, end - at);
-      const int64_t first_end = at == 0 ? spec_.sink_tokens + chunk_ : 0;
-      at = end;
-      return Feed(model, part, cache_, backend, chunk_, first_end);
-    };
     kept_ = Shared(next_++);
     if (kept_ > at) {
-      feed(kept_);
-      restore_ = cache_.Save();
+      stepper_.Feed(ids.narrow(1, at, kept_ - at), chunk_);
+      restore_ = stepper_.cache().Save();
+      at = kept_;
     } else if (kept_ < at) {  // the next one begins anew
       kept_ = 0;
     }
-    return feed(ids.size(1));
+    return stepper_.Prompt(ids.narrow(1, at, ids.size(1) - at), chunk_);
   }
 
-  Session& session_;
-  const Cell& cell_;
+  const Model& model_;
+  const Tokenizer& tokenizer_;
+  const Backend& backend_;
   const Spec& spec_;
   std::vector<NeedlePrompt> prompts_;
   int64_t chunk_;
-  KvCache cache_;
-  std::optional<DecodeGraph> graph_;  // what answers, under backend fused
+  Stepper stepper_;
   size_t next_ = 0;
   int64_t kept_ = 0;  // tokens of the next prompt that restore_ brings the cache back to
   std::function<void()> restore_;

@@ -13,6 +13,8 @@
 #include "benchmarks/measurement.h"
 #include "kernels/error.h"
 #include "kernels/half.h"
+#include "kernels/plain.h"
+#include "kernels/small_float.h"
 
 namespace kvq {
 namespace {
@@ -183,6 +185,46 @@ TEST_P(EverySchemeGpu, AFewShapesGoWhereTheDeviceSays) {
   }
 }
 
+// The codes of two numbers at once, in float16's arithmetic: of groups of numbers up to `largest`, with all numbers that are at least
+// that over `reach`, in both types and with both signs where there are two.
+void ExpectAllQuotientsOnGpu(const Codec& codec, const std::vector<float>& largest, float reach, bool both_signs) {
+  const int64_t n = codec.default_group;
+  for (const at::ScalarType type : {at::kHalf, at::kBFloat16}) {
+    std::vector<float> numbers;
+    for (const float most : largest) {
+      const auto value = [&](uint32_t bits) {
+        const auto h = static_cast<uint16_t>(bits);
+        return type == at::kHalf ? HalfToFloat(h) : BFloat16ToFloat(h);
+      };
+      uint32_t bits = type == at::kHalf ? FloatToHalf(most / reach) : FloatToBFloat16(most / reach);
+      while (value(bits) <= most) {
+        numbers.push_back(most);  // a group's first one
+        numbers.push_back(both_signs ? -most : 0);
+        for (int64_t i = 2; i < n; ++i, ++bits) {
+          const float sign = both_signs && bits % 3 == 0 ? -1.0f : 1.0f;
+          numbers.push_back(value(bits) <= most ? sign * value(bits) : 0);
+        }
+      }
+    }
+    numbers.resize((numbers.size() + 127) / 128 * 128);
+    const at::Tensor x = at::tensor(numbers).view({1, 1, -1, 128}).to(type);
+    const EncodedTensors cpu = Encode(codec, {.group_size = n}, x, 1), gpu = Encode(codec, {.group_size = n}, x.cuda(), 1);
+    for (size_t p = 0; p < cpu.planes.size(); ++p) EXPECT_TRUE(cpu.planes[p].equal(gpu.planes[p].cpu())) << type << " plane " << p;
+  }
+}
+TEST(QuotientsGpu, OfNvfp4) {
+  KVQ_NEEDS_CUDA();
+  std::vector<float> largest;  // of each scale's group
+  for (uint32_t scale = 1; scale <= 0x7E; ++scale) largest.push_back(6 * E4M3::Value(scale));
+  ExpectAllQuotientsOnGpu(FindScheme("nvfp4").values, largest, 32, true);
+}
+TEST(QuotientsGpu, OfKivi) {
+  KVQ_NEEDS_CUDA();
+  std::vector<float> largest;
+  for (uint32_t bits = 0; bits < 1024; ++bits) largest.push_back(HalfToFloat(static_cast<uint16_t>(0x4000 + bits)));
+  for (const char* name : {"kivi-4", "kivi-2"}) ExpectAllQuotientsOnGpu(FindScheme(name).values, largest, 40, false);
+}
+
 INSTANTIATE_TEST_SUITE_P(Table, EveryScheme, testing::ValuesIn(NamesOfSchemes()), TestName);
 INSTANTIATE_TEST_SUITE_P(Table, EverySchemeParity, testing::ValuesIn(NamesOfSchemes()), TestName);
 INSTANTIATE_TEST_SUITE_P(Table, EverySchemeGpu, testing::ValuesIn(NamesOfSchemes()), TestName);
@@ -217,6 +259,24 @@ TEST(Half, ConversionsEqualLibtorchs) {
       }
     }
   }
+}
+
+// In the range where it is taken; of numbers of 11 bits by one in 997 of all divisors (by all of them once, without a failure).
+TEST(ShortQuotient, IsTheQuotient) {
+  int64_t wrong = 0;
+  for (uint32_t bits = 0x3F800000; bits < 0x40000000; bits += 997) {
+    const float d = BitsFloat(bits), inverse = 1 / d;
+    for (int x = 1024; x < 2048; ++x) wrong += plain::ShortQuotient(static_cast<float>(x), d, inverse) != static_cast<float>(x) / d;
+  }
+  EXPECT_EQ(wrong, 0);
+  for (const float d : {3.0f, 4.0f, 6.0f, 7.0f, 15.0f, 255.0f, 448.0f}) {
+    for (uint32_t bits = 0x3F800000; bits < 0x40000000; ++bits) {
+      wrong += plain::ShortQuotient(BitsFloat(bits), d, 1 / d) != BitsFloat(bits) / d;
+    }
+    EXPECT_EQ(wrong, 0) << d;
+  }
+  // The least of a number above 0, where it is taken, leaves a rest that is one.
+  EXPECT_EQ(plain::ShortQuotient(1e-28f, 448, 1 / 448.0f), 1e-28f / 448);
 }
 
 TEST(VectorMath, StaysWithinItsStatedError) {

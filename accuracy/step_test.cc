@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "accuracy/golden.h"
+#include "accuracy/mixture.h"
 #include "accuracy/relative_error.h"
 #include "fixtures/cache/codec_tensors.h"
 #include "kernels/device/step.h"
@@ -189,11 +190,12 @@ TEST(StepGpu, HeadsOfAFewShapes) {
     for (const int64_t dim : {8, 64, 256, 260, 512}) {
       for (const int64_t kv_heads : {2, 0}) {
         for (const int norms : {0, 2, 3}) {  // of queries and keys, of values
-          SCOPED_TRACE(StrCat("head_dim ", dim, ", ", kv_heads, " kv heads, ", norms, " norms, ", type));
+          const int64_t turned = norms == 2 || dim == 8 ? dim : dim / 4 / 4 * 4;  // of the others a part
+          SCOPED_TRACE(StrCat("head_dim ", dim, ", ", turned, " turned, ", kv_heads, " kv heads, ", norms, " norms, ", type));
           const at::TensorOptions options = at::TensorOptions(type).device(at::kCUDA);
           const at::TensorOptions floats = options.dtype(at::kFloat);
           const at::Tensor qkv = at::randn({kRows, kHeads + 2 * kv_heads, dim}, options);
-          const at::Tensor weights = at::rand({3, dim}, floats) + 0.5, angle = at::randn({dim / 2}, floats);
+          const at::Tensor weights = at::rand({3, dim}, floats) + 0.5, angle = at::randn({turned / 2}, floats);
           const at::Tensor cos = angle.cos(), sin = angle.sin();
           const at::Tensor queries = at::full({kRows, kHeads, dim}, NAN, options);
           const at::Tensor keys = at::full({kRows, kv_heads, kCapacity, dim}, NAN, options), values = keys.clone();
@@ -217,15 +219,16 @@ TEST(StepGpu, HeadsOfAFewShapes) {
                      .cos = cos.data_ptr<float>(),
                      .sin = sin.data_ptr<float>(),
                      .positions = 1,
-                     .v_norm = weight(2)};
+                     .v_norm = weight(2),
+                     .turned = turned};
           args.queries = queries.data_ptr(), args.keys = to(keys), args.values = to(values);
           AppendHeads(args, qkv.data_ptr(), nullptr);
           const auto expect = [&](const at::Tensor& ours, int64_t first, int of, bool turns) {
             at::Tensor exact = qkv.narrow(1, first, ours.size(1)).to(at::kDouble);
             if (of < norms) exact = exact * at::rsqrt(exact.square().mean(-1, true) + 1e-5) * weights[of];
             if (turns) {
-              const at::Tensor x1 = exact.narrow(2, 0, dim / 2), x2 = exact.narrow(2, dim / 2, dim / 2);
-              exact = at::cat({x1 * cos - x2 * sin, x2 * cos + x1 * sin}, 2);
+              const at::Tensor x1 = exact.narrow(2, 0, turned / 2), x2 = exact.narrow(2, turned / 2, turned / 2);
+              exact = at::cat({x1 * cos - x2 * sin, x2 * cos + x1 * sin, exact.narrow(2, turned, dim - turned)}, 2);
             }
             EXPECT_LT(RelativeError(ours, exact), 2 * Roundoff(type)) << "first head " << first;
           };
@@ -288,6 +291,64 @@ TEST(StepGpu, ActivationsOfAFewShapes) {
         }
       }
     }
+  }
+}
+
+// Rounded are both halves of the first product, the activation and its product with a factor. What the first do is up to 1.13
+// times as much behind the activation, and in the norm less than twice that of what is left.
+void ExpectMixture(const Mixture& mixture, const char* what) {
+  const at::ScalarType type = mixture.x.scalar_type();
+  SCOPED_TRACE(StrCat(what, ": ", mixture.rows, " rows of ", mixture.hidden, ", ", mixture.per_token, " of ", mixture.experts,
+                      " experts of ", mixture.size, ", ", type));
+  ASSERT_TRUE(ExpertsFit(mixture.args()));
+  const auto run = [&] { ExpertsUp(mixture.args(), nullptr), ExpertsDown(mixture.args(), nullptr); };
+  run();
+  EXPECT_LT(RelativeError(mixture.partial, mixture.Exact()), (2 + 4 * 1.13) * Roundoff(type));
+  EXPECT_TRUE(std::get<0>(mixture.chosen.to(at::kLong).sort(-1)).equal(std::get<0>(mixture.Chosen().sort(-1))));
+  const at::Tensor first = mixture.partial.clone();
+  mixture.partial.fill_(NAN), mixture.gated.fill_(NAN);
+  run();
+  EXPECT_TRUE(mixture.partial.equal(first)) << "the same bits again";
+  const bool each_once = mixture.rows <= 8 && mixture.hidden % 64 == 0 && mixture.size % 64 == 0;
+  const int64_t distinct = std::get<0>(at::_unique(mixture.Chosen())).numel();
+  if (each_once || mixture.rows == 1) EXPECT_EQ(mixture.reads.item<int64_t>(), 2 * distinct);
+}
+TEST(StepGpu, ExpertsOfAFewShapes) {  // under a sanitizer
+  KVQ_NEEDS_CUDA();
+  const c10::InferenceMode guard;
+  at::manual_seed(17);
+  for (const at::ScalarType type : {at::kHalf, at::kBFloat16}) {
+    const at::TensorOptions options = at::TensorOptions(type).device(at::kCUDA);
+    for (const bool normalized : {false, true}) {
+      for (const int64_t rows : {1, 2, 3, 8, 11}) {
+        ExpectMixture(Mixture(rows, 128, 64, 16, 3, normalized, options), "units of one tile");
+        ExpectMixture(Mixture(rows, 512, 192, 40, 6, normalized, options), "several");
+        ExpectMixture(Mixture(rows, 36, 20, 5, 2, normalized, options), "odd sizes");
+        ExpectMixture(Mixture(rows, 64, 128, 1, 1, normalized, options), "one expert");
+      }
+    }
+    // Equal logits: the first ones; NaN: no more experts than were asked for.
+    Mixture equal(4, 128, 64, 70, 5, true, options);
+    equal.logits.zero_();
+    equal.logits[1].narrow(0, 30, 40).fill_(-0.0), equal.logits[2].copy_(equal.logits[2] + 1), equal.logits[3].narrow(0, 50, 3).fill_(2);
+    ExpectMixture(equal, "equal logits");
+    Mixture broken(2, 128, 64, 70, 5, false, options);
+    broken.logits.fill_(NAN);
+    ExpertsUp(broken.args(), nullptr), ExpertsDown(broken.args(), nullptr);
+    EXPECT_TRUE(broken.partial.isnan().all().item<bool>());
+    EXPECT_EQ(broken.reads.item<int64_t>(), 5);
+  }
+}
+// Qwen3-30B-A3B's, gpt-oss's and Mixtral's.
+TEST(StepGpu, ExpertsOfPublishedShapes) {
+  KVQ_NEEDS_CUDA();
+  const c10::InferenceMode guard;
+  at::manual_seed(18);
+  const at::TensorOptions options = at::TensorOptions(at::kBFloat16).device(at::kCUDA);
+  for (const int64_t rows : {1, 2, 8}) {
+    ExpectMixture(Mixture(rows, 2048, 768, 128, 8, true, options), "qwen3-30b-a3b");
+    ExpectMixture(Mixture(rows, 2880, 2880, 32, 4, true, options), "gpt-oss-20b");
+    ExpectMixture(Mixture(rows, 4096, 14336, 8, 2, true, options), "mixtral-8x7b");
   }
 }
 

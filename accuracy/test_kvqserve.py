@@ -2,6 +2,7 @@
 """kvqserve as its clients see it: every row of vLLM's requests and answers that it has, kvqbench's own perplexity on the same
 ids, clients that come together, go away, send too much, or nonsense."""
 
+import array
 import concurrent.futures
 import ctypes
 import glob
@@ -9,6 +10,7 @@ import http.client
 import json
 import math
 import os
+import random
 import shutil
 import signal
 import socket
@@ -19,11 +21,10 @@ import threading
 import time
 import unittest
 
-import numpy
-
 HERE = os.path.dirname(os.path.abspath(__file__))
 SERVE = os.environ["KVQ_SERVE_EXE"]
 BENCH = os.environ["KVQ_BENCH_EXE"]
+DEVICE = "--device=" + os.environ.get("KVQ_SERVE_DEVICE", "cpu")  # cuda: all of it on a GPU
 CHATML = ("{% for message in messages %}{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}"
           "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
 TEXT = "The capital of France is Paris. Grüße, 世界! " * 40
@@ -37,7 +38,7 @@ def write_tiny_model(path):
     shutil.copytree(os.path.join(golden, "tokenizer"), path, dirs_exist_ok=True)
     with open(os.path.join(path, "model.safetensors"), "rb") as file:
         header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-    random = numpy.random.default_rng(11)
+    numbers = random.Random(11)
     data, entries = b"", {}
     for name, entry in header.items():
         if name == "__metadata__":
@@ -47,8 +48,8 @@ def write_tiny_model(path):
             shape[0] *= 8
         if "o_proj" in name:
             shape[1] *= 8
-        tensor = numpy.ones(shape) if len(shape) == 1 else random.standard_normal(shape) * 0.3
-        tensor = tensor.astype("<f4").tobytes()
+        norm = len(shape) == 1
+        tensor = array.array("f", (1.0 if norm else 0.3 * numbers.gauss(0, 1) for _ in range(math.prod(shape)))).tobytes()
         entries[name] = {"dtype": "F32", "shape": shape, "data_offsets": [len(data), len(data) + len(tensor)]}
         data += tensor
     text = json.dumps(entries).encode()
@@ -64,7 +65,7 @@ def write_tiny_model(path):
 
 class Server:
     def __init__(self, model, *flags):
-        self.process = subprocess.Popen([SERVE, "--model=" + model, "--port=0", "--dtype=float32", "--kv-dtype=bfloat16", *flags],
+        self.process = subprocess.Popen([SERVE, DEVICE, "--model=" + model, "--port=0", "--dtype=float32", "--kv-dtype=bfloat16", *flags],
                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         line = self.process.stdout.readline()
         assert line.startswith("kvqserve: listening on http://127.0.0.1:"), line + self.process.stderr.read()
@@ -482,7 +483,7 @@ class Serve(unittest.TestCase):
             file.write(TEXT)
         windows, context = 3, 100
         for spec in ("int4-hqq@residual=16", "llamacpp-q4_0", "int2-hqq+int4-hqq@residual=32@sinks=4"):
-            run = subprocess.run([BENCH, "--models=" + self.model, "--schemes=" + spec, "--benchmark_filter=^perplexity/", "--corpus-file=" + corpus,
+            run = subprocess.run([BENCH, DEVICE, "--models=" + self.model, "--schemes=" + spec, "--benchmark_filter=^perplexity/", "--corpus-file=" + corpus,
                                   f"--contexts={context}", f"--windows={windows}", "--dtype=float32", "--kv-dtype=bfloat16",
                                   "--benchmark_format=json"], capture_output=True, text=True, check=True)
             perplexity = json.loads(run.stdout)["benchmarks"][0]["ppl"]

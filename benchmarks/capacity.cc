@@ -17,7 +17,8 @@
 //
 // --check-capacity holds the predictions against runs at the limit, and 2 % beyond it: on a GPU the allocator is held to
 // memory_bytes, so that the first must succeed and the second run out of memory; on a CPU the peak of resident memory is
-// compared with it, which repeats itself to some 2 MB. That is a prompt as long as the limit, and another where memory runs out late or not at all: 260,000
+// compared with it, which repeats itself to some 2 MB. Where a prediction is off, other lengths in steps of 4 % and the batches
+// behind it find by how much (largest_context_seen, least_context_refused, least_batch_refused). That is a prompt as long as the limit, and another where memory runs out late or not at all: 260,000
 // tokens of a 7B model take some 40 s on an H200, an hour on a CPU, where a small --memory does. Only a prompt's memory
 // matters, so tokens are random.
 //
@@ -346,19 +347,23 @@ void Planner::Check(Counters& counters) {
     const bool above = context(beyond(longest_));
     counters.emplace_back("fits_at_limit", at_limit);
     counters.emplace_back("fails_beyond", !above);
-    int64_t fits = above ? beyond(longest_) : at_limit ? longest_ : 0;
-    for (double share = 0.98; fits == 0 && share > 0.85; share -= 0.04) {
-      const int64_t n = std::llround(share * static_cast<double>(longest_));
-      if (n > 0 && context(n)) fits = n;
-    }
+    const auto share = [&](double of) { return std::max<int64_t>(std::llround(of * static_cast<double>(longest_)), 1); };
+    int64_t fits = above ? beyond(longest_) : at_limit ? longest_ : 0, fails = above ? 0 : at_limit ? beyond(longest_) : longest_;
+    for (double of = 0.98; fits == 0 && of > 0.85; of -= 0.04) (context(share(of)) ? fits : fails) = share(of);
+    for (double of = 1.06; fails == 0 && of < 1.15 && share(of) <= MostContext(); of += 0.04) (context(share(of)) ? fits : fails) = share(of);
     counters.emplace_back("largest_context_seen", static_cast<double>(fits));
+    if (fails > 0) counters.emplace_back("least_context_refused", static_cast<double>(fails));
   } else if (longest_ > 0) {
     session_.AddNote("context not checked: the model has learned fewer positions");
   }
   if (largest_ == 0) return;
   const auto batch = [&](int64_t n) { return Fits({cell_.context, n, Chunk(n)}, bytes); };
+  int64_t refused = beyond(largest_);
   counters.emplace_back("batch_fits_at_limit", batch(largest_));
-  counters.emplace_back("batch_fails_beyond", !batch(beyond(largest_)));
+  counters.emplace_back("batch_fails_beyond", !batch(refused));
+  if (counters.back().second == 1) return;
+  while (refused < 2 * largest_ && batch(++refused)) {}
+  counters.emplace_back("least_batch_refused", static_cast<double>(refused));
 }
 
 Counters Planner::Plan() {

@@ -12,6 +12,7 @@
 // steps without the prefill, and reprefill_ms the difference. The tokens are in the JSON.
 #include <algorithm>
 #include <cmath>
+#include <functional>
 
 #include "benchmarks/decoding.h"
 #include "benchmarks/study.h"
@@ -28,28 +29,23 @@ at::Tensor Next(const Model& model, const at::Tensor& hidden) {
 // The bytes of experts that timed steps read, on each device.
 class ExpertReads {
  public:
-  explicit ExpertReads(const Model& model) : model_(model), before_(Now()), bytes_(before_.size()) {}
+  using Now = std::function<int64_t(at::Device)>;  // until now
+  ExpertReads(const Model& model, Now now) : devices_(model.devices()), now_(std::move(now)), bytes_(devices_.size()) {}
   // What `steps` of them do is counted.
   template <typename Steps>
   void Count(int64_t steps, const Steps& run) {
-    before_ = Now();
+    for (size_t i = 0; i < devices_.size(); ++i) bytes_[i] -= now_(devices_[i]);
     run();
-    const std::vector<int64_t> after = Now();
-    for (size_t i = 0; i < after.size(); ++i) bytes_[i] += after[i] - before_[i];
+    for (size_t i = 0; i < devices_.size(); ++i) bytes_[i] += now_(devices_[i]);
     steps_ += steps;
   }
   // A step, on the device number `i` of the model's.
   double PerStep(size_t i) const { return static_cast<double>(bytes_[i]) / static_cast<double>(std::max<int64_t>(steps_, 1)); }
 
  private:
-  std::vector<int64_t> Now() const {
-    std::vector<int64_t> bytes;
-    for (const at::Device device : model_.devices()) bytes.push_back(model_.ExpertBytesRead(device));
-    return bytes;
-  }
-
-  const Model& model_;
-  std::vector<int64_t> before_, bytes_;
+  std::vector<at::Device> devices_;
+  Now now_;
+  std::vector<int64_t> bytes_;
   int64_t steps_ = 0;
 };
 
@@ -89,7 +85,7 @@ Counters StudyDecode(Session& session, const Cell& cell, benchmark::State& state
   const at::Tensor last = ids.narrow(1, ids.size(1) - 1, 1);
   prefill();
   Next(model, model.Forward(last, cache, backend));  // warm-up of both shapes
-  ExpertReads experts(model);
+  ExpertReads experts(model, [&](at::Device device) { return model.ExpertBytesRead(device); });
   std::vector<double> rates, net_rates, prefill_ms;
   Counters tokens;
   at::Tensor hidden;
@@ -132,7 +128,7 @@ Counters Decode(Session& session, const Cell& cell, benchmark::State& state) {
   const int64_t new_tokens = session.options().decode_tokens;
   Decoding decoding(session, cell, new_tokens);
   decoding.WarmUp();
-  ExpertReads experts(decoding.model());
+  ExpertReads experts(decoding.model(), [&](at::Device device) { return decoding.ExpertBytesRead(device); });
   std::vector<double> rates, per_token;
   for (const double seconds : Samples(session, state, [&] {
          const at::Tensor first = decoding.Start();

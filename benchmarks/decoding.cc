@@ -48,14 +48,24 @@ void Decoding::CheckFinite() const {
 }
 
 void Decoding::WarmUp() {
-  const at::Tensor logits = model_.Logits(model_.Forward(Start(), cache_, backend_)).select(1, 0);
+  at::Tensor ours;
+  Routing routing;
+  if (graph_) {
+    graph_->Run(Start(), 1);
+    ours = graph_->logits();
+    routing = graph_->routing();
+  }
+  const at::Tensor logits = model_.Logits(model_.Forward(Start(), cache_, backend_, {}, {}, {}, routing)).select(1, 0);
   kvq::CheckFinite(logits, model_, ids_, spec_, backend_);
   if (!graph_) return;
-  graph_->Run(Start(), 1);
-  const double error = ((graph_->logits() - logits).norm() / logits.norm()).item<double>();
+  const double error = ((ours - logits).norm() / logits.norm()).item<double>();
   if (!(error < GraphTolerance(model_.config(), model_.dtype(), cache_))) {
     throw std::runtime_error(StrCat("the graph's logits are off by ", error, " of their norm"));
   }
+}
+
+int64_t Decoding::ExpertBytesRead(at::Device device) const {
+  return model_.ExpertBytesRead(device) + (graph_ && device == model_.device() ? graph_->expert_bytes() : 0);
 }
 
 at::Tensor Decoding::Next(const at::Tensor& hidden) const {

@@ -32,6 +32,9 @@ class Decoding {
   // Behind a Run: its last logits, as fixtures/finite.h says.
   void CheckFinite() const;
 
+  // Bytes of experts that steps have read until now, on one of the model's devices.
+  int64_t ExpertBytesRead(at::Device device) const;
+
   const Model& model() const { return model_; }
   const KvCache& cache() const { return cache_; }
   const Spec& spec() const { return spec_; }

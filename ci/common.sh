@@ -14,6 +14,9 @@ fail() {
   exit 2
 }
 
+# has_gpu: whether a driver of NVIDIA's is here, WSL's too.
+has_gpu() { [[ -e /dev/nvidiactl || -e /dev/dxg ]]; }
+
 # show_help: the comment block at the top of the calling script.
 show_help() { sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$0"; }
 

@@ -470,10 +470,11 @@ def for_page(svg, name):
 def save(drawing, name, out):
     files = []
     drawing.figure.canvas.draw()
-    drawing.figure.set_layout_engine("none")  # laid out once, not for every file
+    drawing.figure.set_layout_engine("none")  # laid out once, not for every file; nor is its edge looked for in each
+    box = drawing.figure.get_tightbbox(drawing.figure.canvas.get_renderer()).padded(0.04)  # inches
     for ending in ("pdf", "svg", "png"):
         path = os.path.join(out, f"{name}.{ending}")
-        drawing.figure.savefig(path, dpi=200, bbox_inches="tight", pad_inches=0.04,
+        drawing.figure.savefig(path, dpi=200, bbox_inches=box,
                                metadata={} if ending == "png" else {"Date": None} if ending == "svg" else
                                {"CreationDate": None})
         files.append(os.path.basename(path))

@@ -723,7 +723,7 @@ def write_all(results, out):
                     kernel_table(results, results.of(run)), "kernels", language))):
             write_text(f"{base}{suffix}.tex", table(own))  # in the language of the study's own
             write_text(f"{base}{suffix}_{other}.tex", table(other))
-        for model in sorted({cell.model for cell in cells}):
+        for model in sorted({cell.model for cell in cells if cell.batch == 1}):  # the study's own, which knew no other
             write_text(f"summary_{file_name(model)}{suffix}.json",
                        json.dumps(summary(cells, model), indent=2, ensure_ascii=False))
     write_text("model_metrics_table.tex", model_metrics_table(results, "de"))

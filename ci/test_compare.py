@@ -3,11 +3,7 @@
 results of kvqbench, changed in one place each, and whole runs of two builds that are scripts with known times.
 KVQ_BENCH_EXE: the kvqbench whose filter and results are used (default build/release/kvqbench)."""
 
-import contextlib
 import copy
-import importlib.machinery
-import importlib.util
-import io
 import itertools
 import json
 import math
@@ -29,27 +25,18 @@ sys.path.insert(0, HERE)
 
 import yaml  # noqa: E402
 
+import commands  # noqa: E402
 import interleave  # noqa: E402
 import prove_gate  # noqa: E402
 import timing  # noqa: E402
 
 KVQBENCH = os.environ.get("KVQ_BENCH_EXE") or os.path.join(ROOT, "build", "release", "kvqbench")
 BASELINE = os.path.join(HERE, "baselines", "smollm2-135m-cpu-sdpa", "benchmarks.json")
-loader = importlib.machinery.SourceFileLoader("compare", os.path.join(HERE, "compare"))
-compare = importlib.util.module_from_spec(importlib.util.spec_from_loader("compare", loader))
-sys.dont_write_bytecode = True
-loader.exec_module(compare)
+compare = commands.load("compare")
 
 
 def run(*arguments):
-    """Exit code, stdout, stderr of ci/compare."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = compare.main(list(map(str, arguments)))
-        except SystemExit as end:
-            code = end.code
-    return code, out.getvalue(), err.getvalue()
+    return commands.run(compare, *arguments)
 
 
 class Statistics(unittest.TestCase):
@@ -643,10 +630,10 @@ class Kvqbench(unittest.TestCase):
     def test_the_workflow_runs_what_exists(self):
         with open(os.path.join(ROOT, ".github", "workflows", "kvqbench.yml"), encoding="utf-8") as file:
             jobs = yaml.safe_load(file)["jobs"]
-        commands = "\n".join(step["run"] for job in jobs.values() for step in job["steps"] if "run" in step)
-        for script in re.findall(r"(?<![\w/])ci/\w+", commands):
+        lines = "\n".join(step["run"] for job in jobs.values() for step in job["steps"] if "run" in step)
+        for script in re.findall(r"(?<![\w/])ci/\w+", lines):
             self.assertTrue(os.access(os.path.join(ROOT, script), os.X_OK), script)
-        gate = next(line for line in commands.replace("\\\n", " ").splitlines() if "ci/compare" in line)
+        gate = next(line for line in lines.replace("\\\n", " ").splitlines() if "ci/compare" in line)
         words = shlex.split(gate.split("||")[0])
         flags, builds, theirs = compare.parse([word for word in words[words.index("ci/compare") + 1:]
                                                if not re.match("--(json|junit|markdown)=", word)])

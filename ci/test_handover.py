@@ -1,14 +1,11 @@
 #!/usr/bin/python3
-"""Tests of ci/handover.py and ci/handover: what is written for each engine, read back by the parser of its format, says what
+"""Tests of ci/handover and ci/engines: what is written for each engine, read back by the parser of its format, says what
 the projection says, and whatever it says otherwise than was asked has its sentence. The nearest setting is held against all
 settings of a small model. Transformers: where the environment of ci/live-parity is at hand, transformers itself loads and
 runs what was written, beside kvqserve."""
 
 import bisect
-import contextlib
-import importlib.machinery
-import importlib.util
-import io
+import dataclasses
 import itertools
 import json
 import os
@@ -34,12 +31,13 @@ SERVER = os.environ.get("KVQ_SERVE_EXE", os.path.join(os.path.dirname(HERE), "bu
 sys.path.insert(0, HERE)
 sys.dont_write_bytecode = True
 
+import commands  # noqa: E402
 import handover  # noqa: E402
-from handover import ENGINES, NONE, Frame, Table  # noqa: E402
+from engine import SCALES_GIVEN, SCALES_OF_ONE, Score, neutral, turned  # noqa: E402
+from handover import ENGINES  # noqa: E402
+from specs import NONE, SIDES, Frame, Table, encodes, write_spec  # noqa: E402
 
-loader = importlib.machinery.SourceFileLoader("handover_command", os.path.join(HERE, "handover"))
-command = importlib.util.module_from_spec(importlib.util.spec_from_loader("handover_command", loader))
-loader.exec_module(command)
+command = commands.load("handover")
 
 SPECS = ("none", "llamacpp-q4_0", "llamacpp-q8_0-q4_0-unrotated", "vllm-fp8", "vllm-turboquant-4bit-nc", "trtllm-nvfp4",
          "sglang-fp4-e2m1", "lmdeploy-int8", "mlx-lm-4", "hf-hqq-2", "kivi-2", "exl3-6+exl3-3@residual=0",
@@ -72,7 +70,7 @@ def named(lost):
         for part in said[1].split(", ") if said else ():
             first, _, last = part.partition("-")
             for layer in range(int(first), int(last or first) + 1):
-                found[layer, handover.SIDES.index(said[3])] = said[2], said[4]
+                found[layer, SIDES.index(said[3])] = said[2], said[4]
     return found
 
 
@@ -85,10 +83,10 @@ class Specs(unittest.TestCase):
     def test_what_is_written_is_read_back(self):
         for spec in SPECS:
             assignment, frame = handover.parse_spec(spec, 30, table().presets)
-            again, of_it = handover.parse_spec(handover.write_spec(assignment, frame), 30)
+            again, of_it = handover.parse_spec(write_spec(assignment, frame), 30)
             self.assertEqual(again, assignment, spec)
-            self.assertEqual(handover.neutral(of_it, handover.encodes(assignment)),
-                             handover.neutral(frame, handover.encodes(assignment)), spec)
+            self.assertEqual(neutral(of_it, encodes(assignment)),
+                             neutral(frame, encodes(assignment)), spec)
 
     def test_kvqbench_counts_the_bits_of_what_is_written(self):
         chance, written = random.Random(1), {}
@@ -96,7 +94,7 @@ class Specs(unittest.TestCase):
         for _ in range(12):
             few = [tuple(map(chance.choice, schemes)) for _ in range(3)]
             assignment = [chance.choice(few) for _ in range(table().layers)]
-            spec = handover.write_spec(assignment, Frame(residual=(0, 0)))
+            spec = write_spec(assignment, Frame(residual=(0, 0)))
             written[spec] = sum(map(table().size, assignment)) / 2 / table().layers
         cells = json.loads(handover.kvqbench("--benchmark_filter=^kv_size/", "--benchmark_format=json", "--contexts=256",
                                              "--schemes=" + ",".join(written)))["benchmarks"]
@@ -125,18 +123,18 @@ class HandOver(unittest.TestCase):
         self.assertEqual(engine.read(made.flags, made.files, table(), made.environment), (made.assignment, made.frame))
         again, of_it = handover.parse_spec(made.spec, len(asked))
         self.assertEqual(again, made.assignment)
-        self.assertEqual(handover.neutral(of_it, handover.encodes(again)), made.frame)
+        self.assertEqual(neutral(of_it, encodes(again)), made.frame)
         different = {(layer, side): (asked[layer][side], made.assignment[layer][side]) for layer in range(len(asked)) for side in (0, 1)
                      if asked[layer][side] != made.assignment[layer][side]}
         self.assertEqual(named(made.lost), different)
-        both = [a and b for a, b in zip(handover.encodes(asked), handover.encodes(made.assignment), strict=True)]
+        both = [a and b for a, b in zip(encodes(asked), encodes(made.assignment), strict=True)]
         same = not different
         for key, pattern in OF_FRAME.items():
             differs = any(both) and getattr(frame, key) != getattr(made.frame, key)
             same = same and not differs
             self.assertEqual(any(re.search(pattern, sentence) for sentence in made.lost), differs, (key, made.lost))
-        for side, name in enumerate(handover.SIDES):
-            turns = [handover.turned(of.rotate[side], 64) for of in (frame, made.frame)]
+        for side, name in enumerate(SIDES):
+            turns = [turned(of.rotate[side], 64) for of in (frame, made.frame)]
             for differs, pattern in ((frame.residual[side] != made.frame.residual[side], f"the newest {name}: residual"),
                                      (turns[0] != turns[1], f"{name}: rotation")):
                 differs = differs and both[side]
@@ -160,7 +158,7 @@ class HandOver(unittest.TestCase):
                           policy=chance.choice(("append", "append", "hf", "kivi")), rotate=(chance.choice(rotate), chance.choice(rotate)),
                           group=chance.choice((0, 0, 32, 128)), prefill="stored")
             if frame.policy != "append" or chance.random() < .3:
-                frame = handover.replace(frame, prefill="raw")
+                frame = dataclasses.replace(frame, prefill="raw")
             cost = None
             if chance.random() < .5:
                 cost = [[{scheme: chance.random() for scheme in sides[side]} for side in (0, 1)] for _ in range(30)]
@@ -265,12 +263,12 @@ class Scales(unittest.TestCase):
             self.assertEqual(scales[f"model.layers.{layer}.self_attn.v_scale"][2], layer + 1)
         scheme = json.loads(made.files["config.json"])["quantization_config"]["kv_cache_scheme"]
         self.assertEqual(scheme, {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True})
-        self.assertIn(handover.SCALES_GIVEN, made.lost)
+        self.assertIn(SCALES_GIVEN, made.lost)
 
     def test_without_largest_values_they_are_one_and_that_is_said(self):
         made = project("vllm", "vllm-fp8")
         self.assertEqual({of[2] for of in parse_safetensors(made.files["kv_scales.safetensors"]).values()}, {1.0})
-        self.assertIn(handover.SCALES_OF_ONE, made.lost)
+        self.assertIn(SCALES_OF_ONE, made.lost)
 
     def test_of_a_model_in_a_folder(self):
         with tempfile.TemporaryDirectory() as folder:
@@ -278,7 +276,7 @@ class Scales(unittest.TestCase):
                                ("model.safetensors.index.json", {"metadata": {}, "weight_map": {"lm_head.weight": "a.safetensors"}})):
                 with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
                     json.dump(text, file)
-            of_folder = handover.replace(table(), directory=folder, model_type="llama")
+            of_folder = dataclasses.replace(table(), directory=folder, model_type="llama")
             assignment, frame = handover.parse_spec("vllm-fp8", 30, table().presets)
             made = ENGINES["vllm"].project(assignment, frame, of_folder, amax=self.amax)
             config, index = (json.loads(made.files[name]) for name in ("config.json", "model.safetensors.index.json"))
@@ -332,7 +330,7 @@ class Nearest(unittest.TestCase):
                 asked = [tuple(map(chance.choice, schemes)) for _ in range(self.layers)]
                 cost = [[{scheme: chance.random() * 2.0 ** -small.bits[side, scheme] for scheme in schemes[side]} for side in (0, 1)]
                         for _ in range(self.layers)]
-                score = handover.Score(asked, small, cost)
+                score = Score(asked, small, cost)
                 made = engine.project(asked, Frame(), small, cost=cost)
                 if engine.kind == "ends":
                     best = self.best_of_ends(every, small, score)
@@ -484,19 +482,12 @@ class Transformers(unittest.TestCase):
 
 
 def run(*arguments):
-    """Exit code, stdout, stderr of ci/handover."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = command.main(list(arguments))
-        except SystemExit as end:
-            code = end.code
-    return code, out.getvalue(), err.getvalue()
+    return commands.run(command, *arguments)
 
 
 class Command(unittest.TestCase):
     def test_bad_input_is_one_line(self):
-        for arguments, line in ((["q4_0", "--engine=ollama"], "--engine: no engine 'ollama'; there are llama.cpp, "),
+        for arguments, line in ((["q4_0", "--engine=ollama"], "--engine: no engine 'ollama'; there are exllamav3, "),
                                 (["q3_k"], "no scheme 'q3_k'; there are "), ([], ""), (["q4_0", "q8_0"], "wants one spec"),
                                 (["q4_0", "--colour"], "unknown flag '--colour'"), (["q4_0", "--model=nowhere"], "nowhere"),
                                 (["q4_0@layers=0-99:none"], "layers 0-99, but the cache has layers 0-29"),

@@ -2,10 +2,6 @@
 """Tests of ci/items.py and ci/paired: their statistics against published values and other implementations, planted cases
 that each verdict must find, and the command on files."""
 
-import contextlib
-import importlib.machinery
-import importlib.util
-import io
 import json
 import math
 import os
@@ -22,11 +18,10 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, HERE)
 sys.dont_write_bytecode = True
 
+import commands  # noqa: E402
 import items  # noqa: E402
 
-loader = importlib.machinery.SourceFileLoader("paired", os.path.join(HERE, "paired"))
-paired = importlib.util.module_from_spec(importlib.util.spec_from_loader("paired", loader))
-loader.exec_module(paired)
+paired = commands.load("paired")
 
 CELL = "ruler/tiny/sdpa/{}/ctx:1024/batch:1"
 
@@ -226,20 +221,11 @@ class Command(unittest.TestCase):
                 file.writelines(json.dumps({"benchmark": CELL.format(cell), **line}) + "\n" for line in found.values())
         return path
 
-    def run_it(self, *arguments):
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                code = paired.main(list(arguments))
-            except SystemExit as end:
-                code = end.code
-        return code, out.getvalue(), err.getvalue()
-
     def test_table_json_and_exit_code(self):
         new, old = rights(200, 100, 40, 4)
         path = self.file("r.json", {"none": lines(old, share=0), "int2": lines(new), "int8": lines(old)})
         report = os.path.join(self.dir.name, "out.json")
-        code, out, err = self.run_it(path, "--json", report, "--markdown=" + os.path.join(self.dir.name, "out.md"))
+        code, out, err = commands.run(paired, path, "--json", report, "--markdown=" + os.path.join(self.dir.name, "out.md"))
         self.assertEqual((code, err), (1, ""))
         with open(report, encoding="utf-8") as file:
             rows = {row["cell"].split("/")[3]: row for row in json.load(file)}
@@ -248,21 +234,21 @@ class Command(unittest.TestCase):
         self.assertIn("40/4", out)
         with open(os.path.join(self.dir.name, "out.md"), encoding="utf-8") as file:
             self.assertEqual(file.read(), out)
-        self.assertEqual(self.run_it(path, "--filter=int8", "--margin=right=.1")[0], 0)
+        self.assertEqual(commands.run(paired, path, "--filter=int8", "--margin=right=.1")[0], 0)
 
     def test_cells_of_several_files(self):
         new, old = rights(200, 100, 40, 4)
         a, b = self.file("a.json", {"none": lines(old)}), self.file("b.json", {"int4": lines(new)})
-        code, out, _ = self.run_it(a, b)
+        code, out, _ = commands.run(paired, a, b)
         self.assertEqual(code, 1)
         self.assertIn("40/4", out)
-        self.assertIn("another of the files", self.run_it(a, b, a)[2])
+        self.assertIn("another of the files", commands.run(paired, a, b, a)[2])
 
     def test_two_runs(self):
         new, old = rights(200, 100, 40, 4)
         a, b = self.file("a.json", {"int4": lines(old)}), self.file("b.json", {"int4": lines(new)})
-        self.assertEqual(self.run_it(b, "--against", a)[0], 1)
-        self.assertEqual(self.run_it(a, "--against=" + a)[0], 0)
+        self.assertEqual(commands.run(paired, b, "--against", a)[0], 1)
+        self.assertEqual(commands.run(paired, a, "--against=" + a)[0], 0)
 
     def results(self, name, cells):
         """A results file with items beside it."""
@@ -314,7 +300,7 @@ class Command(unittest.TestCase):
                                  ((path, "--seed=x"), "--seed"), ((path, "--margin=ppl=1"), "--margin: NUMBER=M"),
                                  ((path, "--margin=right=x"), "--margin: a number"), ((path, "--filter=("), "--filter"),
                                  ((path, "--what"), "--what"), ((path, "--seed"), "wants a value"), (("--seed=1",), "wants results")):
-            code, out, err = self.run_it(*arguments)
+            code, out, err = commands.run(paired, *arguments)
             self.assertEqual((code, out, err.count("\n")), (2, "", 1), err)
             self.assertIn(words, err)
 

@@ -4,7 +4,6 @@ DIR/cells of ci/lm-eval, of results.jsonl what names no path), resume and refusa
 environment and kvqserve are at hand, lm-eval itself on a served model."""
 
 import contextlib
-import importlib.machinery
 import importlib.util
 import io
 import json
@@ -27,13 +26,12 @@ SERVER = os.environ.get("KVQ_SERVE_EXE", os.path.join(os.path.dirname(HERE), "bu
 sys.path.insert(0, HERE)
 sys.dont_write_bytecode = True
 
+import commands  # noqa: E402
 import items  # noqa: E402
 import lm_eval_items  # noqa: E402
 import results  # noqa: E402
 
-loader = importlib.machinery.SourceFileLoader("lm_eval_command", os.path.join(HERE, "lm-eval"))
-command = importlib.util.module_from_spec(importlib.util.spec_from_loader("lm_eval_command", loader))
-loader.exec_module(command)
+command = commands.load("lm-eval")
 
 
 def raw(task):
@@ -181,15 +179,6 @@ class Command(unittest.TestCase):
             file.write("#!/bin/sh\necho 'kvqserve: --spec: no such scheme' >&2\nexit 2\n")
         os.chmod(self.server, 0o755)
 
-    def run_it(self, *arguments):
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                code = command.main(list(arguments))
-            except SystemExit as end:
-                code = end.code
-        return code, out.getvalue(), err.getvalue()
-
     def fill(self, *arguments):
         """Puts what is recorded where the command would have put it."""
         flags, out = command.parse([*arguments, "--server=" + self.server, "--out=" + self.out])
@@ -229,7 +218,7 @@ class Command(unittest.TestCase):
             text = file.read().replace('"spec": "none"', '"spec": "int8-hqq"')
         with open(path, "w", encoding="utf-8") as file:
             file.write(text)
-        code, out, err = self.run_it(*asked, "--server=" + self.server, "--out=" + self.out)
+        code, out, err = commands.run(command, *asked, "--server=" + self.server, "--out=" + self.out)
         self.assertEqual((code, out), (2, ""))
         self.assertIn("the server answered with int8-hqq, not none", err)
 
@@ -264,7 +253,7 @@ class Command(unittest.TestCase):
                 (["--tasks=ruler", "--contexts=512"], "--contexts: RULER's prompts want 1024 tokens at least, not 512"),
                 (["--contexts=64"], "austen_cloze wants 256 tokens at least, not 64"),
                 (["--", "--spec=none"], "'--spec=none' is what ci/lm-eval itself hands to kvqserve")):
-            code, out, err = self.run_it(*arguments)
+            code, out, err = commands.run(command, *arguments)
             self.assertEqual((code, out, err.count("\n")), (2, "", 1), (arguments, err))
             self.assertIn(words, err)
             self.assertTrue(err.startswith("lm-eval: "), err)
@@ -290,9 +279,7 @@ class Command(unittest.TestCase):
         with open(self.server, "w", encoding="utf-8") as file:
             file.write("#!/bin/sh\necho $$ >" + self.out + ".pid\nsleep 60\n")
         flags, _ = command.parse(["--server=" + self.server])
-        program = (f"import sys; sys.argv = ['x']; sys.path.insert(0, {HERE!r}); import importlib.machinery, importlib.util, signal\n"
-                   f"loader = importlib.machinery.SourceFileLoader('c', {os.path.join(HERE, 'lm-eval')!r})\n"
-                   "c = importlib.util.module_from_spec(importlib.util.spec_from_loader('c', loader)); loader.exec_module(c)\n"
+        program = (f"import sys; sys.argv = ['x']; sys.path.insert(0, {HERE!r}); import commands, signal; c = commands.load('lm-eval')\n"
                    "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
                    f"with c.serving({self.server!r}, 'm', 'none', {{'served': []}}, {self.out!r} + '.log'): pass\n")
         for number in (15, 2, 9):

@@ -279,6 +279,16 @@ class Ours(Once, unittest.TestCase):
         one = next(row for row in flat if (row["spec"], row["context"], row["batch"]) == ("int4-hqq", "512", "1"))
         self.assertEqual(float(one["perplexity.kld_nats"]), cell["perplexity.kld_nats"])
 
+    def test_tables_of_batches_alone(self):
+        data = dict(self.data, benchmarks=[run for run in self.data["benchmarks"] if run["name"].endswith("batch:2")])
+        folder = os.path.join(self.folder, "batches")
+        os.makedirs(folder)
+        with open(os.path.join(folder, "benchmarks.json"), "w", encoding="utf-8") as file:
+            json.dump(data, file)
+        written = tables.write_all(reading.load([folder]), os.path.join(folder, "tables"))
+        self.assertIn("results.csv", written)
+        self.assertFalse([name for name in written if name.startswith("summary_")])
+
     def test_every_figure_has_its_numbers(self):
         made = os.listdir(os.path.join(self.folder, "out", "figures"))
         for name, _, _, _ in figures.FIGURES:

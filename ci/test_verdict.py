@@ -594,10 +594,10 @@ class Kept(unittest.TestCase):
     def test_what_engines_store(self):
         said = kept("smollm2-135m-referee")
         self.assertEqual(said["free"], "")  # float32's noise floor is below all of them
-        for spec in ("llamacpp-q8_0 (", "hf-hqq-8 (", "mlx-lm-8 ("):
+        for spec in ("llamacpp-q8_0 (", "hf-hqq-8 (", "exllamav3-8 ("):
             self.assertIn(spec, said["next to nothing"])
-        self.assertIn("kivi-4 (5.69 bits, 0.00286 [0.00238, 0.00333])", said["little"])
-        self.assertIn("hf-hqq-2 (", said["breaks"])
+        self.assertIn("kivi-4 (5.69 bits, 0.00291 [0.00275, 0.00307])", said["little"])
+        self.assertIn("to hf-quanto-2 (2.5 bits", said["breaks"])
         self.assertIn("llama.cpp llamacpp-q8_0-q4_0 (6.5 bits: `-ctk q8_0 -ctv q4_0`)", said["set"])
         self.assertIn("For fewer bits set kivi-4", said["set"])
         self.assertIn("nothing of TensorRT-LLM and SGLang", said["set"])
@@ -624,7 +624,7 @@ class Kept(unittest.TestCase):
         self.assertIn("kivi-2", said["costs"])
 
     def test_it_is_read_in_a_minute(self):
-        for name, schemes in (("smollm2-135m-referee", 41), ("h200-presets", 28), ("smollm2-135m-cpu", 6)):
+        for name, schemes in (("smollm2-135m-referee", 52), ("h200-presets", 28), ("smollm2-135m-cpu", 6)):
             results = reading.load([os.path.join(HERE, "baselines", name)])
             self.assertEqual(len({cell.spec for cell in results.cells}), schemes)
             text = verdict.markdown(results)

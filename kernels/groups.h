@@ -271,6 +271,35 @@ __device__ __forceinline__ uint32_t LargerOfTwo(uint32_t a, uint32_t b) {
   return larger;
 }
 
+// Products, and products with a sum that is rounded once, of two float16 at a time.
+__device__ __forceinline__ uint32_t MultiplyTwo(uint32_t a, uint32_t b) {
+  uint32_t product;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  return product;
+}
+__device__ __forceinline__ uint32_t MultiplyAddTwo(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t sum;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(b), "r"(c));
+  return sum;
+}
+// x / d of two float16 at a time, `inverse` 1 / d to the nearest: rounded once (as in plain.h, ReciprocalQuotients) where what is left of
+// x has room, nearly so where it has not. QuotientsGpu in scheme_test.cc says that of those whose codes are made with it.
+__device__ __forceinline__ uint32_t DivideTwo(uint32_t x, uint32_t minus_d, uint32_t inverse) {
+  const uint32_t near = MultiplyTwo(x, inverse);
+  return MultiplyAddTwo(MultiplyAddTwo(minus_d, near, x), inverse, near);
+}
+// Whole numbers of 16 bits without a sign, the smaller ones.
+__device__ __forceinline__ uint32_t SmallerWholeOfTwo(uint32_t a, uint32_t b) {
+  uint32_t smaller;
+#if __CUDA_ARCH__ >= 900
+  asm("min.u16x2 %0, %1, %2;" : "=r"(smaller) : "r"(a), "r"(b));
+#else
+  const uint32_t low = (a & 0xFFFF) < (b & 0xFFFF) ? a : b, high = a < b ? a : b;
+  smaller = (low & 0xFFFF) | (high & 0xFFFF0000);
+#endif
+  return smaller;
+}
+
 // The token that `first_token` is counted from, as it stands once the kernels before have ended.
 __device__ __forceinline__ int64_t TokenBase(const KvView& view) {
   return view.token_base == nullptr ? 0 : __ldcg(view.token_base);

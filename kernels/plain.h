@@ -50,7 +50,13 @@
 //                         a group may have more than 32 channels: then one lane has all of it (without a word it does not compile)
 //
 // FitGroup may return another type for numbers in registers (kInRegisters), which Code knows, too: all lanes of a warp then call
-// both together, so that a table can lie in them (iq4_nl, turboquant).
+// both together, so that a table can lie in them (turboquant). Where numbers are there as they came, two in a word (kHasWords), it may
+// be a type that makes two codes at once, in float16's arithmetic where that gives the same, or has made them:
+//
+//   PairOf(fit, two)      the codes of a word's numbers, in its halves, below 2^16 both. Instead of Code
+//   kPairTooLarge         how much larger they are, in each half
+//   AddCode(fit, v, up, word)  or this, of one number: adds its code to a word, `up` bits up
+//   kSigns                Signs::kOfNumbers: a code's highest bit is its number's sign, and PairOf leaves it out
 //
 // kHeadDims names the only head_dims that a scheme takes, where there are only some.
 //
@@ -118,6 +124,22 @@ KVQ_HD inline uint32_t RoundedToEven(float v, float most) {
 #endif
 }
 
+// x / d in three operations, `inverse` 1 / d: as IEEE rounds it (but for the sign of a zero) where x has 11 bits, as a float16, or d is
+// one of DividedBy's, and all of it is in range. Tried for all of them (ShortQuotient in scheme_test.cc).
+KVQ_HD inline float ShortQuotient(float x, float d, float inverse) {
+  const float near = x * inverse;
+  return fmaf(fmaf(-d, near, x), inverse, near);
+}
+
+// v / kDivisor of a v that is not negative. `kFinite`: nor infinite, and 0 or at least 1e-28, as differences of float16 are.
+template <int kDivisor, bool kFinite = false>
+KVQ_HD inline float DividedBy(float v) {
+#ifdef __CUDA_ARCH__
+  if (kFinite || (v >= 1e-28f && v < 1e38f)) return ShortQuotient(v, kDivisor, 1.0f / kDivisor);
+#endif
+  return v / kDivisor;
+}
+
 // 1 / d; 0 where d is, as ggml has it: a group of zeros.
 KVQ_HD inline float Reciprocal(float d) { return d != 0 ? 1 / d : 0; }
 
@@ -174,6 +196,11 @@ KVQ_HD inline float Poisoned(float v, float poison) {
 // v, but 0 for -0: where the smallest of several zeros is stored, CPU and GPU may have found another one.
 KVQ_HD inline float PlusZero(float v) { return v + 0.0f; }
 
+#ifndef __CUDACC__
+template <typename Numbers>
+inline constexpr bool kAreHalves = false;
+#endif
+
 // A group's numbers as float16 has them.
 template <typename Numbers>
 struct Halves {
@@ -185,7 +212,7 @@ struct Halves {
   {
     return AsHalf(x.Part(i));
   }
-  __device__ __forceinline__ const uint32_t* Words() const { return x.Words(); }
+  __device__ __forceinline__ uint32_t* Words() const { return x.Words(); }
 #endif
 };
 
@@ -196,14 +223,14 @@ struct Halves {
 template <int kLanes_, DType kType>
 struct OwnNumbers {
   float* v;
-  const uint32_t* words;
+  uint32_t* words;
   __device__ __forceinline__ float& operator[](int i) const
     requires(kLanes_ == 1)
   {
     return v[i];
   }
   __device__ __forceinline__ float& Part(int i) const { return v[i]; }
-  __device__ __forceinline__ const uint32_t* Words() const { return words; }
+  __device__ __forceinline__ uint32_t* Words() const { return words; }
 };
 template <typename Numbers>
 inline constexpr bool kInRegisters = false;
@@ -222,6 +249,13 @@ inline constexpr DType kInWords<OwnNumbers<kLanes_, kType>> = kType;
 template <typename Numbers>
 inline constexpr DType kInWords<Halves<Numbers>> = kInWords<Numbers> == DType::kFloat16 ? DType::kFloat16 : DType::kFloat32;
 
+template <typename Numbers>
+inline constexpr DType kInWords<Numbers&> = kInWords<Numbers>;
+template <typename Numbers>
+inline constexpr bool kHasWords = kInWords<Numbers> != DType::kFloat32;
+template <typename Numbers>
+inline constexpr bool kAreHalves = kInWords<Numbers> == DType::kFloat16;
+
 // `combine` of v over those lanes.
 template <typename Numbers, typename T, typename Combine>
 __device__ __forceinline__ T OverLanes(T v, const Combine& combine) {
@@ -236,7 +270,7 @@ struct Ends {
 };
 template <typename Numbers>
 __device__ __forceinline__ Ends EndsOf(const Numbers& x, int n) {
-  if constexpr (kInWords<Numbers> != DType::kFloat32) {
+  if constexpr (kHasWords<Numbers>) {
     constexpr DType kType = kInWords<Numbers>;
     uint32_t low = x.Words()[0], high = low;
     KVQ_UNROLL
@@ -266,7 +300,7 @@ template <typename Numbers>
 KVQ_HD inline float Magnitude(const Numbers& x, int n) {
 #ifdef __CUDACC__
   float largest = 0;
-  if constexpr (kInWords<Numbers> != DType::kFloat32) {
+  if constexpr (kHasWords<Numbers>) {
     const Ends ends = EndsOf(x, n / kLanes<Numbers>);
     largest = LargerOrNan(Absolute(ends.low), Absolute(ends.high));
   } else {
@@ -291,7 +325,7 @@ template <typename Numbers>
 KVQ_HD inline float SignedMagnitude(const Numbers& x, int n) {
 #ifdef __CUDACC__
   static_assert(kLanes<Numbers> == 1);
-  if constexpr (kInWords<Numbers> != DType::kFloat32) {
+  if constexpr (kHasWords<Numbers>) {
     const Ends ends = EndsOf(x, n);
     const float poison = ends.low * 0 + ends.high * 0;
     if (-ends.low != ends.high) return Poisoned(ends.high > -ends.low ? ends.high : ends.low, poison);
@@ -316,14 +350,20 @@ KVQ_HD inline float SignedMagnitude(const Numbers& x, int n) {
 #endif
 }
 
+#ifdef __CUDACC__
+__device__ __forceinline__ GroupRange RangeOf(const Ends& ends) {
+  const float poison = ends.low * 0 + ends.high * 0;
+  return {Poisoned(ends.low, poison), Poisoned(ends.high, poison), poison};
+}
+#endif
+
 // Smallest and largest, NaN where something is not finite (which comparisons see in some orders and not in others), and the
 // poison for what is stored.
 template <typename Numbers>
 KVQ_HD inline GroupRange Range(const Numbers& x, int n) {
 #ifdef __CUDACC__
   const Ends ends = EndsOf(x, n / kLanes<Numbers>);
-  GroupRange range{OverLanes<Numbers>(ends.low, SmallerOrNan), OverLanes<Numbers>(ends.high, LargerOrNan), 0};
-  range.poison = range.low * 0 + range.high * 0;
+  return RangeOf({OverLanes<Numbers>(ends.low, SmallerOrNan), OverLanes<Numbers>(ends.high, LargerOrNan)});
 #else
   GroupRange range{x[0], x[0], 0};
   for (int i = 0; i < n; ++i) {
@@ -331,14 +371,14 @@ KVQ_HD inline GroupRange Range(const Numbers& x, int n) {
     range.high = Larger(x[i], range.high);
     range.poison += x[i] * 0;
   }
-#endif
   range.low = Poisoned(range.low, range.poison), range.high = Poisoned(range.high, range.poison);
   return range;
+#endif
 }
 
-// The sum of what is made of a group's or a token's numbers, in their order.
-template <typename Numbers, typename Term>
-KVQ_HD inline float SumInOrder(const Numbers& x, int n, const Term& term) {
+// A sum over a group's or a token's numbers, in their order: sum = add(number, sum).
+template <typename Numbers, typename Add>
+KVQ_HD inline float SumInOrder(const Numbers& x, int n, const Add& add) {
   float sum = 0;
 #ifdef __CUDACC__
   const int lane = static_cast<int>(threadIdx.x) % kLanes<Numbers>;
@@ -346,14 +386,23 @@ KVQ_HD inline float SumInOrder(const Numbers& x, int n, const Term& term) {
   for (int turn = 0; turn < kLanes<Numbers>; ++turn) {  // each lane adds its own to what the one before has
     if (lane == turn) {
       KVQ_UNROLL
-      for (int i = 0; i < n / kLanes<Numbers>; ++i) sum += term(PartOf(x, i));
+      for (int i = 0; i < n / kLanes<Numbers>; ++i) sum = add(PartOf(x, i), sum);
     }
     if constexpr (kLanes<Numbers> > 1) sum = __shfl_sync(~0u, sum, turn, kLanes<Numbers>);
   }
 #else
-  for (int i = 0; i < n; ++i) sum += term(x[i]);
+  for (int i = 0; i < n; ++i) sum = add(x[i], sum);
 #endif
   return sum;
+}
+
+// The sum of squares, in their order. A float16's square is a float32, so that adding it and rounding once is the same.
+template <typename Numbers>
+KVQ_HD inline float SumOfSquares(const Numbers& x, int n) {
+#ifdef __CUDACC__
+  if constexpr (kInWords<Numbers> == DType::kFloat16) return SumInOrder(x, n, [](float v, float sum) { return fmaf(v, v, sum); });
+#endif
+  return SumInOrder(x, n, [](float v, float sum) { return sum + v * v; });
 }
 
 // The sum of whole numbers that are made of a group's.
@@ -369,6 +418,44 @@ KVQ_HD inline int32_t Total(const Numbers& x, int n, const Term& term) {
   return sum;
 #endif
 }
+
+#ifdef __CUDACC__
+// Codes that are the whole part of s = x inverse + offset, below 16 or limited (kLimits) to 15, but for what a scheme's own roundings
+// make of that: as pairs in x.Words(), kTooLargeWhole too large. Where s ends up within 2^-15 of a whole number, or is not `near` enough
+// for that to be said (all |x inverse| <= 32), `exact(number)` makes them. (192 + s has 16 bits behind the point: one operation makes a
+// code and what lies behind it. That sum's and the offset's roundings are 2^-17 at most each, the reciprocal's and a scheme's three
+// together less than 2^-17: some 2^-15.4 in all.)
+inline constexpr uint32_t kTooLargeWhole = 0x4340;
+template <bool kLimits, typename Numbers, typename Exact>
+__device__ __forceinline__ void CodeWhole(const Numbers& x, int n, float inverse, float offset, bool near, const Exact& exact) {
+  uint32_t* words = x.Words();
+  uint32_t codes[32], least = ~0u;
+  const int pairs = n / kLanes<Numbers> / 2;
+  const float from = offset + (192 + 3.0517578e-5f);  // 2^-15 more, so that what is left below 2^-14 cannot be said
+  KVQ_UNROLL
+  for (int i = 0; i < pairs; ++i) {
+    float low, high;
+    uint32_t word = words[i];
+    asm volatile("" : "+r"(word));  // numbers are wanted here, not all of them long before
+    UnpackTwo<kInWords<Numbers>>(word, low, high);
+    const uint32_t first = FloatBits(fmaf(low, inverse, from)), second = FloatBits(fmaf(high, inverse, from));
+    least = SmallerWholeOfTwo(ptx::PickBytes(first, second, 0x5410), least);
+    codes[i] = ptx::PickBytes(first, second, 0x7632);
+    if constexpr (kLimits) codes[i] = SmallerWholeOfTwo(codes[i], (kTooLargeWhole + 15) * 0x10001);
+  }
+  if (near && (least & 0xFFFF) >= 4 && least >> 16 >= 4) {
+    KVQ_UNROLL
+    for (int i = 0; i < pairs; ++i) words[i] = codes[i];
+  } else {
+    KVQ_UNROLL
+    for (int i = 0; i < pairs; ++i) {
+      float low, high;  // once more, which the 0 hides
+      UnpackTwo<kInWords<Numbers>>(words[i] ^ threadIdx.z, low, high);
+      words[i] = exact(low) + (exact(high) << 16) + kTooLargeWhole * 0x10001;
+    }
+  }
+}
+#endif
 
 // ---- what a scheme says, and what it leaves out
 
@@ -421,6 +508,7 @@ template <typename S>
 inline constexpr bool kOpens = requires { typename S::Opened; };
 
 enum class Element : uint8_t { kNumber, kE4M3, kE5M2, kE2M1, kTable, kBytes };
+enum class Signs : uint8_t { kNone, kOfNumbers };
 enum class ScaleByte : uint8_t { kNone, kE4M3, kE8M0 };
 struct Line {
   float scale, zero;
@@ -433,6 +521,16 @@ template <typename S>
 inline constexpr ScaleByte kScaleByte = [] {
   if constexpr (requires { S::kScaleByte; }) return S::kScaleByte;
   else return ScaleByte::kNone;
+}();
+template <typename S>
+inline constexpr Signs kSigns = [] {
+  if constexpr (requires { S::kSigns; }) return S::kSigns;
+  else return Signs::kNone;
+}();
+template <typename S>
+inline constexpr uint32_t kPairTooLarge = [] {
+  if constexpr (requires { S::kPairTooLarge; }) return S::kPairTooLarge;
+  else return 0u;
 }();
 template <typename S>
 inline constexpr bool kNormed = requires { requires S::kNormed; };
@@ -633,20 +731,17 @@ struct Split {
 
 // Where the shape is known when a kernel is compiled, and numbers and codes are aligned (EncodesOwn), a lane has those that it encodes
 // in registers (kernels/device/plain_encode.cuh): so many neighbouring channels of a token, whose codes fill words; more, where
-// fewer lanes then have to exchange numbers, and all of a group that is seen number by number.
+// fewer lanes then have to exchange numbers, or where a lane's own work (places, loads, stores) would be much of it; and all of a group
+// that is seen number by number.
 inline constexpr int kWarps = 4;
 template <typename S>
 constexpr int OwnChannels(int group) {
-  int own = kRunChannels<kLow<S>> > 32 || kHasVector<S> ? 64 : 32;
+  int own = kLow<S> <= 4 && (kOdd<S> == 0 || kLow<S> == 2) ? 64 : 32;
   if constexpr (requires { S::kInOrder; }) own = group > own ? group : own;
   return own;
 }
 // Blocks of a multiprocessor that registers have to be left for.
-template <typename S>
-constexpr int OwnBlocks(int group) {
-  const int own = OwnChannels<S>(group);
-  return own > 64 ? 3 : own > 32 ? 5 : 8;
-}
+constexpr int OwnBlocks(int own) { return own > 64 ? 3 : own > 32 ? 5 : 7; }
 
 // The newest token of each sequence on one side, before and after it is encoded.
 struct NewestSide {

@@ -4,6 +4,9 @@
 
 #include <cstdint>
 
+#ifdef __CUDACC__
+#include "kernels/groups.h"
+#endif
 #include "kernels/vector_math.h"
 
 namespace kvq {
@@ -29,6 +32,16 @@ struct SmallFloat {
 #endif
     return FloatBits(Smaller(Smaller(halves, ones), Smaller(twos, kWhole + 7))) - FloatBits(kWhole);
   }
+#ifdef __CUDACC__
+  // Of two float16 without a sign, in a word; both are that much too large.
+  static constexpr uint32_t kIndexTooLarge = 0x6600;  // 1.5 2^10
+  __device__ __forceinline__ static uint32_t IndexOfTwo(uint32_t magnitudes) {
+    const uint32_t halves = MultiplyAddTwo(magnitudes, 0x40004000, 0x66006600), ones = AddTwo<DType::kFloat16>(magnitudes, 0x66026602);
+    const uint32_t twos = MultiplyAddTwo(magnitudes, 0x38003800, 0x66046604);
+    const auto smaller = SmallerOfTwo<DType::kFloat16>;
+    return smaller(smaller(smaller(halves, ones), twos), 0x66076607);
+  }
+#endif
   KVQ_HD static uint32_t Code(float x) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
     if constexpr (kSignShift == 7) {

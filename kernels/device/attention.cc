@@ -118,7 +118,7 @@ Plan PlanTiles(const Codec& keys, const Codec& values, const DecodeAttentionArgs
                    InstanceName("kvq::decode_attention::Kernel",
                                 InstanceName("kvq::decode_attention::Config", keys.device.type(args.key_params, dim),
                                              values.device.type(args.value_params, dim), dim, parts, head_tiles, warps, stages,
-                                             tile, registers, args.window > 0, turns_keys + 2 * turns_values + 4 * IsApart(args)))};
+                                             tile, registers, args.window > 0, turns_keys + 2 * turns_values + 4 * IsApart(args) + 8 * (args.softcap > 0)))};
   plan.tile_text = StrCat(warps, " warps x ", stages, " x ", tile, " tokens");
   plan.threads = 32 * warps;
   plan.pairs = args.keys.batch * args.keys.heads * parts, plan.heads = ratio / parts;

@@ -182,7 +182,7 @@ struct DenseTokens {
     if constexpr (C::kEager) Fetch<4>(key_rows, keys), Fetch<8>(value_rows, values);
   }
   template <bool kBFloat16>
-  __device__ __forceinline__ void Attend(int g, const Queries<C>& q, Partial<C>& partial) const {
+  __device__ __forceinline__ void Attend(int g, const Queries<C>& q, float cap, Partial<C>& partial) const {
     Logits<C> x;
     // Fetched when they are wanted, not all at once: a barrier keeps their registers few.
     const auto fetch = [](const auto& row, int granule, bool first) {
@@ -191,8 +191,9 @@ struct DenseTokens {
     };
     LogitsOfDense<C, kBFloat16>(
         q, [&](int i, int j) { return C::kEager ? keys[i][j] : fetch(key_rows[i], 4 * j, i == 0 && j % 2 == 0); }, x);
+    CapLogits<C>(q, cap, x);
     Mask<C>(x, 0, valid, hidden, g);
-    AddDense<C, kBFloat16>(q.factor, x, partial, [&](int i, int j) {
+    AddDense<C, kBFloat16>(Factors<C>(q).of, x, partial, [&](int i, int j) {
       const int row = i % 2 + i / 8 * 2;
       return C::kEager ? values[row][j] : fetch(value_rows[row], 8 * j, row == 0);
     });
@@ -514,6 +515,10 @@ __device__ void Combine(const DecodeAttentionArgs& args, int pair, int slots, in
             l = fmaf(of[i].x, of[i].y, l);
           }
           for (int i = 16; i > 0; i /= 2) l += __shfl_xor_sync(~0u, l, i);
+          if (args.sink_logits != nullptr) {
+            const int64_t of_all = static_cast<int64_t>(pair) * ratio + head;  // of all sequences' query heads
+            l += ptx::Exp2(__ldcg(args.sink_logits + of_all % args.query_heads) * kLog2E - m);
+          }
           const float scale = l == 0 ? 0 : 1 / l;
 #pragma unroll
           for (int i = 0; i < kMostSlots / 32; ++i) {
@@ -621,9 +626,9 @@ __global__ void __maxnreg__(C::kRegisters)
       Partial<C>& of = C::V::kDense ? partial : dense;
       if constexpr (!C::kEager) tokens.Load(args, pair, length, unit, g, t);
       if (args.dtype == DType::kBFloat16) {
-        tokens.template Attend<true>(g, C::K::kDense && !C::kEager ? q : dense_q, of);
+        tokens.template Attend<true>(g, C::K::kDense && !C::kEager ? q : dense_q, args.softcap, of);
       } else {
-        tokens.template Attend<false>(g, C::K::kDense && !C::kEager ? q : dense_q, of);
+        tokens.template Attend<false>(g, C::K::kDense && !C::kEager ? q : dense_q, args.softcap, of);
       }
       unit += C::kWarps * splits;
       if (C::kEager && unit < units) tokens.Load(args, pair, length, unit, g, t);
@@ -640,7 +645,7 @@ __global__ void __maxnreg__(C::kRegisters)
     }
     const auto stream = [&](auto bfloat16) {
       ring.Stream([&](ptx::Shared tile, int valid, int hidden) {
-        AttendTile<C, decltype(bfloat16)::value>(tile, valid, hidden, g, t, q, partial);
+        AttendTile<C, decltype(bfloat16)::value>(tile, valid, hidden, g, t, q, args.softcap, partial);
       });
     };
     if constexpr (!C::K::kDense && !C::V::kDense) {  // codes are multiplied as float16 whatever the queries are

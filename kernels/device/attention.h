@@ -31,6 +31,9 @@ struct DecodeAttentionArgs {
   const void* queries = nullptr;  // [batch, query_heads, head_dim], contiguous, 16-byte aligned
   void* out = nullptr;            // likewise
   float scale = 1;                // of the logits, above 0: usually head_dim^-0.5
+  float softcap = 0;              // above 0: softcap * tanh(logit / softcap) stands for each logit
+  // [query_heads] in device memory, or null: a logit of each head that counts in the sum of weights and has no value.
+  const float* sink_logits = nullptr;
 
   // The encoded tokens. Planes and their strides are multiples of 16 bytes. Of a dense side plane 0 holds the tokens
   // themselves: [batch, heads, capacity, head_dim] of dtype.

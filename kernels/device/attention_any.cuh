@@ -158,7 +158,7 @@ struct AnyPartial {
 
   // One token, all of whose numbers are in the warp's registers.
   template <class Keys, class Values>
-  __device__ __forceinline__ void Attend(const Keys& key, const Values& value) {
+  __device__ __forceinline__ void Attend(const Keys& key, const Values& value, float cap) {
     float x[C::kHeads];
 #pragma unroll
     for (int head = 0; head < C::kHeads; ++head) x[head] = 0;
@@ -178,6 +178,7 @@ struct AnyPartial {
     for (int head = 0; head < C::kHeads; ++head) {
 #pragma unroll
       for (int lanes = 16; lanes > 0; lanes /= 2) x[head] += __shfl_xor_sync(~0u, x[head], lanes);
+      if (cap > 0) x[head] = Capped(x[head], cap);
     }
 #pragma unroll
     for (int head = 0; head < C::kHeads; ++head) {
@@ -212,7 +213,7 @@ struct AnyPartial {
 
 // Every kWarps-th token from `first` to `end`, kUnroll of them at a time.
 template <class C, class Keys, class Values, class Partial, typename Load>
-__device__ __forceinline__ void AttendRange(int first, int end, Partial& partial, const Load& load) {
+__device__ __forceinline__ void AttendRange(int first, int end, float cap, Partial& partial, const Load& load) {
 #pragma unroll 1
   for (int at = first; at < end; at += C::kUnroll * C::kWarps) {
     Keys keys[C::kUnroll];
@@ -223,7 +224,7 @@ __device__ __forceinline__ void AttendRange(int first, int end, Partial& partial
     }
 #pragma unroll
     for (int i = 0; i < C::kUnroll; ++i) {
-      if (at + i * C::kWarps < end) partial.Attend(keys[i], values[i]);
+      if (at + i * C::kWarps < end) partial.Attend(keys[i], values[i], cap);
     }
   }
 }
@@ -263,7 +264,7 @@ __global__ void __launch_bounds__(C::kThreads, 2) AnyKernel(const __grid_constan
   using DenseValues = DensePairs<V, C::kDim>;
   const auto dense = [&](const DenseView& keys, int keys_behind, const DenseView& values, int values_behind) {
     return [&, keys_behind, values_behind](int first, int to) {
-      AttendRange<C, DenseKeys, DenseValues>(first, to, partial, [&](int token, DenseKeys& key, DenseValues& value) {
+      AttendRange<C, DenseKeys, DenseValues>(first, to, args.softcap, partial, [&](int token, DenseKeys& key, DenseValues& value) {
         key.Load(dense_row(keys, keys_behind + token), lane), value.Load(dense_row(values, values_behind + token), lane);
       });
     };
@@ -281,7 +282,7 @@ __global__ void __launch_bounds__(C::kThreads, 2) AnyKernel(const __grid_constan
     using Values = decltype([] {
       if constexpr (V::kDense) return DenseValues(); else return CodePairs<V, C::kDim>();
     }());
-    AttendRange<C, Keys, Values>(first, to, partial, [&](int token, Keys& key, Values& value) {
+    AttendRange<C, Keys, Values>(first, to, args.softcap, partial, [&](int token, Keys& key, Values& value) {
       if constexpr (K::kDense) key.Load(plane_row(args.keys, token), lane);
       else key.Load(args.keys, pair, token, lane);
       if constexpr (V::kDense) value.Load(plane_row(args.values, token), lane);

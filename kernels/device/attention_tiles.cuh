@@ -60,6 +60,7 @@ struct Config {
   static constexpr bool kWindow = kWindow_;  // tokens may be hidden by a sliding window
   static constexpr bool kTurnsKeys = (kFlags_ & 1) != 0, kTurnsValues = (kFlags_ & 2) != 0;
   static constexpr bool kApart = (kFlags_ & 4) != 0;  // values have lengths of their own, or a ring
+  static constexpr bool kCapped = (kFlags_ & 8) != 0;  // logits have a cap
   using K = Row<Keys, kDim>;
   using V = Row<Values, kDim>;
   static constexpr bool kDense = K::kDense && V::kDense;
@@ -675,6 +676,35 @@ __device__ __forceinline__ void LogitsOfDense(const Queries<C>& q, const Key& ke
   }
 }
 
+// A logit in base 2 under a cap, in base 2 likewise: cap tanh(logit / cap), off by some 2^-23 of the cap.
+__device__ __forceinline__ float Capped(float x, float cap) {
+  const float top = cap * kLog2E;
+  return fmaf(-2 * top, __fdividef(1.0f, 1.0f + ptx::Exp2(x * (2.0f / cap))), top);
+}
+// Of all logits, whose factors are 1 behind it.
+template <class C>
+__device__ __forceinline__ void CapLogits(const Queries<C>& q, float cap, Logits<C>& x) {
+  if constexpr (C::kCapped) {
+#pragma unroll
+    for (int ht = 0; ht < C::kHeadTiles; ++ht) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[ht][i] = Capped(x[ht][i] * q.factor[ht][i % 2], cap);
+    }
+  }
+}
+// Of logits behind CapLogits, to the logit in base 2.
+template <class C>
+struct Factors {
+  float of[C::kHeadTiles][2];
+  __device__ __forceinline__ explicit Factors(const Queries<C>& q) {
+#pragma unroll
+    for (int ht = 0; ht < C::kHeadTiles; ++ht) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) of[ht][i] = C::kCapped ? 1.0f : q.factor[ht][i];
+    }
+  }
+};
+
 // Hides what is no token: those from `valid` on, and those before `hidden`. `first` is that of x[.][0] in the tile.
 template <class C>
 __device__ __forceinline__ void Mask(Logits<C>& x, int first, int valid, int hidden, int g) {
@@ -896,7 +926,7 @@ __device__ __forceinline__ void AddDense(const float (&factor)[C::kHeadTiles][2]
 
 template <class C, bool kBFloat16>
 __device__ __forceinline__ void AttendTile(ptx::Shared tile, int valid, int hidden, int g, int t, const Queries<C>& q,
-                                           Partial<C>& partial) {
+                                           float cap, Partial<C>& partial) {
   const auto load = [](ptx::Shared at) {
     uint32_t words[4];
     ptx::LoadShared(at, words);
@@ -915,6 +945,9 @@ __device__ __forceinline__ void AttendTile(ptx::Shared tile, int valid, int hidd
   } else {
     LogitsOfCodes<C>(tile, g, t, q, x, partial.broken);
   }
+#pragma unroll
+  for (int n = 0; n < C::kTile / 16; ++n) CapLogits<C>(q, cap, x[n]);
+  const Factors<C> factors(q);
   if (C::kDense || valid < C::kTile || (C::kWindow && hidden > 0)) {
 #pragma unroll
     for (int n = 0; n < C::kTile / 16; ++n) Mask<C>(x[n], 16 * n, valid, hidden, g);
@@ -923,12 +956,12 @@ __device__ __forceinline__ void AttendTile(ptx::Shared tile, int valid, int hidd
     const ptx::Shared values = tile + C::kValuesAt + 2 * t * C::V::kRow + (g ^ C::V::SwizzleOf(2 * t)) * 16;
 #pragma unroll
     for (int n = 0; n < C::kTile / 16; ++n) {
-      AddDense<C, kBFloat16>(q.factor, x[n], partial, [&](int i, int j) {
+      AddDense<C, kBFloat16>(factors.of, x[n], partial, [&](int i, int j) {
         return load((values ^ C::V::SwizzleOf(i % 2) * 16) + (16 * n + i) * C::V::kRow + 128 * j);
       });
     }
   } else {
-    AddCodes<C>(tile, valid, g, t, q.factor, x, partial);
+    AddCodes<C>(tile, valid, g, t, factors.of, x, partial);
   }
 }
 

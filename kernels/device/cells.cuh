@@ -52,9 +52,12 @@ struct LaneCells {
   __device__ static LaneCells Of(const Cells& cells) {
     return {cells.slope, cells.threshold[threadIdx.x % 32], cells.below[threadIdx.x % 32]};
   }
-  __device__ __forceinline__ uint32_t Count(float y) const {
+  // Adds how many to a word, `up` bits up.
+  __device__ __forceinline__ void Add(float y, int up, uint32_t& word) const {
     const int cell = Cells::Of(y, slope);
-    return __shfl_sync(~0u, below, cell) + (y >= __shfl_sync(~0u, threshold, cell) ? 1 : 0);
+    const float own = __shfl_sync(~0u, threshold, cell);
+    word += __shfl_sync(~0u, below << up, cell);
+    asm("{.reg .pred p; setp.ge.f32 p, %1, %2; @p add.u32 %0, %0, %3;}" : "+r"(word) : "f"(y), "f"(own), "r"(1u << up));
   }
 };
 #endif

@@ -7,7 +7,8 @@
 //
 // What it takes, on an H200 with 132 multiprocessors at 1.98 GHz: an instruction for each of 33.5 million numbers (32k tokens, 8 heads of
 // 128 channels) is 1.0 us, the bytes of 4 to 8 bit codes 20 to 25 us. So up to some 18 instructions a number, memory is what it waits
-// for; most schemes have 14 to 20, of which packing is 1, half of a minimum and a maximum 1, a quotient 5.
+// for. Most schemes have 12 to 18, of which packing is 1, half of a minimum and a maximum 1, a quotient 5; those that make two codes at
+// a time (PairOf) 10 to 14; where one number at a time is looked up in a table, and sums or butterflies come before, it is 23 to 28.
 #pragma once
 
 #include "kernels/plain.h"
@@ -32,10 +33,32 @@ constexpr int PlaneBytes(int plane, int dim, int group) {
   return sizeof(Vector<S>);
 }
 
-template <typename S, DType kType, int kDim, int kGroup>
-__global__ void __launch_bounds__(32 * kWarps, OwnBlocks<S>(kGroup))
+// Signs of the numbers in words `first`, first + 4, first + 8 and first + 12, in the highest bits of a word's fields of four.
+__device__ __forceinline__ uint32_t SignsOf(const uint32_t* words, uint32_t first) {
+  const uint32_t even = ptx::PickBytes(words[first], words[first + 8], 0x7351);
+  const uint32_t odd = ptx::PickBytes(words[first + 4], words[first + 12], 0x7351);
+  return (even >> 4 & 0x08080808) | (odd & 0x80808080);
+}
+
+// Codes of three bits that lie four apart, fields 0 to 3 of both halves in `low`, 4 to 7 in `high`: their lower two bits as a word, the
+// upper one with those of a half next to each other.
+__device__ __forceinline__ void MoveThrees(uint32_t low, uint32_t high, uint32_t& word, uint32_t& odd) {
+  const auto twos = [](uint32_t x) {  // in the lower byte of each half
+    const uint32_t pairs = x & 0x33333333, fours = (pairs | pairs >> 2) & 0x0F0F0F0F;
+    return fours | fours >> 4;
+  };
+  const auto ones = [](uint32_t x) {  // in the lowest four bits
+    const uint32_t ones = x >> 2 & 0x11111111, twos = (ones | ones >> 3) & 0x03030303;
+    return (twos | twos >> 6) & 0x000F000F;
+  };
+  word = ptx::PickBytes(twos(low), twos(high), 0x6240);
+  odd = ones(low) | ones(high) << 4;
+}
+
+template <typename S, DType kType, int kDim, int kGroup, int kOwn>
+__global__ void __launch_bounds__(32 * kWarps, OwnBlocks(kOwn))
     EncodeOwnKernel(const __grid_constant__ DenseView x, int64_t first_token, const __grid_constant__ KvView out) {
-  constexpr int kOwn = OwnChannels<S>(kGroup), kTokenLanes = kDim / kOwn, kTokens = 32 / kTokenLanes;
+  constexpr int kTokenLanes = kDim / kOwn, kTokens = 32 / kTokenLanes;
   constexpr int kPieces = kOwn / 8, kPitch = 2 * kOwn + 16;  // of a lane's numbers: 16 bytes each; bytes, with a gap against bank conflicts
   constexpr int kWords = kDim * kLow<S> / 32, kOwnRuns = kOwn / kRunChannels<kLow<S>>;
   constexpr int kRowPitch = kWords + (kOwnRuns == 2 ? 8 : 4);  // words
@@ -84,12 +107,13 @@ __global__ void __launch_bounds__(32 * kWarps, OwnBlocks<S>(kGroup))
   // ---- what codes are made with
   const uint32_t token = lane / kTokenLanes, part = lane % kTokenLanes;
   const bool there = token < count;
-  const VectorFit<S> vector = FitVector<S>(OwnNumbers<kTokenLanes, DType::kFloat32>{v, nullptr}, kDim);
+  const VectorFit<S> vector = FitVector<S>(OwnNumbers<kTokenLanes, kType>{v, words}, kDim);
   if (part == 0 && there) StoreVector<S>(vector.stored, mine, 0, 0, token);
-  if constexpr (kTurns<S>) TurnToken<S>(OwnNumbers<kTokenLanes, DType::kFloat32>{v, nullptr}, kDim, vector, OwnLanes<kTokenLanes>{});
+  if constexpr (kTurns<S>) TurnToken<S>(OwnNumbers<kTokenLanes, kType>{v, words}, kDim, vector, OwnLanes<kTokenLanes>{});
   constexpr DType kWordsType = kTurns<S> ? DType::kFloat32 : kType;
   constexpr int kFits = kOwn > kGroup ? kOwn / kGroup : 1, kGroupLanes = kGroup > kOwn ? kGroup / kOwn : 1;
-  decltype(FitGroup<S>(OwnNumbers<kGroupLanes, kWordsType>{v, words}, kGroup, vector.stored)) fits[kFits];
+  using GroupFit = decltype(FitGroup<S>(OwnNumbers<kGroupLanes, kWordsType>{v, words}, kGroup, vector.stored));
+  GroupFit fits[kFits];
 #pragma unroll
   for (int g = 0; g < kFits; ++g) {
     fits[g] = FitGroup<S>(OwnNumbers<kGroupLanes, kWordsType>{v + g * kGroup, words + g * kGroup / 2}, kGroup, vector.stored);
@@ -105,20 +129,47 @@ __global__ void __launch_bounds__(32 * kWarps, OwnBlocks<S>(kGroup))
   for (int chunk = 0; chunk < 4; ++chunk) {
 #pragma unroll
     for (int run = 0; run < kOwnRuns; ++run) {
-      uint32_t word = 0, odd[kOdd<S> + 1] = {};  // both sides of a field in a word's halves
+      constexpr bool kPairs = requires(const GroupFit& fit) { S::PairOf(fit, 0u); };
+      constexpr bool kAdds = requires(const GroupFit& fit, uint32_t& word) { S::AddCode(fit, 0.0f, 0, word); };
+      constexpr bool kThree = kLow<S> == 2 && kOdd<S> == 1;  // three bits: made four apart, in two words, and moved together after that
+      uint32_t word = 0, odd[kOdd<S> + 1] = {};
+      if constexpr (kOdd<S> == 0 || kThree) {
+        constexpr int kBits = kThree ? 4 : kLow<S>;
+        constexpr uint32_t kOnes = kBits == 8 ? 0x01010101 : kBits == 4 ? 0x11111111 : 0x55555555;
+        uint32_t made[2];
+        made[0] = made[1] = kPairs ? 0u - kPairTooLarge<S> * kOnes : 0;
 #pragma unroll
-      for (int field = 0; field < kFields; ++field) {
-        uint32_t pair = 0;
-#pragma unroll
-        for (int side = 0; side < 2; ++side) {
-          const uint32_t channel = ChannelOf<kLow<S>>(chunk, run, side, field);
-          pair += S::Code(fits[channel / kGroup % kFits], v[channel]) << (16 * side);
+        for (int field = 0; field < kFields; ++field) {
+          const uint32_t first = ChannelOf<kLow<S>>(chunk, run, 0, field);
+          const GroupFit& fit = fits[first / kGroup % kFits];
+          uint32_t& to = made[kThree ? field / 4 : 0];
+          const int up = (kThree ? field % 4 : field) * kBits;
+          if constexpr (kPairs) {
+            to += S::PairOf(fit, words[first / 2]) << up;
+          } else if constexpr (kAdds) {
+            S::AddCode(fit, v[first], up, to), S::AddCode(fit, v[first + 1], up + 16, to);
+          } else {
+            to += (S::Code(fit, v[first]) << up) + (S::Code(fit, v[first + 1]) << (up + 16));
+          }
         }
-        word += (kOdd<S> > 0 ? pair & (0x10001u * kMask) : pair) << (field * kLow<S>);
+        word = made[0];
+        if constexpr (kSigns<S> == Signs::kOfNumbers && kPairs) word += SignsOf(words, ChannelOf<kLow<S>>(chunk, run, 0, 0) / 2);
+        if constexpr (kThree) MoveThrees(made[0], made[1], word, odd[0]);
+      } else {
 #pragma unroll
-        for (int i = 0; i < kOdd<S>; ++i) {
-          const int up = field - kLow<S> - i;
-          odd[i] |= (up < 0 ? pair >> -up : pair << up) & (0x10001u << field);
+        for (int field = 0; field < kFields; ++field) {
+          uint32_t pair = 0;  // both sides of a field in a word's halves
+#pragma unroll
+          for (int side = 0; side < 2; ++side) {
+            const uint32_t channel = ChannelOf<kLow<S>>(chunk, run, side, field);
+            pair += S::Code(fits[channel / kGroup % kFits], v[channel]) << (16 * side);
+          }
+          word += (pair & (0x10001u * kMask)) << (field * kLow<S>);
+#pragma unroll
+          for (int i = 0; i < kOdd<S>; ++i) {
+            const int up = field - kLow<S> - i;
+            odd[i] |= (up < 0 ? pair >> -up : pair << up) & (0x10001u << field);
+          }
         }
       }
       const uint32_t place = chunk * (kWords / 4) + part * kOwnRuns + run;

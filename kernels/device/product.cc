@@ -36,12 +36,12 @@ ProductPlan Plan(const ProductArgs& a) {
   if (a.end == ProductEnd::kActivate && a.out != a.gate.size) return plan;
   if (a.end == ProductEnd::kAppend) {
     const HeadsArgs& of = a.append.of;
-    if (of.head_dim % 8 != 0 || of.q_norm != nullptr || of.v_norm != nullptr ||
+    if (of.head_dim % 8 != 0 || of.turned % 8 != 0 || of.q_norm != nullptr || of.v_norm != nullptr ||
         a.out != (of.heads + 2 * of.kv_heads) * of.head_dim)
       return plan;
     plan.in_group = static_cast<int>(of.head_dim / 8),
     plan.group_rows = static_cast<int>(of.head_dim);
-    plan.apart = static_cast<int>(of.head_dim / 2);
+    plan.turned = of.pairs() / 4;
   }
   plan.tiles = static_cast<int>(a.out / kTileRows);
   const int64_t units = a.in / kUnit;

@@ -33,6 +33,7 @@ struct ProductPlan {
   int tiles = 0, splits = 1;
   int in_group = 1, group_rows = 8,
       apart = 4;  // tile i begins at row i / in_group * group_rows + i % in_group * 4
+  int turned = 0;  // of heads: the first so many tiles have pairs that turn, the others the rest (HeadsArgs::First)
   int64_t x_bytes = 0, shared_bytes = 0;
 };
 // Bytes of sums: of two tiles, in float32.
@@ -64,7 +65,13 @@ __global__ void __launch_bounds__(kWarps * 32, kStages > 4 ? 2 : 1)
   const int end = split_begin + (split_end - split_begin) * (warp + 1) / kWarps;
   const int first_tile = blockIdx.x / plan.splits, tile_step = gridDim.x / plan.splits;
   const auto first_row = [&](int tile) {
-    return tile / plan.in_group * plan.group_rows + tile % plan.in_group * 4;
+    const int i = tile % plan.in_group;
+    const int row = tile / plan.in_group * plan.group_rows + i * 4;
+    return kEnd == ProductEnd::kAppend && i >= plan.turned ? row + plan.turned * 4 : row;
+  };
+  const auto apart_of = [&](int tile) {
+    if (kEnd != ProductEnd::kAppend) return plan.apart;
+    return 4 * (tile % plan.in_group < plan.turned ? plan.turned : plan.in_group - plan.turned);
   };
 
   // ---- the stream of weights: lane l copies granule l % 8 of rows l / 8 and l / 8 + 4 of a unit.
@@ -72,13 +79,14 @@ __global__ void __launch_bounds__(kWarps * 32, kStages > 4 ? 2 : 1)
   const auto swizzle = [](int row) { return (row & 1) << 2; };
   const ptx::Shared copy_place = lane / 8 * 128 + ((lane % 8) ^ swizzle(lane / 8)) * 16;
   const ptx::Shared read_place = ring + g * 128 + (t ^ swizzle(g)) * 16;
-  const int64_t apart_bytes = static_cast<int64_t>(plan.apart) * in * 2;
+  int64_t apart_bytes = 0;
   int next_tile = first_tile, next_unit = begin, next_stage = 0;
   const std::byte* next = nullptr;
   const auto aim = [&] {
     next = static_cast<const std::byte*>(a.weight) +
            (static_cast<int64_t>(first_row(next_tile) + lane / 8) * in + begin * kUnit) * 2 +
            lane % 8 * 16;
+    apart_bytes = static_cast<int64_t>(apart_of(next_tile)) * in * 2;
   };
   const auto fetch = [&] {  // an empty group behind the last unit
     if (next_tile < plan.tiles && begin < end) {
@@ -131,6 +139,7 @@ __global__ void __launch_bounds__(kWarps * 32, kStages > 4 ? 2 : 1)
 #pragma unroll
       for (int k = 0; k < 8; ++k) x[i][k] = x[i][k] * inverse * weight[i][k];
       Store<kBFloat16>(x_shared, PlaceOf(at / 8, 0, 1) * 8, x[i]);
+      if (a.writes_normed && blockIdx.x == 0) Store<kBFloat16>(a.norm.out, at, x[i]);
     }
   } else {
     WaitForPredecessors();
@@ -204,7 +213,7 @@ __global__ void __launch_bounds__(kWarps * 32, kStages > 4 ? 2 : 1)
       const void* biases = kEnd == ProductEnd::kAppend ? a.append.of.bias : a.gate.bias;
       if (biases != nullptr) {
         first += At<kBFloat16>(static_cast<const uint16_t*>(biases)[row], 0);
-        second += At<kBFloat16>(static_cast<const uint16_t*>(biases)[row + plan.apart], 0);
+        second += At<kBFloat16>(static_cast<const uint16_t*>(biases)[row + apart_of(tile)], 0);
       }
       first = Round<kBFloat16>(first), second = Round<kBFloat16>(second);
       if constexpr (kEnd == ProductEnd::kGate) {
@@ -222,13 +231,13 @@ __global__ void __launch_bounds__(kWarps * 32, kStages > 4 ? 2 : 1)
       } else {
         const HeadsArgs& of = a.append.of;
         const int head = tile / plan.in_group, i = tile % plan.in_group * 4 + t;
-        if (head < of.heads + of.kv_heads) {
+        if (head < of.heads + of.kv_heads && i < of.pairs()) {
           const float2 turned = Turn(of, g, i, first, second);
           first = turned.x, second = turned.y;
         }
-        uint16_t* out = Destination(a.append, g, head) + i;
+        uint16_t* out = Destination(a.append, g, head) + of.First(i);
         out[0] = static_cast<uint16_t>(Pack<kBFloat16>(first, 0));
-        out[plan.apart] = static_cast<uint16_t>(Pack<kBFloat16>(second, 0));
+        out[of.Apart(i)] = static_cast<uint16_t>(Pack<kBFloat16>(second, 0));
       }
     }
   }

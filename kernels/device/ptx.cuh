@@ -192,6 +192,12 @@ __device__ __forceinline__ uint32_t MaxBFloat16(uint32_t a, uint32_t b) {
   asm("max.bf16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
   return word;
 }
+// 1 / x of normal numbers, relative error 2^-23.
+__device__ __forceinline__ float Reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 // 1 / sqrt(x), relative error 2^-22.
 __device__ __forceinline__ float InverseRoot(float x) {
   float y;

@@ -9,7 +9,7 @@
 namespace kvq {
 
 bool AddNormFits(int64_t size) { return size % 8 == 0 ? size <= 16384 : size <= 2048; }
-bool HeadsFit(int64_t head_dim) { return head_dim % 4 == 0 && head_dim <= 512; }
+bool HeadsFit(int64_t head_dim, int64_t turned) { return head_dim % 4 == 0 && head_dim <= 512 && turned % 4 == 0; }
 
 namespace {
 

@@ -144,9 +144,9 @@ __device__ __forceinline__ uint16_t* Destination(const AppendArgs& a, int row, i
   return Destination(a.values, row, head - heads - kv_heads);
 }
 
-// (x1, x2) of channel i and i + head_dim / 2 turned by the row's position.
+// (x1, x2) of the channels of pair i, turned by the row's position.
 __device__ __forceinline__ float2 Turn(const HeadsArgs& a, int row, int i, float x1, float x2) {
-  const int64_t at = row % static_cast<int>(a.positions) * (a.head_dim / 2) + i;
+  const int64_t at = row % static_cast<int>(a.positions) * a.pairs() + i;
   const float cos = __ldcg(a.cos + at), sin = __ldcg(a.sin + at);
   return {x1 * cos - x2 * sin, x2 * cos + x1 * sin};
 }

@@ -15,6 +15,7 @@
 
 #include "kernels/device/attention.h"
 #include "kernels/side_count.h"
+#include "kernels/vector_math.h"
 
 namespace kvq {
 
@@ -52,8 +53,7 @@ struct AddNormedArgs {
 };
 void AddNormed(const AddNormedArgs& args, void* stream);
 
-// Query and key heads behind their product: norm, and rotation of the channels i and
-// i + head_dim / 2.
+// Query and key heads behind their product: norm, and rotation of the channels i and i + turned / 2 of the first `turned`.
 struct HeadsArgs {
   DType dtype = DType::kFloat16;
   int64_t rows = 0;  // tokens, of all sequences
@@ -61,12 +61,19 @@ struct HeadsArgs {
   const void* bias = nullptr;                        // [heads + 2 kv_heads, head_dim], or null
   const float *q_norm = nullptr, *k_norm = nullptr;  // [head_dim], or null
   float eps = 0;
-  const float *cos = nullptr, *sin = nullptr;        // [positions, head_dim / 2]
+  const float *cos = nullptr, *sin = nullptr;        // [positions, turned / 2]
   int64_t positions = 1;                             // row r is at position r % positions
   const float* v_norm = nullptr;                     // [head_dim], or null: of AppendHeads
+  int64_t turned = 0;                                // channels, the others stay; 0: all
+
+  KVQ_HD int pairs() const { return static_cast<int>((turned == 0 ? head_dim : turned) / 2); }
+  // Channels are worked on in pairs, first those that turn, then the others likewise: the first channel of pair i, and how far
+  // from it the second is.
+  KVQ_HD int First(int i) const { return i < pairs() ? i : i + pairs(); }
+  KVQ_HD int Apart(int i) const { return i < pairs() ? pairs() : static_cast<int>(head_dim / 2) - pairs(); }
 };
-// A multiple of 4, at most 512.
-bool HeadsFit(int64_t head_dim);
+// Multiples of 4, at most 512.
+bool HeadsFit(int64_t head_dim, int64_t turned = 0);
 
 // qkv [rows, heads + 2 kv_heads, head_dim] in place; the bias is in it, values stay as they are.
 void TurnHeads(const HeadsArgs& args, void* qkv, void* stream);
@@ -116,9 +123,9 @@ struct ProductArgs {
   int64_t in = 0, out = 0;  // the weight's shape is [out, in]
   const void* weight = nullptr;
   const void* x = nullptr;  // [rows, in]
-  // x is AddNorm of `norm` instead, of one row and without a shift: norm.out is not written, norm.sum
-  // is, and is not norm.x. Not with kPartial.
-  bool normalizes = false;
+  // x is AddNorm of `norm` instead, of one row and without a shift: norm.out is not written, unless
+  // writes_normed, norm.sum is, and is not norm.x. Not with kPartial.
+  bool normalizes = false, writes_normed = false;
   AddNormArgs norm;
   ProductEnd end = ProductEnd::kStore;
   float* partial = nullptr;  // kPartial: [ProductSplits, rows, out]

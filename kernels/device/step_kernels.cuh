@@ -181,13 +181,14 @@ __global__ void __launch_bounds__(128)
   for (int s = 0; s < kSteps; ++s) {
     const int i = 2 * (lane + 32 * s);
     if (i >= half) break;
+    const int first = of.First(i), apart = of.Apart(i);
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
-      const uint32_t word = __ldcg(reinterpret_cast<const uint32_t*>(from + part * half + i));
+      const uint32_t word = __ldcg(reinterpret_cast<const uint32_t*>(from + part * apart + first));
       uint32_t bias = 0;
       if (of.bias != nullptr) {
         const uint16_t* biases =
-            static_cast<const uint16_t*>(of.bias) + head * dim + part * half + i;
+            static_cast<const uint16_t*>(of.bias) + head * dim + part * apart + first;
         bias = __ldcg(reinterpret_cast<const uint32_t*>(biases));
       }
 #pragma unroll
@@ -209,23 +210,24 @@ __global__ void __launch_bounds__(128)
   for (int s = 0; s < kSteps; ++s) {
     const int i = 2 * (lane + 32 * s);
     if (i >= half) break;
+    const int first = of.First(i), apart = of.Apart(i);
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       if (norm != nullptr) {
 #pragma unroll
         for (int part = 0; part < 2; ++part) {
           x[s][part][k] =
-              Round<kBFloat16>(x[s][part][k] * inverse * __ldcg(norm + part * half + i + k));
+              Round<kBFloat16>(x[s][part][k] * inverse * __ldcg(norm + part * apart + first + k));
         }
       }
-      if (head < heads + kv_heads) {
+      if (head < heads + kv_heads && i < of.pairs()) {
         const float2 turned = Turn(of, row, i + k, x[s][0][k], x[s][1][k]);
         x[s][0][k] = turned.x, x[s][1][k] = turned.y;
       }
     }
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
-      *reinterpret_cast<uint32_t*>(to + part * half + i) =
+      *reinterpret_cast<uint32_t*>(to + part * apart + first) =
           Pack<kBFloat16>(x[s][part][0], x[s][part][1]);
     }
   }

@@ -88,6 +88,7 @@ struct Head {
   int64_t dim, heads;  // query heads
   const float *queries, *coded_queries;  // times scale and log2 e, [heads, dim]; the second rotated, in the keys' order of codes
   const float* sums;   // of the second, [heads, groups]
+  float softcap;       // 0: none
   float *m, *l;        // of each query head: the largest logit, the sum of exponentials
   float* by_order[2];  // the output, [heads, dim], of dense values and of encoded ones, which are rotated and may have an order
   std::vector<Segment> segments = {};
@@ -368,6 +369,12 @@ KVQ_AVX2 float Exponentials(float* x, int64_t n, float m) {
   return all;
 }
 
+// x[t] = cap tanh(x[t] / cap), both in base 2.
+KVQ_AVX2 void Cap(float* x, int64_t n, float cap) {
+  const float top = cap * kLog2E;
+  for (int64_t t = 0; t < n; ++t) x[t] = top - 2 * top / (1 + Exp2(std::clamp(x[t] * (2 / cap), -125.0f, 125.0f)));
+}
+
 // What n tokens of a side are read by: numbers of 16 bits and codes as they are stored, all else as float32.
 struct Tile {
   const Source* source;
@@ -426,6 +433,7 @@ KVQ_AVX2 void AttendTile(const Head& of, const Tile& keys, const Tile& values, i
     for (int64_t h = 0; !read && h < count; ++h) Dots(q + h * dim, keys.floats, n, dim, x[h]);
     for (int64_t h = 0; h < count; ++h) {
       float &m = of.m[head + h], &l = of.l[head + h];
+      if (of.softcap > 0) Cap(x[h], n, of.softcap);
       const float top = Largest(x[h], n);
       if (!(top <= m)) {
         const float factor = m - top > -125 ? Exp2(m - top) : 0;
@@ -625,6 +633,7 @@ void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttenti
                     .queries = queries.data() + at,
                     .coded_queries = coded.empty() ? nullptr : coded.data() + at,
                     .sums = query_sums.data() + i * heads * groups,
+                    .softcap = args.softcap,
                     .m = sum,
                     .l = sum + heads,
                     .by_order = {out, out + heads * dim},
@@ -675,6 +684,7 @@ void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttenti
         const float* out = out_of(pair, split) + head * dim;
         for (int64_t i = 0; i < dim; ++i) row[static_cast<size_t>(i)] += factor * out[i];
       }
+      if (args.sink_logits != nullptr) l += std::exp2(args.sink_logits[pair % kv_heads * heads + head] * kLog2E - m);
       for (float& x : row) x = l == 0 ? 0 : x / l;
       StoreRow(row.data(), dim, args.dtype, (pair * heads + head) * dim, args.out);
     }

@@ -132,7 +132,7 @@ void AddNormed(const AddNormedArgs& args) {
 
 void AppendHeads(const AppendArgs& a, const void* qkv) {
   const HeadsArgs& of = a.of;
-  const int64_t all = of.heads + 2 * of.kv_heads, dim = of.head_dim, half = dim / 2;
+  const int64_t all = of.heads + 2 * of.kv_heads, dim = of.head_dim, half = of.pairs();
   for (int64_t r = 0; r < of.rows; ++r) {
     for (int64_t head = 0; head < all; ++head) {
       std::vector<float> x = Row(qkv, of.dtype, (r * all + head) * dim, dim);

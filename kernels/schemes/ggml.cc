@@ -133,14 +133,29 @@ inline constexpr Around kAround;
 #ifdef __CUDACC__
 __device__ const Around kDeviceAround = kAround;
 
-// Between an entry and the next; from there on the next one is the nearer.
-constexpr Cells Middles() {
-  float middles[15] = {};
-  for (uint32_t code = 0; code < 15; ++code) middles[code] = (NonLinear(code) + NonLinear(code + 1)) / 2;
-  return {1.0f / 256, middles};
+// Middles between an entry and the next, from where on the next one is the nearer, are whole numbers of halves. So the code of y is
+// one of floor(2 y) + 256; of 32 cells of sixteen such numbers, one for each lane, none has more than one middle. To a number in
+// cell i is added what carries into the upper half from the cell's middle on, and there what the cells before have.
+struct MiddleCells {
+  uint32_t carry[32] = {};
+  constexpr MiddleCells() {
+    int before[33] = {};
+    for (uint32_t code = 0; code < 15; ++code) {
+      const auto middle = static_cast<int>(NonLinear(code) + NonLinear(code + 1)) + 256;  // twice it
+      carry[middle / 16] = 0x10000 - static_cast<uint32_t>(middle);
+      for (int after = middle / 16 + 1; after < 32; ++after) ++before[after];
+    }
+    for (int cell = 0; cell < 32; ++cell) carry[cell] += static_cast<uint32_t>(before[cell]) << 16;
+  }
+};
+constexpr bool MiddlesAreApart() {
+  for (uint32_t code = 0; code < 14; ++code) {
+    if (NonLinear(code + 2) - NonLinear(code) < 16) return false;
+  }
+  return true;
 }
-static_assert(Middles().apart);
-__device__ constexpr Cells kDeviceMiddles = Middles();
+static_assert(MiddlesAreApart());
+__device__ constexpr MiddleCells kDeviceMiddles;
 #endif
 
 struct Iq4Nl {
@@ -177,22 +192,37 @@ struct Iq4Nl {
   KVQ_HD static auto FitGroup(const Numbers& x, int n) {
     const float largest = plain::SignedMagnitude(x, n);
     const bool zero = plain::Absolute(largest) < 1e-15f;
-    const float inverse = zero ? 0 : 1 / (largest / NonLinear(0));
+    float step;
+#ifdef __CUDACC__
+    if constexpr (plain::kHasWords<Numbers>) step = plain::ShortQuotient(largest, NonLinear(0), 1 / NonLinear(0));
+    else
+#endif
+    step = largest / NonLinear(0);
+    const float inverse = zero ? 0 : 1 / step;
     float with_x = 0, with_itself = 0;
 #ifdef __CUDACC__
-    if constexpr (plain::kInRegisters<Numbers>) {
-      const LaneCells middles = LaneCells::Of(kDeviceMiddles);
+    if constexpr (plain::kHasWords<Numbers>) {
+      const uint32_t carry = kDeviceMiddles.carry[threadIdx.x % 32];
       const float entry = NonLinear(threadIdx.x % 16);
-      KVQ_UNROLL
-      for (int i = 0; i < n; ++i) {
-        const float v = x[i], weight = v * v;
-        const uint32_t code = middles.Count(inverse * v);
-        const float q = __shfl_sync(~0u, entry, static_cast<int>(code));
+      const auto coded = [&](float v) {  // the code in the upper half, and 0x4B00 more; 0 has 8
+        const float y = inverse * v;
+        const uint32_t number = FloatBits(__fmaf_rd(y, 2, 8388608 + 256));
+        const uint32_t sum = number + __shfl_sync(~0u, carry, static_cast<int>(number >> 4));
+        const float weight = v * v, q = __shfl_sync(~0u, entry, static_cast<int>(sum >> 16));
         with_x += weight * q * v;
         with_itself += weight * q * q;
-        x[i] = BitsFloat(zero ? 8 : code);
+        return sum;
+      };
+      KVQ_UNROLL
+      for (int i = 0; i < n / 2; ++i) {
+        const uint32_t first = coded(x[2 * i]), second = coded(x[2 * i + 1]);
+        x.Words()[i] = ptx::PickBytes(first, second, 0x7632);
       }
-      return Coded{{zero ? uint16_t{0} : FloatToHalf(with_x / with_itself)}};
+      if (largest != largest) {
+        KVQ_UNROLL
+        for (int i = 0; i < n / 2; ++i) x.Words()[i] = kPairTooLarge * 0x10001;
+      }
+      return Coded{{zero ? uint16_t{0} : FloatToHalf(plain::Poisoned(with_x / with_itself, largest))}};
     } else
 #endif
     {
@@ -206,11 +236,12 @@ struct Iq4Nl {
     }
   }
 #ifdef __CUDACC__
-  // A fit after which a code stands where its number was.
+  // A fit after which codes stand where their numbers were.
   struct Coded {
     Stored stored;
   };
-  __device__ __forceinline__ static uint32_t Code(const Coded&, float x) { return FloatBits(x); }
+  static constexpr uint32_t kPairTooLarge = 0x4B00;
+  __device__ __forceinline__ static uint32_t PairOf(const Coded&, uint32_t two) { return two; }
 #endif
   KVQ_HD static uint32_t Code(const Fit& fit, float x) { return fit.inverse == 0 ? 8 : Nearest(x * fit.inverse).code; }
   KVQ_HD static float Value(const Stored& stored, uint32_t code) { return NonLinear(code) * HalfToFloat(stored.d); }

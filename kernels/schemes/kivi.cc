@@ -37,13 +37,17 @@ struct Fit {
   Affine stored;
 };
 
-// What a group is coded with. NaN in all of it where something in it is not finite.
-template <int kBits, typename Numbers>
-KVQ_HD inline Fit FitGroup(const Numbers& x, int n) {
-  const GroupRange range = plain::Range(plain::Halves<Numbers>{x}, n);
-  const float scale = plain::Poisoned(plain::AsHalf(plain::AsHalf(range.high - range.low) / kMaxCode<kBits>), range.poison);
+// What a group is coded with, of its numbers as float16 has them. NaN in all of it where something in it is not finite.
+template <int kBits>
+KVQ_HD inline Fit FitOf(const GroupRange& range) {
+  const float whole = plain::DividedBy<(1 << kBits) - 1>(plain::AsHalf(range.high - range.low));
+  const float scale = plain::Poisoned(plain::AsHalf(whole), range.poison);
   const float minimum = plain::Poisoned(plain::PlusZero(range.low), range.poison);
   return {plain::Quotients::By(scale != 0 ? scale : 1), minimum, {FloatToHalf(scale), FloatToHalf(minimum)}};
+}
+template <int kBits, typename Numbers>
+KVQ_HD inline Fit FitGroup(const Numbers& x, int n) {
+  return FitOf<kBits>(plain::Range(plain::Halves<Numbers>{x}, n));
 }
 template <int kBits>
 KVQ_HD inline uint32_t Code(const Fit& fit, float x) {
@@ -53,6 +57,43 @@ KVQ_HD inline uint32_t Code(const Fit& fit, float x) {
 KVQ_HD inline float Value(const Affine& stored, uint32_t code) {
   return static_cast<float>(code) * HalfToFloat(stored.scale) + HalfToFloat(stored.minimum);
 }
+
+#ifdef __CUDACC__
+// What codes of float16 are made with two at a time, of two groups or of one: s times a power of two, which is in [1, 2), that power,
+// and 1 / s to the nearest. Its float16 quotients are those of float32 rounded, from 1/4 on (QuotientsGpu in scheme_test.cc tries all), and
+// none is so large that its code would have to be limited.
+struct PairFit {
+  uint32_t minus_minimum, power, minus_scale, inverse;
+  Affine stored;
+};
+inline constexpr uint32_t kPairTooLarge = 0x6600;  // 1.5 2^10
+__device__ __forceinline__ uint32_t PairOf(const PairFit& fit, uint32_t two) {
+  const uint32_t above = MultiplyTwo(AddTwo<DType::kFloat16>(two, fit.minus_minimum), fit.power);
+  return AddTwo<DType::kFloat16>(DivideTwo(above, fit.minus_scale, fit.inverse), kPairTooLarge * 0x10001);
+}
+// Words have numbers of float16, those of `low` in their low halves and those of `high` in their high ones. Where a scale is not one
+// that this is done with, each is replaced by its code.
+template <int kBits>
+__device__ __forceinline__ PairFit PairsOf(const Fit& low, const Fit& high, uint32_t* words, int pairs) {
+  const uint32_t scales = low.stored.scale | uint32_t{high.stored.scale} << 16;
+  const auto usual = [](uint32_t scale) { return scale >= 0x0400 && scale < 0x7800; };  // 2^-14 ... 2^15
+  if (!usual(low.stored.scale) || !usual(high.stored.scale)) {
+#pragma unroll
+    for (int i = 0; i < pairs; ++i) {
+      float first, second;
+      UnpackTwo<DType::kFloat16>(words[i], first, second);
+      words[i] = PackTwo<DType::kFloat16>(static_cast<float>(Code<kBits>(low, first)), static_cast<float>(Code<kBits>(high, second)));
+    }
+    return {0, 0x3C003C00, 0xBC00BC00, 0x3C003C00, low.stored};
+  }
+  // No 1 / s is within 2^-22 of itself of the middle between two float16: an approximate one is rounded as the exact one.
+  const uint32_t in_range = (scales & 0x03FF03FF) | 0x3C003C00;
+  float first, second;
+  UnpackTwo<DType::kFloat16>(in_range, first, second);
+  return {(low.stored.minimum | uint32_t{high.stored.minimum} << 16) ^ 0x80008000, 0x78007800 - (scales & 0x7C007C00),
+          in_range ^ 0x80008000, PackTwo<DType::kFloat16>(ptx::Reciprocal(first), ptx::Reciprocal(second)), low.stored};
+}
+#endif
 
 // ---- values
 
@@ -67,10 +108,25 @@ struct Values {
   using Fit = kivi::Fit;
 
   template <typename Numbers>
-  KVQ_HD static Fit FitGroup(const Numbers& x, int n) {
+  KVQ_HD static auto FitGroup(const Numbers& x, int n) {
+#ifdef __CUDACC__
+    if constexpr (plain::kHasWords<Numbers>) {
+      static_assert(plain::kLanes<Numbers> == 1);
+      if constexpr (plain::kInWords<Numbers> != DType::kFloat16) {
+        KVQ_UNROLL
+        for (int i = 0; i < n / 2; ++i) x.Words()[i] = PackTwo<DType::kFloat16>(x[2 * i], x[2 * i + 1]);
+      }
+      const Fit fit = FitOf<kBits>(plain::Range(plain::OwnNumbers<1, DType::kFloat16>{x.v, x.words}, n));
+      return PairsOf<kBits>(fit, fit, x.Words(), n / 2);
+    } else
+#endif
     return kivi::FitGroup<kBits>(x, n);
   }
   KVQ_HD static uint32_t Code(const Fit& fit, float x) { return kivi::Code<kBits>(fit, x); }
+#ifdef __CUDACC__
+  static constexpr uint32_t kPairTooLarge = kivi::kPairTooLarge;
+  __device__ __forceinline__ static uint32_t PairOf(const PairFit& fit, uint32_t two) { return kivi::PairOf(fit, two); }
+#endif
   KVQ_HD static float Value(const Stored& stored, uint32_t code) { return kivi::Value(stored, code); }
 
   static constexpr plain::Element kElement = plain::Element::kNumber;
@@ -145,7 +201,7 @@ void EncodeKeysCuda(const CodecParams&, const DenseView& x, int64_t first_token,
   if (RowsOf(x) == 0) return;
   KernelLaunch launch = KernelOf("kvq::kivi::EncodeKernel", kBits, x);
   launch.threads = static_cast<int>((x.head_dim / 2 + 31) / 32 * 32);
-  launch.shared_bytes = static_cast<size_t>(kGroup * x.head_dim);
+  launch.shared_bytes = static_cast<size_t>(kGroup * x.head_dim * kBits / 8);
   Launch("kivi encode", launch, stream, x, first_token, out, IsWide(x));
 }
 template <int kBits>
@@ -200,50 +256,87 @@ const RegisterScheme k2{Runs<Values2>(0.155, "kivi-2-keys.json", "kivi-2-values.
 }  // namespace
 
 #else
-// ---- CUDA: the same bits. A thread has the group's tokens of two neighbouring channels; then all of them make words.
+// ---- CUDA: the same bits. A thread has the group's tokens of two neighbouring channels, whose codes of `kFields` tokens it packs;
+// lanes that have the same words' fields exchange them until each has whole words, of some tokens. Threads beyond the channels do what
+// the last one does, but store nothing.
 
 template <int kBits, DType kType>
 __global__ void __launch_bounds__(512) EncodeKernel(DenseView x, int64_t first_token, KvView out, bool wide) {
-  extern __shared__ uint16_t codes[];  // [token, two channels], a byte each
-  constexpr int kFields = 16 / kBits;
+  extern __shared__ __align__(16) uint32_t rows[];  // of words
+  constexpr uint32_t kFields = 16 / kBits;
   const int64_t b = blockIdx.z, h = blockIdx.y, first = int64_t{blockIdx.x} * kGroup;
   const int64_t slot = TokenBase(out) + first_token + first;
-  const uint32_t dim = static_cast<uint32_t>(x.head_dim), words = dim * kBits / 32, two = threadIdx.x;
-  if (2 * two < dim) {
-    float v[2][kGroup];
-    const int64_t from = Offset(x, b, h, first, 2 * two);
+  const uint32_t dim = static_cast<uint32_t>(x.head_dim), words = dim * kBits / 32;
+  const bool there = 2 * threadIdx.x < dim;
+  const uint32_t two = there ? threadIdx.x : dim / 2 - 1;
+
+  // ---- the numbers, as float16
+  uint32_t v[kGroup];
+  const int64_t from = Offset(x, b, h, first, 2 * two);
 #pragma unroll
-    for (int t = 0; t < kGroup; ++t) {
-      const int64_t at = from + t * x.token_stride;
-      if (kType != DType::kFloat32 && wide) {
-        UnpackTwo<kType>(*reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(x.data) + at), v[0][t], v[1][t]);
-      } else {
-        v[0][t] = LoadElement(x.data, kType, at), v[1][t] = LoadElement(x.data, kType, at + 1);
+  for (int t = 0; t < kGroup; ++t) {
+    const int64_t at = from + t * x.token_stride;
+    if (kType != DType::kFloat32 && wide) {
+      v[t] = *reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(x.data) + at);
+      if constexpr (kType == DType::kBFloat16) {
+        float low, high;
+        UnpackTwo<kType>(v[t], low, high);
+        v[t] = PackTwo<DType::kFloat16>(low, high);
       }
+    } else {
+      v[t] = PackTwo<DType::kFloat16>(LoadElement(x.data, kType, at), LoadElement(x.data, kType, at + 1));
     }
-    Fit fits[2];
+  }
+
+  // ---- what they are coded with
+  uint32_t lows = v[0], highs = v[0];
 #pragma unroll
-    for (int side = 0; side < 2; ++side) {
-      fits[side] = FitGroup<kBits>(plain::OwnNumbers<1, DType::kFloat32>{v[side], nullptr}, kGroup);
-      OfGroup(out, 1, b, h, slot)[2 * two + side] = fits[side].stored.scale;
-      OfGroup(out, 2, b, h, slot)[2 * two + side] = fits[side].stored.minimum;
-    }
+  for (int t = 1; t < kGroup; ++t) {
+    lows = SmallerOfTwo<DType::kFloat16>(lows, v[t]);
+    highs = LargerOfTwo<DType::kFloat16>(highs, v[t]);
+  }
+  plain::Ends ends[2];
+  UnpackTwo<DType::kFloat16>(lows, ends[0].low, ends[1].low);
+  UnpackTwo<DType::kFloat16>(highs, ends[0].high, ends[1].high);
+  const Fit fits[2] = {FitOf<kBits>(plain::RangeOf(ends[0])), FitOf<kBits>(plain::RangeOf(ends[1]))};
+  if (there) {
+    const auto both = [](uint16_t low, uint16_t high) { return low | uint32_t{high} << 16; };
+    reinterpret_cast<uint32_t*>(OfGroup(out, 1, b, h, slot))[two] = both(fits[0].stored.scale, fits[1].stored.scale);
+    reinterpret_cast<uint32_t*>(OfGroup(out, 2, b, h, slot))[two] = both(fits[0].stored.minimum, fits[1].stored.minimum);
+  }
+  const PairFit fit = PairsOf<kBits>(fits[0], fits[1], v, kGroup);
+
+  // ---- codes: word i has those of tokens kFields i, ..., one a field
+  constexpr uint32_t kWords = kGroup / kFields, kOnes = kFields == 8 ? 0x55555555 : 0x11111111;
+  uint32_t packed[kWords];
 #pragma unroll
-    for (int t = 0; t < kGroup; ++t) {
-      codes[t * (dim / 2) + two] = static_cast<uint16_t>(Code<kBits>(fits[0], v[0][t]) + (Code<kBits>(fits[1], v[1][t]) << 8));
+  for (uint32_t i = 0; i < kWords; ++i) {
+    packed[i] = 0u - kPairTooLarge * kOnes;
+#pragma unroll
+    for (uint32_t field = 0; field < kFields; ++field) packed[i] += PairOf(fit, v[kFields * i + field]) << (field * kBits);
+  }
+  // Lanes 4 apart have the channels of neighbouring fields: a matrix of lanes and fields is turned over by halves, then halves of
+  // these. Lane `of` has token kFields i + of in the end.
+  const uint32_t of = two / 4 % kFields, chunk = two % 4, w = two / (4 * kFields);
+#pragma unroll
+  for (uint32_t half = kFields / 2; half > 0; half /= 2) {
+    const uint32_t shift = half * kBits;
+    const uint32_t lower = shift == 8 ? 0x00FF00FF : shift == 4 ? 0x0F0F0F0F : 0x33333333;
+    const bool upper = (of & half) != 0;
+#pragma unroll
+    for (uint32_t i = 0; i < kWords; ++i) {
+      const uint32_t other = __shfl_xor_sync(~0u, packed[i], 4 * half);
+      packed[i] = upper ? (other >> shift & lower) | (packed[i] & ~lower) : (packed[i] & lower) | (other & lower) << shift;
     }
+  }
+  if (there) {
+#pragma unroll
+    for (uint32_t i = 0; i < kWords; ++i) rows[(kFields * i + of) * words + chunk * (words / 4) + w] = packed[i];
   }
   __syncthreads();
-  for (uint32_t i = threadIdx.x; i < kGroup * words; i += blockDim.x) {
-    const uint32_t t = i / words, place = i % words, chunk = place / (words / 4), w = place % (words / 4);
-    uint32_t word = 0;
-#pragma unroll
-    for (int field = 0; field < kFields; ++field) {
-      const uint32_t both = codes[t * (dim / 2) + ChannelOf<kBits>(chunk, w, 0, field) / 2];
-      word |= ((both | both << 8) & 0xFF00FF) << (field * kBits);
-    }
-    reinterpret_cast<uint32_t*>(CodeRow<kBits>(out, b, h, slot + t))[place] = word;
-  }
+  // A group's rows lie one after the other.
+  auto* const to = reinterpret_cast<uint4*>(CodeRow<kBits>(out, b, h, slot));
+  for (uint32_t i = threadIdx.x; i < kGroup * words / 4; i += blockDim.x) to[i] = reinterpret_cast<const uint4*>(rows)[i];
 }
 
 template <int kBits, DType kType>

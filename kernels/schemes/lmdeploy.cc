@@ -44,17 +44,34 @@ struct Affine {
     Stored stored;
   };
 
+#ifdef __CUDACC__
+  struct CodedFit {
+    Stored stored;
+  };
+  static constexpr uint32_t kPairTooLarge = plain::kTooLargeWhole;
+  __device__ __forceinline__ static uint32_t PairOf(const CodedFit&, uint32_t two) { return two; }
+#endif
+
   template <typename Numbers>
-  KVQ_HD static Fit FitGroup(const Numbers& x, int n) {
+  KVQ_HD static auto FitGroup(const Numbers& x, int n) {
     const GroupRange range = plain::Range(x, n);
     const float difference = range.high - range.low;
-    float s = (kBits == 8 ? plain::AsHalf(difference) : difference) / kLargest;
+    float s = plain::DividedBy<(1 << kBits) - 1, plain::kAreHalves<Numbers>>(kBits == 8 ? plain::AsHalf(difference) : difference);
     float z = (0 - range.low) / s;  // Triton's minus is 0 - x: no negative zero
     const bool constant = s == 0 || plain::Absolute(plain::AsHalf(z)) > 65504;
     if (constant) s = 1, z = 0 - range.low;
     s = plain::Poisoned(s, range.poison);
     const float of_codes = constant ? -BitsFloat(0x7F800000) : z;  // whose codes are all 0
-    return {plain::Quotients::By(s), of_codes, {FloatToHalf(s), FloatToHalf(z)}};
+    const Fit fit{plain::Quotients::By(s), of_codes, {FloatToHalf(s), FloatToHalf(z)}};
+#ifdef __CUDACC__
+    if constexpr (kBits == 4 && plain::kHasWords<Numbers>) {
+      const float inverse = fit.s.scale * fit.s.inverse;
+      const bool near = of_codes >= -32 && Larger(plain::Absolute(range.low), plain::Absolute(range.high)) * inverse <= 32;
+      plain::CodeWhole<false>(x, n, inverse, z + 0.5f, near, [&](float v) { return Code(fit, v); });
+      return CodedFit{fit.stored};
+    } else
+#endif
+    return fit;
   }
   KVQ_HD static uint32_t Code(const Fit& fit, float x) {
     return plain::Truncated(fit.s.Of(x) + fit.z + 0.5f, kLargest);

@@ -41,16 +41,34 @@ struct Affine {
     Stored stored;
   };
 
+#ifdef __CUDACC__
+  struct CodedFit {
+    Stored stored;
+  };
+  static constexpr uint32_t kPairTooLarge = plain::kTooLargeWhole;
+  __device__ __forceinline__ static uint32_t PairOf(const CodedFit&, uint32_t two) { return two; }
+#endif
+
   template <typename Numbers>
-  KVQ_HD static Fit FitGroup(const Numbers& x, int n) {
+  KVQ_HD static auto FitGroup(const Numbers& x, int n) {
     const GroupRange range = plain::Range(x, n);
     const bool low_is_edge = plain::Absolute(range.low) > plain::Absolute(range.high);
-    const float edge = low_is_edge ? range.low : range.high, magnitude = Larger((range.high - range.low) / kLargest, 1e-7f);
+    const float part = plain::DividedBy<(1 << kBits) - 1, plain::kAreHalves<Numbers>>(range.high - range.low);
+    const float edge = low_is_edge ? range.low : range.high, magnitude = Larger(part, 1e-7f);
     float scale = low_is_edge ? magnitude : -magnitude, bias = 0;
     const float steps = rintf(edge / scale);
     if (steps != 0) scale = edge / steps, bias = edge;
     scale = plain::Poisoned(scale, range.poison), bias = plain::Poisoned(bias, range.poison);
-    return {plain::Quotients::By(scale), bias, {FloatToHalf(scale), FloatToHalf(bias)}};
+    const Fit fit{plain::Quotients::By(scale), bias, {FloatToHalf(scale), FloatToHalf(bias)}};
+#ifdef __CUDACC__
+    if constexpr (kBits == 4 && plain::kHasWords<Numbers>) {
+      const float inverse = fit.scale.scale * fit.scale.inverse;
+      const bool near = steps != 0 && plain::Absolute(edge * inverse) <= 16;  // the other end is not larger, and none below the bias
+      plain::CodeWhole<true>(x, n, inverse, fmaf(-bias, inverse, 0.5f), near, [&](float v) { return Code(fit, v); });
+      return CodedFit{fit.stored};
+    } else
+#endif
+    return fit;
   }
   KVQ_HD static uint32_t Code(const Fit& fit, float x) {
     return plain::RoundedToEven(fit.scale.Of(x - fit.bias), kLargest);

@@ -44,6 +44,37 @@ KVQ_HD inline ExponentFit FitOf(uint32_t e) {
   return {PowerOfTwo(e == 255 ? 255 : 254 - e), {static_cast<uint8_t>(e)}};  // 2^-(e - 127)
 }
 
+#ifdef __CUDACC__
+// What codes of E2M1 are made with two at a time: 2^-e as float16.
+struct PairFit {
+  uint32_t inverse;
+  Exponent stored;
+};
+// Numbers of float16 times 2^-e are as they are, below 8; so are those of bfloat16, which are multiplied here, but for what is
+// nearly zero.
+template <typename Numbers>
+__device__ __forceinline__ PairFit PairsOf(const Numbers& x, int n, const ExponentFit& fit) {
+  static_assert(plain::kLanes<Numbers> == 1);
+  constexpr uint32_t kOne = 0x3C003C00;
+  uint32_t* words = x.Words();
+  const int up = 127 - static_cast<int>(fit.stored.e);
+  if constexpr (plain::kInWords<Numbers> != DType::kFloat16) {
+    KVQ_UNROLL
+    for (int i = 0; i < n / 2; ++i) {
+      words[i] = up == -128 ? 0 : PackTwo<DType::kFloat16>(x[2 * i] * fit.inverse, x[2 * i + 1] * fit.inverse);
+    }
+    return {kOne, fit.stored};
+  } else {
+    if (up > 15 || up == -128) {  // more than float16 has; or NaN, whose codes are 0. A group of zeros remains that.
+      const uint32_t power = static_cast<uint32_t>(15 + (up < 30 ? up - 15 : 15)) << 10;
+      KVQ_UNROLL
+      for (int i = 0; i < n / 2; ++i) words[i] = up == -128 ? 0 : MultiplyTwo(words[i], power * 0x10001);
+    }
+    return {static_cast<uint32_t>(15 + (up == -128 ? 0 : up < 15 ? up : 15)) * (0x10001 << 10), fit.stored};
+  }
+}
+#endif
+
 // floor(log2 v) + 127 less `most`, and ceil(log2 v) + 127, of v >= 0, both at least 0; 255 for NaN.
 KVQ_HD inline uint32_t FloorLog2(float v, uint32_t most) {
   const uint32_t floor = FloatBits(v) >> 23;
@@ -66,15 +97,29 @@ struct Mx {
   static constexpr int kStored[] = {1};
   using Fit = ExponentFit;
 
-  template <typename Numbers>
-  KVQ_HD static Fit FitGroup(const Numbers& x, int n) {
-    const float largest = plain::Magnitude(x, n);
-    if constexpr (kRule == Rule::kCeil) return FitOf(CeilLog2(largest / kLargest));
+  KVQ_HD static Fit FitFor(float largest) {
+    if constexpr (kRule == Rule::kCeil) return FitOf(CeilLog2(plain::DividedBy<kLargest>(largest)));
     // Half of the last bit of an element's mantissa.
     constexpr uint32_t kHalf = kRule == Rule::kEven ? 1u << (Element::kDropped - 1) : 0;
     return FitOf(FloorLog2(plain::Poisoned(BitsFloat(FloatBits(largest) + kHalf), largest), kLargestLog2));
   }
+  template <typename Numbers>
+  KVQ_HD static auto FitGroup(const Numbers& x, int n) {
+    const Fit fit = FitFor(plain::Magnitude(x, n));
+#ifdef __CUDACC__
+    if constexpr (kElementBits == 4 && plain::kHasWords<Numbers>) return PairsOf(x, n, fit);
+    else
+#endif
+    return fit;
+  }
   KVQ_HD static uint32_t Code(const Fit& fit, float x) { return Element::Code(x * fit.inverse); }
+#ifdef __CUDACC__
+  static constexpr plain::Signs kSigns = plain::Signs::kOfNumbers;
+  static constexpr uint32_t kPairTooLarge = E2M1::kIndexTooLarge;
+  __device__ __forceinline__ static uint32_t PairOf(const PairFit& fit, uint32_t two) {
+    return E2M1::IndexOfTwo(MultiplyTwo(two, fit.inverse) & 0x7FFF7FFF);
+  }
+#endif
   KVQ_HD static float Value(const Stored& stored, uint32_t code) { return Element::Value(code) * PowerOfTwo(stored.e); }
 
   static constexpr plain::Element kElement = kElementBits == 4 ? plain::Element::kE2M1 : plain::Element::kE4M3;
@@ -108,10 +153,28 @@ struct SglangFp4 {
   using Fit = ExponentFit;
 
   template <typename Numbers>
-  KVQ_HD static Fit FitGroup(const Numbers& x, int n) {
+  KVQ_HD static auto FitGroup(const Numbers& x, int n) {
     const float largest = plain::Magnitude(x, n);
-    return FitOf(CeilLog2(plain::Poisoned(Larger(largest / 6, 1e-10f), largest)));
+    const Fit fit = FitOf(CeilLog2(plain::Poisoned(Larger(plain::DividedBy<6, plain::kAreHalves<Numbers>>(largest), 1e-10f), largest)));
+#ifdef __CUDACC__
+    if constexpr (plain::kInWords<Numbers> == DType::kFloat16) {
+      const PairFit pairs = PairsOf(x, n, fit);
+      KVQ_UNROLL
+      for (int i = 0; i < n / 2; ++i) x.Words()[i] = AddTwo<DType::kFloat16>(x.Words()[i], 0);  // -0 has no sign
+      return pairs;
+    } else
+#endif
+    return fit;
   }
+#ifdef __CUDACC__
+  // What lies behind the numbers that ties are made of is cut off, and a bit set there: what was a tie is one no longer, and
+  // above it. A bfloat16 that float16 takes for zero would lose its sign.
+  static constexpr plain::Signs kSigns = plain::Signs::kOfNumbers;
+  static constexpr uint32_t kPairTooLarge = E2M1::kIndexTooLarge;
+  __device__ __forceinline__ static uint32_t PairOf(const PairFit& fit, uint32_t two) {
+    return E2M1::IndexOfTwo((MultiplyTwo(two, fit.inverse) & 0x7FF87FF8) | 0x00040004);
+  }
+#endif
   KVQ_HD static uint32_t Code(const Fit& fit, float x) {
     const float scaled = x * fit.inverse;
 #ifdef __CUDA_ARCH__

@@ -36,8 +36,9 @@ struct Candidate {
   uint32_t s;
   float inverse;
 };
-KVQ_HD inline Candidate ScaleFor(float largest, float most) {
-  const uint32_t code = E4M3::Code(largest / most);
+template <int kMost, bool kFinite>
+KVQ_HD inline Candidate ScaleFor(float largest) {
+  const uint32_t code = E4M3::Code(plain::DividedBy<kMost, kFinite>(largest));
   const float s = E4M3::Value(code);
   return {code, s > 0 ? 1 / s : 0};
 }
@@ -56,6 +57,28 @@ KVQ_HD inline float Error(const Candidate& candidate, const Numbers& x, int n) {
   return error;
 }
 
+#ifdef __CUDACC__
+// What codes are made with two at a time: float16 quotients by s, or products with 1 / s, which are there already. `up`: a bit in each
+// half where 1 / s in float32 takes ties up.
+template <typename Stored>
+struct QuotientFit {
+  uint32_t minus_s, inverse, up;
+  Stored stored;
+};
+template <typename Stored>
+struct ProductFit {
+  uint32_t up;
+  Stored stored;
+};
+// The codes of quotients. s has 4 bits and what ties are made of 3, so that a number that is at none is a bit of a float16 away from it.
+// One that is, the product in float32 leaves there; but for an s of 1.875 2^i: of ties that would go down, then those of 1.25 2^i go
+// up, as if they were one bit more. They have the bit 2^-2 behind the highest one, that of 1 / 4 has not; and whatever else gets
+// that bit, which had a 0 there, is not one below a tie. (QuotientsGpu in scheme_test.cc tries all numbers with all scales.)
+__device__ __forceinline__ uint32_t CodesOf(uint32_t quotients, uint32_t up) {
+  return E2M1::IndexOfTwo((quotients | (quotients >> 8 & up)) & 0x7FFF7FFF);
+}
+#endif
+
 template <bool kFourOverSix>
 struct Blocks {
   static constexpr char kFile[] = "kernels/schemes/nvfp4.cc";
@@ -72,15 +95,54 @@ struct Blocks {
   };
 
   template <typename Numbers>
-  KVQ_HD static Fit FitGroup(const Numbers& x, int n) {
+  KVQ_HD static auto FitGroup(const Numbers& x, int n) {
     const float largest = plain::Magnitude(x, n);
-    Candidate best = ScaleFor(largest, 6);
+    Candidate best = ScaleFor<6, plain::kAreHalves<Numbers>>(largest);
     if constexpr (kFourOverSix) {
-      const Candidate four = ScaleFor(largest, 4);
+      const Candidate four = ScaleFor<4, plain::kAreHalves<Numbers>>(largest);
       if (Error(four, x, n) < Error(best, x, n)) best = four;
     }
-    return {best.inverse, {static_cast<uint8_t>(best.s)}};
+#ifdef __CUDACC__
+    if constexpr (!kFourOverSix && plain::kHasWords<Numbers>) return PairsOf(x, n, best, largest);
+    else
+#endif
+    return Fit{best.inverse, {static_cast<uint8_t>(best.s)}};
   }
+#ifdef __CUDACC__
+  template <typename Numbers>
+  __device__ __forceinline__ static auto PairsOf(const Numbers& x, int n, const Candidate& best, float largest) {
+    static_assert(plain::kLanes<Numbers> == 1);
+    const Stored stored{static_cast<uint8_t>(best.s)};
+    uint32_t* words = x.Words();
+    if constexpr (plain::kInWords<Numbers> != DType::kFloat16) {
+      KVQ_UNROLL
+      for (int i = 0; i < n / 2; ++i) words[i] = PackTwo<DType::kFloat16>(x[2 * i] * best.inverse, x[2 * i + 1] * best.inverse);
+    }
+    if (largest != largest) {  // s is NaN: all that is left of a number is its sign, and of one that is none nothing
+      KVQ_UNROLL
+      for (int i = 0; i < n; ++i) {
+        const uint32_t bits = FloatBits(x[i]), sign = (bits & 0x7F800000) == 0x7F800000 ? 0 : bits >> 31 << 15;
+        words[i / 2] = i % 2 == 0 ? sign : words[i / 2] | sign << 16;
+      }
+    }
+    const uint32_t up = best.s >= 8 && best.s % 8 == 7 ? 0x00010001 : 0;
+    if constexpr (plain::kInWords<Numbers> != DType::kFloat16) {
+      return ProductFit<Stored>{up, stored};
+    } else {
+      // The bits of an E4M3 are those of a float16 that is 2^8 too small. No 1 / s is so near to the middle between two float16 that
+      // an approximate one would be rounded otherwise.
+      const uint32_t s = MultiplyTwo(best.s * 0x800080, 0x5C005C00);
+      const float inverse = best.s == 0 ? 0 : ptx::Reciprocal(ptx::HalfAt(s, 0));
+      return QuotientFit<Stored>{s ^ 0x80008000, PackTwo<DType::kFloat16>(inverse, inverse), up, stored};
+    }
+  }
+  static constexpr plain::Signs kSigns = plain::Signs::kOfNumbers;
+  static constexpr uint32_t kPairTooLarge = E2M1::kIndexTooLarge;
+  __device__ __forceinline__ static uint32_t PairOf(const QuotientFit<Stored>& fit, uint32_t two) {
+    return CodesOf(DivideTwo(two, fit.minus_s, fit.inverse), fit.up);
+  }
+  __device__ __forceinline__ static uint32_t PairOf(const ProductFit<Stored>& fit, uint32_t two) { return CodesOf(two, fit.up); }
+#endif
   KVQ_HD static uint32_t Code(const Fit& fit, float x) { return E2M1::Code(x * fit.inverse); }
   KVQ_HD static float Value(const Stored& stored, uint32_t code) { return E2M1::Value(code) * E4M3::Value(stored.s); }
 

@@ -95,11 +95,6 @@ KVQ_HD constexpr float RootOf(int head_dim) {
   return head_dim <= 64 ? 8.0f : head_dim <= 128 ? 11.3137085f : head_dim <= 256 ? 16.0f : 22.627417f;
 }
 
-template <typename Numbers>
-KVQ_HD inline float Norm(const Numbers& x, int n) {
-  return sqrtf(plain::SumInOrder(x, n, [](float v) { return v * v; }));
-}
-
 template <int kBits_, bool kCorrected>
 struct Keys {
   static constexpr char kFile[] = "kernels/schemes/turboquant.cc";
@@ -132,13 +127,22 @@ struct Keys {
 
   template <typename Numbers>
   KVQ_HD static VectorFit FitVector(const Numbers& x, int n) {
-    const float norm = Norm(x, n);
-    return {norm, {FloatToHalf(plain::Poisoned(Smaller(norm, 65504), plain::Magnitude(x, n) * 0))}};
+    const float poison = plain::Magnitude(x, n) * 0, norm = sqrtf(plain::SumOfSquares(x, n));
+    return {norm, {FloatToHalf(plain::Poisoned(Smaller(norm, 65504), poison))}};
   }
   template <typename Numbers, typename Team>
   KVQ_HD static void Turn(Numbers&& x, int n, const VectorFit& vector, const Team& team) {
-    const plain::Quotients norm = plain::Quotients::By(vector.norm + 1e-8f);
-    plain::ForEachNumber(x, n, team, [&](float v) { return norm.Of(v); });
+    const float norm = vector.norm + 1e-8f;
+#ifdef __CUDACC__
+    if constexpr (plain::kInWords<Numbers> == DType::kFloat16) {
+      const float inverse = 1 / norm;
+      plain::ForEachNumber(x, n, team, [&](float v) { return plain::ShortQuotient(v, norm, inverse); });
+    } else
+#endif
+    {
+      const plain::Quotients quotients = plain::Quotients::By(norm);
+      plain::ForEachNumber(x, n, team, [&](float v) { return quotients.Of(v); });
+    }
     plain::Hadamard(x, n, n, team);
   }
   template <typename Numbers, typename Team>
@@ -167,7 +171,7 @@ struct Keys {
     return code;
   }
 #ifdef __CUDACC__
-  __device__ __forceinline__ static uint32_t Code(const CellFit& fit, float y) { return fit.middles.Count(y); }
+  __device__ __forceinline__ static void AddCode(const CellFit& fit, float y, int up, uint32_t& word) { fit.middles.Add(y, up, word); }
 #endif
   template <typename Codes>
   KVQ_HD static Opened Open(const Codes& codes, int n, const Stored&, const Vector& vector) {
@@ -228,12 +232,30 @@ struct Values {
     Stored stored;
   };
 
+#ifdef __CUDACC__
+  struct CodedFit {
+    Stored stored;
+  };
+  static constexpr uint32_t kPairTooLarge = plain::kTooLargeWhole;
+  __device__ __forceinline__ static uint32_t PairOf(const CodedFit&, uint32_t two) { return two; }
+#endif
+
   template <typename Numbers>
-  KVQ_HD static Fit FitGroup(const Numbers& x, int n) {
+  KVQ_HD static auto FitGroup(const Numbers& x, int n) {
     const GroupRange range = plain::Range(x, n);
-    const float scale = plain::Poisoned(Larger((range.high - range.low) / kLargest, 1e-8f), range.poison);
+    const float part = plain::DividedBy<(1 << kBits) - 1, plain::kAreHalves<Numbers>>(range.high - range.low);
+    const float scale = plain::Poisoned(Larger(part, 1e-8f), range.poison);
     const float minimum = plain::Poisoned(plain::PlusZero(range.low), range.poison);
-    return {plain::Quotients::By(scale), minimum, {FloatToHalf(scale), FloatToHalf(minimum)}};
+    const Fit fit{plain::Quotients::By(scale), minimum, {FloatToHalf(scale), FloatToHalf(minimum)}};
+#ifdef __CUDACC__
+    if constexpr (plain::kHasWords<Numbers>) {
+      const float inverse = fit.scale.scale * fit.scale.inverse;
+      const bool near = Larger(plain::Absolute(range.low), plain::Absolute(range.high)) * inverse <= 32;
+      plain::CodeWhole<false>(x, n, inverse, fmaf(-minimum, inverse, 0.5f), near, [&](float v) { return Code(fit, v); });
+      return CodedFit{fit.stored};
+    } else
+#endif
+    return fit;
   }
   KVQ_HD static uint32_t Code(const Fit& fit, float x) {
     return plain::Truncated(fit.scale.Of(x - fit.minimum) + 0.5f, kLargest);

@@ -6,14 +6,9 @@
 // the bits that it has without the others. Further requests wait in a queue, first come, first served, and one that finds
 // the queue full is refused at once. Each connection has a thread that reads, checks and waits: a request that is wrong never
 // reaches the queue. A client that goes away is noticed within a fifth of a second, and its request is dropped.
-#include <arpa/inet.h>
-#include <httplib.h>
-#include <netdb.h>
-#include <poll.h>
 #include <sys/socket.h>
 
 #include <atomic>
-#include <condition_variable>
 #include <csignal>
 #include <cstdio>
 #include <deque>
@@ -27,217 +22,23 @@
 
 #include "accuracy/completions.h"
 #include "accuracy/openai.h"
+#include "accuracy/server/connection.h"
+#include "accuracy/server/description.h"
+#include "accuracy/server/flags.h"
+#include "accuracy/server/jobs.h"
 #include "benchmarks/options.h"
 #include "fixtures/machine/host_load.h"
 #include "fixtures/machine/host_memory.h"
 #include "fixtures/machine/out_of_memory.h"
-#include "fixtures/tokenizer/tokenizer_json.h"
 #include "kernels/error.h"
-#include "kernels/file.h"
 #include "kernels/runtime/compiler.h"
 
 namespace kvq {
 namespace {
 
-using nlohmann::json;
 using namespace std::chrono_literals;
 
-struct Flags {
-  std::string model = "smollm2-135m", spec = "none", backend = "sdpa";
-  std::string device = "cpu", dtype = "auto", kv_dtype = "auto";
-  std::string host = "127.0.0.1";
-  int64_t context = 0, port = 8000, parallel = 1, queue = 64, body_mib = 8;
-  bool reuse = true, help = false;
-};
-
 constexpr int64_t kMostContext = 8192;  // without --context
-
-const char kHelp[] =
-    "kvqserve serves a model over a quantized KV cache as OpenAI's API does, in the shapes of vLLM.\n\n"
-    "usage: kvqserve [flags]\n\n"
-    "flags (default)\n"
-    "  --model=NAME      as kvqbench's --models: a catalogue's name, a Hugging Face directory, a GGUF file (smollm2-135m)\n"
-    "  --spec=SPEC       how the cache is stored: a spec or a preset, as one of kvqbench's --schemes (none)\n"
-    "  --backend=NAME    who computes attention (sdpa)\n"
-    "  --device=DEVICE   cpu, cuda, cuda:1, cuda:0,1 (cpu)\n"
-    "  --dtype=TYPE      float32, float16, bfloat16; auto: the faster one here (auto)\n"
-    "  --kv-dtype=TYPE   what tokens that are not encoded are stored in (auto)\n"
-    "  --context=N       tokens of prompt and answer together, for which the cache has room (the model's, at most 8192)\n"
-    "  --host=ADDRESS    where to listen; others than this machine reach it only if you say so (127.0.0.1)\n"
-    "  --port=N          0: a free one (8000)\n"
-    "  --parallel=N      requests that are answered side by side, each with a cache of its own; the answers are the same (1)\n"
-    "  --queue=N         requests that may wait; one more is refused with 503 (64)\n"
-    "  --body-mib=N      MiB that a request may have; a larger one is refused with 413 (8)\n"
-    "  --no-reuse        reads every prompt anew, also what it has in common with the one before; the answers are the same\n\n"
-    "POST /v1/completions, /v1/chat/completions, /tokenize, /detokenize; GET /v1/models, /health, /tokenizer_info\n\n"
-    "exit code: 0 ended by SIGINT or SIGTERM, 2 bad input\n";
-
-Flags ParseFlags(const std::vector<std::string>& arguments) {
-  Flags flags;
-  for (size_t i = 0; i < arguments.size(); ++i) {
-    const std::string& argument = arguments[i];
-    const size_t equals = argument.find('=');
-    const std::string name = argument.substr(0, equals);
-    if (argument == "--help" || argument == "-h") {
-      flags.help = true;
-      continue;
-    }
-    if (argument == "--no-reuse") {
-      flags.reuse = false;
-      continue;
-    }
-    const std::map<std::string, std::string*> texts = {{"--model", &flags.model}, {"--spec", &flags.spec}, {"--backend", &flags.backend},
-        {"--device", &flags.device}, {"--dtype", &flags.dtype}, {"--kv-dtype", &flags.kv_dtype}, {"--host", &flags.host}};
-    const std::map<std::string, std::pair<int64_t*, int64_t>> numbers = {{"--context", {&flags.context, 2}}, {"--port", {&flags.port, 0}},
-        {"--parallel", {&flags.parallel, 1}}, {"--queue", {&flags.queue, 1}}, {"--body-mib", {&flags.body_mib, 1}}};
-    const auto text = texts.find(name);
-    const auto number = numbers.find(name);
-    if (text == texts.end() && number == numbers.end()) throw InputError(name, ": no such flag; --help lists them");
-    if (equals == std::string::npos && i + 1 == arguments.size()) throw InputError(name, ": wants a value");
-    const std::string value = equals == std::string::npos ? arguments[++i] : argument.substr(equals + 1);
-    if (!IsUtf8(value)) throw InputError(name, ": not UTF-8, which answers could not say");
-    if (text != texts.end()) {
-      if (value.empty()) throw InputError(name, ": wants a value");
-      *text->second = value;
-    } else {
-      *number->second.first = WholeNumber(name, value, number->second.second);
-    }
-  }
-  if (flags.port > 65535) throw InputError("--port: a whole number from 0 to 65535, not '", flags.port, "'");
-  if (flags.parallel > 256) throw InputError("--parallel: at most 256, since each has a cache; not '", flags.parallel, "'");
-  if (flags.queue > 4096) throw InputError("--queue: at most 4096, since each waiting request has a thread; not '", flags.queue, "'");
-  if (flags.body_mib > 1024) throw InputError("--body-mib: at most 1024, not '", flags.body_mib, "'");
-  return flags;
-}
-
-// A request on its way: the thread of its connection waits, that of the model answers.
-class Job {
- public:
-  explicit Job(ApiQuery query) : query(std::move(query)) {}
-
-  const ApiQuery query;
-  std::atomic<bool> gone = false;  // nobody waits any more
-
-  void Send(std::string event) {
-    const std::lock_guard lock(mutex_);
-    events_ += event;
-    changed_.notify_one();
-  }
-  void Finish(int status, std::string body = "") {
-    const std::lock_guard lock(mutex_);
-    status_ = status, body_ = std::move(body);
-    changed_.notify_one();
-  }
-  // Waits up to a tenth of a second for what is there to be sent. True once all is there.
-  bool Wait(std::string& events, int& status, std::string& body) {
-    std::unique_lock lock(mutex_);
-    changed_.wait_for(lock, 100ms, [&] { return status_ != 0 || !events_.empty(); });
-    events = std::exchange(events_, {});
-    status = status_, body = body_;
-    return status_ != 0;
-  }
-
- private:
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  std::string events_, body_;
-  int status_ = 0;
-};
-
-class Queue {
- public:
-  explicit Queue(size_t most) : most_(most) {}
-  enum class Pushed { kYes, kFull, kClosed };
-  // Where the queue is full, those that nobody waits for any more make room: `dropped` of them.
-  Pushed Push(const std::shared_ptr<Job>& job, size_t& dropped) {
-    const std::lock_guard lock(mutex_);
-    if (closed_) return Pushed::kClosed;
-    if (jobs_.size() >= most_) dropped = std::erase_if(jobs_, [](const auto& waiting) { return waiting->gone.load(); });
-    if (jobs_.size() >= most_) return Pushed::kFull;
-    jobs_.push_back(job);
-    changed_.notify_one();
-    return Pushed::kYes;
-  }
-  // Waits for one if it is to. Null where there is none, and once the queue is closed.
-  std::shared_ptr<Job> Pop(bool wait) {
-    std::unique_lock lock(mutex_);
-    if (wait) changed_.wait(lock, [&] { return closed_ || !jobs_.empty(); });
-    if (closed_ || jobs_.empty()) return nullptr;
-    std::shared_ptr<Job> job = jobs_.front();
-    jobs_.pop_front();
-    return job;
-  }
-  // Those that waited get no answer any more.
-  void Close() {
-    const std::lock_guard lock(mutex_);
-    closed_ = true;
-    for (const auto& job : jobs_) job->Finish(503, ErrorJson(503, "the server ends"));
-    jobs_.clear();
-    changed_.notify_all();
-  }
-  size_t size() const {
-    const std::lock_guard lock(mutex_);
-    return jobs_.size();
-  }
-
- private:
-  const size_t most_;
-  mutable std::mutex mutex_;
-  std::condition_variable changed_;
-  std::deque<std::shared_ptr<Job>> jobs_;
-  bool closed_ = false;
-};
-
-// The socket of the connection that a request came by, which httplib does not hand out: it is the one whose other end is
-// the client's. While the request is being answered it stays open, so the number stays its own. -1 where it is not found.
-int SocketOf(const httplib::Request& request) {
-  const std::string port = std::to_string(request.remote_port);
-  std::error_code none;
-  for (const auto& entry : std::filesystem::directory_iterator("/proc/self/fd", none)) {
-    const int socket = std::atoi(entry.path().filename().c_str());
-    sockaddr_storage peer = {};
-    socklen_t size = sizeof peer;
-    char host[NI_MAXHOST], service[NI_MAXSERV];
-    if (::getpeername(socket, reinterpret_cast<sockaddr*>(&peer), &size) != 0) continue;
-    if (::getnameinfo(reinterpret_cast<sockaddr*>(&peer), size, host, sizeof host, service, sizeof service,
-                      NI_NUMERICHOST | NI_NUMERICSERV) != 0) {
-      continue;
-    }
-    if (request.remote_addr == host && port == service) return socket;
-  }
-  return -1;
-}
-
-// A client that has closed its sending half alone counts as gone too: httplib would not write to it either. What it sent
-// before, and nobody has read, does not hide its end.
-bool IsClosed(int socket) {
-  if (socket < 0) return false;
-  pollfd end = {.fd = socket, .events = POLLRDHUP, .revents = 0};
-  return ::poll(&end, 1, 0) > 0 && (end.revents & (POLLRDHUP | POLLHUP | POLLERR | POLLNVAL)) != 0;
-}
-
-// A connection on which a request's body is left unread ends with the answer: what is left would be read as the next
-// request. httplib asks the request alone whether to close; EndConnection does once the answer is written.
-void CloseBehind(httplib::Response& response) { response.set_header("Connection", "close"); }
-
-void EndConnection(const httplib::Request& request, const httplib::Response& response) {
-  if (response.get_header_value("Connection") != "close") return;
-  const int socket = SocketOf(request);
-  if (socket < 0) return;
-  ::shutdown(socket, SHUT_RDWR);
-  char unread[4096];
-  while (::recv(socket, unread, sizeof unread, MSG_DONTWAIT) > 0) {  // still readable behind the shutdown
-  }
-}
-
-// httplib would cut any answer by the request's ranges, or repeat it for each of thousands.
-void ForgetRanges(const httplib::Request& request) { const_cast<httplib::Request&>(request).ranges.clear(); }
-
-// httplib's server with a queue of the system's that holds more than its five connections.
-class HttpServer : public httplib::Server {
- public:
-  void WidenBacklog() { ::listen(svr_sock_, 1024); }
-};
 
 class App {
  public:
@@ -289,7 +90,7 @@ class App {
     served_.other_name = flags_.model;
     served_.vocab = model.config().vocab_size;
     served_.tokenizer = &tokenizer;
-    Describe(files, spec, model, slots_.front().engine);
+    description_ = Describe(files, spec, model, slots_.front().engine, flags_, session_.device().is_cuda(), KVQ_COMMIT, served_);
     ready_ = true;
     std::cerr << "kvqserve: ready: " << served_.kv.dump() << std::endl;
     for (;;) {
@@ -368,8 +169,8 @@ class App {
       }
     });
     http_.Get("/health", [this](const httplib::Request&, httplib::Response& response) { Health(response); });
-    Route("/v1/models", [this] { return models_; });
-    Route("/tokenizer_info", [this] { return tokenizer_info_; });
+    Route("/v1/models", [this] { return description_.models; });
+    Route("/tokenizer_info", [this] { return description_.tokenizer_info; });
     RoutePost("/tokenize", [this](const std::string& body) { return TokenizeJson(body, served_); });
     RoutePost("/detokenize", [this](const std::string& body) { return DetokenizeJson(body, served_); });
     RouteQuery("/v1/completions", ParseCompletion);
@@ -551,67 +352,6 @@ class App {
     --running_;
   }
 
-  // With which tokens the model ends a text: the tokenizer's, and what config.json and generation_config.json say.
-  static std::vector<int32_t> EndIds(const ModelFiles& files, const Tokenizer& tokenizer) {
-    std::set<int32_t> ids;
-    if (tokenizer.eos_id()) ids.insert(*tokenizer.eos_id());
-    for (const char* name : {"config.json", "generation_config.json"}) {
-      const std::string path = files.dir + "/" + name;
-      if (!std::filesystem::exists(path)) continue;
-      const json config = json::parse(ReadFile(path), nullptr, /*allow_exceptions=*/false);
-      const json& eos = Member(config, "eos_token_id");
-      for (const json& id : eos.is_array() ? eos : json::array({eos})) {
-        if (id.is_number_unsigned()) ids.insert(TokenId(id, path));
-      }
-    }
-    return {ids.begin(), ids.end()};
-  }
-
-  void Describe(const ModelFiles& files, const Spec& spec, const Model& model, const CompletionEngine& engine) {
-    const auto both = [](const auto& keys, const auto& values) { return keys == values ? StrCat(keys) : StrCat(keys, "+", values); };
-    served_.kv = {{"spec", spec.text}};
-    if (!spec.meaning.empty()) served_.kv["meaning"] = spec.meaning;
-    served_.kv.update({{"residual", both(spec.keys.residual_length, spec.values.residual_length)}, {"sinks", spec.sink_tokens},
-                       {"call_tokens", spec.CallTokens()}, {"dtype", c10::toString(model.dtype())},
-                       {"kv_dtype", c10::toString(model.kv_dtype())}, {"device", session_.device().is_cuda() ? "cuda" : "cpu"},
-                       {"backend", flags_.backend}, {"ran", engine.ran()}, {"reuse", flags_.reuse && spec.policy != Policy::kHf}});
-    const std::string path = files.dir + "/tokenizer_config.json";
-    OrderedJson config = OrderedJson::object();
-    if (std::filesystem::exists(path)) config = OrderedJson::parse(ReadFile(path));
-    tokenizer_info_ = TokenizerInfoJson(config, *served_.tokenizer);
-    ReadChatTemplate(files);
-    OrderedJson meta = served_.kv;
-    meta.update({{"commit", KVQ_COMMIT}, {"model_sha256", ModelSha256(files)}, {"tokenizer_sha256", TokenizerSha256(files.dir)},
-                 {"n_vocab", served_.vocab}, {"n_ctx_train", model.config().max_position_embeddings}});
-    const std::time_t now = std::time(nullptr);
-    models_ = {{"object", "list"},
-               {"data", OrderedJson::array({{{"id", served_.name}, {"object", "model"}, {"created", now}, {"owned_by", "kvqbench"},
-                                             {"root", served_.name}, {"parent", nullptr}, {"max_model_len", served_.context},
-                                             {"permission", OrderedJson::array()}, {"meta", meta}}})}};
-  }
-
-  void ReadChatTemplate(const ModelFiles& files) {
-    const auto text = [&](const char* key) {
-      const OrderedJson value = tokenizer_info_.value(key, OrderedJson());
-      return value.is_string() ? value.get<std::string>() : "";
-    };
-    served_.bos = text("bos_token"), served_.eos = text("eos_token");
-    std::string chat = text("chat_template");
-    const OrderedJson named = tokenizer_info_.value("chat_template", OrderedJson());
-    for (const OrderedJson& one : named.is_array() ? named : OrderedJson::array()) {  // several by name
-      if (one.is_object() && one.value("name", "") == "default") chat = one.value("template", "");
-    }
-    const std::string path = files.dir + "/chat_template.jinja";  // where newer models have it
-    if (chat.empty() && std::filesystem::exists(path)) chat = ReadFile(path);
-    if (!chat.empty()) tokenizer_info_["chat_template"] = chat;
-    served_.chat = FindChatTemplate(chat);
-    if (served_.chat != nullptr) return;
-    std::string known;
-    for (const ChatTemplate& one : ChatTemplates()) known += (known.empty() ? "" : ", ") + one.name;
-    served_.no_chat = chat.empty() ? "this model has no chat template; /v1/completions takes a prompt as it is"
-                                   : StrCat("this model's chat template (sha256 ", ChatTemplateSha256(chat), ") is none of those known: ", known);
-  }
-
   const Flags& flags_;
   Session& session_;
   HttpServer http_;
@@ -619,7 +359,7 @@ class App {
   std::set<std::string> posts_;  // paths
   Queue queue_;
   Served served_;  // not written once ready_ is set
-  OrderedJson models_, tokenizer_info_;  // likewise
+  Description description_;  // likewise
   std::atomic<bool> ready_ = false, stopping_ = false, deaf_ = false;
   std::atomic<int64_t> refused_ = 0, running_ = 0;
   std::deque<Slot> slots_;     // of the model's thread
@@ -649,7 +389,7 @@ int Failed() {
 int Main(int argc, char** argv) {
   const Flags flags = ParseFlags({argv + 1, argv + argc});
   if (flags.help) {
-    std::cout << kHelp;
+    std::cout << kServerHelp;
     return 0;
   }
   // What can be wrong with the input is said before a port is taken.
