@@ -12,7 +12,9 @@
 namespace kvq {
 namespace {
 
-ErrorSum Measure(const Codec& codec, const Spec& spec, const SideRule& rule, const at::Tensor& all) {
+ErrorSum Measure(const LayerSide& side, const Spec& spec, const at::Tensor& all) {
+  const Codec& codec = *side.codec;
+  const SideRule& rule = *side.rule;
   const at::Tensor plain = all.narrow(2, spec.sink_tokens, EncodedTokens(spec, rule, all.size(2)));
   at::Tensor decoded = plain.to(at::kFloat, /*non_blocking=*/false, /*copy=*/true);
   if (codec.encode != nullptr) {
@@ -37,10 +39,10 @@ Counters Error(Session& session, const Cell& cell, benchmark::State& state) {
       keys = values = {};
       per_layer.clear();
       const auto& captured = session.captured_cache(cell);
+      const CacheShape shape = session.model(cell.model).cache_shape(cell.batch);
       for (size_t layer = 0; layer < captured.size(); ++layer) {
-        const SchemePair pair = spec.At(static_cast<int64_t>(layer), static_cast<int64_t>(captured.size()));
-        const ErrorSum k = Measure(pair.keys->keys, spec, spec.keys, captured[layer].first);
-        const ErrorSum v = Measure(pair.values->values, spec, spec.values, captured[layer].second);
+        const auto [of_keys, of_values] = SidesOf(spec, shape, static_cast<int64_t>(layer));
+        const ErrorSum k = Measure(of_keys, spec, captured[layer].first), v = Measure(of_values, spec, captured[layer].second);
         if (!std::isfinite(k.squared_error + v.squared_error)) {
           throw std::runtime_error(StrCat("keys or values of layer ", layer, " are finite, and not when they are decoded"));
         }

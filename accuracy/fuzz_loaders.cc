@@ -72,9 +72,10 @@ void Use(const std::string& text, unsigned flags) {
 void UseSpec(const std::string& text) {
   const kvq::Spec spec = kvq::ParseSpec(text);
   spec.stores_dense();
-  kvq::CacheShape mixed{2, {{8, 128}, {1, 256}, {3, 80}, {.kv_heads = 2, .head_dim = 64, .window = 16}}};
+  const kvq::CacheShape latent{1, {{1, 512, 64}, {1, 512, 64}}};
+  const kvq::CacheShape mixed{2, {{8, 128}, {1, 256}, {3, 80}, {.kv_heads = 2, .head_dim = 64, .window = 16}}};
   for (const kvq::CacheShape& shape :
-       {kvq::CacheShape::Uniform(4, 1, 2, 64), kvq::CacheShape::Uniform(1, 1, 1, 1), mixed}) {
+       {kvq::CacheShape::Uniform(4, 1, 2, 64), kvq::CacheShape::Uniform(1, 1, 1, 1), mixed, latent}) {
     try {
       kvq::CheckSpec(spec, shape);
     } catch (const kvq::InputError&) {
@@ -82,12 +83,11 @@ void UseSpec(const std::string& text) {
     }
     // What was allowed has a size.
     for (size_t layer = 0; layer < shape.layers.size(); ++layer) {
-      const kvq::SchemePair pair = spec.At(static_cast<int64_t>(layer), shape.count());
-      for (const kvq::Codec* codec : {&pair.keys->keys, &pair.values->values}) {
-        if (codec->encode == nullptr) continue;
-        const kvq::KvShape& of = shape.layers[layer];
-        const int64_t tokens = 1024 * codec->min_block_tokens;
-        Expect(kvq::EncodedBytes(*codec, spec.Params(*codec), shape.batch, of.kv_heads, of.head_dim, tokens) > 0, "no bytes");
+      for (const kvq::LayerSide& side : kvq::SidesOf(spec, shape, static_cast<int64_t>(layer))) {
+        if (!side.encodes()) continue;
+        const int64_t tokens = 1024 * side.codec->min_block_tokens;
+        Expect(kvq::EncodedBytes(*side.codec, spec.Params(*side.codec), shape.batch, side.heads, side.channels, tokens) > 0,
+               "no bytes");
       }
     }
   }

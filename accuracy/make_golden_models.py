@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import yarn_get_mscale
 
 import golden_files
 from golden_files import short
@@ -62,6 +63,17 @@ CASES = {name: (*classes(family["model_type"]), {**family["config"], **case["con
          for family in families().values() for name, case in family["cases"].items() if "config" in case}
 
 
+def repair_deepseek_v2(model):
+    """What transformers 5.5.4 lacks there: the scale of scores that yarn's mscale_all_dim asks for (pull request 47435, which
+    moves it there from deepseek_v3), and an attribute without which choosing experts by groups fails."""
+    config = model.config
+    rope = config.rope_parameters
+    for layer in model.model.layers:
+        if rope.get("mscale_all_dim"):
+            layer.self_attn.scaling *= yarn_get_mscale(rope["factor"], rope["mscale_all_dim"]) ** 2
+        layer.mlp.num_experts = config.n_routed_experts
+
+
 def make(config_class, model_class, arguments):
     """A random model in which nothing is as it would be if it were left out: no norm of one, no bias of zero."""
     torch.manual_seed(7)
@@ -69,6 +81,8 @@ def make(config_class, model_class, arguments):
     if getattr(config, "attn_logit_softcapping", None):
         config._attn_implementation = "eager"  # sdpa, the default, leaves the cap out
     model = model_class(config).eval()
+    if config.model_type == "deepseek_v2":
+        repair_deepseek_v2(model)
     with torch.no_grad():
         for name, value in list(model.named_parameters()) + list(model.named_buffers()):
             if name.endswith("layer_scalar"):
@@ -131,6 +145,8 @@ def defaults(model_type):
     types, ropes = getattr(config, "layer_types", None), getattr(config, "rope_parameters", None) or {}
     heads = config.num_attention_heads
     slides = types is None or types[0] == SLIDING
+    first_is_dense = (getattr(config, "first_k_dense_replace", 0) > 0
+                      or (getattr(config, "mlp_layer_types", None) or [""])[0] == "dense")
     return {"hidden_size": config.hidden_size, "layers": config.num_hidden_layers, "heads": heads,
             "kv_heads": getattr(config, "num_key_value_heads", heads),
             "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
@@ -138,7 +154,7 @@ def defaults(model_type):
             "norm_eps": getattr(config, "rms_norm_eps", getattr(config, "layer_norm_epsilon", None)),
             "tied": config.tie_word_embeddings,
             # Of the first layer.
-            "intermediate_size": (getattr(config, "moe_intermediate_size", None)
+            "intermediate_size": ((None if first_is_dense else getattr(config, "moe_intermediate_size", None))
                                   or getattr(config, "intermediate_size", 4 * config.hidden_size)),
             "window": (getattr(config, "sliding_window", None) or 0) if slides else 0,
             "rope_theta": ropes.get(types[0] if types else None, ropes).get("rope_theta", 0.0)}

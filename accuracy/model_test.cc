@@ -26,6 +26,14 @@ KvCache Cache(const Model& model, int64_t batch = 1, const std::string& spec = "
   return KvCache(ParseSpec(spec), model.cache_shape(batch), 128, model.dtype(), model.device());
 }
 
+// What accuracy/families/ says of the family of a tiny model.
+const nlohmann::json& SaysOf(const std::string& name) {
+  for (const Family& family : Families()) {
+    if (family.says["cases"].contains(name)) return family.says;
+  }
+  throw std::logic_error("no tiny model is called " + name);
+}
+
 // Logits of all positions, fed in calls of `chunk` tokens.
 at::Tensor AllLogits(const Model& model, const at::Tensor& ids, const std::string& backend, int64_t chunk) {
   KvCache cache = Cache(model, ids.size(0));
@@ -65,6 +73,15 @@ TEST_P(ArchitectureParity, LogitsCachesAndGreedyTokensEqualTransformers) {
                            });
   ASSERT_EQ(golden["cache"].size(), keys.size());
   for (size_t layer = 0; layer < keys.size(); ++layer) {
+    if (model->config().latent.rank > 0) {  // transformers caches what latents stand for
+      auto [of_heads, values_of_heads] = model->Expand(static_cast<int64_t>(layer), at::cat(keys[layer], 2), at::cat(values[layer], 2));
+      if (SaysOf(name).value("cached_pairs", "") == "neighbours") {
+        const int64_t turning = model->config().latent.rotary_dim, plain = of_heads.size(3) - turning;
+        const at::Tensor turned = of_heads.narrow(3, plain, turning).unflatten(3, {2, turning / 2}).transpose(3, 4).flatten(3);
+        of_heads = at::cat({of_heads.narrow(3, 0, plain), turned}, 3);
+      }
+      keys[layer] = {of_heads}, values[layer] = {values_of_heads};
+    }
     const auto every_13th = [](const std::vector<at::Tensor>& parts) {
       const at::Tensor all = at::cat(parts, 2).flatten();
       return all.index_select(0, at::arange(0, all.numel(), 13, at::kLong));
@@ -118,6 +135,11 @@ TEST(Architectures, EveryPartOfAConfigShowsInLogits) {
       {"no norm before attention", [](ModelConfig& c) { c.names.input_norm.clear(); }},
       {"no norm before the MLP", [](ModelConfig& c) { c.names.mlp_norm.clear(); }},
       {"no norm of queries", [](ModelConfig& c) { if (!c.norm_across_heads) c.names.q_norm.clear(); }},
+      {"no norm of latents", [](ModelConfig& c) { if (c.latent.rank > 0) c.names.k_norm.clear(); }},
+      {"another epsilon of the norms of latents", [](ModelConfig& c) { c.latent.norm_eps = c.norm_eps; }},
+      {"pairs half a head apart", [](ModelConfig& c) {
+         for (RopeConfig& rope : c.ropes) rope.interleaved = false;
+       }},
       {"no biases of qkv", [](ModelConfig& c) { c.qkv_bias = false; }},
       {"no bias of o", [](ModelConfig& c) { c.o_bias = false; }},
       {"no biases of the MLP", [](ModelConfig& c) { c.mlp_bias = false; }},
@@ -125,6 +147,13 @@ TEST(Architectures, EveryPartOfAConfigShowsInLogits) {
        [](ModelConfig& c) { c.activation = c.activation == Activation::kSilu ? Activation::kGeluTanh : Activation::kSilu; }},
       {"shares of experts as they are not", [](ModelConfig& c) {
          c.normalized_routing = !c.normalized_routing;
+       }},
+      {"shares by a softmax", [](ModelConfig& c) { c.sigmoid_routing = false; }},
+      {"no bias of the choice of experts", [](ModelConfig& c) { c.names.router_bias.clear(); }},
+      {"experts of all groups", [](ModelConfig& c) { c.expert_groups = 0; }},
+      {"no factor of the shares", [](ModelConfig& c) { c.routed_scale = 1; }},
+      {"no shared experts", [](ModelConfig& c) {
+         for (LayerConfig& layer : c.layers) layer.shared_size = 0;
        }},
       {"an expert less", [](ModelConfig& c) {
          for (LayerConfig& layer : c.layers) layer.experts_per_token -= layer.experts_per_token > 1;
@@ -215,10 +244,14 @@ TEST(Model, RandomWeightsAreTheSameForASeedAndStayFinite) {
     ModelConfig config = ParseModelConfig(shape.config, shape.name);
     // The published frame with everything that costs cut down.
     config.vocab_size = config.per_layer_vocab_size = 100;
+    if (config.latent.rank > 0) config.num_heads = 4, config.layers.resize(8);
     config.hidden_size = config.num_heads * 8;
     for (LayerConfig& layer : config.layers) {
       layer.head_dim = 8, layer.intermediate_size = 64;
-      layer.experts = std::min<int64_t>(layer.experts, 10);
+      layer.experts = std::min<int64_t>(layer.experts, 16), layer.shared_size = std::min<int64_t>(layer.shared_size, 32);
+    }
+    if (config.latent.rank > 0) {
+      config.latent = {.rank = 16, .query_rank = config.latent.query_rank > 0 ? 16 : 0, .plain_dim = 8, .rotary_dim = 8, .value_dim = 8};
     }
     for (RopeConfig& rope : config.ropes) {  // a list has a number a pair
       if (rope.type == "longrope") rope.short_factors.resize(3), rope.long_factors.resize(3);
@@ -269,7 +302,7 @@ TEST(Model, CountsItsWeightsOnce) {
     int64_t counted = 0, all = 0, of_experts = 0;
     const Safetensors files = Safetensors::Open(GoldenPath("models/" + name));
     for (const auto& [tensor, entry] : files.entries()) {
-      if (tensor.ends_with("layer_scalar")) continue;
+      if (tensor.ends_with("layer_scalar") || tensor.ends_with("e_score_correction_bias")) continue;
       const int64_t elements = entry.nbytes / 2;  // bfloat16
       const bool table = tensor.ends_with("embed_tokens.weight") || tensor.ends_with("wte.weight");
       const bool read_by_row = tensor.ends_with("embed_tokens_per_layer.weight") || tensor.ends_with("wpe.weight") ||

@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "accuracy/ruler_generator.h"
+#include "benchmarks/measurement.h"
 #include "kernels/error.h"
 
 namespace kvq {

@@ -46,12 +46,11 @@ double EncodedShareRead(const Spec& spec, const CacheShape& shape, int64_t first
   // Of all elements, those of keys and of values that are encoded at all.
   double keys = 0, values = 0, all = 0;
   for (int64_t layer = 0; layer < shape.count(); ++layer) {
-    const KvShape& of = shape.layers[static_cast<size_t>(layer)];
-    const SchemePair pair = spec.At(layer, shape.count());
-    const double elements = static_cast<double>(of.kv_heads * of.head_dim);
-    if (pair.keys->keys.encode != nullptr) keys += elements;
-    if (pair.values->values.encode != nullptr) values += elements;
-    all += 2 * elements;
+    for (const LayerSide& side : SidesOf(spec, shape, layer)) {
+      const double elements = static_cast<double>(side.elements());
+      if (side.encodes()) (side.rule->values ? values : keys) += elements;
+      all += elements;
+    }
   }
   if (keys + values == 0) return 0;
   const auto encoded = [&](const SideRule& rule, int64_t at) -> int64_t {

@@ -157,8 +157,8 @@ class Feeding {
 };
 
 // `spec` as far as it encodes a part of a layer, or all but that.
-std::string TextOf(const Spec& spec, int64_t layers, const Part& part, int64_t layer) {
-  return PartOfSpec(spec, layers, [&](int64_t at, bool values) {
+std::string TextOf(const Spec& spec, const CacheShape& shape, const Part& part, int64_t layer) {
+  return PartOfSpec(spec, shape, [&](int64_t at, bool values) {
     return (at == layer && (values ? part.values : part.keys)) != part.without;
   });
 }
@@ -166,8 +166,6 @@ std::string TextOf(const Spec& spec, int64_t layers, const Part& part, int64_t l
 // The unquantized model; on the way, the errors of attention for every layer and part.
 Feeding::Run Reference(const Work& work, const Spec& spec, const Feeding& feeding, const std::vector<Part>& parts,
                        Effects& effects) {
-  const int64_t layers = static_cast<int64_t>(effects.of.size());
-  const std::vector<int64_t> model_layer = work.model.config().CachedLayers();
   const auto cache_of = [&](const std::string& text) {
     return std::unique_ptr<KvCache>(
         new KvCache(work.model.NewCache(ParseSpec(text), feeding.ids().size(0), feeding.ids().size(1))));
@@ -177,19 +175,16 @@ Feeding::Run Reference(const Work& work, const Spec& spec, const Feeding& feedin
   for (size_t part = 0; part < parts.size(); ++part) {
     if (parts[part].without) continue;
     const std::string text =
-        PartOfSpec(spec, layers, [&](int64_t, bool values) { return values ? parts[part].values : parts[part].keys; });
+        PartOfSpec(spec, work.model.cache_shape(1), [&](int64_t, bool values) { return values ? parts[part].values : parts[part].keys; });
     if (!text.empty()) encoded[part] = cache_of(text);
   }
   return feeding.Feed(*plain, [&](const LayerView& view) {
-    const LayerConfig& layer = work.model.config().layers[model_layer[view.cached_layer]];
     const bool reads_encoded = ReadsEncoded(spec, plain->length(), view.keys.size(2));
     for (size_t part = 0; part < parts.size(); ++part) {
       if (!encoded[part]) continue;
       const auto [keys, values] = encoded[part]->Update(view.cached_layer, view.keys, view.values);
       if (!reads_encoded) continue;
-      effects.of[view.cached_layer][part].attention.Add(ErrorSum::Of(
-          view.attended,
-          work.backend.attend(view.queries, keys, values, {layer.attention_scale, layer.sliding_window})));
+      effects.of[view.cached_layer][part].attention.Add(ErrorSum::Of(view.attended, view.attend(keys, values)));
     }
   });
 }
@@ -198,6 +193,7 @@ Feeding::Run Reference(const Work& work, const Spec& spec, const Feeding& feedin
 void AddWindows(const Work& work, const Spec& spec, const std::vector<Window>& windows, const std::vector<Part>& parts,
                 bool whole, Effects& effects) {
   const int64_t layers = static_cast<int64_t>(effects.of.size());
+  const CacheShape shape = work.model.cache_shape(1);
   Feeding feeding(work, spec, windows);
   Feeding::Run base = Reference(work, spec, feeding, parts, effects);
   feeding.SetReference(base);
@@ -205,10 +201,10 @@ void AddWindows(const Work& work, const Spec& spec, const std::vector<Window>& w
     for (int64_t layer = 0; layer < layers; ++layer) {
       for (size_t part = 0; part < parts.size(); ++part) {
         if (parts[part].without != without) continue;
-        if (TextOf(spec, layers, {.keys = parts[part].keys, .values = parts[part].values}, layer).empty()) {
+        if (TextOf(spec, shape, {.keys = parts[part].keys, .values = parts[part].values}, layer).empty()) {
           continue;  // nothing is encoded there
         }
-        const std::string text = TextOf(spec, layers, parts[part], layer);
+        const std::string text = TextOf(spec, shape, parts[part], layer);
         if (text.empty()) continue;  // it alone is
         const Spec of = ParseSpec(text);
         feeding.Score(base, effects.of[static_cast<size_t>(layer)][part], &of, static_cast<size_t>(layer));
@@ -314,7 +310,8 @@ const RegisterMeasurement kSensitivity{
 
 }  // namespace
 
-std::string PartOfSpec(const Spec& spec, int64_t layers, const std::function<bool(int64_t layer, bool values)>& encodes) {
+std::string PartOfSpec(const Spec& spec, const CacheShape& shape,
+                       const std::function<bool(int64_t layer, bool values)>& encodes) {
   const std::string& whole = spec.meaning.empty() ? spec.text : spec.meaning;
   std::string text = "none", of_layers;
   for (size_t at = whole.find('@'); at != std::string::npos;) {
@@ -323,10 +320,10 @@ std::string PartOfSpec(const Spec& spec, int64_t layers, const std::function<boo
     if (!option.starts_with("@layers=") && !option.starts_with("@dense=")) text += option;
     at = next;
   }
-  for (int64_t layer = 0; layer < layers; ++layer) {
-    const SchemePair pair = spec.At(layer, layers);
-    const bool keys = pair.keys->keys.encode != nullptr && encodes(layer, false);
-    const bool values = pair.values->values.encode != nullptr && encodes(layer, true);
+  for (int64_t layer = 0; layer < shape.count(); ++layer) {
+    const SchemePair pair = spec.At(layer, shape.count());
+    const auto [of_keys, of_values] = SidesOf(spec, shape, layer);
+    const bool keys = of_keys.encodes() && encodes(layer, false), values = of_values.encodes() && encodes(layer, true);
     if (!keys && !values) continue;
     of_layers += StrCat("@layers=", layer, "-", layer, ":", keys ? pair.keys->name : "none", "+",
                         values ? pair.values->name : "none");

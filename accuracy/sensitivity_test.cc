@@ -18,7 +18,7 @@ namespace {
 TEST(Sensitivity, PartsOfSpecsAreSpecs) {
   const auto part = [](const std::string& text, int64_t first, int64_t last, bool keys,
                        bool values) {
-    const std::string result = PartOfSpec(ParseSpec(text), 4, [&](int64_t layer, bool of_values) {
+    const std::string result = PartOfSpec(ParseSpec(text), CacheShape::Uniform(4, 1, 2, 128), [&](int64_t layer, bool of_values) {
       return first <= layer && layer <= last && (of_values ? values : keys);
     });
     if (!result.empty()) EXPECT_FALSE(ParseSpec(result).stores_dense()) << result;
@@ -41,8 +41,14 @@ TEST(Sensitivity, PartsOfSpecsAreSpecs) {
   // Of a preset, what it means.
   EXPECT_EQ(part("llamacpp-q8_0-q4_0", 3, 3, true, true),
             "none@residual=0@rotate=hadamard+hadamard:64@layers=3-3:q8_0+q4_0");
-  EXPECT_EQ(PartOfSpec(ParseSpec("int4-hqq@sinks=4"), 2, [](int64_t layer, bool values) { return layer != 1 || values; }),
+  const auto all_but_one = [](int64_t layer, bool values) { return layer != 1 || values; };
+  EXPECT_EQ(PartOfSpec(ParseSpec("int4-hqq@sinks=4"), CacheShape::Uniform(2, 1, 2, 128), all_but_one),
             "none@sinks=4@layers=0-0:int4-hqq+int4-hqq@layers=1-1:none+int4-hqq");
+  // Of latents, whose rotary keys a spec encodes only where it says so.
+  const CacheShape latents{1, {{1, 512, 64}, {1, 512, 64}}};
+  EXPECT_EQ(PartOfSpec(ParseSpec("int4-hqq@sinks=4"), latents, all_but_one), "none@sinks=4@layers=0-0:int4-hqq+none");
+  EXPECT_EQ(PartOfSpec(ParseSpec("int4-hqq+int8-hqq"), latents, all_but_one),
+            "none@layers=0-0:int4-hqq+int8-hqq@layers=1-1:none+int8-hqq");
 }
 
 class SensitivityOfTinyModel : public TinyModel {};
@@ -91,7 +97,7 @@ TEST_F(SensitivityOfTinyModel, EqualsRunsOfItsSpecs) {
       ErrorSum error;
       for (const std::vector<Window>& group : SideBySide(WindowsOf(work, cell, options), 2)) {
         const at::Tensor ids = WindowIds(work, group);
-        const std::string encoded = PartOfSpec(ParseSpec(spec), 2, [&, layer = layer, keys = keys, values = values](
+        const std::string encoded = PartOfSpec(ParseSpec(spec), CacheShape::Uniform(2, 1, 2, 64), [&, layer = layer, keys = keys, values = values](
                                                                        int64_t at, bool of_values) {
           return at == layer && (of_values ? values : keys);
         });

@@ -168,10 +168,9 @@ TEST(WindowCache, LogitsAreThoseOfACacheOfAllTokens) {
       families.insert(family.name);
       const Model model(config, Weights::Random(1, at::kFloat, kCpu));
       const at::Tensor ids = at::remainder(at::arange(60, at::kLong) * 7919 + 13, 61).view({1, 60});
-      for (const char* spec : {"none", "llamacpp-q8_0", "llamacpp-q4_0", "vllm-fp8", "none+q4_0@residual=0", "int4-hqq@residual=8",
-                               "int2-hqq-kivi@residual=16@sinks=2", "kivi-2@policy=kivi@residual=32", "vllm-turboquant-4bit-nc@dense=1+0",
-                               "kvarn-4"}) {
-        const std::string full = std::string(spec).starts_with("vllm-turbo") ? "turboquant-k4+turboquant-v4@residual=0@prefill=raw" : spec;
+      for (const std::string full : {"none", "llamacpp-q8_0", "llamacpp-q4_0", "vllm-fp8", "none+q4_0@residual=0", "int4-hqq@residual=8",
+                                     "int2-hqq-kivi@residual=16@sinks=2", "kivi-2@policy=kivi@residual=32",
+                                     "turboquant-k4+turboquant-v4@residual=0@prefill=raw"}) {
         for (const char* backend : {"eager", "sdpa"}) {
           for (const int64_t chunk : {60, 11, 1}) {
             const auto logits = [&](const std::string& text) {

@@ -86,6 +86,7 @@ Shape ShapeOf(const Cell& cell, Session& session) {
                       session.kv_dtype(cell.model)));
   }
   const ModelConfig config = FindModel(cell.model).config();
+  if (config.latent.rank > 0) throw Skip("these kernels read keys and values; this model's cache keeps latents");
   const LayerConfig& layer = config.layers.front();
   return {cell.batch, config.num_heads, layer.num_kv_heads, layer.head_dim, cell.context};
 }

@@ -344,7 +344,7 @@ std::string PresetList(const std::string& model, int64_t context) {
   for (const auto& row : rows) {
     for (size_t i = 0; i < row.size(); ++i) widths[i] = std::max(widths[i], row[i].size());
   }
-  std::string text = StrCat("of ", ModelLabel(model), "; -: not for its head_dim\n");
+  std::string text = StrCat("of ", ModelLabel(model), "; -: not for its cache\n");
   for (const auto& row : rows) {
     for (size_t i = 0; i < row.size(); ++i) {
       text += row[i] + (i + 1 < row.size() ? std::string(widths[i] + 2 - row[i].size(), ' ') : "\n");

@@ -23,9 +23,11 @@ std::vector<Job> Jobs(Session& session, const Cell& cell, const Spec& spec) {
   if (EncodedTokens(spec, cell.context) == 0) throw Skip("all tokens fit into the residual; nothing is encoded");
   std::vector<Job> jobs;
   const auto& captured = session.captured_cache(cell);
+  const CacheShape shape = session.model(cell.model).cache_shape(cell.batch);
   for (size_t layer = 0; layer < captured.size(); ++layer) {
-    const SchemePair pair = spec.At(static_cast<int64_t>(layer), static_cast<int64_t>(captured.size()));
-    const auto add = [&](const Codec& codec, const SideRule& rule, const at::Tensor& all) {
+    const auto add = [&](const LayerSide& side, const at::Tensor& all) {
+      const Codec& codec = *side.codec;
+      const SideRule& rule = *side.rule;
       const int64_t tokens = EncodedTokens(spec, rule, cell.context);
       if (codec.encode == nullptr || tokens == 0) return;
       const at::Tensor plain = all.narrow(2, spec.sink_tokens, tokens);
@@ -34,8 +36,9 @@ std::vector<Job> Jobs(Session& session, const Cell& cell, const Spec& spec) {
                       AllocateEncoded(codec, params, plain.size(0), plain.size(1), plain.size(3), tokens,
                                       BlockTokens(spec, rule, codec), plain.device())});
     };
-    add(pair.keys->keys, spec.keys, captured[layer].first);
-    add(pair.values->values, spec.values, captured[layer].second);
+    const auto [keys, values] = SidesOf(spec, shape, static_cast<int64_t>(layer));
+    add(keys, captured[layer].first);
+    add(values, captured[layer].second);
   }
   return jobs;
 }

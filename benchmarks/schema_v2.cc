@@ -9,6 +9,7 @@
 #include "benchmarks/results_file.h"
 #include "fixtures/safetensors.h"
 #include "fixtures/cache/spec.h"
+#include "fixtures/model.h"
 #include "kernels/error.h"
 #include "kernels/file.h"
 
@@ -274,12 +275,12 @@ json ModelConfigV2(const ModelFiles& files) {
     }
     parameters = static_cast<double>(count) / 1e9;
   }
-  const LayerConfig& first = config.layers.at(0);
+  const KvShape first = CacheShapeOf(config, 1).layers.at(0);  // of latent attention one head of as many channels as the latent
   return {{"num_params_b", parameters},
           {"num_layers", config.layers.size()},
           {"num_q_heads", config.num_heads},
-          {"num_kv_heads", first.num_kv_heads},
-          {"gqa_ratio", StrCat(config.num_heads / first.num_kv_heads, ":1")},
+          {"num_kv_heads", first.kv_heads},
+          {"gqa_ratio", StrCat(config.num_heads / first.kv_heads, ":1")},
           {"head_dim", first.head_dim},
           {"max_position_embeddings", config.max_position_embeddings}};
 }

@@ -412,7 +412,7 @@ def presets():
         except OSError:
             return {}
         engines = dict(re.findall(r'constexpr char (k\w+)\[\] = "([^"]*)";', text))
-        row = r'\{"([^"]+)",\s*(k\w+),\s*"([^"]+)",\s*"((?:[^"\\]|\\.)*)"\}'
+        row = r'\{"([^"]+)",\s*(k\w+),\s*"([^"]+)",\s*"((?:[^"\\]|\\.)*)"(?:,\s*/\*latents=\*/true)?\}'
         for name, engine, spec, flags in re.findall(row, text):
             _PRESETS[name] = (re.sub(r"( [0-9a-f]{7,}| before .*| [\d.]+)?(,.*)?$", "", engines[engine]), spec,
                               flags.replace('\\"', '"'))
