@@ -7,8 +7,8 @@
 //
 // What it takes, on an H200 with 132 multiprocessors at 1.98 GHz: an instruction for each of 33.5 million numbers (32k tokens, 8 heads of
 // 128 channels) is 1.0 us, the bytes of 4 to 8 bit codes 20 to 25 us. So up to some 18 instructions a number, memory is what it waits
-// for. Most schemes have 12 to 18, of which packing is 1, half of a minimum and a maximum 1, a quotient 5; those that make two codes at
-// a time (PairOf) 10 to 14; where one number at a time is looked up in a table, and sums or butterflies come before, it is 23 to 28.
+// for. Most schemes have 10 to 18, of which packing is 1, half of a minimum and a maximum 1, a quotient 5; those that make two codes at
+// a time (PairOf) 8 to 14; where one number at a time is looked up in a table, and sums or butterflies come before, it is 20 to 28.
 #pragma once
 
 #include "kernels/plain.h"
