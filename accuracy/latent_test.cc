@@ -139,7 +139,7 @@ class KvqbenchLatents : public TinyModel {
 TEST_F(KvqbenchLatents, AreMeasuredAsOtherCachesAre) {
   const std::string file = (dir_ / "out.json").string();
   const Outcome outcome = Execute(Tiny() + " --schemes=none,int4-hqq@residual=16 --backends=sdpa --contexts=64 --windows=2 --runs=1 --max-runs=1 "
-                                  "--decode-tokens=4 --dtype=float32 --benchmark_filter='^(kv_size|error|quantize|distribution|perplexity|"
+                                  "--decode-tokens=4 --dtype=float32 --kv-dtype=bfloat16 --benchmark_filter='^(kv_size|error|quantize|distribution|perplexity|"
                                   "sensitivity|drift|prefill|decode|memory)' --benchmark_out=" + file);
   EXPECT_EQ(outcome.code, 0) << outcome.err;
   std::ifstream in(file);
@@ -155,7 +155,7 @@ TEST_F(KvqbenchLatents, AreMeasuredAsOtherCachesAre) {
     return runs.at(measurement + "/tiny/sdpa/" + spec + "/ctx:64/batch:1");
   };
   const std::string int4 = "int4-hqq@residual=16";
-  // Three layers of 64 + 8 channels, whose own type has two bytes; 48 tokens in codes, 36 bytes a group of 64.
+  // Three layers of 64 + 8 channels, of two bytes; 48 tokens in codes, 36 bytes a group of 64.
   EXPECT_EQ(run("kv_size", "none")["kv_bytes"], 3 * 64 * 72 * 2);
   EXPECT_EQ(run("kv_size", int4)["kv_bytes"], 3 * (48 * (36 + 16) + 16 * 144));
   EXPECT_EQ(run("kv_size", int4)["encoded_bits_per_element"], 4.5);

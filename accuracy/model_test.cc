@@ -409,6 +409,7 @@ TEST(ModelGpu, LogitsEqualTheCpus) {
   KVQ_NEEDS_CUDA();
   const c10::InferenceMode guard;
   for (const auto& [name, golden] : GoldenModels()) {
+    SCOPED_TRACE(name);
     const std::vector<int32_t> ids = golden["ids"];
     for (const char* backend : {"eager", "sdpa"}) {
       const at::Tensor cpu = AllLogits(*Tiny(name), IdTensor(ids, 2, kCpu), backend, 40);
@@ -416,9 +417,10 @@ TEST(ModelGpu, LogitsEqualTheCpus) {
       for (const int64_t chunk : {40, 13, 1}) {
         EXPECT_LT(RelativeError(AllLogits(*gpu, IdTensor(ids, 2, at::kCUDA), backend, chunk), cpu), 1e-4);
       }
-      // fp16 keeps 11 bits; see SixteenBitTypesStayNearFloat32.
+      // fp16 keeps 11 bits; see SixteenBitTypesStayNearFloat32. Where it tips a router (glm4moelite-groups), on a CPU, too.
+      const double half = RelativeError(AllLogits(*Tiny(name, kCpu, at::kHalf), IdTensor(ids, 2, kCpu), backend, 13), cpu);
       EXPECT_LT(RelativeError(AllLogits(*Tiny(name, at::kCUDA, at::kHalf), IdTensor(ids, 2, at::kCUDA), backend, 13), cpu),
-                0.01);
+                std::max(0.01, 2 * half));
     }
   }
 }

@@ -240,11 +240,12 @@ class WindowCacheCommand : public TinyModel {
   }
   std::string Flags(const std::string& schemes, const std::string& filter) {
     return StrCat(Tiny(), " --contexts=64 --windows=2 --dtype=float32 --decode-tokens=4 --runs=1 --max-runs=1 --schemes=", schemes,
-                  " --benchmark_filter=^(", filter, ")/ --benchmark_out=", (dir_ / "out.json").string());
+                  " --kv-dtype=bfloat16 '--benchmark_filter=^(", filter, ")/' --benchmark_out=", (dir_ / "out.json").string());
   }
   json Cells() {
     json cells;
-    for (const json& run : json::parse(std::ifstream(dir_ / "out.json"))["benchmarks"]) cells[run["name"]] = run;
+    const json file = json::parse(std::ifstream(dir_ / "out.json"));
+    for (const json& run : file["benchmarks"]) cells[run["name"]] = run;
     return cells;
   }
   static const json& Of(const json& cells, const std::string& measurement, const std::string& spec) {
