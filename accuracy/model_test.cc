@@ -417,10 +417,15 @@ TEST(ModelGpu, LogitsEqualTheCpus) {
       for (const int64_t chunk : {40, 13, 1}) {
         EXPECT_LT(RelativeError(AllLogits(*gpu, IdTensor(ids, 2, at::kCUDA), backend, chunk), cpu), 1e-4);
       }
-      // fp16 keeps 11 bits; see SixteenBitTypesStayNearFloat32. Where it tips a router (glm4moelite-groups), on a CPU, too.
-      const double half = RelativeError(AllLogits(*Tiny(name, kCpu, at::kHalf), IdTensor(ids, 2, kCpu), backend, 13), cpu);
-      EXPECT_LT(RelativeError(AllLogits(*Tiny(name, at::kCUDA, at::kHalf), IdTensor(ids, 2, at::kCUDA), backend, 13), cpu),
-                std::max(0.01, 2 * half));
+      // fp16 keeps 11 bits; see SixteenBitTypesStayNearFloat32. Of a mixture a rounding may tip the router, on a CPU as well
+      // (glm4moelite-groups: 0.24 there, 0.11 on an H200), though not for the same tokens.
+      double bound = 0.01;
+      const auto& layers = gpu->config().layers;
+      if (std::any_of(layers.begin(), layers.end(), [](const LayerConfig& layer) { return layer.experts > 0; })) {
+        const at::Tensor half = AllLogits(*Tiny(name, kCpu, at::kHalf), IdTensor(ids, 2, kCpu), backend, 13);
+        bound = std::max(bound, 2 * RelativeError(half, cpu));
+      }
+      EXPECT_LT(RelativeError(AllLogits(*Tiny(name, at::kCUDA, at::kHalf), IdTensor(ids, 2, at::kCUDA), backend, 13), cpu), bound);
     }
   }
 }
