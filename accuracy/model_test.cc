@@ -282,6 +282,41 @@ TEST(Model, BeginsBehindTheFirstLayer) {
   }
 }
 
+// What layers of linear attention keep has one size, by formula that of the tensors; Save brings it back, Clear forgets it. The
+// layers with a cache can be quantized beside them.
+TEST(Model, LinearAttentionKeepsAStateOfOneSize) {
+  const c10::InferenceMode guard;
+  ModelConfig config = LoadModelConfig(GoldenPath("models/qwen3next-mixed"));
+  for (LayerConfig& layer : config.layers) layer.head_dim = 64;  // a group
+  const Model model(config, Weights::Random(1, at::kFloat, kCpu));
+  const at::Tensor ids = IdTensor(GoldenModels().at("qwen3next-mixed")["ids"], 2, kCpu);
+  const Backend& backend = FindBackend("eager");
+  KvCache cache = Cache(model, 2);
+  const auto feed = [&](KvCache& into, int64_t at, int64_t n) { return model.Logits(model.Forward(ids.narrow(1, at, n), into, backend)); };
+  EXPECT_EQ(cache.shape().count(), 1);
+  EXPECT_EQ(cache.StateBytes(), 0);
+  feed(cache, 0, 20);
+  EXPECT_EQ(cache.StateBytes(), model.StateBytes(2));
+  const auto back = cache.Save();
+  const at::Tensor once = feed(cache, 20, 5), next = feed(cache, 25, 5);
+  EXPECT_EQ(cache.StateBytes(), model.StateBytes(2));
+  back();
+  EXPECT_TRUE(feed(cache, 20, 5).equal(once));
+  cache.Clear();
+  EXPECT_EQ(cache.StateBytes(), 0);
+  feed(cache, 0, 20);
+  EXPECT_TRUE(feed(cache, 20, 5).equal(once));
+  EXPECT_TRUE(feed(cache, 25, 5).equal(next));
+  const auto quantized = [&](const std::string& spec) {
+    KvCache encoded = Cache(model, 2, spec);
+    for (int64_t at = 0; at < 39; at += 13) feed(encoded, at, 13);
+    return feed(encoded, 39, 1);
+  };
+  const at::Tensor exact = quantized("none");
+  EXPECT_LT(RelativeError(quantized("int8-hqq@residual=8"), exact), 0.05);
+  EXPECT_GT(RelativeError(quantized("int2-hqq@residual=8"), exact), 1e-3) << "nothing is encoded at all";
+}
+
 TEST(Model, RandomWeightsAreTheSameForASeedAndStayFinite) {
   const c10::InferenceMode guard;
   for (const PublishedShape& shape : PublishedShapes()) {
@@ -427,6 +462,10 @@ TEST(Model, RefusesWhatItCannotRun) {
   EXPECT_NE(with("\"attention_bias\": false", "\"attention_bias\": true").find("q_proj.bias is missing"),
             std::string::npos);
   EXPECT_NE(with("\"silu\"", "\"gelu\"").find("hidden_act"), std::string::npos);
+  EXPECT_NE(with("\"intermediate_size\": 32", "\"intermediate_size\": 64", "gptoss-mxfp4")
+                .find("gate_up_proj_blocks has shape [5, 64, 2, 16], config.json asks for [5, 128, 2, 16]"), std::string::npos);
+  EXPECT_NE(with("\"mxfp4\"", "\"fp8\"", "gptoss-mxfp4").find("'quant_method' is \"fp8\", supported is only \"mxfp4\""),
+            std::string::npos);
   EXPECT_THROW(FindBackend("flashier"), InputError);
   EXPECT_THROW(ParseDType("--dtype", "int8"), InputError);
   EXPECT_THROW(ParseDevices("tpu"), InputError);
