@@ -143,15 +143,15 @@ def quantize(target, model_class):
     return model_class.from_pretrained(target).float().eval()  # it decodes them in bfloat16, in which they are exact
 
 
-def wrap(source, target):
-    """The same model as the text half of a multimodal one: config.json one deeper, weights under another prefix."""
+def wrap(source, target, prefix):
+    """The same model as the text half of a multimodal one: config.json one deeper, weights behind a prefix, or as Gemma's."""
     os.makedirs(target, exist_ok=True)
     with open(os.path.join(source, "config.json"), encoding="utf-8") as file:
         config = json.load(file)
     with open(os.path.join(target, "config.json"), "w", encoding="utf-8") as out:
         json.dump({"model_type": config["model_type"].removesuffix("_text"), "text_config": config}, out, indent=1)
         out.write("\n")
-    tensors = {name.replace("model.", "model.language_model.", 1): value
+    tensors = {prefix + name if prefix else name.replace("model.", "model.language_model.", 1): value
                for name, value in load_file(os.path.join(source, "model.safetensors")).items()}
     save_file(tensors, os.path.join(target, "model.safetensors"), {"format": "pt"})
 
@@ -237,7 +237,7 @@ def main(arguments):
                     types.add(known[family]["model_type"].removesuffix("_text"))
                     cases[name] = cases[case["wraps"]]
                     if not check:
-                        wrap(os.path.join(folder, "models", case["wraps"]), target)
+                        wrap(os.path.join(folder, "models", case["wraps"]), target, case.get("prefix", ""))
                     continue
                 model = make(*CASES[name])
                 if not check or "experts" in case:
