@@ -333,6 +333,7 @@ TEST(Model, RandomWeightsAreTheSameForASeedAndStayFinite) {
     if (config.latent.rank > 0) {
       config.latent = {.rank = 16, .query_rank = config.latent.query_rank > 0 ? 16 : 0, .plain_dim = 8, .rotary_dim = 8, .value_dim = 8};
     }
+    if (config.linear.kernel > 0) config.linear = {.key_heads = 2, .value_heads = 4, .key_dim = 8, .value_dim = 8, .kernel = config.linear.kernel};
     for (RopeConfig& rope : config.ropes) {  // a list has a number a pair
       if (rope.type == "longrope") rope.short_factors.resize(3), rope.long_factors.resize(3);
     }
