@@ -15,8 +15,10 @@
 
 namespace kvq {
 
+// At least as many turns as such a loop has, and not many more: with 1024, NVRTC's optimizer for sm_100 and later takes 10 to 20 seconds
+// for an encoder that turns, instead of one.
 template <int kLanes_, DType kType>
-inline constexpr int kUnrolled<plain::OwnNumbers<kLanes_, kType>> = 1024;
+inline constexpr int kUnrolled<plain::OwnNumbers<kLanes_, kType>> = 128;
 template <typename Numbers>
 inline constexpr int kUnrolled<plain::Halves<Numbers>> = kUnrolled<Numbers>;
 
