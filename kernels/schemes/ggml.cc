@@ -226,12 +226,20 @@ struct Iq4Nl {
     } else
 #endif
     {
-      KVQ_UNROLL
-      for (int i = 0; i < n; ++i) {
-        const float v = x[i], weight = v * v, q = Nearest(inverse * v).value;
-        with_x += weight * q * v;
-        with_itself += weight * q * q;
+#ifdef __CUDACC__
+      constexpr int kSeen = 32 / plain::kLanes<Numbers>;  // of the group, by this thread
+#else
+      constexpr int kSeen = 32;
+#endif
+      float of_x[kSeen], of_itself[kSeen];
+#ifdef __CUDACC__
+#pragma unroll
+#endif
+      for (int i = 0; i < kSeen; ++i) {
+        const float v = plain::PartOf(x, i), weight = v * v, q = Nearest(inverse * v).value;
+        of_x[i] = weight * q * v, of_itself[i] = weight * q * q;
       }
+      with_x = plain::SumOfTerms<Numbers>(of_x), with_itself = plain::SumOfTerms<Numbers>(of_itself);
       return Fit{inverse, {zero ? uint16_t{0} : FloatToHalf(with_x / with_itself)}};
     }
   }

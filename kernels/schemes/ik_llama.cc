@@ -32,6 +32,7 @@ struct Q6_0 {
   static constexpr char kFile[] = "kernels/schemes/ik_llama.cc", kName[] = "kvq::ik_llama::Q6_0", kLabel[] = "q6_0";
   static constexpr int kBits = 6;
   static constexpr int64_t kGroups[] = {32};
+  static constexpr bool kInOrder = true;
 
   struct Stored {
     uint16_t d;

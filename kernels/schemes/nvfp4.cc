@@ -84,6 +84,7 @@ struct Blocks {
   static constexpr char kFile[] = "kernels/schemes/nvfp4.cc";
   static constexpr int kBits = 4;
   static constexpr int64_t kGroups[] = {16};
+  static constexpr bool kInOrder = kFourOverSix;
 
   struct Stored {
     uint8_t s;
