@@ -450,6 +450,7 @@ void CheckNewest(const NewestCase& c) {
     whole[side] = on_cpu, found[side] = on_cpu;
     for (Tensor& plane : whole[side].planes) plane = plane.cuda();
     for (Tensor& plane : found[side].planes) plane = plane.cuda();
+    *views[side] = whole[side].view();
     if (!DecodeAttentionEncodes(codec, c.head_dim)) continue;
     newest[side] = normal(1);
     for (int64_t b = 0; b < batch; ++b) {

@@ -53,7 +53,7 @@
 // both together, so that a table can lie in them (turboquant). Where numbers are there as they came, two in a word (kHasWords), it may
 // be a type that makes two codes at once, in float16's arithmetic where that gives the same, or has made them:
 //
-//   PairOf(fit, two)      the codes of a word's numbers, in its halves, below 2^16 both. Instead of Code
+//   PairOf(fit, two)      the codes of a word's numbers, in its halves, below 2^16 both. Instead of Code. Of a Coded they are made
 //   kPairTooLarge         how much larger they are, in each half
 //   AddCode(fit, v, up, word)  or this, of one number: adds its code to a word, `up` bits up
 //   kSigns                Signs::kOfNumbers: a code's highest bit is its number's sign, and PairOf leaves it out
@@ -439,12 +439,19 @@ KVQ_HD inline int32_t Total(const Numbers& x, int n, const Term& term) {
 }
 
 #ifdef __CUDACC__
+// What is left of a fit by which FitGroup has put codes where their words were, in each half so much too large.
+inline constexpr uint32_t kTooLargeWhole = 0x4340;
+template <typename Stored, uint32_t kTooLarge_ = kTooLargeWhole>
+struct Coded {
+  static constexpr uint32_t kTooLarge = kTooLarge_;
+  Stored stored;
+};
+
 // Codes that are the whole part of s = x inverse + offset, below 16 or limited (kLimits) to 15, but for what a scheme's own roundings
-// make of that: as pairs in x.Words(), kTooLargeWhole too large. Where s ends up within 2^-15 of a whole number, or is not `near` enough
+// make of that: as pairs in x.Words(), for Coded. Where s ends up within 2^-15 of a whole number, or is not `near` enough
 // for that to be said (all |x inverse| <= 32), `exact(number)` makes them. (192 + s has 16 bits behind the point: one operation makes a
 // code and what lies behind it. That sum's and the offset's roundings are 2^-17 at most each, the reciprocal's and a scheme's three
 // together less than 2^-17: some 2^-15.4 in all.)
-inline constexpr uint32_t kTooLargeWhole = 0x4340;
 template <bool kLimits, typename Numbers, typename Exact>
 __device__ __forceinline__ void CodeWhole(const Numbers& x, int n, float inverse, float offset, bool near, const Exact& exact) {
   uint32_t* words = x.Words();
@@ -546,9 +553,10 @@ inline constexpr Signs kSigns = [] {
   if constexpr (requires { S::kSigns; }) return S::kSigns;
   else return Signs::kNone;
 }();
-template <typename S>
+template <typename S, typename Fit>
 inline constexpr uint32_t kPairTooLarge = [] {
-  if constexpr (requires { S::kPairTooLarge; }) return S::kPairTooLarge;
+  if constexpr (requires { Fit::kTooLarge; }) return Fit::kTooLarge;
+  else if constexpr (requires { S::kPairTooLarge; }) return S::kPairTooLarge;
   else return 0u;
 }();
 template <typename S>
@@ -806,7 +814,7 @@ void DecodeCuda(const CodecParams& params, const KvView& in, int64_t first_token
 
 // ---- the row
 
-// All of a codec but what only its author knows: the nmse and the golden file.
+// All of a codec but what only its author knows.
 template <typename S>
 Codec MakeCodec() {
   static_assert(kFirstStored<S> + kMembers<S> + kHasVector<S> <= kMaxPlanes);
@@ -817,7 +825,7 @@ Codec MakeCodec() {
   codec.default_group = kGroups[0];
   if (!kWhole) codec.groups = kGroups;
   codec.head_dim_multiple = kRunChannels<kLow<S>>;
-  codec.grouping = kWhole ? "all channels of one token" : StrCat(kGroups[0], " consecutive channels of one token");
+  codec.grouping = kMembers<S> == 0 && !kHasVector<S> ? "no scales" : kWhole ? "all channels of one token" : StrCat(kGroups[0], " consecutive channels of one token");
   codec.vector_wide = kHasVector<S>, codec.turned = kTurns<S>;
   codec.device.source = S::kFile, codec.device.plain = S::kName;
   if constexpr (kTurns<S> && kHasElement<S>) codec.turn_block = S::kTurnBlock;
@@ -850,6 +858,23 @@ Codec MakeCodec() {
   codec.encode_cuda = EncodeCuda<S>;
   codec.decode_cuda = DecodeCuda<S>;
   return codec;
+}
+
+// Its nmse, where that comes from, and its golden file.
+struct Known {
+  double nmse;
+  const char *source, *golden;
+};
+template <typename S>
+Codec MakeCodec(const Known& known) {
+  Codec codec = MakeCodec<S>();
+  codec.nmse = known.nmse, codec.nmse_source = known.source, codec.golden = known.golden;
+  return codec;
+}
+// Of one that encodes keys as values.
+template <typename S>
+Scheme MakeScheme(const char* source, const Known& known) {
+  return {.name = S::kLabel, .source = source, .keys = MakeCodec<S>(known), .values = MakeCodec<S>(known), .refused = ""};
 }
 
 #else
