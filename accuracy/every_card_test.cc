@@ -13,6 +13,7 @@
 #include "fixtures/cache/spec.h"
 #include "kernels/device/attention.h"
 #include "kernels/device/experts.h"
+#include "kernels/device/latent_attention.h"
 #include "kernels/device/newest.h"
 #include "kernels/device/probe.h"
 #include "kernels/device/sage.h"
@@ -87,6 +88,16 @@ void AddAttention(Collector& all, const std::string& spec, int64_t dim, int64_t 
     }
   }
   all.Add([&] { DecodeAttention(keys, values, args, nullptr); });
+}
+
+// Of what a spec names keys are the latents; the rotary keys stay as they are where no second scheme is named.
+void AddLatents(Collector& all, const std::string& spec, int64_t rank, int64_t turned, int64_t heads, DType dtype) {
+  const SchemePair pair = ParseSpec(spec).schemes;
+  const Codec &latents = pair.keys->keys, &rotary_keys = pair.apart ? pair.values->values : FindScheme("none").values;
+  LatentAttentionArgs args;
+  args.dtype = dtype, args.batch = 1, args.heads = heads, args.rank = rank, args.turned = turned, args.capacity = 4096;
+  args.latents.params.group_size = latents.default_group, args.rotary_keys.params.group_size = rotary_keys.default_group;
+  all.Add([&] { LatentAttention(latents, rotary_keys, args, nullptr); });
 }
 
 // In a row's own groups, or in all that it names.
@@ -244,6 +255,18 @@ TEST_P(EveryCard, TakesTheDefaultInstances) {
   ExpectFits(GetParam(), all.launches());
 }
 
+// DeepSeek-V2-Lite's and -V3's heads, and GLM-4.7-Flash's.
+TEST_P(EveryCard, TakesLatents) {
+  KVQ_NEEDS_NVRTC();
+  Collector all(GetParam());
+  for (const char* spec : {"none", "q8_0", "q4_0", "fp8-e4m3+fp8-e4m3", "int8-hqq", "int4-hqq"}) {
+    for (const int64_t heads : {16, 128}) AddLatents(all, spec, 512, 64, heads, DType::kBFloat16);
+  }
+  for (const char* spec : {"none", "q4_0"}) AddLatents(all, spec, 512, 64, 20, DType::kBFloat16);
+  EXPECT_GE(all.launches().size(), 11u);  // smaller cards take 20 heads and 128 alike
+  ExpectFits(GetParam(), all.launches());
+}
+
 class EveryCardEveryInstance : public testing::TestWithParam<DeviceShape> {};
 
 TEST_P(EveryCardEveryInstance, Fits) {
@@ -266,6 +289,16 @@ TEST_P(EveryCardEveryInstance, Fits) {
       for (const int64_t ratio : {2, 16}) AddAttention(all, spec, dim, 32, ratio, 512, DType::kBFloat16, /*apart=*/false, /*cap=*/50);
     }
   }
+  for (const Scheme& scheme : Schemes()) {
+    if (!scheme.refused.empty() || !HasLatentAttention(scheme.keys, scheme.values)) continue;
+    for (const int64_t heads : {16, 20, 128}) {
+      AddLatents(all, scheme.name, 512, 64, heads, DType::kFloat16);
+      AddLatents(all, scheme.name + "+" + scheme.name, 512, 64, heads, DType::kBFloat16);
+    }
+  }
+  AddLatents(all, "none+q8_0", 512, 64, 16, DType::kFloat16);
+  for (const int64_t rank : {16, 64, 96}) AddLatents(all, "none", rank, 8, 4, DType::kBFloat16);
+  AddLatents(all, "int4-hqq", 64, 8, 4, DType::kFloat16);
   const std::vector<std::string> schemes = FusedSchemes(/*plain=*/false);
   for (const std::string& keys : schemes) {
     for (const std::string& values : schemes) {
