@@ -1,9 +1,12 @@
 // Fused decode attention over latents against attention in float64 over the tokens as the CPU decodes them.
 #include <algorithm>
+#include <array>
 #include <cmath>
 
 #include "accuracy/encoded.h"
+#include "fixtures/cache/kv_cache.h"
 #include "fixtures/cache/spec.h"
+#include "fixtures/latent_attention.h"
 #include "fixtures/machine/device.h"
 #include "kernels/device/latent_attention.h"
 #include "kernels/error.h"
@@ -183,7 +186,63 @@ TEST(LatentAttentionGpu, EqualsAttentionOverDecodedTokens) {
   CheckAll(cases);
 }
 
-// Twelve sequences of one to two tiles: more sequences than a multiprocessor's share of tokens.
+// Few enough for compute-sanitizer.
+TEST(LatentAttentionGpu, AFewShapes) {
+  KVQ_NEEDS_CUDA();
+  const c10::InferenceMode guard;
+  at::manual_seed(14);
+  CheckAll({{"none", 16, 512, 64, {{0, 200, 0}, {0, 33, 0}}, at::kBFloat16},
+            {"q8_0", 20, 512, 64, {{3, 200, 40}, {0, 0, 5}}, at::kHalf},
+            {"q5_1", 16, 512, 64, {{3, 200, 40}, {0, 0, 5}}, at::kHalf},
+            {"int4-hqq", 128, 512, 64, {{0, 100, 33}}, at::kBFloat16},
+            {"fp8-e4m3+fp8-e4m3", 16, 512, 64, {{0, 100, 0}}, at::kBFloat16},
+            {"none+q8_0", 4, 512, 64, {{2, 70, 3}}, at::kHalf},
+            {"none", 4, 16, 8, {{0, 100, 0}}, at::kHalf}});
+}
+
+// As a cache keeps them: what it hands to other backends, decoded, and what the kernel reads of its tensors.
+TEST(LatentAttentionGpu, ReadsWhatACacheStores) {
+  KVQ_NEEDS_CUDA();
+  const c10::InferenceMode guard;
+  at::manual_seed(15);
+  const at::Device device(at::kCUDA, 0);
+  const CacheShape shape{2, {{1, 512, 64}, {1, 512, 64}}};
+  const auto options = at::TensorOptions(at::kHalf).device(device);
+  for (const char* text : {"none", "int4-hqq", "int4-hqq@residual=32@sinks=4", "q8_0@residual=0", "q8_0+q4_0@residual=0@sinks=3",
+                           "none+q8_0@residual=64", "llamacpp-q8_0-mla", "vllm-fp8-mla", "int4-hqq@layers=1-1:none"}) {
+    SCOPED_TRACE(text);
+    const Spec spec = ParseSpec(text);
+    KvCache read(spec, shape, 400, at::kHalf, device), stored(spec, shape, 400, at::kHalf, device);
+    const AttentionParams params{1 / std::sqrt(576.0), 0, 0};
+    for (const int64_t n : {1, 150, 1, 148, 1}) {
+      const Tensor queries = at::randn({2, 16, n, 576}, options);
+      for (int64_t layer = 0; layer < 2; ++layer) {
+        const Tensor latents = at::randn({2, 1, n, 512}, options), rotary_keys = at::randn({2, 1, n, 64}, options);
+        const auto [all, turned] = read.Update(layer, latents, rotary_keys);
+        EXPECT_TRUE(ReadsStoredLatents(stored, layer, queries, params));
+        stored.Store(layer, latents, rotary_keys);
+        if (n > 1) continue;
+        const Tensor keys = at::cat({all, turned}, 3).to(at::kDouble), values = all.to(at::kDouble);
+        const Tensor expected = at::matmul(at::softmax(at::matmul(queries.to(at::kDouble), keys.transpose(2, 3)) * params.scale, -1), values);
+        const Tensor ours = AttendStoredLatents(stored, layer, queries, params).to(at::kDouble);
+        // Weights and output are rounded to 11 bits; where tokens are rotated, queries, tokens and the output once more.
+        EXPECT_LT(((ours - expected).norm() / expected.norm()).item<double>(), std::ldexp(spec.keys.rotation ? 4 : 1, -11));
+      }
+    }
+    EXPECT_NE(LatentKernelsRan().find("fused_latent_"), std::string::npos);
+  }
+  // What it leaves to others.
+  const Tensor queries = at::randn({2, 16, 1, 576}, options);
+  const auto reads = [&](const char* text, const Tensor& of) {
+    return ReadsStoredLatents(KvCache(ParseSpec(text), shape, 400, at::kHalf, device), 0, of, {1, 0, 0});
+  };
+  EXPECT_TRUE(reads("none", queries));
+  EXPECT_FALSE(reads("none", queries.to(at::kBFloat16))) << "another type than the cache's";
+  EXPECT_FALSE(reads("q8_0+q8_0@residual=128+64", queries)) << "latents and rotary keys at unlike places";
+  EXPECT_FALSE(reads("q8_0@rotate=hadamard", queries)) << "rotated tokens beside others";
+}
+
+// Three hundred sequences of no to two tiles: more sequences than multiprocessors.
 TEST(LatentAttentionGpu, TakesMoreSequencesThanThereAreMultiprocessors) {
   KVQ_NEEDS_CUDA();
   const c10::InferenceMode guard;

@@ -21,8 +21,8 @@ struct Tiling {
 
 // What is chosen for a launch.
 struct Plan {
-  KernelInstance instance, merge;
   Tiling tiling;
+  int head_tiles = 0;         // of sixteen heads, of a block
   int parts = 1, splits = 1;  // of the heads; of a sequence's tokens
   int64_t shared_bytes = 0;
 };
@@ -70,31 +70,23 @@ Plan PlanOf(const Codec& latents, const Codec& rotary_keys, const LatentAttentio
   // several blocks, whose tokens then come from the L2 cache but once.
   const int64_t room = CurrentDevice().block_shared, of_all = CurrentDevice().shared;
   Plan plan;
-  int head_tiles = 0;
-  const auto take = [&](int tiles_of_heads, std::initializer_list<Tiling> tilings) {
+  const auto take = [&](int head_tiles, std::initializer_list<Tiling> tilings) {
     for (const Tiling& tiling : tilings) {
-      const int64_t bytes = SharedBytes(latents, rotary_keys, args, tiles_of_heads, tiling);
-      if (head_tiles > 0 || bytes > room || tiling.blocks * (bytes + 1024) > of_all) continue;
-      head_tiles = tiles_of_heads, plan.tiling = tiling, plan.shared_bytes = bytes;
+      const int64_t bytes = SharedBytes(latents, rotary_keys, args, head_tiles, tiling);
+      if (plan.head_tiles > 0 || bytes > room || tiling.blocks * (bytes + 1024) > of_all) continue;
+      if (tiling.blocks > 1 && CurrentDevice().arch < 90) continue;  // registers are too few for some codecs, which EveryCard tells
+      plan.head_tiles = head_tiles, plan.tiling = tiling, plan.shared_bytes = bytes;
     }
   };
   if (args.heads <= 16) take(1, {{32, 3, 2}, {32, 2, 2}, {64, 3, 1}, {64, 2, 1}, {32, 3, 1}, {32, 2, 1}});
   if (args.heads > 32) take(4, {{64, 3, 1}, {64, 2, 1}, {32, 3, 1}, {32, 2, 1}});
   if (args.heads > 16) take(2, {{64, 3, 1}, {64, 2, 1}, {32, 3, 1}, {32, 2, 1}});
   take(1, {{32, 2, 1}});
-  if (head_tiles == 0) {
+  if (plan.head_tiles == 0) {
     throw InputError("attention over latents: two tiles of 32 tokens do not fit into ", room, " bytes of shared memory");
   }
-  plan.parts = static_cast<int>((args.heads + 16 * head_tiles - 1) / (16 * head_tiles));
+  plan.parts = static_cast<int>((args.heads + 16 * plan.head_tiles - 1) / (16 * plan.head_tiles));
   plan.splits = Splits(args, plan.parts, plan.tiling);
-  const bool bfloat16 = args.dtype == DType::kBFloat16;
-  plan.instance = {{"kernels/device/latent_attention.cuh", latents.device.source, rotary_keys.device.source},
-                   InstanceName("kvq::latent_attention::Kernel",
-                                InstanceName("kvq::latent_attention::Config", latents.device.type(args.latents.params, args.rank),
-                                             rotary_keys.device.type(args.rotary_keys.params, args.turned), args.rank, args.turned,
-                                             head_tiles, plan.tiling.tokens, plan.tiling.stages, plan.tiling.blocks),
-                                bfloat16)};
-  plan.merge = {{"kernels/device/latent_attention.cuh"}, InstanceName("kvq::latent_attention::MergeKernel", args.rank, bfloat16)};
   return plan;
 }
 
@@ -133,16 +125,25 @@ int64_t LatentAttentionWorkspace(const Codec& latents, const Codec& rotary_keys,
 void LatentAttention(const Codec& latents, const Codec& rotary_keys, const LatentAttentionArgs& args, void* stream) {
   CheckArgs(args);
   const Plan plan = PlanOf(latents, rotary_keys, args);
+  const bool bfloat16 = args.dtype == DType::kBFloat16;
+  const std::string config =
+      InstanceName("kvq::latent_attention::Config", latents.device.type(args.latents.params, args.rank),
+                   rotary_keys.device.type(args.rotary_keys.params, args.turned), args.rank, args.turned, plan.head_tiles,
+                   plan.tiling.tokens, plan.tiling.stages, plan.tiling.blocks);
   Launch("attention over latents",
-         {.instance = plan.instance,
+         {.instance = {{"kernels/device/latent_attention.cuh", latents.device.source, rotary_keys.device.source},
+                       InstanceName("kvq::latent_attention::Kernel", config, bfloat16)},
           .grid = static_cast<unsigned>(args.batch * plan.parts * plan.splits),
           .threads = kThreads,
           .shared_bytes = static_cast<size_t>(plan.shared_bytes)},
          stream, args, plan.parts, plan.splits);
   const int64_t chunks = (args.rank + kMergedChannels - 1) / kMergedChannels;
   Launch("attention over latents",
-         {.instance = plan.merge, .grid = static_cast<unsigned>(args.batch * args.heads * chunks), .threads = kThreads}, stream, args,
-         plan.splits);
+         {.instance = {{"kernels/device/latent_attention.cuh"},
+                       InstanceName("kvq::latent_attention::MergeKernel", args.rank, bfloat16)},
+          .grid = static_cast<unsigned>(args.batch * args.heads * chunks),
+          .threads = kThreads},
+         stream, args, plan.splits);
 }
 
 }  // namespace kvq

@@ -266,8 +266,10 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) Kernel(const __grid_cons
   const ptx::Shared base = ptx::SharedAddress(shared);
   LaunchDependents();
   WaitForPredecessors();
-  const SequenceLength* at = args.lengths + b;
-  const SequenceLength length = {__ldcg(&at->sinks), __ldcg(&at->encoded), __ldcg(&at->residual)};
+  SequenceLength length = args.length;
+  if (const SequenceLength* at = args.lengths + b; args.lengths != nullptr) {
+    length = {__ldcg(&at->sinks), __ldcg(&at->encoded), __ldcg(&at->residual)};
+  }
   if constexpr (C::kTurned % 16 != 0) {  // what fills up a row is 0
     for (int i = threadIdx.x; i < C::kScoresAt / 16; i += kThreads) reinterpret_cast<uint4*>(shared)[i] = {0, 0, 0, 0};
     __syncthreads();

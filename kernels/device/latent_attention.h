@@ -32,8 +32,9 @@ struct LatentAttentionArgs {
   float scale = 1;                       // of the logits
   LatentSide latents, rotary_keys;
   int64_t capacity = 0;                  // tokens that a launch may have to read: grids are sized by it
-  // [batch] in device memory; sinks and residual are 0 where nothing is encoded on either side.
+  // Sinks and residual are 0 where nothing is encoded on either side. [batch] in device memory, or null: all have `length`.
   const SequenceLength* lengths = nullptr;
+  SequenceLength length;
   // LatentAttentionWorkspace() bytes of device memory, 256-byte aligned, whatever is in them. Not to be shared by launches that
   // may overlap.
   void* workspace = nullptr;
