@@ -337,7 +337,7 @@ TEST_P(EveryCardEveryInstance, FitsLatents) {
   }
   AddLatents(all, "none+q8_0", 512, 64, 16, DType::kFloat16);
   for (const int64_t rank : {16, 64, 96}) AddLatents(all, "none", rank, 8, 4, DType::kBFloat16);
-  AddLatents(all, "int4-hqq", 64, 8, 4, DType::kFloat16);
+  for (const int64_t rank : {128, 256}) AddLatents(all, "int4-hqq+int8-hqq", rank, 64, 4, DType::kFloat16);
   ExpectFits(GetParam(), all.launches());
 }
 

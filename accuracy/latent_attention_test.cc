@@ -182,7 +182,11 @@ TEST(LatentAttentionGpu, EqualsAttentionOverDecodedTokens) {
     for (const int64_t heads : {3, 20, 128}) cases.push_back({spec, heads, 512, 64, {{8, 300, 128}, {0, 0, 1}, {3, 0, 0}, {0, 0, 0}}, at::kBFloat16});
     for (const int32_t encoded : {1, 31, 32, 33, 20000}) cases.push_back({spec, 16, 512, 64, {{4, encoded, 17}}, at::kHalf});
   }
-  cases.push_back({"int4-hqq", 4, 64, 8, {{2, 100, 16}}, at::kHalf});
+  for (const int64_t rank : {64, 128, 256}) {
+    cases.push_back({rank == 64 ? "int8-hqq" : "int4-hqq", 4, rank, 64, {{2, 100, 16}}, at::kHalf});
+    cases.push_back({"q8_0+int2-hqq", 4, rank, 64, {{2, 100, 16}}, at::kHalf});
+  }
+  cases.push_back({"int4-hqq+q4_0", 16, 512, 128, {{2, 100, 16}}, at::kHalf});
   CheckAll(cases);
 }
 
@@ -276,10 +280,11 @@ TEST(LatentAttentionGpu, ANaNReachesTheOutput) {
 }
 
 TEST(LatentAttention, RefusesWhatItHasNoKernelFor) {
-  const auto refusal = [](int64_t rank, int64_t turned, DType dtype) -> std::string {
+  const auto refusal = [](int64_t rank, int64_t turned, DType dtype, const char* scheme = "none") -> std::string {
     LatentAttentionArgs args{.dtype = dtype, .batch = 1, .heads = 16, .rank = rank, .turned = turned};
+    args.latents.params.group_size = FindScheme(scheme).keys.default_group;
     try {
-      LatentAttention(FindScheme("none").keys, FindScheme("none").values, args, nullptr);
+      LatentAttention(FindScheme(scheme).keys, FindScheme("none").values, args, nullptr);
     } catch (const InputError& error) {
       return error.what();
     }
@@ -289,6 +294,9 @@ TEST(LatentAttention, RefusesWhatItHasNoKernelFor) {
   EXPECT_EQ(refusal(1024, 64, DType::kFloat16), "attention over latents wants a rank that is a multiple of 16 up to 512, not 1024");
   EXPECT_EQ(refusal(512, 60, DType::kFloat16), "attention over latents wants rotary keys of a multiple of 8 channels up to 128, not 60");
   EXPECT_EQ(refusal(512, 64, DType::kFloat32), "attention over latents wants float16 or bfloat16");
+  EXPECT_EQ(refusal(512, 32, DType::kFloat16, "q8_0"),
+            "attention over encoded latents or rotary keys wants a rank of 64, 128, 256 or 512 and rotary keys of 64 or 128 channels, not 512 and 32");
+  EXPECT_EQ(refusal(64, 64, DType::kFloat16, "q4_0"), "attention over latents of 4 bits wants a rank that is a multiple of 128, not 64");
   const auto has = [](const char* name) { return HasLatentAttention(FindScheme(name).keys, FindScheme("none").values); };
   for (const char* name : {"none", "q8_0", "q4_0", "fp8-e4m3", "int4-hqq", "int8-hqq"}) EXPECT_TRUE(has(name)) << name;
   for (const char* name : {"kivi-4", "turboquant-k4"}) EXPECT_FALSE(has(name)) << name;

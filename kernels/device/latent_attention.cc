@@ -47,7 +47,7 @@ int64_t SharedBytes(const Codec& latents, const Codec& rotary_keys, const Latent
                         Up(StoredBytes(rotary_keys, args.rotary_keys.params, args.turned, tiling.tokens));
   const bool dense = latents.planes == nullptr && rotary_keys.planes == nullptr;
   return tiling.stages * stage + (dense ? 0 : Up(tokens * rank * 2) + Up(tokens * turned * 2)) + kShares * heads * (tokens + 8) * 4 +
-         heads * tokens * 2 + Up(heads * 4) + (head_tiles <= 2 ? 0 : heads * (rank + turned) * 2);
+         heads * tokens * 2 + Up(heads * 8) + (head_tiles <= 2 ? 0 : heads * (rank + turned) * 2);
 }
 
 // Blocks for each sequence and part of its heads: as many as run at a time, and no more than there are tiles.
@@ -66,6 +66,17 @@ Plan PlanOf(const Codec& latents, const Codec& rotary_keys, const LatentAttentio
   if (args.turned % 8 != 0 || args.turned < 8 || args.turned > 128) {
     throw InputError("attention over latents wants rotary keys of a multiple of 8 channels up to 128, not ", args.turned);
   }
+  const bool encodes[2] = {latents.planes != nullptr, rotary_keys.planes != nullptr};
+  const int low_bits = latents.bits == 8 ? 8 : latents.bits >= 4 ? 4 : 2;
+  const auto two_to = [](int64_t n) { return (n & (n - 1)) == 0; };
+  // A warp decodes whole words of codes, a quarter of a latent's.
+  if ((encodes[0] || encodes[1]) && (!two_to(args.rank) || args.rank < 64 || args.turned % 64 != 0)) {
+    throw InputError("attention over encoded latents or rotary keys wants a rank of 64, 128, 256 or 512 and rotary keys of 64 or 128 channels, not ",
+                     args.rank, " and ", args.turned);
+  }
+  if (encodes[0] && args.rank * low_bits % 512 != 0) {
+    throw InputError("attention over latents of ", latents.bits, " bits wants a rank that is a multiple of ", 512 / low_bits, ", not ", args.rank);
+  }
   // Sixteen heads are one tile of rows. Where a block's registers hold no more accumulators than those of 64, more are dealt to
   // several blocks, whose tokens then come from the L2 cache but once.
   const int64_t room = CurrentDevice().block_shared, of_all = CurrentDevice().shared;
@@ -74,7 +85,8 @@ Plan PlanOf(const Codec& latents, const Codec& rotary_keys, const LatentAttentio
     for (const Tiling& tiling : tilings) {
       const int64_t bytes = SharedBytes(latents, rotary_keys, args, head_tiles, tiling);
       if (plan.head_tiles > 0 || bytes > room || tiling.blocks * (bytes + 1024) > of_all) continue;
-      if (tiling.blocks > 1 && CurrentDevice().arch < 90) continue;  // registers are too few for some codecs, which EveryCard tells
+      // Registers are too few then, which EveryCard tells.
+      if (tiling.blocks > 1 && (CurrentDevice().arch < 90 || (latents.bits != 16 && latents.bits != low_bits))) continue;
       plan.head_tiles = head_tiles, plan.tiling = tiling, plan.shared_bytes = bytes;
     }
   };

@@ -4,11 +4,12 @@
 // channels in 16 bits, is 1152 bytes, and 16 heads do 2 (576 + 512) 16 = 35 kFLOP with it, 30 a byte; of DeepSeek-V3's 128 heads it
 // is 278 kFLOP, 242 a byte: at 4.6 TB/s more than an H200's tensor cores do. How it gets there:
 //
-// - A tile of tokens is brought to shared memory by cp.async, decoded there once, to 16-bit numbers of the type that is computed in,
-//   and read twice: row by row as keys, and transposed, without the rotary part, as values. Heads are the rows of both products.
-// - An accumulator of sixteen heads is 16 x 512 float32, more than a warp's registers: eight warps have an eighth of its channels
-//   each. Of the scores each has a quarter of the channels and half of the tokens, so that its share of the queries stays in
-//   registers; the quarters are added in shared memory.
+// - A tile of tokens is brought to shared memory by cp.async and read twice there: row by row as keys, and transposed, without the
+//   rotary part, as values. Heads are the rows of both products.
+// - Of the scores each of eight warps has a quarter of the channels and half of the tokens, so that its share of the queries stays
+//   in registers; the quarters are added in shared memory. Codes are decoded on the way, once, to 16-bit numbers of the type that is
+//   computed in: rows lie such that a lane's words (code_row.h) become its operands, and it writes them down for the values.
+// - An accumulator of sixteen heads is 16 x 512 float32, more than a warp's registers: each warp has an eighth of its channels.
 // - The tokens of a sequence are dealt to blocks; a second kernel adds what they leave, on as many multiprocessors as there are:
 //   sixteen heads of 132 blocks are 4 MB.
 //
@@ -103,27 +104,33 @@ struct Config {
   static_assert(kRank % 16 == 0 && kTurned % 8 == 0 && kTile % 32 == 0);
   static constexpr bool kDense = L::kDense && T::kDense;
   static constexpr int kHeads = 16 * kHeadTiles;
-  static constexpr int kSteps = (kRank + Padded(kTurned)) / 16;  // of a product over a key's channels
-  static constexpr int kOwnSteps = (kSteps + kShares - 1) / kShares;  // of a warp: step share + 4 i
+  // Steps of a product over a key's channels; of a share of the latent, which are neighbours, and of the rotary key, every fourth.
+  static constexpr int kLatentSteps = (kRank / 16 + kShares - 1) / kShares, kAllRotary = Padded(kTurned) / 16;
+  static constexpr int kRotarySteps = (kAllRotary + kShares - 1) / kShares, kOwnSteps = kLatentSteps + kRotarySteps;
+  static constexpr int kSteps = kRank / 16 + kAllRotary;
+  // Whether a lane finds all of its rows by Further.
+  static constexpr bool kEven = kWhole<kRank> && kWhole<kTurned> && (kLatentSteps & (kLatentSteps - 1)) == 0;
+  static_assert(kEven || (L::kDense && T::kDense), "shares of codes are whole words");
   static constexpr int kTokenTiles = kTile / 16;  // columns by eights of a warp's scores, those of half a tile
   static constexpr int kPairs = (kRank / 16 + kWarps - 1) / kWarps;  // of eights of a warp's channels of the output
   static constexpr bool kHoldsQueries = kHeadTiles <= 2;  // in registers
-  // Shared memory: stages, the tile of numbers, scores [share, head, token], weights [head, token], factors [head], queries.
+  // Shared memory: stages, a tile of numbers, scores [share, head, token], weights [head, token], references m and factors [2, head],
+  // queries.
   static constexpr int kStage = Up(L::kStored) + Up(T::kStored);
   static constexpr int kNumbersAt = kStages * kStage;
   static constexpr int kScoresAt = kNumbersAt + (kDense ? 0 : Up(L::kNumbers) + Up(T::kNumbers));
   static constexpr int kScoreRow = kTile + 8;  // floats: lanes of a store in different banks
   static constexpr int kWeightsAt = kScoresAt + kShares * kHeads * kScoreRow * 4;
-  static constexpr int kFactorsAt = kWeightsAt + kHeads * kTile * 2;
-  static constexpr int kQueriesAt = kFactorsAt + Up(kHeads * 4);
+  static constexpr int kReferencesAt = kWeightsAt + kHeads * kTile * 2;
+  static constexpr int kQueriesAt = kReferencesAt + Up(kHeads * 8);
   static constexpr int kSharedBytes = kQueriesAt + (kHoldsQueries ? 0 : kHeads * kSteps * 32);
 };
 
 // Rows of a tile, from `rows` on, `stride` elements apart; zeros from row `left` on.
 template <int kChannels, int kTile>
-__device__ __forceinline__ void CopyNumbers(ptx::Shared to, const uint16_t* rows, int64_t stride, int left) {
+__device__ __forceinline__ void CopyNumbers(ptx::Shared to, const uint16_t* rows, int64_t stride, int left, int thread) {
   constexpr int kGranules = kChannels / 8, kStep = kThreads / kGranules;  // of a row; rows that the threads copy at a time
-  const int first = static_cast<int>(threadIdx.x) / kGranules, granule = static_cast<int>(threadIdx.x) % kGranules;
+  const int first = thread / kGranules, granule = thread % kGranules;
   const ptx::Shared own = GranuleAt<kChannels>(first, granule);
   const uint16_t* from = rows + first * stride + granule * 8;
 #pragma unroll
@@ -145,18 +152,19 @@ __device__ __forceinline__ const uint16_t* RowOf(const DenseView& view, int b, i
 
 // Tile number `tile` of the tokens behind the sinks, as it is stored; encoded ones, where P encodes.
 template <class P, int kDim, int kTile>
-__device__ __forceinline__ void CopyStored(const LatentSide& side, const SequenceLength& length, int b, int tile, ptx::Shared to) {
+__device__ __forceinline__ void CopyStored(const LatentSide& side, const SequenceLength& length, int b, int tile, ptx::Shared to,
+                                           int thread) {
   const int first = tile * kTile, left = length.encoded - first;
   if constexpr (P::kDense) {
-    CopyNumbers<kDim, kTile>(to, RowOf(side.tokens, b, length.sinks + first), side.tokens.token_stride, left);
+    CopyNumbers<kDim, kTile>(to, RowOf(side.tokens, b, length.sinks + first), side.tokens.token_stride, left, thread);
   } else {
 #pragma unroll
     for (int p = 0; p <= P::kPlanesBehind; ++p) {
-      const int bytes = P::Bytes(p), granules = kTile * bytes / 16, own = static_cast<int>(threadIdx.x) * 16;
+      const int bytes = P::Bytes(p), granules = kTile * bytes / 16, own = thread * 16;
       const std::byte* from = side.codes.planes[p] + b * side.codes.plane_stride[p] + static_cast<int64_t>(first) * bytes + own;
 #pragma unroll
       for (int i = 0; i < (granules + kThreads - 1) / kThreads; ++i) {
-        if (granules % kThreads != 0 && i * kThreads + static_cast<int>(threadIdx.x) >= granules) break;
+        if (granules % kThreads != 0 && i * kThreads + thread >= granules) break;
         const int further = i * kThreads * 16;  // bytes
         const int row = further % bytes == 0 ? own / bytes + further / bytes : (own + further) / bytes;
         const int at = bytes % 16 == 0 ? own + further + row * (Stride(bytes) - bytes) : own + further;
@@ -166,92 +174,62 @@ __device__ __forceinline__ void CopyStored(const LatentSide& side, const Sequenc
   }
 }
 
-// A tile of codes at `from` as 16-bit numbers at `to`, and zeros from token `valid` on. Neighbouring lanes have neighbouring tokens.
-template <class P, int kDim, int kTile, bool kBFloat16>
-__device__ __forceinline__ void DecodeTile(const std::byte* from, std::byte* to, int valid) {
-  constexpr int kWords = P::kRow / 16, kVector = kWords % 4 == 0 ? 4 : kWords % 2 == 0 ? 2 : 1;  // of a chunk; that are read at once
-  constexpr int kFields = 16 / P::kBits, kRun = 128 / P::kBits, kSpan = kVector * kRun;          // channels that one read covers
-  constexpr int kSpanGroups = std::max(kSpan / P::kGroup, 1), kUnits = kTile * (kWords / kVector);
-  static_assert(kSpan % P::kGroup == 0 || P::kGroup % kSpan == 0);
+// ---- codes of a tile as it is stored
+
+template <class P>
+__device__ __forceinline__ GroupScale GroupAt(const std::byte* tile, int token, int group) {
   constexpr int kMetaPlane = P::kOdd > 0 ? 2 : 1;
-#pragma unroll 1
-  for (int n = threadIdx.x; n < kUnits; n += kThreads) {
-    const int token = n % kTile, unit = n / kTile;
-    const auto store = [&](int granule, uint4 numbers) {
-      *reinterpret_cast<uint4*>(to + GranuleAt<kDim>(token, unit * (kSpan / 8) + granule)) = numbers;
-    };
-    if (token >= valid) {
+  uint32_t meta[std::max(P::kPlanes, 1)][1] = {};
 #pragma unroll
-      for (int granule = 0; granule < kSpan / 8; ++granule) store(granule, {0, 0, 0, 0});
-      continue;
+  for (int p = 0; p < P::kPlanes; ++p) {
+    const std::byte* at = tile + P::PlaneAt(kMetaPlane + p) + token * Stride(P::kMeta) + group * P::kMetaBytes;
+    if constexpr (P::kMetaBytes == 1) meta[p][0] = *reinterpret_cast<const uint8_t*>(at);
+    if constexpr (P::kMetaBytes == 2) meta[p][0] = *reinterpret_cast<const uint16_t*>(at);
+    if constexpr (P::kMetaBytes == 4) meta[p][0] = *reinterpret_cast<const uint32_t*>(at);
+  }
+  return GroupScaleOf<P>(meta);
+}
+
+// The pairs of numbers, neighbouring channels, that word `at` of a token's row is: field f those of half f % 2 of step f / 2. The
+// first field is in group `group` of those of `groups`.
+template <class P, int kDim, bool kBFloat16, int kGroups>
+__device__ __forceinline__ void Decode(const std::byte* tile, int token, int at, uint32_t word, const GroupScale (&groups)[kGroups],
+                                       int channel, bool there, uint32_t (&numbers)[16 / P::kBits]) {
+  constexpr int kFields = 16 / P::kBits;
+  OddWords<P::kOdd> odd = {};
+#pragma unroll
+  for (int i = 0; i < P::kOdd; ++i) {
+    const std::byte* bits = tile + P::PlaneAt(1) + token * Stride(P::kOddRow) + i * (kDim / 8);
+    if constexpr (P::kBits == 4) {
+      const uint32_t byte = reinterpret_cast<const uint8_t*>(bits)[at];
+      odd[i] = byte | byte << 12;
+    } else {
+      odd[i] = ptx::PickBytes(reinterpret_cast<const uint16_t*>(bits)[at], 0, 0x4140);
     }
-    GroupScale groups[kSpanGroups];
+  }
+  P::Unpack(word, odd, numbers);
+  if constexpr (P::kMayBreak) {  // codes of 8 bits, NaN among them: bytes `field` and `field` + 2
+    if (const uint32_t broken = P::Broken(word) & 0x80808080u; broken != 0) {
 #pragma unroll
-    for (int i = 0; i < kSpanGroups; ++i) {
-      uint32_t meta[std::max(P::kPlanes, 1)][1] = {};
-#pragma unroll
-      for (int p = 0; p < P::kPlanes; ++p) {
-        const std::byte* at = from + P::PlaneAt(kMetaPlane + p) + token * Stride(P::kMeta) + (unit * kSpan / P::kGroup + i) * P::kMetaBytes;
-        if constexpr (P::kMetaBytes == 1) meta[p][0] = *reinterpret_cast<const uint8_t*>(at);
-        if constexpr (P::kMetaBytes == 2) meta[p][0] = *reinterpret_cast<const uint16_t*>(at);
-        if constexpr (P::kMetaBytes == 4) meta[p][0] = *reinterpret_cast<const uint32_t*>(at);
+      for (int field = 0; field < 2; ++field) {
+        numbers[field] |= (broken >> (7 + 8 * field) & 1) * 0x7E00u | (broken >> (23 + 8 * field) & 1) * 0x7E000000u;
       }
-      groups[i] = GroupScaleOf<P>(meta);
     }
-    uint32_t words[4][kVector];
+  }
 #pragma unroll
-    for (int chunk = 0; chunk < 4; ++chunk) {
-      ptx::LoadShared(ptx::SharedAddress(from + token * Stride(P::kRow) + (chunk * kWords + unit * kVector) * 4), words[chunk]);
+  for (int field = 0; field < kFields; ++field) {
+    const GroupScale& group = groups[kGroups == 1 ? 0 : (channel + 8 * field) / P::kGroup];
+    // A power of two: what a field's number has too little.
+    const float unit = P::kUnit / (P::kPoisons ? 256.0f : 1.0f) / static_cast<float>(1 << P::FieldShift(field));
+    float x[2];
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      const float number = ptx::HalfAt(numbers[field], side);
+      if constexpr (P::kCentred) x[side] = number * (unit * group.scale);
+      else if constexpr (P::kZero == Zero::kOfCodes) x[side] = fmaf(number, unit, -group.zero) * group.scale;
+      else x[side] = fmaf(number, unit * group.scale, -group.zero);
     }
-#pragma unroll
-    for (int w = 0; w < kVector; ++w) {
-      uint32_t pairs[4][kFields];
-#pragma unroll
-      for (int chunk = 0; chunk < 4; ++chunk) {
-        OddWords<P::kOdd> odd = {};
-#pragma unroll
-        for (int i = 0; i < P::kOdd; ++i) {
-          const std::byte* bits = from + P::PlaneAt(1) + token * Stride(P::kOddRow) + i * (kDim / 8);
-          const int at = chunk * kWords + unit * kVector + w;
-          if constexpr (P::kBits == 4) {
-            const uint32_t byte = reinterpret_cast<const uint8_t*>(bits)[at];
-            odd[i] = byte | byte << 12;
-          } else {
-            odd[i] = ptx::PickBytes(reinterpret_cast<const uint16_t*>(bits)[at], 0, 0x4140);
-          }
-        }
-        P::Unpack(words[chunk][w], odd, pairs[chunk]);
-        if constexpr (P::kMayBreak) {  // codes of 8 bits, NaN among them: bytes `field` and `field` + 2
-          if (const uint32_t broken = P::Broken(words[chunk][w]) & 0x80808080u; broken != 0) {
-#pragma unroll
-            for (int field = 0; field < 2; ++field) {
-              pairs[chunk][field] |= (broken >> (7 + 8 * field) & 1) * 0x7E00u | (broken >> (23 + 8 * field) & 1) * 0x7E000000u;
-            }
-          }
-        }
-      }
-#pragma unroll
-      for (int field = 0; field < kFields; ++field) {
-        const GroupScale& group = groups[kSpanGroups == 1 ? 0 : (w * kRun + 8 * field) / P::kGroup];
-        // A power of two: what a field's number has too little.
-        const float unit_of = P::kUnit / (P::kPoisons ? 256.0f : 1.0f) / static_cast<float>(1 << P::FieldShift(field));
-        uint32_t packed[4];
-#pragma unroll
-        for (int chunk = 0; chunk < 4; ++chunk) {
-          float x[2];
-#pragma unroll
-          for (int side = 0; side < 2; ++side) {
-            const float number = ptx::HalfAt(pairs[chunk][field], side);
-            if constexpr (P::kCentred) x[side] = number * (unit_of * group.scale);
-            else if constexpr (P::kZero == Zero::kOfCodes) x[side] = fmaf(number, unit_of, -group.zero) * group.scale;
-            else x[side] = fmaf(number, unit_of * group.scale, -group.zero);
-          }
-          packed[chunk] = kBFloat16 ? ptx::PackBFloat16(x[0], x[1]) : ptx::PackHalf(x[0], x[1]);
-        }
-        store(w * (kRun / 8) + field, {packed[0], packed[1], packed[2], packed[3]});
-      }
-      __syncwarp(__activemask());  // word by word: otherwise registers are too few
-    }
+    numbers[field] = !there ? 0 : kBFloat16 ? ptx::PackBFloat16(x[0], x[1]) : ptx::PackHalf(x[0], x[1]);
   }
 }
 
@@ -282,8 +260,10 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) Kernel(const __grid_cons
   const int first = cut(split), end = cut(split + 1);
   const auto copy_tile = [&](int tile) {
     const ptx::Shared to = base + (tile - first) % C::kStages * C::kStage;
-    CopyStored<typename C::L, C::kRank, C::kTile>(args.latents, length, b, tile, to);
-    CopyStored<typename C::T, C::kTurned, C::kTile>(args.rotary_keys, length, b, tile, to + Up(C::L::kStored));
+    int sequence = b, thread = static_cast<int>(threadIdx.x);
+    asm volatile("" : "+r"(sequence), "+r"(thread));  // places are found anew for every tile: registers are few
+    CopyStored<typename C::L, C::kRank, C::kTile>(args.latents, length, sequence, tile, to, thread);
+    CopyStored<typename C::T, C::kTurned, C::kTile>(args.rotary_keys, length, sequence, tile, to + Up(C::L::kStored), thread);
   };
   // Returns how many tokens there are.
   const auto copy_dense = [&](int unit) {
@@ -292,7 +272,7 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) Kernel(const __grid_cons
     const auto copy = [&]<class P, int kDim>(const LatentSide& side, ptx::Shared to, P*, std::integral_constant<int, kDim>) {
       const DenseView& view = P::kDense ? side.tokens : sinks ? side.sinks : side.residual;
       const int row = P::kDense && !sinks ? length.sinks + length.encoded + token : token;
-      CopyNumbers<kDim, C::kTile>(to, RowOf(view, b, row), view.token_stride, left);
+      CopyNumbers<kDim, C::kTile>(to, RowOf(view, b, row), view.token_stride, left, static_cast<int>(threadIdx.x));
     };
     copy(args.latents, base + C::kNumbersAt, static_cast<typename C::L*>(nullptr), std::integral_constant<int, C::kRank>());
     copy(args.rotary_keys, base + C::kNumbersAt + Up(C::L::kNumbers), static_cast<typename C::T*>(nullptr),
@@ -314,6 +294,13 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) Kernel(const __grid_cons
     const int64_t row = static_cast<int64_t>(b) * all_heads + first_head + head;
     return __ldcg(reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(args.queries) + row * (C::kRank + C::kTurned) + channel));
   };
+  // Number i of this warp's steps, those of the latent first; kSteps where it has none.
+  const auto step_of = [&](int i) {
+    const bool turns = i >= C::kLatentSteps;
+    const int step = turns ? share + kShares * (i - C::kLatentSteps) : share * C::kLatentSteps + i;
+    if (turns) return step < C::kAllRotary ? C::kRank / 16 + step : C::kSteps;
+    return step < C::kRank / 16 ? step : C::kSteps;
+  };
   uint32_t q[C::kHoldsQueries ? C::kHeadTiles : 1][C::kHoldsQueries ? C::kOwnSteps : 1][4];
   if constexpr (C::kHoldsQueries) {
 #pragma unroll
@@ -321,7 +308,7 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) Kernel(const __grid_cons
 #pragma unroll
       for (int i = 0; i < C::kOwnSteps; ++i) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) q[ht][i][j] = query(16 * ht + g + j % 2 * 8, 16 * (share + kShares * i) + 2 * t + j / 2 * 8);
+        for (int j = 0; j < 4; ++j) q[ht][i][j] = query(16 * ht + g + j % 2 * 8, 16 * step_of(i) + 2 * t + j / 2 * 8);
       }
     }
   } else {
@@ -332,14 +319,10 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) Kernel(const __grid_cons
     }
   }
 
-  // Where a lane finds its rows of keys, of queries, of values, of weights.
-  const int key_row = half * (C::kTile / 2) + lane / 16 * 8 + lane % 8, key_side = lane / 8 % 2;
-  const ptx::Shared own_key = GranuleAt<C::kRank>(key_row, 2 * share + key_side), own_rotary = GranuleAt<C::kTurned>(key_row, 2 * share + key_side);
-  const ptx::Shared own_query = base + C::kQueriesAt + GranuleAt<C::kSteps * 16>(lane % 16, 2 * share + lane / 16);
-  const ptx::Shared own_value = GranuleAt<C::kRank>(lane % 16, 2 * C::kPairs * warp + lane / 16);
-  const ptx::Shared own_weight = base + C::kWeightsAt + GranuleAt<C::kTile>(lane % 16, lane / 16);
   float* scores = reinterpret_cast<float*>(shared + C::kScoresAt);
-  float* factors = reinterpret_cast<float*>(shared + C::kFactorsAt);
+  float* references = reinterpret_cast<float*>(shared + C::kReferencesAt);
+  float* factors = references + C::kHeads;
+  if (threadIdx.x < C::kHeads) references[threadIdx.x] = kNoReference;  // seen behind the barrier that the first tile has
   float o[C::kHeadTiles][2 * C::kPairs][4];  // of heads g and g + 8: channels 2 t, 2 t + 1 of eights
 #pragma unroll
   for (int ht = 0; ht < C::kHeadTiles; ++ht) {
@@ -348,56 +331,153 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) Kernel(const __grid_cons
   }
   constexpr int kRows = 2 * C::kHeadTiles;  // heads whose weights a warp makes
   constexpr int kOwn = C::kTile / 32;       // tokens of a lane there
-  float m[kRows], l[kRows];                 // l: a lane's share
+  float l[kRows];                           // a lane's share
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) m[r] = kNoReference, l[r] = 0;
+  for (int r = 0; r < kRows; ++r) l[r] = 0;
   const float to_base2 = args.scale * kLog2E;
 
-  // Of a tile of 16-bit numbers that all threads see, `valid` tokens of it.
-  const auto attend = [&](ptx::Shared latents, ptx::Shared rotary_keys, int valid) {
+  // Of a tile that all threads see, `valid` tokens of it: 16-bit numbers at `latents` and `rotary_keys`; or codes in `stage`, where
+  // they are decoded, latents to `latents`.
+  const auto attend = [&]<bool kLatentCodes, bool kRotaryCodes>(ptx::Shared latents, ptx::Shared rotary_keys, const std::byte* stage,
+                                                                int valid, std::bool_constant<kLatentCodes>,
+                                                                std::bool_constant<kRotaryCodes>) {
+    // What a thread is, and where its rows are, it finds anew for every tile: registers are few.
+    int thread = static_cast<int>(threadIdx.x);
+    asm volatile("" : "+r"(thread));
     {
+      const int place = thread % 32, g = place / 4, t = place % 4, share = thread / 32 % kShares, half = thread / 32 / kShares;
+      // Its rows of keys, of queries; and of codes its token, the first of eight by eight.
+      const int key_row = half * (C::kTile / 2) + place / 16 * 8 + place % 8, key_side = place / 8 % 2;
+      const ptx::Shared own_key = GranuleAt<C::kRank>(key_row, 2 * share * C::kLatentSteps + key_side);
+      const ptx::Shared own_rotary = GranuleAt<C::kTurned>(key_row, 2 * share + key_side);
+      const ptx::Shared own_query = base + C::kQueriesAt + GranuleAt<C::kSteps * 16>(place % 16, 2 * share * C::kLatentSteps + place / 16);
+      const ptx::Shared own_turned_query = base + C::kQueriesAt + GranuleAt<C::kSteps * 16>(place % 16, C::kRank / 8 + 2 * share + place / 16);
+      const int coded_row = half * (C::kTile / 2) + g;
       float x[C::kHeadTiles][C::kTokenTiles][4];
 #pragma unroll
       for (int ht = 0; ht < C::kHeadTiles; ++ht) {
 #pragma unroll
         for (int n = 0; n < C::kTokenTiles; ++n) x[ht][n][0] = x[ht][n][1] = x[ht][n][2] = x[ht][n][3] = 0;
       }
-#pragma unroll
-      for (int i = 0; i < C::kOwnSteps; ++i) {
-        const int step = share + kShares * i;
-        if (C::kSteps % kShares != 0 && step >= C::kSteps) break;
-        uint32_t a[C::kHeadTiles][4];
+      // The queries of the warp's step i times keys (n, j): half j of the step's channels, of eight tokens n.
+      const auto multiply = [&](int i, const auto& key) {
 #pragma unroll
         for (int ht = 0; ht < C::kHeadTiles; ++ht) {
+          uint32_t a[4];
           if constexpr (C::kHoldsQueries) {
 #pragma unroll
-            for (int j = 0; j < 4; ++j) a[ht][j] = q[ht][i][j];
+            for (int j = 0; j < 4; ++j) a[j] = q[ht][i][j];
+          } else if constexpr (C::kEven && kWhole<C::kSteps * 16>) {
+            ptx::LoadMatrices(i < C::kLatentSteps ? Further<C::kSteps * 16>(own_query, 16 * ht, 2 * i)
+                                                  : Further<C::kSteps * 16>(own_turned_query, 16 * ht, 8 * (i - C::kLatentSteps)), a);
           } else {
-            ptx::LoadMatrices(kWhole<C::kSteps * 16> ? Further<C::kSteps * 16>(own_query, 16 * ht, 8 * i)
-                                                     : base + C::kQueriesAt + GranuleAt<C::kSteps * 16>(16 * ht + lane % 16, 2 * step + lane / 16),
-                              a[ht]);
+            ptx::LoadMatrices(base + C::kQueriesAt + GranuleAt<C::kSteps * 16>(16 * ht + place % 16, 2 * step_of(i) + place / 16), a);
+          }
+#pragma unroll
+          for (int n = 0; n < C::kTokenTiles; ++n) {
+            const uint32_t columns[2] = {key(n, 0), key(n, 1)};
+            Mma<kBFloat16>(x[ht][n], a[0], a[1], a[2], a[3], columns);
           }
         }
+      };
+      // Of numbers in shared memory.
+      const auto multiply_numbers = [&](int i) {
+        if (!C::kEven && step_of(i) >= C::kSteps) return;
+        uint32_t k[C::kTokenTiles / 2][4];
 #pragma unroll
         for (int n = 0; n < C::kTokenTiles; n += 2) {
-          uint32_t k[4];
-          if constexpr (kWhole<C::kRank> && kWhole<C::kTurned>) {
-            constexpr int kOfLatents = C::kRank / 16 / kShares;
-            ptx::LoadMatrices(i < kOfLatents ? Further<C::kRank>(latents + own_key, 8 * n, 8 * i)
-                                             : Further<C::kTurned>(rotary_keys + own_rotary, 8 * n, 8 * (i - kOfLatents)), k);
+          const bool turns = i >= C::kLatentSteps;
+          if constexpr (C::kEven) {
+            ptx::LoadMatrices(turns ? Further<C::kTurned>(rotary_keys + own_rotary, 8 * n, 8 * (i - C::kLatentSteps))
+                                    : Further<C::kRank>(latents + own_key, 8 * n, 2 * i), k[n / 2]);
           } else {
-            ptx::LoadMatrices(step >= C::kRank / 16 ? rotary_keys + GranuleAt<C::kTurned>(key_row + 8 * n, 2 * (step - C::kRank / 16) + key_side)
-                                                    : latents + GranuleAt<C::kRank>(key_row + 8 * n, 2 * step + key_side), k);
+            ptx::LoadMatrices(turns ? rotary_keys + GranuleAt<C::kTurned>(key_row + 8 * n, 2 * (step_of(i) - C::kRank / 16) + key_side)
+                                    : latents + GranuleAt<C::kRank>(key_row + 8 * n, 2 * step_of(i) + key_side), k[n / 2]);
+          }
+        }
+        multiply(i, [&](int n, int j) { return k[n / 2][n % 2 * 2 + j]; });
+      };
+      if constexpr (!C::L::kDense) {  // of a lambda's own condition alone all would be compiled
+        if constexpr (kLatentCodes) {
+          using P = typename C::L;
+          // Words of a chunk; a share's; that are read at once; and channels of a share.
+          constexpr int kWords = P::kRow / 16, kOwnWords = kWords / kShares, kVector = std::min(kOwnWords, P::kBits == 4 && P::kOdd == 0 && C::kHoldsQueries ? 4 : 2), kChannels = C::kRank / kShares;
+          constexpr int kFields = 16 / P::kBits, kRun = 128 / P::kBits;
+          // Groups that are not larger than a word's channels are looked up with it, others before.
+          constexpr bool kEach = P::kGroup <= kRun;
+          constexpr int kGroups = std::max((kEach ? kRun : kChannels) / P::kGroup, 1);
+          static_assert(kWords % kShares == 0 && kOwnWords % kVector == 0 && (kChannels % P::kGroup == 0 || P::kGroup % kChannels == 0));
+          const ptx::Shared own_number = latents + GranuleAt<C::kRank>(coded_row, 2 * share * C::kLatentSteps) + 4 * t;
+          GroupScale groups[C::kTokenTiles][kGroups];
+          const auto look_up = [&](int n, int channel) {
+#pragma unroll
+            for (int i = 0; i < kGroups; ++i) groups[n][i] = GroupAt<P>(stage, coded_row + 8 * n, (share * kChannels + channel) / P::kGroup + i);
+          };
+#pragma unroll
+          for (int n = 0; n < C::kTokenTiles; ++n) {
+            if (!kEach) look_up(n, 0);
           }
 #pragma unroll
-          for (int ht = 0; ht < C::kHeadTiles; ++ht) {
+          for (int first = 0; first < kOwnWords; first += kVector) {
+            uint32_t words[C::kTokenTiles][kVector];
+            const int at = t * kWords + share * kOwnWords + first;
 #pragma unroll
-            for (int j = 0; j < 2; ++j) {
-              const uint32_t columns[2] = {k[2 * j], k[2 * j + 1]};
-              Mma<kBFloat16>(x[ht][n + j], a[ht][0], a[ht][1], a[ht][2], a[ht][3], columns);
+            for (int n = 0; n < C::kTokenTiles; ++n) {
+              ptx::LoadShared(ptx::SharedAddress(stage + (coded_row + 8 * n) * Stride(P::kRow) + at * 4), words[n]);
+            }
+#pragma unroll
+            for (int w = 0; w < kVector; ++w) {
+              uint32_t numbers[C::kTokenTiles][kFields];
+#pragma unroll
+              for (int n = 0; n < C::kTokenTiles; ++n) {
+                if (kEach) look_up(n, (first + w) * kRun);
+                Decode<P, C::kRank, kBFloat16>(stage, coded_row + 8 * n, at + w, words[n][w], groups[n], kEach ? 0 : (first + w) * kRun,
+                                               coded_row + 8 * n < valid, numbers[n]);
+#pragma unroll
+                for (int field = 0; field < kFields; ++field) {
+                  ptx::StoreShared(Further<C::kRank>(own_number, 8 * n, (first + w) * kFields + field), numbers[n][field]);
+                }
+              }
+#pragma unroll
+              for (int s = 0; s < kFields / 2; ++s) {
+                multiply((first + w) * (kFields / 2) + s, [&](int n, int j) { return numbers[n][2 * s + j]; });
+              }
             }
           }
         }
+      }
+      if constexpr (!kLatentCodes) {
+#pragma unroll
+        for (int i = 0; i < C::kLatentSteps; ++i) multiply_numbers(i);
+      }
+#pragma unroll
+      for (int i = 0; i < C::kRotarySteps; ++i) {
+        if constexpr (!C::T::kDense) {
+          if constexpr (kRotaryCodes) {
+            using P = typename C::T;
+            constexpr int kWords = P::kRow / 16, kFields = 16 / P::kBits, kRun = 128 / P::kBits, kGroups = std::max(kRun / P::kGroup, 1);
+            static_assert(kWords >= 1 && C::kAllRotary % kShares == 0 && (kRun % P::kGroup == 0 || P::kGroup % kRun == 0));
+            const int step = share + kShares * i, w = step / (kFields / 2), of_word = step % (kFields / 2);
+            uint32_t pairs[C::kTokenTiles][2];
+#pragma unroll
+            for (int n = 0; n < C::kTokenTiles; ++n) {
+              const int token = coded_row + 8 * n, at = t * kWords + w;
+              const std::byte* tile = stage + Up(C::L::kStored);
+              GroupScale groups[kGroups];
+#pragma unroll
+              for (int group = 0; group < kGroups; ++group) groups[group] = GroupAt<P>(tile, token, w * kRun / P::kGroup + group);
+              uint32_t word[1], numbers[kFields];
+              ptx::LoadShared(ptx::SharedAddress(tile + token * Stride(P::kRow) + at * 4), word);
+              Decode<P, C::kTurned, kBFloat16>(tile, token, at, word[0], groups, 0, token < valid, numbers);
+#pragma unroll
+              for (int s = 0; s < kFields / 2; ++s) {
+                if (s == 0 || s == of_word) pairs[n][0] = numbers[2 * s], pairs[n][1] = numbers[2 * s + 1];
+              }
+            }
+            multiply(C::kLatentSteps + i, [&](int n, int j) { return pairs[n][j]; });
+          }
+        }
+        if constexpr (!kRotaryCodes) multiply_numbers(C::kLatentSteps + i);
       }
 #pragma unroll
       for (int ht = 0; ht < C::kHeadTiles; ++ht) {
@@ -411,6 +491,8 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) Kernel(const __grid_cons
     }
     __syncthreads();
 
+    asm volatile("" : "+r"(thread));
+    const int lane = thread % 32, warp = thread / 32, g = lane / 4;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int head = warp * kRows + r;
@@ -428,19 +510,24 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) Kernel(const __grid_cons
       for (int i = 1; i < kOwn; ++i) top = fmaxf(top, x[i]);
 #pragma unroll
       for (int lanes = 16; lanes > 0; lanes /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, lanes));
-      top = fmaxf(top, m[r]);
-      const float factor = ptx::Exp2(m[r] - top);
-      m[r] = top, l[r] *= factor;
+      const float before = references[head];
+      top = fmaxf(top, before);
+      const float factor = ptx::Exp2(before - top);
+      l[r] *= factor;
 #pragma unroll
       for (int i = 0; i < kOwn; ++i) x[i] = ptx::Exp2(x[i] - top), l[r] += x[i];
       std::byte* to = shared + C::kWeightsAt + GranuleAt<C::kTile>(head, kOwn * lane / 8) + kOwn * lane % 8 * 2;
       const uint32_t pair = kBFloat16 ? ptx::PackBFloat16(x[0], x[kOwn - 1]) : ptx::PackHalf(x[0], x[kOwn - 1]);
       if constexpr (kOwn == 2) *reinterpret_cast<uint32_t*>(to) = pair;
       else *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(pair);
-      if (lane == 0) factors[head] = factor;
+      __syncwarp();  // all lanes have seen the reference before
+      if (lane == 0) references[head] = top, factors[head] = factor;
     }
     static_assert(kOwn <= 2);
     __syncthreads();
+
+    const ptx::Shared own_value = latents + GranuleAt<C::kRank>(lane % 16, 2 * C::kPairs * warp + lane / 16);
+    const ptx::Shared own_weight = base + C::kWeightsAt + GranuleAt<C::kTile>(lane % 16, lane / 16);
 
 #pragma unroll
     for (int ht = 0; ht < C::kHeadTiles; ++ht) {
@@ -462,7 +549,7 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) Kernel(const __grid_cons
         if (C::kRank / 16 % kWarps != 0 && pair >= C::kRank / 16) break;
         uint32_t v[4];
         ptx::LoadMatricesTransposed(kWhole<C::kRank> && 2 * C::kPairs % 8 == 0
-                                        ? Further<C::kRank>(latents + own_value, 16 * step, 2 * p)
+                                        ? Further<C::kRank>(own_value, 16 * step, 2 * p)
                                         : latents + GranuleAt<C::kRank>(16 * step + lane % 16, 2 * pair + lane / 16), v);
 #pragma unroll
         for (int ht = 0; ht < C::kHeadTiles; ++ht) {
@@ -487,7 +574,7 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) Kernel(const __grid_cons
         ptx::CopyWait<0>();
       }
       __syncthreads();
-      attend(base + C::kNumbersAt, base + C::kNumbersAt + Up(C::L::kNumbers), dense_left);
+      attend(base + C::kNumbersAt, base + C::kNumbersAt + Up(C::L::kNumbers), shared, dense_left, std::false_type(), std::false_type());
     }
   }
   for (int tile = first; tile < end; ++tile) {
@@ -496,25 +583,18 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) Kernel(const __grid_cons
     if (tile + C::kStages - 1 < end) copy_tile(tile + C::kStages - 1);
     ptx::CopyCommit();
     const int stage = (tile - first) % C::kStages * C::kStage, valid = length.encoded - tile * C::kTile;
-    if constexpr (!C::L::kDense) {
-      DecodeTile<typename C::L, C::kRank, C::kTile, kBFloat16>(shared + stage, shared + C::kNumbersAt, valid);
-    }
-    if constexpr (!C::T::kDense) {
-      DecodeTile<typename C::T, C::kTurned, C::kTile, kBFloat16>(shared + stage + Up(C::L::kStored),
-                                                                 shared + C::kNumbersAt + Up(C::L::kNumbers), valid);
-    }
-    if constexpr (!C::kDense) __syncthreads();
-    attend(base + (C::L::kDense ? stage : C::kNumbersAt),
-           base + (C::T::kDense ? stage + Up(C::L::kStored) : C::kNumbersAt + Up(C::L::kNumbers)), valid);
+    attend(base + (C::L::kDense ? stage : C::kNumbersAt), base + stage + Up(C::L::kStored), shared + stage, valid,
+           std::bool_constant<!C::L::kDense>(), std::bool_constant<!C::T::kDense>());
   }
 
   const Workspace workspace = LayOut(args.workspace, args.batch, splits, all_heads, C::kRank);
   const int64_t slot = (static_cast<int64_t>(b) * splits + split) * all_heads + first_head;
+  __syncthreads();  // where there was no tile
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
 #pragma unroll
     for (int lanes = 16; lanes > 0; lanes /= 2) l[r] += __shfl_xor_sync(~0u, l[r], lanes);
-    if (lane == 0 && warp * kRows + r < heads) static_cast<float2*>(workspace.sums)[slot + warp * kRows + r] = {m[r], l[r]};
+    if (lane == 0 && warp * kRows + r < heads) static_cast<float2*>(workspace.sums)[slot + warp * kRows + r] = {references[warp * kRows + r], l[r]};
   }
   if (first >= end && split >= dense_units) return;  // no token: the second kernel reads no output of it
 #pragma unroll
