@@ -53,9 +53,9 @@ Part MakePart(const LatentCase& c, const Codec& codec, const Tensor& tokens, int
   if (codec.encode != nullptr) {
     part.params.group_size = codec.default_group;
     EncodedTensors on_cpu = Encode(codec, part.params, between, 1);
-    Tensor decoded = at::empty(between.sizes(), c.dtype);
+    Tensor decoded = at::empty(between.sizes(), at::kFloat);  // rounded once: schemes that are typed would round each operation
     DecodeTensor(codec, part.params, on_cpu, 0, decoded);
-    between = decoded;
+    between = decoded.to(c.dtype);
     for (int64_t b = 0; b < batch; ++b) {  // what lies behind the length must not be seen
       for (Tensor& plane : on_cpu.planes) {
         Tensor rows = plane[b].view({capacity, -1});

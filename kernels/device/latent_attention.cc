@@ -154,7 +154,8 @@ void LatentAttention(const Codec& latents, const Codec& rotary_keys, const Laten
          {.instance = {{"kernels/device/latent_attention.cuh"},
                        InstanceName("kvq::latent_attention::MergeKernel", args.rank, bfloat16)},
           .grid = static_cast<unsigned>(args.batch * args.heads * chunks),
-          .threads = kThreads},
+          .threads = kThreads,
+          .shared_bytes = kMergeShared},
          stream, args, plan.splits);
 }
 

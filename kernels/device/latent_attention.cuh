@@ -28,7 +28,10 @@ namespace kvq::latent_attention {
 inline constexpr int kMostSplits = 256;
 inline constexpr int kWarps = 8, kThreads = 32 * kWarps;
 inline constexpr int kShares = 4;           // of the channels of a key, one a warp
-inline constexpr int kMergedChannels = 64;  // that a block of the second kernel adds up
+inline constexpr int kMergedChannels = 32;  // that a block of the second kernel adds up
+// Shared memory that its blocks ask for, and do not use: as many as run on a multiprocessor take all of it then, as the first kernel's do,
+// and it need not be divided anew between the two.
+inline constexpr int kMergeShared = 38 << 10;
 
 // What blocks leave, [batch, split, head]: m and the sum l of 2^(logit - m); sums of 2^(logit - m) c, [rank] each.
 struct Workspace {
@@ -401,7 +404,9 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) Kernel(const __grid_cons
         if constexpr (kLatentCodes) {
           using P = typename C::L;
           // Words of a chunk; a share's; that are read at once; and channels of a share.
-          constexpr int kWords = P::kRow / 16, kOwnWords = kWords / kShares, kVector = std::min(kOwnWords, P::kBits == 4 && P::kOdd == 0 && C::kHoldsQueries ? 4 : 2), kChannels = C::kRank / kShares;
+          constexpr int kMost = P::kBits == 4 && P::kOdd == 0 && C::kHoldsQueries ? 4 : 2;
+          constexpr int kWords = P::kRow / 16, kOwnWords = kWords / kShares, kVector = std::min(kOwnWords, kMost);
+          constexpr int kChannels = C::kRank / kShares;
           constexpr int kFields = 16 / P::kBits, kRun = 128 / P::kBits;
           // Groups that are not larger than a word's channels are looked up with it, others before.
           constexpr bool kEach = P::kGroup <= kRun;
@@ -633,6 +638,19 @@ __global__ void __launch_bounds__(kThreads) MergeKernel(const __grid_constant__ 
   const auto slot = [&](int split) { return (static_cast<int64_t>(b) * splits + split) * all_heads + head; };
   const int own = static_cast<int>(threadIdx.x);
   const float2 of = own < splits ? __ldcg(static_cast<const float2*>(workspace.sums) + slot(own)) : float2{kNoReference, 0};
+  // On their way before it is known what they weigh: where a block had no token, anything.
+  const auto load = [&](int start, float4 (&x)[kBatch]) {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int split = start + i * kReaders;
+      x[i] = {0, 0, 0, 0};
+      if (split < splits && channel < kRank) {
+        x[i] = __ldcg(reinterpret_cast<const float4*>(workspace.outputs + slot(split) * kRank + channel));
+      }
+    }
+  };
+  float4 x[kBatch];
+  load(reader, x);
   float top = of.x;
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, lanes));
@@ -651,22 +669,13 @@ __global__ void __launch_bounds__(kThreads) MergeKernel(const __grid_constant__ 
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) total += totals[w];
   float4 sum = {0, 0, 0, 0};
-  if (channel < kRank) {
-    for (int start = reader; start < splits; start += kBatch * kReaders) {
-      float4 x[kBatch];
+  for (int start = reader; start < splits; start += kBatch * kReaders) {
+    if (start != reader) load(start, x);
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int split = start + i * kReaders;
-        x[i] = {0, 0, 0, 0};
-        if (split < splits && weights[split] != 0) {
-          x[i] = __ldcg(reinterpret_cast<const float4*>(workspace.outputs + slot(split) * kRank + channel));
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const float w = start + i * kReaders < splits ? weights[start + i * kReaders] : 0;
-        sum.x = fmaf(w, x[i].x, sum.x), sum.y = fmaf(w, x[i].y, sum.y), sum.z = fmaf(w, x[i].z, sum.z), sum.w = fmaf(w, x[i].w, sum.w);
-      }
+    for (int i = 0; i < kBatch; ++i) {
+      const float w = start + i * kReaders < splits ? weights[start + i * kReaders] : 0;
+      if (w == 0) continue;
+      sum.x = fmaf(w, x[i].x, sum.x), sum.y = fmaf(w, x[i].y, sum.y), sum.z = fmaf(w, x[i].z, sum.z), sum.w = fmaf(w, x[i].w, sum.w);
     }
   }
   partial[reader][column] = sum;
