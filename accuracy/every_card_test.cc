@@ -13,6 +13,7 @@
 #include "fixtures/cache/spec.h"
 #include "kernels/device/attention.h"
 #include "kernels/device/experts.h"
+#include "kernels/device/latent_attention.h"
 #include "kernels/device/newest.h"
 #include "kernels/device/probe.h"
 #include "kernels/device/sage.h"
@@ -93,6 +94,23 @@ void AddAttention(Collector& all, const std::string& spec, int64_t dim, int64_t 
     if (DecodeAttentionEncodes(values, dim)) args.newest_values = there;
   }
   all.Add([&] { DecodeAttention(keys, values, args, nullptr); });
+}
+
+// Of what a spec names keys are the latents; the rotary keys stay as they are where no second scheme is named.
+void AddLatents(Collector& all, const std::string& spec, int64_t rank, int64_t turned, int64_t heads, DType dtype) {
+  const SchemePair pair = ParseSpec(spec).schemes;
+  const Codec &latents = pair.keys->keys, &rotary_keys = pair.apart ? pair.values->values : FindScheme("none").values;
+  LatentAttentionArgs args;
+  args.dtype = dtype, args.batch = 1, args.heads = heads, args.rank = rank, args.turned = turned, args.capacity = 4096;
+  args.latents.params.group_size = latents.default_group, args.rotary_keys.params.group_size = rotary_keys.default_group;
+  for (const auto& [codec, channels] : {std::pair(&latents, rank), std::pair(&rotary_keys, turned)}) {
+    try {
+      if (codec->planes != nullptr) codec->planes(1, channels, {.group_size = codec->default_group});
+    } catch (const InputError&) {
+      return;  // a shape that the scheme refuses
+    }
+  }
+  all.Add([&] { LatentAttention(latents, rotary_keys, args, nullptr); });
 }
 
 // In a row's own groups, or in all that it names.
@@ -252,6 +270,18 @@ TEST_P(EveryCard, TakesTheDefaultInstances) {
   ExpectFits(GetParam(), all.launches());
 }
 
+// DeepSeek-V2-Lite's and -V3's heads, and GLM-4.7-Flash's.
+TEST_P(EveryCard, TakesLatents) {
+  KVQ_NEEDS_NVRTC();
+  Collector all(GetParam());
+  for (const char* spec : {"none", "q8_0", "q4_0", "fp8-e4m3+fp8-e4m3", "int8-hqq", "int4-hqq"}) {
+    for (const int64_t heads : {16, 128}) AddLatents(all, spec, 512, 64, heads, DType::kBFloat16);
+  }
+  for (const char* spec : {"none", "q4_0"}) AddLatents(all, spec, 512, 64, 20, DType::kBFloat16);
+  EXPECT_GE(all.launches().size(), 11u);  // smaller cards take 20 heads and 128 alike
+  ExpectFits(GetParam(), all.launches());
+}
+
 class EveryCardEveryInstance : public testing::TestWithParam<DeviceShape> {};
 
 TEST_P(EveryCardEveryInstance, Fits) {
@@ -301,6 +331,23 @@ TEST_P(EveryCardEveryInstance, Fits) {
     AddSteps(all, dtype);
     for (const int64_t dim : {64, 128}) AddSage(all, dtype, dim);
   }
+  ExpectFits(GetParam(), all.launches());
+}
+
+// Every scheme that it reads, of the latents and of both parts.
+TEST_P(EveryCardEveryInstance, FitsLatents) {
+  KVQ_NEEDS_NVRTC();
+  Collector all(GetParam());
+  for (const Scheme& scheme : Schemes()) {
+    if (!scheme.refused.empty() || !HasLatentAttention(scheme.keys, scheme.values)) continue;
+    for (const int64_t heads : {16, 20, 128}) {
+      AddLatents(all, scheme.name, 512, 64, heads, DType::kFloat16);
+      if (heads == 16) AddLatents(all, scheme.name + "+" + scheme.name, 512, 64, heads, DType::kBFloat16);
+    }
+  }
+  AddLatents(all, "none+q8_0", 512, 64, 16, DType::kFloat16);
+  for (const int64_t rank : {16, 64, 96}) AddLatents(all, "none", rank, 8, 4, DType::kBFloat16);
+  for (const int64_t rank : {128, 256}) AddLatents(all, "int4-hqq+int8-hqq", rank, 64, 4, DType::kFloat16);
   ExpectFits(GetParam(), all.launches());
 }
 

@@ -17,8 +17,11 @@
 #include <random>
 
 #include "benchmarks/measurement.h"
+#include "fixtures/attention.h"
 #include "fixtures/cache/codec_tensors.h"
+#include "fixtures/cache/kv_cache.h"
 #include "kernels/device/attention.h"
+#include "kernels/device/latent_attention.h"
 #include "kernels/error.h"
 #include "kernels/runtime/captured_graph.h"
 #include "kernels/runtime/launch.h"
@@ -78,14 +81,19 @@ struct Shape {
   int64_t batch, heads, kv_heads, head_dim, context;
 };
 
-Shape ShapeOf(const Cell& cell, Session& session) {
+// The model's config, where single kernels can be timed at all.
+ModelConfig ConfigOf(const Cell& cell, Session& session) {
   if (!session.device().is_cuda()) throw Skip("single kernels are timed with --device=cuda; quantize and dequantize time a CPU's");
   if (session.dtype() == at::kFloat) throw Skip("kernels are timed on 16-bit numbers");
   if (session.kv_dtype(cell.model) != session.dtype()) {
     throw Skip(StrCat("these kernels read dense tokens in the type they compute in, ", session.dtype(), ", and --kv-dtype is ",
                       session.kv_dtype(cell.model)));
   }
-  const ModelConfig config = FindModel(cell.model).config();
+  return FindModel(cell.model).config();
+}
+
+Shape ShapeOf(const Cell& cell, Session& session) {
+  const ModelConfig config = ConfigOf(cell, session);
   if (config.latent.rank > 0) throw Skip("these kernels read keys and values; this model's cache keeps latents");
   const LayerConfig& layer = config.layers.front();
   return {cell.batch, config.num_heads, layer.num_kv_heads, layer.head_dim, cell.context};
@@ -191,7 +199,85 @@ struct AttentionJob {
   DecodeAttentionArgs args;
 };
 
+// Of latents, which all heads share: beside it what libtorch takes for the same tokens in 16 bits.
+Counters LatentsAttention(Session& session, const Cell& cell, benchmark::State& state, const ModelConfig& config) {
+  const Spec spec = ParseSpec(cell.spec);
+  const int64_t rank = config.latent.rank, turned = config.latent.rotary_dim, heads = config.num_heads;
+  const std::array<LayerSide, 2> sides = SidesOf(spec, CacheShapeOf(config, cell.batch), 0);
+  const class Codec &first = *sides[0].codec, &second = *sides[1].codec;
+  if (!HasLatentAttention(first, second)) throw Skip(StrCat("no fused attention over latents as ", cell.spec, " stores them"));
+  const double scale = config.layers.front().attention_scale;
+  struct Job {
+    Tensor both, queries, out, workspace;
+    std::array<EncodedTensors, 2> encoded;
+    LatentAttentionArgs args;
+  };
+  double bytes = 0;
+  std::vector<Job> jobs;
+  for (int i = 0, copies = 1; i < copies; ++i) {
+    Job job;
+    job.both = Normal(session, {cell.batch, 1, cell.context, rank + turned});
+    job.queries = Normal(session, {cell.batch, heads, 1, rank + turned});
+    job.out = at::empty({cell.batch, heads, 1, rank}, job.queries.options());
+    job.args = {.dtype = DTypeOf(session.dtype()), .batch = cell.batch, .heads = heads, .rank = rank, .turned = turned,
+                .queries = job.queries.data_ptr(), .out = job.out.data_ptr(), .scale = static_cast<float>(scale), .capacity = cell.context,
+                .length = {0, static_cast<int32_t>(cell.context), 0}};
+    for (size_t side = 0; side < 2; ++side) {
+      const class Codec& codec = *sides[side].codec;
+      LatentSide& to = side == 0 ? job.args.latents : job.args.rotary_keys;
+      const Tensor tokens = side == 0 ? job.both.narrow(3, 0, rank) : job.both.narrow(3, rank, turned);
+      if (sides[side].encodes()) {
+        to.params = spec.Params(codec);
+        EncodedTensors& encoded = job.encoded[side];
+        encoded = AllocateEncoded(codec, to.params, cell.batch, 1, tokens.size(3), cell.context, BlockTokens(spec, *sides[side].rule, codec),
+                                  session.device());
+        EncodeTensor(codec, to.params, tokens.contiguous(), 0, encoded);
+        to.codes = encoded.view();
+      } else {
+        to.tokens = ViewOf(tokens);
+      }
+    }
+    if (sides[0].encodes() != sides[1].encodes()) {  // a side that is not encoded stands alone
+      LatentSide& dense = sides[0].encodes() ? job.args.rotary_keys : job.args.latents;
+      job.both = (sides[0].encodes() ? job.both.narrow(3, rank, turned) : job.both.narrow(3, 0, rank)).contiguous();
+      dense.tokens = ViewOf(job.both);
+    } else if (sides[0].encodes()) {
+      job.both.reset();
+    }
+    job.workspace = at::empty({LatentAttentionWorkspace(first, second, job.args)}, job.queries.options().dtype(at::kByte));
+    job.args.workspace = job.workspace.data_ptr();
+    if (i == 0) {
+      bytes = static_cast<double>(job.encoded[0].nbytes() + job.encoded[1].nbytes() + (job.both.defined() ? static_cast<int64_t>(job.both.nbytes()) : 0));
+      copies = Copies(bytes);
+    }
+    jobs.push_back(std::move(job));
+  }
+  const int copies = static_cast<int>(jobs.size());
+  const GraphTimer timer(session.device());
+  const std::vector<double> microseconds = Iterate(session, state, [&] {
+    return timer.Measure(copies, kRepeats, [&](int i, cudaStream_t stream) { LatentAttention(first, second, jobs[i].args, stream); });
+  });
+  session.ran = LatentAttentionName(first, second, jobs.front().args);
+  jobs.clear();
+
+  const Tensor dense = Normal(session, {cell.batch, 1, cell.context, rank + turned}), queries = Normal(session, {cell.batch, heads, 1, rank + turned});
+  const double unfused = Median(timer.Measure(2, kRepeats, [&](int, cudaStream_t) {
+    FindBackend("sdpa").attend(queries, dense, dense.narrow(3, 0, rank), {scale, 0, 0});
+  }));
+  Counters counters;
+  AddSpread(counters, "us", microseconds);
+  const double us = counters.front().second;
+  counters.emplace_back("bytes", bytes);
+  counters.emplace_back("gb_per_s", bytes / us / 1e3);
+  counters.emplace_back("peak_fraction", bytes / us * 1e6 / ReadBandwidth(session.device()));
+  counters.emplace_back("tflop_per_s", 2.0 * static_cast<double>(cell.batch * heads * cell.context * (2 * rank + turned)) / us / 1e6);
+  counters.emplace_back("sdpa_us", unfused);
+  counters.emplace_back("speedup", unfused / us);
+  return counters;
+}
+
 Counters Attention(Session& session, const Cell& cell, benchmark::State& state) {
+  if (const ModelConfig config = ConfigOf(cell, session); config.latent.rank > 0) return LatentsAttention(session, cell, state, config);
   const Shape shape = ShapeOf(cell, session);
   const Spec spec = ParseSpec(cell.spec);
   const SchemePair& pair = spec.schemes;

@@ -127,6 +127,15 @@ struct Meta {
 struct GroupScale {
   float scale = 0, zero = 0;
 };
+// Of a group's metadata, one word a plane.
+template <class R>
+__device__ __forceinline__ GroupScale GroupScaleOf(const uint32_t (&meta)[std::max(R::kPlanes, 1)][1]) {
+  GroupScale of;
+  of.scale = R::Scale(meta, 0);
+  if constexpr (R::kPoisons) of.scale = R::Poison(meta[0][0]) != 0 ? BitsFloat(0x7FC00000) : of.scale * 256;
+  if constexpr (!R::kCentred) of.zero = R::ZeroOf(meta, 0);
+  return of;
+}
 // `pair`: the KV head of a sequence.
 template <class R>
 __device__ __forceinline__ GroupScale LoadGroupScale(const KvView& view, int pair, int64_t token, int group) {
@@ -139,11 +148,7 @@ __device__ __forceinline__ GroupScale LoadGroupScale(const KvView& view, int pai
     if constexpr (R::kMetaBytes == 2) meta[p][0] = __ldcg(reinterpret_cast<const uint16_t*>(at));
     if constexpr (R::kMetaBytes == 4) meta[p][0] = __ldcg(reinterpret_cast<const uint32_t*>(at));
   }
-  GroupScale of;
-  of.scale = R::Scale(meta, 0);
-  if constexpr (R::kPoisons) of.scale = R::Poison(meta[0][0]) != 0 ? BitsFloat(0x7FC00000) : of.scale * 256;
-  if constexpr (!R::kCentred) of.zero = R::ZeroOf(meta, 0);
-  return of;
+  return GroupScaleOf<R>(meta);
 }
 template <class R>
 __device__ __forceinline__ float Decoded(uint32_t code, const GroupScale& of) {

@@ -53,6 +53,9 @@ __device__ __forceinline__ uint32_t LoadShared16(Shared at) {
   asm volatile("ld.shared.u16 %0, [%1];" : "=h"(x) : "r"(at));
   return x;
 }
+__device__ __forceinline__ void StoreShared(Shared at, uint32_t word) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(word) : "memory");
+}
 __device__ __forceinline__ void ZeroShared16(Shared at) {
   asm volatile("st.shared.u16 [%0], %1;" ::"r"(at), "h"(static_cast<uint16_t>(0)) : "memory");
 }

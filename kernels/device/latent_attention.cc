@@ -1,0 +1,162 @@
+// The host's half of latent_attention.cuh: which kernel a pair of codecs gets on a card, and in what tiles.
+#include "kernels/device/latent_attention.h"
+
+#include <algorithm>
+#include <initializer_list>
+
+#include "kernels/device/latent_attention.cuh"
+#include "kernels/error.h"
+#include "kernels/runtime/launch.h"
+#include "kernels/scheme.h"
+
+namespace kvq {
+namespace {
+
+using namespace latent_attention;
+
+// Tokens of a tile, tiles in shared memory, blocks on a multiprocessor.
+struct Tiling {
+  int tokens = 0, stages = 0, blocks = 0;
+};
+
+// What is chosen for a launch.
+struct Plan {
+  Tiling tiling;
+  int head_tiles = 0;         // of sixteen heads, of a block
+  int parts = 1, splits = 1;  // of the heads; of a sequence's tokens
+  int64_t shared_bytes = 0;
+};
+
+int64_t Up(int64_t bytes) { return (bytes + 127) / 128 * 128; }
+
+// Bytes of a tile of one part of a token, as it is stored: Part::kStored.
+int64_t StoredBytes(const Codec& codec, const CodecParams& params, int64_t channels, int tokens) {
+  if (codec.planes == nullptr) return tokens * Padded(static_cast<int>(channels)) * 2;
+  int64_t bytes = 0;
+  for (const Plane& plane : codec.planes(1, channels, params)) {
+    const int64_t stride = plane.bytes % 32 == 0 ? plane.bytes + 16 : plane.bytes;
+    bytes += (tokens * stride + 15) / 16 * 16;
+  }
+  return bytes;
+}
+
+// Config::kSharedBytes.
+int64_t SharedBytes(const Codec& latents, const Codec& rotary_keys, const LatentAttentionArgs& args, int head_tiles, const Tiling& tiling) {
+  const int64_t tokens = tiling.tokens, heads = 16 * head_tiles, rank = args.rank, turned = Padded(static_cast<int>(args.turned));
+  const int64_t stage = Up(StoredBytes(latents, args.latents.params, rank, tiling.tokens)) +
+                        Up(StoredBytes(rotary_keys, args.rotary_keys.params, args.turned, tiling.tokens));
+  const bool dense = latents.planes == nullptr && rotary_keys.planes == nullptr;
+  return tiling.stages * stage + (dense ? 0 : Up(tokens * rank * 2) + Up(tokens * turned * 2)) + kShares * heads * (tokens + 8) * 4 +
+         heads * tokens * 2 + Up(heads * 8) + (head_tiles <= 2 ? 0 : heads * (rank + turned) * 2);
+}
+
+// Blocks for each sequence and part of its heads: as many as run at a time, and no more than there are tiles.
+int Splits(const LatentAttentionArgs& args, int parts, const Tiling& tiling) {
+  const int64_t at_a_time = int64_t{CurrentDevice().multiprocessors} * tiling.blocks, tiles = args.capacity / tiling.tokens + 1;
+  const int64_t each = at_a_time / std::max<int64_t>(args.batch * parts, 1);
+  return static_cast<int>(std::clamp<int64_t>(std::min(each, tiles), 1, kMostSplits));
+}
+
+Plan PlanOf(const Codec& latents, const Codec& rotary_keys, const LatentAttentionArgs& args) {
+  if (args.heads < 1) throw InputError("attention over latents wants query heads");
+  if (args.dtype == DType::kFloat32) throw InputError("attention over latents wants float16 or bfloat16");
+  if (args.rank % 16 != 0 || args.rank < 16 || args.rank > 512) {
+    throw InputError("attention over latents wants a rank that is a multiple of 16 up to 512, not ", args.rank);
+  }
+  if (args.turned % 8 != 0 || args.turned < 8 || args.turned > 128) {
+    throw InputError("attention over latents wants rotary keys of a multiple of 8 channels up to 128, not ", args.turned);
+  }
+  const bool encodes[2] = {latents.planes != nullptr, rotary_keys.planes != nullptr};
+  const int low_bits = latents.bits == 8 ? 8 : latents.bits >= 4 ? 4 : 2;
+  const auto two_to = [](int64_t n) { return (n & (n - 1)) == 0; };
+  // A warp decodes whole words of codes, a quarter of a latent's.
+  if ((encodes[0] || encodes[1]) && (!two_to(args.rank) || args.rank < 64 || args.turned % 64 != 0)) {
+    throw InputError("attention over encoded latents or rotary keys wants a rank of 64, 128, 256 or 512 and rotary keys of 64 or 128 channels, not ",
+                     args.rank, " and ", args.turned);
+  }
+  if (encodes[0] && args.rank * low_bits % 512 != 0) {
+    throw InputError("attention over latents of ", latents.bits, " bits wants a rank that is a multiple of ", 512 / low_bits, ", not ", args.rank);
+  }
+  // Sixteen heads are one tile of rows. Where a block's registers hold no more accumulators than those of 64, more are dealt to
+  // several blocks, whose tokens then come from the L2 cache but once.
+  const int64_t room = CurrentDevice().block_shared, of_all = CurrentDevice().shared;
+  Plan plan;
+  const auto take = [&](int head_tiles, std::initializer_list<Tiling> tilings) {
+    for (const Tiling& tiling : tilings) {
+      const int64_t bytes = SharedBytes(latents, rotary_keys, args, head_tiles, tiling);
+      if (plan.head_tiles > 0 || bytes > room || tiling.blocks * (bytes + 1024) > of_all) continue;
+      // Registers are too few then, which EveryCard tells.
+      if (tiling.blocks > 1 && (CurrentDevice().arch < 90 || (latents.bits != 16 && latents.bits != low_bits))) continue;
+      plan.head_tiles = head_tiles, plan.tiling = tiling, plan.shared_bytes = bytes;
+    }
+  };
+  if (args.heads <= 16) take(1, {{32, 3, 2}, {32, 2, 2}, {64, 3, 1}, {64, 2, 1}, {32, 3, 1}, {32, 2, 1}});
+  if (args.heads > 32) take(4, {{64, 3, 1}, {64, 2, 1}, {32, 3, 1}, {32, 2, 1}});
+  if (args.heads > 16) take(2, {{64, 3, 1}, {64, 2, 1}, {32, 3, 1}, {32, 2, 1}});
+  take(1, {{32, 2, 1}});
+  if (plan.head_tiles == 0) {
+    throw InputError("attention over latents: two tiles of 32 tokens do not fit into ", room, " bytes of shared memory");
+  }
+  plan.parts = static_cast<int>((args.heads + 16 * plan.head_tiles - 1) / (16 * plan.head_tiles));
+  plan.splits = Splits(args, plan.parts, plan.tiling);
+  return plan;
+}
+
+void CheckArgs(const LatentAttentionArgs& args) {
+  const auto aligned = [](const void* p, int64_t bytes, int64_t to) { return (static_cast<int64_t>(reinterpret_cast<uintptr_t>(p)) | bytes) % to == 0; };
+  bool all = aligned(args.queries, 0, 4) && aligned(args.out, 0, 8) && aligned(args.workspace, 0, 256);
+  for (const LatentSide* side : {&args.latents, &args.rotary_keys}) {
+    for (int p = 0; p < kMaxPlanes; ++p) all &= aligned(side->codes.planes[p], side->codes.plane_stride[p], 16);
+    for (const DenseView* view : {&side->tokens, &side->sinks, &side->residual}) {
+      all &= aligned(view->data, (view->batch_stride | view->token_stride) * 2, 16);
+    }
+  }
+  if (!all) throw InputError("attention over latents wants all rows and planes aligned to 16 bytes");
+}
+
+}  // namespace
+
+bool HasLatentAttention(const Codec& latents, const Codec& rotary_keys) {
+  const auto reads = [](const Codec& codec) {
+    return codec.device.label != nullptr && !codec.device.keys_alone && !codec.turned && codec.min_block_tokens == 1;
+  };
+  return reads(latents) && reads(rotary_keys);
+}
+
+std::string LatentAttentionName(const Codec& latents, const Codec& rotary_keys, const LatentAttentionArgs& args) {
+  const Plan plan = PlanOf(latents, rotary_keys, args);
+  const std::string first = latents.device.label, second = rotary_keys.device.label;
+  return StrCat("fused_latent_", first, first == second ? "" : "+" + second, " (sm_", CurrentDevice().arch, ": ", plan.tiling.blocks,
+                " x 8 warps x ", plan.tiling.stages, " x ", plan.tiling.tokens, " tokens)");
+}
+
+int64_t LatentAttentionWorkspace(const Codec& latents, const Codec& rotary_keys, const LatentAttentionArgs& args) {
+  return LayOut(nullptr, args.batch, PlanOf(latents, rotary_keys, args).splits, args.heads, args.rank).bytes;
+}
+
+void LatentAttention(const Codec& latents, const Codec& rotary_keys, const LatentAttentionArgs& args, void* stream) {
+  CheckArgs(args);
+  const Plan plan = PlanOf(latents, rotary_keys, args);
+  const bool bfloat16 = args.dtype == DType::kBFloat16;
+  const std::string config =
+      InstanceName("kvq::latent_attention::Config", latents.device.type(args.latents.params, args.rank),
+                   rotary_keys.device.type(args.rotary_keys.params, args.turned), args.rank, args.turned, plan.head_tiles,
+                   plan.tiling.tokens, plan.tiling.stages, plan.tiling.blocks);
+  Launch("attention over latents",
+         {.instance = {{"kernels/device/latent_attention.cuh", latents.device.source, rotary_keys.device.source},
+                       InstanceName("kvq::latent_attention::Kernel", config, bfloat16)},
+          .grid = static_cast<unsigned>(args.batch * plan.parts * plan.splits),
+          .threads = kThreads,
+          .shared_bytes = static_cast<size_t>(plan.shared_bytes)},
+         stream, args, plan.parts, plan.splits);
+  const int64_t chunks = (args.rank + kMergedChannels - 1) / kMergedChannels;
+  Launch("attention over latents",
+         {.instance = {{"kernels/device/latent_attention.cuh"},
+                       InstanceName("kvq::latent_attention::MergeKernel", args.rank, bfloat16)},
+          .grid = static_cast<unsigned>(args.batch * args.heads * chunks),
+          .threads = kThreads,
+          .shared_bytes = kMergeShared},
+         stream, args, plan.splits);
+}
+
+}  // namespace kvq

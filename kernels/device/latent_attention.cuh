@@ -1,0 +1,697 @@
+// Fused decode attention over latents: what it takes is in kernels/device/latent_attention.h.
+//
+// Limit: the bytes of the cache, each read once, over memory bandwidth, as long as heads are few. A token of DeepSeek-V2-Lite, 576
+// channels in 16 bits, is 1152 bytes, and 16 heads do 2 (576 + 512) 16 = 35 kFLOP with it, 30 a byte; of DeepSeek-V3's 128 heads it
+// is 278 kFLOP, 242 a byte: at 4.6 TB/s more than an H200's tensor cores do. How it gets there:
+//
+// - A tile of tokens is brought to shared memory by cp.async and read twice there: row by row as keys, and transposed, without the
+//   rotary part, as values. Heads are the rows of both products.
+// - Of the scores each of eight warps has a quarter of the channels and half of the tokens, so that its share of the queries stays
+//   in registers; the quarters are added in shared memory. Codes are decoded on the way, once, to 16-bit numbers of the type that is
+//   computed in: rows lie such that a lane's words (code_row.h) become its operands, and it writes them down for the values.
+// - An accumulator of sixteen heads is 16 x 512 float32, more than a warp's registers: each warp has an eighth of its channels.
+// - The tokens of a sequence are dealt to blocks; a second kernel adds what they leave, on as many multiprocessors as there are:
+//   sixteen heads of 132 blocks are 4 MB.
+//
+// Lane 4 g + t throughout: g = 0..7, t = 0..3.
+#pragma once
+
+#include "kernels/device/latent_attention.h"
+#include "kernels/vector_math.h"
+#ifdef __CUDACC__
+#include "kernels/device/attention_tiles.cuh"
+#include "kernels/groups.h"
+#endif
+
+namespace kvq::latent_attention {
+
+inline constexpr int kMostSplits = 256;
+inline constexpr int kWarps = 8, kThreads = 32 * kWarps;
+inline constexpr int kShares = 4;           // of the channels of a key, one a warp
+inline constexpr int kMergedChannels = 32;  // that a block of the second kernel adds up
+// Shared memory that its blocks ask for, and do not use: as many as run on a multiprocessor take all of it then, as the first kernel's do,
+// and it need not be divided anew between the two.
+inline constexpr int kMergeShared = 38 << 10;
+
+// What blocks leave, [batch, split, head]: m and the sum l of 2^(logit - m); sums of 2^(logit - m) c, [rank] each.
+struct Workspace {
+  void* sums;  // float2
+  float* outputs;
+  int64_t bytes;
+};
+KVQ_HD inline Workspace LayOut(void* base, int64_t batch, int64_t splits, int64_t heads, int64_t rank) {
+  const int64_t rows = batch * splits * heads, sums = (rows * 8 + 255) / 256 * 256;
+  char* at = static_cast<char*>(base);
+  return {at, reinterpret_cast<float*>(at + sums), sums + rows * rank * 4};
+}
+
+// Channels of a row in shared memory: whole steps of a product.
+KVQ_HD constexpr int Padded(int channels) { return (channels + 15) / 16 * 16; }
+
+#ifdef __CUDACC__
+
+using decode_attention::GroupScale;
+using decode_attention::GroupScaleOf;
+using decode_attention::kLog2E;
+using decode_attention::kNoReference;
+using decode_attention::Mma;
+using decode_attention::Row;
+
+__device__ constexpr int Up(int bytes) { return (bytes + 127) / 128 * 128; }
+
+// ---- rows of 16-bit numbers: granules of 16 bytes, in an order that keeps eight rows' reads of one granule in different banks
+
+template <int kChannels>
+__device__ __forceinline__ ptx::Shared GranuleAt(int row, int granule) {
+  constexpr int kGranules = Padded(kChannels) / 8;
+  constexpr int kSwizzled = std::min(kGranules & -kGranules, 8);  // a power of two that divides them
+  return row * (kGranules * 16) + ((granule ^ (row / (8 / kSwizzled) & (kSwizzled - 1))) << 4);
+}
+// Likewise of rows and granules that are a lane's own and more: `rows`, a multiple of 8, and `granules`, with no bit of the lane's.
+// `own` is GranuleAt of the lane's own, from a place on that is a multiple of 128, so that a lane keeps one register.
+template <int kChannels>
+__device__ __forceinline__ ptx::Shared Further(ptx::Shared own, int rows, int granules) {
+  return (own ^ (granules % 8 << 4)) + granules / 8 * 128 + rows * (Padded(kChannels) * 2);
+}
+// Whether rows are whole 128 bytes, as Further wants them.
+template <int kChannels>
+inline constexpr bool kWhole = Padded(kChannels) % 64 == 0;
+
+// ---- rows of codes: a token's bytes of each plane, an odd number of granules apart, or without gaps where they are no granules
+
+__device__ constexpr int Stride(int bytes) { return bytes % 32 == 0 ? bytes + 16 : bytes; }
+
+// One part of a token, and a tile of it as it is stored.
+template <class Codec, int kDim, int kTile>
+struct Part : Row<Codec, kDim> {
+  using R = Row<Codec, kDim>;
+  static_assert(R::kTokens == 1 && !R::kNormed, "a token is read alone");
+  static constexpr int kNumbers = kTile * Padded(kDim) * 2;  // bytes of a tile of 16-bit numbers
+  // Bytes of a token in plane p.
+  __device__ static constexpr int Bytes(int p) { return p == 0 ? R::kRow : R::PlaneBytes(p - 1); }
+  // Where plane p lies in a tile of codes.
+  __device__ static constexpr int PlaneAt(int p) {
+    int at = 0;
+    for (int before = 0; before < p; ++before) at += (kTile * Stride(Bytes(before)) + 15) / 16 * 16;
+    return at;
+  }
+  static constexpr int kStored = R::kDense ? kNumbers : PlaneAt(R::kPlanesBehind + 1);
+};
+
+template <class Latent, class Rotary, int kRank_, int kTurned_, int kHeadTiles_, int kTile_, int kStages_, int kBlocks_>
+struct Config {
+  static constexpr int kRank = kRank_, kTurned = kTurned_, kHeadTiles = kHeadTiles_, kTile = kTile_, kStages = kStages_;
+  static constexpr int kBlocks = kBlocks_;  // on a multiprocessor
+  using L = Part<Latent, kRank, kTile>;
+  using T = Part<Rotary, kTurned, kTile>;
+  static_assert(kRank % 16 == 0 && kTurned % 8 == 0 && kTile % 32 == 0);
+  static constexpr bool kDense = L::kDense && T::kDense;
+  static constexpr int kHeads = 16 * kHeadTiles;
+  // Steps of a product over a key's channels; of a share of the latent, which are neighbours, and of the rotary key, every fourth.
+  static constexpr int kLatentSteps = (kRank / 16 + kShares - 1) / kShares, kAllRotary = Padded(kTurned) / 16;
+  static constexpr int kRotarySteps = (kAllRotary + kShares - 1) / kShares, kOwnSteps = kLatentSteps + kRotarySteps;
+  static constexpr int kSteps = kRank / 16 + kAllRotary;
+  // Whether a lane finds all of its rows by Further.
+  static constexpr bool kEven = kWhole<kRank> && kWhole<kTurned> && (kLatentSteps & (kLatentSteps - 1)) == 0;
+  static_assert(kEven || (L::kDense && T::kDense), "shares of codes are whole words");
+  static constexpr int kTokenTiles = kTile / 16;  // columns by eights of a warp's scores, those of half a tile
+  static constexpr int kPairs = (kRank / 16 + kWarps - 1) / kWarps;  // of eights of a warp's channels of the output
+  static constexpr bool kHoldsQueries = kHeadTiles <= 2;  // in registers
+  // Shared memory: stages, a tile of numbers, scores [share, head, token], weights [head, token], references m and factors [2, head],
+  // queries.
+  static constexpr int kStage = Up(L::kStored) + Up(T::kStored);
+  static constexpr int kNumbersAt = kStages * kStage;
+  static constexpr int kScoresAt = kNumbersAt + (kDense ? 0 : Up(L::kNumbers) + Up(T::kNumbers));
+  static constexpr int kScoreRow = kTile + 8;  // floats: lanes of a store in different banks
+  static constexpr int kWeightsAt = kScoresAt + kShares * kHeads * kScoreRow * 4;
+  static constexpr int kReferencesAt = kWeightsAt + kHeads * kTile * 2;
+  static constexpr int kQueriesAt = kReferencesAt + Up(kHeads * 8);
+  static constexpr int kSharedBytes = kQueriesAt + (kHoldsQueries ? 0 : kHeads * kSteps * 32);
+};
+
+// Rows of a tile, from `rows` on, `stride` elements apart; zeros from row `left` on.
+template <int kChannels, int kTile>
+__device__ __forceinline__ void CopyNumbers(ptx::Shared to, const uint16_t* rows, int64_t stride, int left, int thread) {
+  constexpr int kGranules = kChannels / 8, kStep = kThreads / kGranules;  // of a row; rows that the threads copy at a time
+  const int first = thread / kGranules, granule = thread % kGranules;
+  const ptx::Shared own = GranuleAt<kChannels>(first, granule);
+  const uint16_t* from = rows + first * stride + granule * 8;
+#pragma unroll
+  for (int i = 0; i < (kTile + kStep - 1) / kStep; ++i) {
+    const int row = first + i * kStep;
+    if ((kTile % kStep != 0 || kThreads % kGranules != 0) && (row >= kTile || first >= kStep)) break;
+    // `first` and the rows further on have no bit in common where those are a power of two.
+    const ptx::Shared at = kWhole<kChannels> && kStep * kGranules == kThreads
+                               ? (own ^ (i * kStep % 8 << 4)) + i * kStep * (Padded(kChannels) * 2)
+                               : GranuleAt<kChannels>(row, granule);
+    ptx::CopyAsyncOrZero(to + at, from, row < left);
+    from += kStep * stride;
+  }
+}
+
+__device__ __forceinline__ const uint16_t* RowOf(const DenseView& view, int b, int token) {
+  return static_cast<const uint16_t*>(view.data) + Offset(view, b, 0, token, 0);
+}
+
+// Tile number `tile` of the tokens behind the sinks, as it is stored; encoded ones, where P encodes.
+template <class P, int kDim, int kTile>
+__device__ __forceinline__ void CopyStored(const LatentSide& side, const SequenceLength& length, int b, int tile, ptx::Shared to,
+                                           int thread) {
+  const int first = tile * kTile, left = length.encoded - first;
+  if constexpr (P::kDense) {
+    CopyNumbers<kDim, kTile>(to, RowOf(side.tokens, b, length.sinks + first), side.tokens.token_stride, left, thread);
+  } else {
+#pragma unroll
+    for (int p = 0; p <= P::kPlanesBehind; ++p) {
+      const int bytes = P::Bytes(p), granules = kTile * bytes / 16, own = thread * 16;
+      const std::byte* from = side.codes.planes[p] + b * side.codes.plane_stride[p] + static_cast<int64_t>(first) * bytes + own;
+#pragma unroll
+      for (int i = 0; i < (granules + kThreads - 1) / kThreads; ++i) {
+        if (granules % kThreads != 0 && i * kThreads + thread >= granules) break;
+        const int further = i * kThreads * 16;  // bytes
+        const int row = further % bytes == 0 ? own / bytes + further / bytes : (own + further) / bytes;
+        const int at = bytes % 16 == 0 ? own + further + row * (Stride(bytes) - bytes) : own + further;
+        ptx::CopyAsyncOrZero(to + P::PlaneAt(p) + at, from + further, row < left);
+      }
+    }
+  }
+}
+
+// ---- codes of a tile as it is stored
+
+template <class P>
+__device__ __forceinline__ GroupScale GroupAt(const std::byte* tile, int token, int group) {
+  constexpr int kMetaPlane = P::kOdd > 0 ? 2 : 1;
+  uint32_t meta[std::max(P::kPlanes, 1)][1] = {};
+#pragma unroll
+  for (int p = 0; p < P::kPlanes; ++p) {
+    const std::byte* at = tile + P::PlaneAt(kMetaPlane + p) + token * Stride(P::kMeta) + group * P::kMetaBytes;
+    if constexpr (P::kMetaBytes == 1) meta[p][0] = *reinterpret_cast<const uint8_t*>(at);
+    if constexpr (P::kMetaBytes == 2) meta[p][0] = *reinterpret_cast<const uint16_t*>(at);
+    if constexpr (P::kMetaBytes == 4) meta[p][0] = *reinterpret_cast<const uint32_t*>(at);
+  }
+  return GroupScaleOf<P>(meta);
+}
+
+// The pairs of numbers, neighbouring channels, that word `at` of a token's row is: field f those of half f % 2 of step f / 2. The
+// first field is in group `group` of those of `groups`.
+template <class P, int kDim, bool kBFloat16, int kGroups>
+__device__ __forceinline__ void Decode(const std::byte* tile, int token, int at, uint32_t word, const GroupScale (&groups)[kGroups],
+                                       int channel, bool there, uint32_t (&numbers)[16 / P::kBits]) {
+  constexpr int kFields = 16 / P::kBits;
+  OddWords<P::kOdd> odd = {};
+#pragma unroll
+  for (int i = 0; i < P::kOdd; ++i) {
+    const std::byte* bits = tile + P::PlaneAt(1) + token * Stride(P::kOddRow) + i * (kDim / 8);
+    if constexpr (P::kBits == 4) {
+      const uint32_t byte = reinterpret_cast<const uint8_t*>(bits)[at];
+      odd[i] = byte | byte << 12;
+    } else {
+      odd[i] = ptx::PickBytes(reinterpret_cast<const uint16_t*>(bits)[at], 0, 0x4140);
+    }
+  }
+  P::Unpack(word, odd, numbers);
+  if constexpr (P::kMayBreak) {  // codes of 8 bits, NaN among them: bytes `field` and `field` + 2
+    if (const uint32_t broken = P::Broken(word) & 0x80808080u; broken != 0) {
+#pragma unroll
+      for (int field = 0; field < 2; ++field) {
+        numbers[field] |= (broken >> (7 + 8 * field) & 1) * 0x7E00u | (broken >> (23 + 8 * field) & 1) * 0x7E000000u;
+      }
+    }
+  }
+#pragma unroll
+  for (int field = 0; field < kFields; ++field) {
+    const GroupScale& group = groups[kGroups == 1 ? 0 : (channel + 8 * field) / P::kGroup];
+    // A power of two: what a field's number has too little.
+    const float unit = P::kUnit / (P::kPoisons ? 256.0f : 1.0f) / static_cast<float>(1 << P::FieldShift(field));
+    float x[2];
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      const float number = ptx::HalfAt(numbers[field], side);
+      if constexpr (P::kCentred) x[side] = number * (unit * group.scale);
+      else if constexpr (P::kZero == Zero::kOfCodes) x[side] = fmaf(number, unit, -group.zero) * group.scale;
+      else x[side] = fmaf(number, unit * group.scale, -group.zero);
+    }
+    numbers[field] = !there ? 0 : kBFloat16 ? ptx::PackBFloat16(x[0], x[1]) : ptx::PackHalf(x[0], x[1]);
+  }
+}
+
+template <class C, bool kBFloat16>
+__global__ void __launch_bounds__(kThreads, C::kBlocks) Kernel(const __grid_constant__ LatentAttentionArgs args, int parts, int splits) {
+  extern __shared__ __align__(128) std::byte shared[];
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
+  const int share = warp % kShares, half = warp / kShares;  // of a key's channels; of a tile's tokens
+  // Blocks that read the same tokens, for other heads, are neighbours.
+  const int part = blockIdx.x % parts, split = blockIdx.x / parts % splits, b = blockIdx.x / parts / splits;
+  const int first_head = part * C::kHeads, all_heads = static_cast<int>(args.heads), heads = min(all_heads - first_head, C::kHeads);
+  const ptx::Shared base = ptx::SharedAddress(shared);
+  LaunchDependents();
+  WaitForPredecessors();
+  SequenceLength length = args.length;
+  if (const SequenceLength* at = args.lengths + b; args.lengths != nullptr) {
+    length = {__ldcg(&at->sinks), __ldcg(&at->encoded), __ldcg(&at->residual)};
+  }
+  if constexpr (C::kTurned % 16 != 0) {  // what fills up a row is 0
+    for (int i = threadIdx.x; i < C::kScoresAt / 16; i += kThreads) reinterpret_cast<uint4*>(shared)[i] = {0, 0, 0, 0};
+    __syncthreads();
+  }
+
+  // Tiles of encoded tokens, the equal share of this block; of sinks and residual, which are dealt in turn.
+  const int all = (length.encoded + C::kTile - 1) / C::kTile, sink_units = (length.sinks + C::kTile - 1) / C::kTile;
+  const int dense_units = C::kDense ? 0 : sink_units + (length.residual + C::kTile - 1) / C::kTile;
+  const auto cut = [&](int i) { return static_cast<int>(static_cast<int64_t>(all) * i / splits); };
+  const int first = cut(split), end = cut(split + 1);
+  const auto copy_tile = [&](int tile) {
+    const ptx::Shared to = base + (tile - first) % C::kStages * C::kStage;
+    int sequence = b, thread = static_cast<int>(threadIdx.x);
+    asm volatile("" : "+r"(sequence), "+r"(thread));  // places are found anew for every tile: registers are few
+    CopyStored<typename C::L, C::kRank, C::kTile>(args.latents, length, sequence, tile, to, thread);
+    CopyStored<typename C::T, C::kTurned, C::kTile>(args.rotary_keys, length, sequence, tile, to + Up(C::L::kStored), thread);
+  };
+  // Returns how many tokens there are.
+  const auto copy_dense = [&](int unit) {
+    const bool sinks = unit < sink_units;
+    const int token = (sinks ? unit : unit - sink_units) * C::kTile, left = (sinks ? length.sinks : length.residual) - token;
+    const auto copy = [&]<class P, int kDim>(const LatentSide& side, ptx::Shared to, P*, std::integral_constant<int, kDim>) {
+      const DenseView& view = P::kDense ? side.tokens : sinks ? side.sinks : side.residual;
+      const int row = P::kDense && !sinks ? length.sinks + length.encoded + token : token;
+      CopyNumbers<kDim, C::kTile>(to, RowOf(view, b, row), view.token_stride, left, static_cast<int>(threadIdx.x));
+    };
+    copy(args.latents, base + C::kNumbersAt, static_cast<typename C::L*>(nullptr), std::integral_constant<int, C::kRank>());
+    copy(args.rotary_keys, base + C::kNumbersAt + Up(C::L::kNumbers), static_cast<typename C::T*>(nullptr),
+         std::integral_constant<int, C::kTurned>());
+    return left;
+  };
+  int unit = split, dense_left = 0;
+  if (!C::kDense && unit < dense_units) dense_left = copy_dense(unit);
+  ptx::CopyCommit();
+#pragma unroll
+  for (int i = 0; i < C::kStages - 1; ++i) {
+    if (first + i < end) copy_tile(first + i);
+    ptx::CopyCommit();
+  }
+
+  // Queries as left operands: rows of heads g and g + 8, channels 2 t, 2 t + 1 and 8 more of a step. 0 where there is none.
+  const auto query = [&](int head, int channel) -> uint32_t {
+    if (head >= heads || channel >= C::kRank + C::kTurned) return 0;
+    const int64_t row = static_cast<int64_t>(b) * all_heads + first_head + head;
+    return __ldcg(reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(args.queries) + row * (C::kRank + C::kTurned) + channel));
+  };
+  // Number i of this warp's steps, those of the latent first; kSteps where it has none.
+  const auto step_of = [&](int i) {
+    const bool turns = i >= C::kLatentSteps;
+    const int step = turns ? share + kShares * (i - C::kLatentSteps) : share * C::kLatentSteps + i;
+    if (turns) return step < C::kAllRotary ? C::kRank / 16 + step : C::kSteps;
+    return step < C::kRank / 16 ? step : C::kSteps;
+  };
+  uint32_t q[C::kHoldsQueries ? C::kHeadTiles : 1][C::kHoldsQueries ? C::kOwnSteps : 1][4];
+  if constexpr (C::kHoldsQueries) {
+#pragma unroll
+    for (int ht = 0; ht < C::kHeadTiles; ++ht) {
+#pragma unroll
+      for (int i = 0; i < C::kOwnSteps; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) q[ht][i][j] = query(16 * ht + g + j % 2 * 8, 16 * step_of(i) + 2 * t + j / 2 * 8);
+      }
+    }
+  } else {
+    for (int n = threadIdx.x; n < C::kHeads * C::kSteps * 8; n += kThreads) {
+      const int head = n / (C::kSteps * 8), pair = n % (C::kSteps * 8);
+      const ptx::Shared place = GranuleAt<C::kSteps * 16>(head, pair / 4) + pair % 4 * 4;
+      *reinterpret_cast<uint32_t*>(shared + C::kQueriesAt + place) = query(head, 2 * pair);
+    }
+  }
+
+  float* scores = reinterpret_cast<float*>(shared + C::kScoresAt);
+  float* references = reinterpret_cast<float*>(shared + C::kReferencesAt);
+  float* factors = references + C::kHeads;
+  if (threadIdx.x < C::kHeads) references[threadIdx.x] = kNoReference;  // seen behind the barrier that the first tile has
+  float o[C::kHeadTiles][2 * C::kPairs][4];  // of heads g and g + 8: channels 2 t, 2 t + 1 of eights
+#pragma unroll
+  for (int ht = 0; ht < C::kHeadTiles; ++ht) {
+#pragma unroll
+    for (int n = 0; n < 2 * C::kPairs; ++n) o[ht][n][0] = o[ht][n][1] = o[ht][n][2] = o[ht][n][3] = 0;
+  }
+  constexpr int kRows = 2 * C::kHeadTiles;  // heads whose weights a warp makes
+  constexpr int kOwn = C::kTile / 32;       // tokens of a lane there
+  float l[kRows];                           // a lane's share
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) l[r] = 0;
+  const float to_base2 = args.scale * kLog2E;
+
+  // Of a tile that all threads see, `valid` tokens of it: 16-bit numbers at `latents` and `rotary_keys`; or codes in `stage`, where
+  // they are decoded, latents to `latents`.
+  const auto attend = [&]<bool kLatentCodes, bool kRotaryCodes>(ptx::Shared latents, ptx::Shared rotary_keys, const std::byte* stage,
+                                                                int valid, std::bool_constant<kLatentCodes>,
+                                                                std::bool_constant<kRotaryCodes>) {
+    // What a thread is, and where its rows are, it finds anew for every tile: registers are few.
+    int thread = static_cast<int>(threadIdx.x);
+    asm volatile("" : "+r"(thread));
+    {
+      const int place = thread % 32, g = place / 4, t = place % 4, share = thread / 32 % kShares, half = thread / 32 / kShares;
+      // Its rows of keys, of queries; and of codes its token, the first of eight by eight.
+      const int key_row = half * (C::kTile / 2) + place / 16 * 8 + place % 8, key_side = place / 8 % 2;
+      const ptx::Shared own_key = GranuleAt<C::kRank>(key_row, 2 * share * C::kLatentSteps + key_side);
+      const ptx::Shared own_rotary = GranuleAt<C::kTurned>(key_row, 2 * share + key_side);
+      const ptx::Shared own_query = base + C::kQueriesAt + GranuleAt<C::kSteps * 16>(place % 16, 2 * share * C::kLatentSteps + place / 16);
+      const ptx::Shared own_turned_query = base + C::kQueriesAt + GranuleAt<C::kSteps * 16>(place % 16, C::kRank / 8 + 2 * share + place / 16);
+      const int coded_row = half * (C::kTile / 2) + g;
+      float x[C::kHeadTiles][C::kTokenTiles][4];
+#pragma unroll
+      for (int ht = 0; ht < C::kHeadTiles; ++ht) {
+#pragma unroll
+        for (int n = 0; n < C::kTokenTiles; ++n) x[ht][n][0] = x[ht][n][1] = x[ht][n][2] = x[ht][n][3] = 0;
+      }
+      // The queries of the warp's step i times keys (n, j): half j of the step's channels, of eight tokens n.
+      const auto multiply = [&](int i, const auto& key) {
+#pragma unroll
+        for (int ht = 0; ht < C::kHeadTiles; ++ht) {
+          uint32_t a[4];
+          if constexpr (C::kHoldsQueries) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) a[j] = q[ht][i][j];
+          } else if constexpr (C::kEven && kWhole<C::kSteps * 16>) {
+            ptx::LoadMatrices(i < C::kLatentSteps ? Further<C::kSteps * 16>(own_query, 16 * ht, 2 * i)
+                                                  : Further<C::kSteps * 16>(own_turned_query, 16 * ht, 8 * (i - C::kLatentSteps)), a);
+          } else {
+            ptx::LoadMatrices(base + C::kQueriesAt + GranuleAt<C::kSteps * 16>(16 * ht + place % 16, 2 * step_of(i) + place / 16), a);
+          }
+#pragma unroll
+          for (int n = 0; n < C::kTokenTiles; ++n) {
+            const uint32_t columns[2] = {key(n, 0), key(n, 1)};
+            Mma<kBFloat16>(x[ht][n], a[0], a[1], a[2], a[3], columns);
+          }
+        }
+      };
+      // Of numbers in shared memory.
+      const auto multiply_numbers = [&](int i) {
+        if (!C::kEven && step_of(i) >= C::kSteps) return;
+        uint32_t k[C::kTokenTiles / 2][4];
+#pragma unroll
+        for (int n = 0; n < C::kTokenTiles; n += 2) {
+          const bool turns = i >= C::kLatentSteps;
+          if constexpr (C::kEven) {
+            ptx::LoadMatrices(turns ? Further<C::kTurned>(rotary_keys + own_rotary, 8 * n, 8 * (i - C::kLatentSteps))
+                                    : Further<C::kRank>(latents + own_key, 8 * n, 2 * i), k[n / 2]);
+          } else {
+            ptx::LoadMatrices(turns ? rotary_keys + GranuleAt<C::kTurned>(key_row + 8 * n, 2 * (step_of(i) - C::kRank / 16) + key_side)
+                                    : latents + GranuleAt<C::kRank>(key_row + 8 * n, 2 * step_of(i) + key_side), k[n / 2]);
+          }
+        }
+        multiply(i, [&](int n, int j) { return k[n / 2][n % 2 * 2 + j]; });
+      };
+      if constexpr (!C::L::kDense) {  // of a lambda's own condition alone all would be compiled
+        if constexpr (kLatentCodes) {
+          using P = typename C::L;
+          // Words of a chunk; a share's; that are read at once; and channels of a share.
+          constexpr int kMost = P::kBits == 4 && P::kOdd == 0 && C::kHoldsQueries ? 4 : 2;
+          constexpr int kWords = P::kRow / 16, kOwnWords = kWords / kShares, kVector = std::min(kOwnWords, kMost);
+          constexpr int kChannels = C::kRank / kShares;
+          constexpr int kFields = 16 / P::kBits, kRun = 128 / P::kBits;
+          // Groups that are not larger than a word's channels are looked up with it, others before.
+          constexpr bool kEach = P::kGroup <= kRun;
+          constexpr int kGroups = std::max((kEach ? kRun : kChannels) / P::kGroup, 1);
+          static_assert(kWords % kShares == 0 && kOwnWords % kVector == 0 && (kChannels % P::kGroup == 0 || P::kGroup % kChannels == 0));
+          const ptx::Shared own_number = latents + GranuleAt<C::kRank>(coded_row, 2 * share * C::kLatentSteps) + 4 * t;
+          GroupScale groups[C::kTokenTiles][kGroups];
+          const auto look_up = [&](int n, int channel) {
+#pragma unroll
+            for (int i = 0; i < kGroups; ++i) groups[n][i] = GroupAt<P>(stage, coded_row + 8 * n, (share * kChannels + channel) / P::kGroup + i);
+          };
+#pragma unroll
+          for (int n = 0; n < C::kTokenTiles; ++n) {
+            if (!kEach) look_up(n, 0);
+          }
+#pragma unroll
+          for (int first = 0; first < kOwnWords; first += kVector) {
+            uint32_t words[C::kTokenTiles][kVector];
+            const int at = t * kWords + share * kOwnWords + first;
+#pragma unroll
+            for (int n = 0; n < C::kTokenTiles; ++n) {
+              ptx::LoadShared(ptx::SharedAddress(stage + (coded_row + 8 * n) * Stride(P::kRow) + at * 4), words[n]);
+            }
+#pragma unroll
+            for (int w = 0; w < kVector; ++w) {
+              uint32_t numbers[C::kTokenTiles][kFields];
+#pragma unroll
+              for (int n = 0; n < C::kTokenTiles; ++n) {
+                if (kEach) look_up(n, (first + w) * kRun);
+                Decode<P, C::kRank, kBFloat16>(stage, coded_row + 8 * n, at + w, words[n][w], groups[n], kEach ? 0 : (first + w) * kRun,
+                                               coded_row + 8 * n < valid, numbers[n]);
+#pragma unroll
+                for (int field = 0; field < kFields; ++field) {
+                  ptx::StoreShared(Further<C::kRank>(own_number, 8 * n, (first + w) * kFields + field), numbers[n][field]);
+                }
+              }
+#pragma unroll
+              for (int s = 0; s < kFields / 2; ++s) {
+                multiply((first + w) * (kFields / 2) + s, [&](int n, int j) { return numbers[n][2 * s + j]; });
+              }
+            }
+          }
+        }
+      }
+      if constexpr (!kLatentCodes) {
+#pragma unroll
+        for (int i = 0; i < C::kLatentSteps; ++i) multiply_numbers(i);
+      }
+#pragma unroll
+      for (int i = 0; i < C::kRotarySteps; ++i) {
+        if constexpr (!C::T::kDense) {
+          if constexpr (kRotaryCodes) {
+            using P = typename C::T;
+            constexpr int kWords = P::kRow / 16, kFields = 16 / P::kBits, kRun = 128 / P::kBits, kGroups = std::max(kRun / P::kGroup, 1);
+            static_assert(kWords >= 1 && C::kAllRotary % kShares == 0 && (kRun % P::kGroup == 0 || P::kGroup % kRun == 0));
+            const int step = share + kShares * i, w = step / (kFields / 2), of_word = step % (kFields / 2);
+            uint32_t pairs[C::kTokenTiles][2];
+#pragma unroll
+            for (int n = 0; n < C::kTokenTiles; ++n) {
+              const int token = coded_row + 8 * n, at = t * kWords + w;
+              const std::byte* tile = stage + Up(C::L::kStored);
+              GroupScale groups[kGroups];
+#pragma unroll
+              for (int group = 0; group < kGroups; ++group) groups[group] = GroupAt<P>(tile, token, w * kRun / P::kGroup + group);
+              uint32_t word[1], numbers[kFields];
+              ptx::LoadShared(ptx::SharedAddress(tile + token * Stride(P::kRow) + at * 4), word);
+              Decode<P, C::kTurned, kBFloat16>(tile, token, at, word[0], groups, 0, token < valid, numbers);
+#pragma unroll
+              for (int s = 0; s < kFields / 2; ++s) {
+                if (s == 0 || s == of_word) pairs[n][0] = numbers[2 * s], pairs[n][1] = numbers[2 * s + 1];
+              }
+            }
+            multiply(C::kLatentSteps + i, [&](int n, int j) { return pairs[n][j]; });
+          }
+        }
+        if constexpr (!kRotaryCodes) multiply_numbers(C::kLatentSteps + i);
+      }
+#pragma unroll
+      for (int ht = 0; ht < C::kHeadTiles; ++ht) {
+#pragma unroll
+        for (int n = 0; n < C::kTokenTiles; ++n) {
+          float* to = scores + (share * C::kHeads + 16 * ht + g) * C::kScoreRow + half * (C::kTile / 2) + 8 * n + 2 * t;
+          *reinterpret_cast<float2*>(to) = {x[ht][n][0], x[ht][n][1]};
+          *reinterpret_cast<float2*>(to + 8 * C::kScoreRow) = {x[ht][n][2], x[ht][n][3]};
+        }
+      }
+    }
+    __syncthreads();
+
+    asm volatile("" : "+r"(thread));
+    const int lane = thread % 32, warp = thread / 32, g = lane / 4;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int head = warp * kRows + r;
+      float x[kOwn];  // tokens kOwn lane, ...
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        const float* of = scores + head * C::kScoreRow + kOwn * lane + i;
+        float sum = of[0];
+#pragma unroll
+        for (int s = 1; s < kShares; ++s) sum += of[s * C::kHeads * C::kScoreRow];
+        x[i] = kOwn * lane + i < valid ? sum * to_base2 : -INFINITY;
+      }
+      float top = x[0];
+#pragma unroll
+      for (int i = 1; i < kOwn; ++i) top = fmaxf(top, x[i]);
+#pragma unroll
+      for (int lanes = 16; lanes > 0; lanes /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, lanes));
+      const float before = references[head];
+      top = fmaxf(top, before);
+      const float factor = ptx::Exp2(before - top);
+      l[r] *= factor;
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) x[i] = ptx::Exp2(x[i] - top), l[r] += x[i];
+      std::byte* to = shared + C::kWeightsAt + GranuleAt<C::kTile>(head, kOwn * lane / 8) + kOwn * lane % 8 * 2;
+      const uint32_t pair = kBFloat16 ? ptx::PackBFloat16(x[0], x[kOwn - 1]) : ptx::PackHalf(x[0], x[kOwn - 1]);
+      if constexpr (kOwn == 2) *reinterpret_cast<uint32_t*>(to) = pair;
+      else *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(pair);
+      __syncwarp();  // all lanes have seen the reference before
+      if (lane == 0) references[head] = top, factors[head] = factor;
+    }
+    static_assert(kOwn <= 2);
+    __syncthreads();
+
+    const ptx::Shared own_value = latents + GranuleAt<C::kRank>(lane % 16, 2 * C::kPairs * warp + lane / 16);
+    const ptx::Shared own_weight = base + C::kWeightsAt + GranuleAt<C::kTile>(lane % 16, lane / 16);
+
+#pragma unroll
+    for (int ht = 0; ht < C::kHeadTiles; ++ht) {
+      const float low = factors[16 * ht + g], high = factors[16 * ht + g + 8];
+      if (!__any_sync(~0u, low != 1 || high != 1)) continue;
+#pragma unroll
+      for (int n = 0; n < 2 * C::kPairs; ++n) o[ht][n][0] *= low, o[ht][n][1] *= low, o[ht][n][2] *= high, o[ht][n][3] *= high;
+    }
+#pragma unroll
+    for (int step = 0; step < C::kTile / 16; ++step) {
+      uint32_t a[C::kHeadTiles][4];
+#pragma unroll
+      for (int ht = 0; ht < C::kHeadTiles; ++ht) {
+        ptx::LoadMatrices(Further<C::kTile>(own_weight, 16 * ht, 2 * step), a[ht]);
+      }
+#pragma unroll
+      for (int p = 0; p < C::kPairs; ++p) {
+        const int pair = warp * C::kPairs + p;
+        if (C::kRank / 16 % kWarps != 0 && pair >= C::kRank / 16) break;
+        uint32_t v[4];
+        ptx::LoadMatricesTransposed(kWhole<C::kRank> && 2 * C::kPairs % 8 == 0
+                                        ? Further<C::kRank>(own_value, 16 * step, 2 * p)
+                                        : latents + GranuleAt<C::kRank>(16 * step + lane % 16, 2 * pair + lane / 16), v);
+#pragma unroll
+        for (int ht = 0; ht < C::kHeadTiles; ++ht) {
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            const uint32_t columns[2] = {v[2 * j], v[2 * j + 1]};
+            Mma<kBFloat16>(o[ht][2 * p + j], a[ht][0], a[ht][1], a[ht][2], a[ht][3], columns);
+          }
+        }
+      }
+    }
+  };
+
+  if constexpr (!C::kDense) {
+    for (bool fetched = true; unit < dense_units; unit += splits, fetched = false) {
+      if (fetched) {
+        ptx::CopyWait<C::kStages - 1>();
+      } else {
+        __syncthreads();  // the tile before is done with
+        dense_left = copy_dense(unit);
+        ptx::CopyCommit();
+        ptx::CopyWait<0>();
+      }
+      __syncthreads();
+      attend(base + C::kNumbersAt, base + C::kNumbersAt + Up(C::L::kNumbers), shared, dense_left, std::false_type(), std::false_type());
+    }
+  }
+  for (int tile = first; tile < end; ++tile) {
+    ptx::CopyWait<C::kStages - 2>();
+    __syncthreads();  // the tile is there, and the one before is done with
+    if (tile + C::kStages - 1 < end) copy_tile(tile + C::kStages - 1);
+    ptx::CopyCommit();
+    const int stage = (tile - first) % C::kStages * C::kStage, valid = length.encoded - tile * C::kTile;
+    attend(base + (C::L::kDense ? stage : C::kNumbersAt), base + stage + Up(C::L::kStored), shared + stage, valid,
+           std::bool_constant<!C::L::kDense>(), std::bool_constant<!C::T::kDense>());
+  }
+
+  const Workspace workspace = LayOut(args.workspace, args.batch, splits, all_heads, C::kRank);
+  const int64_t slot = (static_cast<int64_t>(b) * splits + split) * all_heads + first_head;
+  __syncthreads();  // where there was no tile
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) l[r] += __shfl_xor_sync(~0u, l[r], lanes);
+    if (lane == 0 && warp * kRows + r < heads) static_cast<float2*>(workspace.sums)[slot + warp * kRows + r] = {references[warp * kRows + r], l[r]};
+  }
+  if (first >= end && split >= dense_units) return;  // no token: the second kernel reads no output of it
+#pragma unroll
+  for (int ht = 0; ht < C::kHeadTiles; ++ht) {
+#pragma unroll
+    for (int n = 0; n < 2 * C::kPairs; ++n) {
+      const int channel = (warp * 2 * C::kPairs + n) * 8 + 2 * t;
+      if (C::kRank / 16 % kWarps != 0 && channel >= C::kRank) break;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int head = 16 * ht + g + 8 * i;
+        if (head >= heads) continue;
+        *reinterpret_cast<float2*>(workspace.outputs + (slot + head) * C::kRank + channel) = {o[ht][n][2 * i], o[ht][n][2 * i + 1]};
+      }
+    }
+  }
+}
+
+// What the blocks of a sequence have left of one head, kMergedChannels of it.
+template <int kRank, bool kBFloat16>
+__global__ void __launch_bounds__(kThreads) MergeKernel(const __grid_constant__ LatentAttentionArgs args, int splits) {
+  constexpr int kColumns = kMergedChannels / 4, kChunks = (kRank + kMergedChannels - 1) / kMergedChannels;
+  constexpr int kReaders = kThreads / kColumns;  // of every kReaders-th block each
+  constexpr int kBatch = 8;                      // loads at a time
+  static_assert(kMostSplits <= kThreads);
+  __shared__ float weights[kMostSplits];
+  __shared__ float tops[kWarps], totals[kWarps];
+  __shared__ float4 partial[kReaders][kColumns];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int chunk = blockIdx.x % kChunks, all_heads = static_cast<int>(args.heads), head = blockIdx.x / kChunks % all_heads;
+  const int b = blockIdx.x / kChunks / all_heads;
+  const int column = threadIdx.x % kColumns, reader = threadIdx.x / kColumns, channel = chunk * kMergedChannels + 4 * column;
+  LaunchDependents();
+  WaitForPredecessors();
+  const Workspace workspace = LayOut(args.workspace, args.batch, splits, all_heads, kRank);
+  const auto slot = [&](int split) { return (static_cast<int64_t>(b) * splits + split) * all_heads + head; };
+  const int own = static_cast<int>(threadIdx.x);
+  const float2 of = own < splits ? __ldcg(static_cast<const float2*>(workspace.sums) + slot(own)) : float2{kNoReference, 0};
+  // On their way before it is known what they weigh: where a block had no token, anything.
+  const auto load = [&](int start, float4 (&x)[kBatch]) {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int split = start + i * kReaders;
+      x[i] = {0, 0, 0, 0};
+      if (split < splits && channel < kRank) {
+        x[i] = __ldcg(reinterpret_cast<const float4*>(workspace.outputs + slot(split) * kRank + channel));
+      }
+    }
+  };
+  float4 x[kBatch];
+  load(reader, x);
+  float top = of.x;
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, lanes));
+  if (lane == 0) tops[warp] = top;
+  __syncthreads();
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) top = fmaxf(top, tops[w]);
+  const float weight = of.y == 0 ? 0 : ptx::Exp2(of.x - top);
+  if (own < splits) weights[own] = weight;
+  float total = weight * of.y;
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) total += __shfl_xor_sync(~0u, total, lanes);
+  if (lane == 0) totals[warp] = total;
+  __syncthreads();
+  total = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) total += totals[w];
+  float4 sum = {0, 0, 0, 0};
+  for (int start = reader; start < splits; start += kBatch * kReaders) {
+    if (start != reader) load(start, x);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const float w = start + i * kReaders < splits ? weights[start + i * kReaders] : 0;
+      if (w == 0) continue;
+      sum.x = fmaf(w, x[i].x, sum.x), sum.y = fmaf(w, x[i].y, sum.y), sum.z = fmaf(w, x[i].z, sum.z), sum.w = fmaf(w, x[i].w, sum.w);
+    }
+  }
+  partial[reader][column] = sum;
+  __syncthreads();
+  if (reader != 0 || channel >= kRank) return;
+#pragma unroll
+  for (int other = 1; other < kReaders; ++other) {
+    const float4 x = partial[other][column];
+    sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+  }
+  const float scale = total == 0 ? 0 : 1 / total;
+  const uint2 packed = {kBFloat16 ? ptx::PackBFloat16(sum.x * scale, sum.y * scale) : ptx::PackHalf(sum.x * scale, sum.y * scale),
+                        kBFloat16 ? ptx::PackBFloat16(sum.z * scale, sum.w * scale) : ptx::PackHalf(sum.z * scale, sum.w * scale)};
+  *reinterpret_cast<uint2*>(static_cast<uint16_t*>(args.out) + (static_cast<int64_t>(b) * all_heads + head) * kRank + channel) = packed;
+}
+
+#endif  // __CUDACC__
+
+}  // namespace kvq::latent_attention
