@@ -14,7 +14,7 @@ namespace kvq {
 struct Mixture {
   int64_t rows, hidden, size, experts, per_token;
   bool normalized;
-  at::Tensor x, logits, up, down, gated, partial, choice, chosen, reads;
+  at::Tensor x, logits, up, down, gated, partial, chosen, reads;
 
   Mixture(int64_t rows, int64_t hidden, int64_t size, int64_t experts, int64_t per_token, bool normalized, at::TensorOptions options)
       : rows(rows), hidden(hidden), size(size), experts(experts), per_token(per_token), normalized(normalized) {
@@ -22,7 +22,6 @@ struct Mixture {
     up = at::randn({experts, 2 * size, hidden}, options) / std::sqrt(static_cast<double>(hidden));
     down = at::randn({experts, hidden, size}, options) / std::sqrt(static_cast<double>(size));
     gated = at::full({rows, per_token, size}, NAN, options), partial = at::full({rows, hidden}, NAN, options.dtype(at::kFloat));
-    choice = at::zeros({ExpertsChoiceBytes(rows)}, options.dtype(at::kByte));
     chosen = at::full({rows, per_token}, -1, options.dtype(at::kInt)), reads = at::zeros({1}, options.dtype(at::kLong));
   }
   ExpertsArgs args() const {
@@ -40,7 +39,6 @@ struct Mixture {
             .down = down.data_ptr(),
             .gated = gated.data_ptr(),
             .partial = partial.data_ptr<float>(),
-            .choice = choice.data_ptr(),
             .chosen = chosen.data_ptr<int32_t>(),
             .reads = reinterpret_cast<unsigned long long*>(reads.data_ptr<int64_t>())};
   }

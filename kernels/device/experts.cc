@@ -12,17 +12,46 @@ namespace {
 
 using namespace step;
 
-// As product.cc's: blocks of eight warps, two a multiprocessor, or of what else fits. None where sizes are no multiples of a
-// unit.
-ExpertsPlan Plan(const ExpertsArgs& a) {
+// For so many tiles a block, of so many stages of `stage_bytes`, within `ring_bytes`; no stages where too few fit.
+BlockShape ShapeOf(int64_t tiles, int64_t of_tile, int64_t stage_bytes, int64_t ring_bytes) {
+  constexpr int64_t kFewestStages = 4, kMostStages = 6;
+  for (const int64_t most : {8, 4}) {  // warps
+    int64_t groups = 1, members = 0, slots = 0;
+    for (int64_t some = 1; some <= most; ++some) {
+      const int64_t taken = (tiles + some - 1) / some * some;
+      if (slots > 0 && taken > slots) continue;
+      groups = some, members = std::min(most / some, of_tile), slots = taken;
+    }
+    const int64_t stages = std::min(ring_bytes / (groups * members * stage_bytes), kMostStages);
+    if (stages >= kFewestStages) return {static_cast<int>(groups), static_cast<int>(groups * members), static_cast<int>(stages)};
+  }
+  return {};
+}
+
+struct ExpertsPlan {
+  BlockShape block;  // no stages: none of these
+  int64_t blocks = 0, shared_bytes = 0;
+};
+
+// For so many rows of x that share what is read: two blocks a multiprocessor, or of what else fits. None where sizes are no
+// multiples of a unit.
+ExpertsPlan Plan(const ExpertsArgs& a, int64_t rows, bool down) {
   ExpertsPlan plan;
   if (a.hidden % kUnit != 0 || a.size % kUnit != 0 || a.hidden > (1 << 24) || a.size > (1 << 22)) return plan;
-  constexpr int64_t kStatic = 11 << 10;  // of the kernel: the choice
-  for (const auto& [warps, stages, blocks] : {std::tuple(8, 12, 2), std::tuple(8, 8, 2), std::tuple(8, 4, 2), std::tuple(8, 4, 1)}) {
-    plan.shared_bytes = warps * stages * kUnitBytes + SumBytes(warps, kExpertRows);
-    if (plan.shared_bytes + kStatic > std::min(CurrentDevice().block_shared, CurrentDevice().shared / blocks - 1024)) continue;
-    plan.warps = warps, plan.stages = stages, plan.blocks_per_sm = blocks;
-    return plan;
+  constexpr int64_t kStatic = 11 << 10, kColumns = kDeep * kUnit;  // kStatic: of the kernel, the choice
+  const int64_t tiles = down ? a.hidden / kTileRows : std::min(a.experts, rows * a.per_token) * (a.size / 4);
+  const int64_t stages = down ? a.per_token * ((a.size + kColumns - 1) / kColumns) : (a.hidden + kColumns - 1) / kColumns;
+  const int64_t stage_bytes = ExpertStageBytes(static_cast<int>(rows));
+  for (const int64_t blocks_per_sm : {2, 1}) {
+    const int64_t room = std::min<int64_t>(CurrentDevice().block_shared, CurrentDevice().shared / blocks_per_sm - 1024) - kStatic;
+    const int64_t blocks = std::min(CurrentDevice().multiprocessors * blocks_per_sm, tiles);
+    for (const int64_t rings : {80 << 10, 40 << 10}) {
+      const BlockShape shape = ShapeOf((tiles + blocks - 1) / blocks, stages, stage_bytes, rings);
+      plan.shared_bytes = std::max(shape.warps * shape.stages * stage_bytes + SumBytes(shape.warps, rows), 4 * rows * KeyPitch(a.experts));
+      if (shape.stages == 0 || plan.shared_bytes > room) continue;
+      plan.block = shape, plan.blocks = blocks;
+      return plan;
+    }
   }
   return plan;
 }
@@ -31,24 +60,23 @@ void LaunchExperts(const ExpertsArgs& a, bool down, void* stream) {
   if (!ExpertsFit(a)) throw std::runtime_error("experts that ExpertsFit refuses");
   if (a.dtype == DType::kFloat32) throw std::runtime_error("kernels of a step take float16 and bfloat16");
   const bool bfloat16 = a.dtype == DType::kBFloat16;
-  const ExpertsPlan plan = Plan(a);
-  const int64_t multiprocessors = CurrentDevice().multiprocessors;
   const std::vector<std::string> sources = {"kernels/device/experts.cuh"};
-  if (plan.stages == 0) {
+  const int64_t together = std::min<int64_t>(a.rows, kExpertRows);
+  // Both or none, as the second takes over from the first.
+  if (Plan(a, together, false).block.stages == 0 || Plan(a, together, true).block.stages == 0) {
     const int64_t outs = down ? a.hidden : a.per_token * a.size;
-    const auto blocks = static_cast<unsigned>(std::min((outs + 7) / 8, 8 * multiprocessors));
+    const auto blocks = static_cast<unsigned>(std::min<int64_t>((outs + 7) / 8, 8 * CurrentDevice().multiprocessors));
     Launch("experts", {.instance = {sources, InstanceName("kvq::step::AnyExpertsKernel", bfloat16, down)},
                        .grid = dim3(blocks, static_cast<unsigned>(a.rows)), .threads = 256},
            stream, a);
     return;
   }
   for (int64_t row = 0; row < a.rows; row += kExpertRows) {
-    const int64_t rows = std::min<int64_t>(a.rows - row, kExpertRows);
-    const int64_t tiles = down ? a.hidden / kTileRows : std::min(a.experts, rows * a.per_token) * (a.size / 4);
-    Launch("experts", {.instance = {sources, InstanceName("kvq::step::ExpertsKernel", bfloat16, plan.warps, plan.stages, down)},
-                       .grid = static_cast<unsigned>(std::min(multiprocessors * plan.blocks_per_sm, tiles)),
-                       .threads = plan.warps * 32, .shared_bytes = static_cast<size_t>(plan.shared_bytes)},
-           stream, a, row);
+    const ExpertsPlan plan = Plan(a, std::min(a.rows - row, together), down);
+    Launch("experts", {.instance = {sources, InstanceName("kvq::step::ExpertsKernel", bfloat16, plan.block.stages, down)},
+                       .grid = static_cast<unsigned>(plan.blocks),
+                       .threads = plan.block.warps * 32, .shared_bytes = static_cast<size_t>(plan.shared_bytes)},
+           stream, a, row, plan.block.groups);
   }
 }
 
@@ -56,10 +84,6 @@ void LaunchExperts(const ExpertsArgs& a, bool down, void* stream) {
 
 bool ExpertsFit(const ExpertsArgs& a) {
   return a.experts >= 1 && a.experts <= kMostExperts && a.per_token >= 1 && a.per_token <= std::min<int64_t>(kMostPerToken, a.experts);
-}
-
-int64_t ExpertsChoiceBytes(int64_t rows) {
-  return (rows + kExpertRows - 1) / kExpertRows * static_cast<int64_t>(sizeof(ChosenExperts));
 }
 
 void ExpertsUp(const ExpertsArgs& args, void* stream) { LaunchExperts(args, /*down=*/false, stream); }

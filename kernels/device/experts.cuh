@@ -1,15 +1,19 @@
 // The kernels of experts.h.
 //
-// The stream of weights is that of product.cuh: tiles of eight rows, units of 64 columns in a ring of shared memory a warp,
-// eight rows of x as one operand of the tensor cores. What is other:
+// The stream of weights is like that of product.cuh: tiles of eight rows, a ring in shared memory a warp, eight rows of x as one
+// operand of the tensor cores. But matrices are small, so that what happens once a tile weighs, and so do instructions: a warp
+// that wants 500 ns for a kilobyte is late however early that came. Therefore:
 //
-// - Which weights these are, the logits say. Every block of the first product chooses for itself, which costs less than one more
-//   kernel: a key of 32 bits for each logit, unique and in their order. The first block hands the choice to the second product.
+// - A block is some groups of warps. A group works on a tile, its warps side by side on pieces of the columns, and a sum over them
+//   ends the tile. There are as many groups as make the last round full.
+// - A stage of a ring is 8 rows x 128 columns, two units of 64, whose addresses are one register and constants.
+// - Which weights these are, the logits say. Every block chooses for itself, which costs less than one more kernel: a key of 32
+//   bits for each logit, unique and in their order. Blocks of the second product do while the first one works.
 // - An expert is read once for all tokens that chose it: the block's list has each once, and a product has all rows of x; what
 //   comes out for rows that did not choose it, nobody takes.
-// - Rows of x come from the L2 cache into registers, two units ahead: there may be more of them than shared memory holds, and
-//   beside a stream of weights that cache takes its time.
-// - Of the second product a block has all experts' columns of its eight rows, one expert behind the other, cut among its warps.
+// - Rows of x come through the ring, too, a stage's columns beside its weights: there may be more of them than shared memory
+//   holds, and beside a stream of weights the L2 cache takes its time.
+// - Of the second product a group has all experts' columns of its eight rows, one expert behind the other, cut among its warps.
 //   So their weighted sum is a sum like any other, and eight experts of 768 columns fill a ring as one matrix does.
 #pragma once
 
@@ -21,18 +25,95 @@ namespace kvq::step {
 inline constexpr int kExpertRows = 8;  // of x, that share a read
 inline constexpr int kMostChosen = kExpertRows * kMostPerToken;
 
-// What a block knows of its rows' experts, in shared memory, and what the first product's hands to the second's.
+// What a block knows of its rows' experts, in shared memory.
 struct ChosenExperts {
   int count;
   int expert[kMostChosen];                // each once
   float share[kMostChosen][kExpertRows];  // 0 of a row that did not choose it
   int place[kMostChosen][kExpertRows];    // of the row in `gated`, [rows, per_token]; -1
 };
-struct ExpertsPlan {
-  int warps = 0, stages = 0, blocks_per_sm = 1;
-  int64_t shared_bytes = 0;
+inline constexpr int kDeep = 2;  // units of a stage
+inline constexpr int kStageBytes = kDeep * kUnitBytes;
+// Of a block: groups of warps, warps in all, and the stages of each one's ring.
+struct BlockShape {
+  int groups = 0, warps = 0, stages = 0;
 };
+// Bytes of a stage, with its part of so many rows of x behind the weights: an odd number of 64s a row, so that two of them are in
+// different banks.
+inline constexpr int kExpertPitch = kDeep * kUnit * 2 + 64;
+KVQ_HD constexpr int ExpertStageBytes(int rows) { return (kStageBytes + rows * kExpertPitch + 127) / 128 * 128; }
+// Of a row of keys, of 32 bits (Choose).
+KVQ_HD constexpr int KeyPitch(int64_t experts) { return static_cast<int>((experts + 3) / 4 * 4); }
+
 #ifdef __CUDACC__
+
+// ---- a stage: lane l copies granule l % 8 (of 16 bytes) of rows l / 8 and l / 8 + 4 of a unit. Granules of odd rows swap
+// halves, so that lanes (g, t) read without bank conflicts.
+
+__device__ __forceinline__ int SwapOf(int row) { return (row & 1) << 2; }
+__device__ __forceinline__ int CopyPlace(int lane) { return lane / 8 * 128 + ((lane % 8) ^ SwapOf(lane / 8)) * 16; }
+__device__ __forceinline__ int ReadPlace(int lane) { return lane / 4 * 128 + ((lane % 4) ^ SwapOf(lane / 4)) * 16; }
+
+// `units` of them from `from` on, the lane's place of the first; its other row is `apart` bytes from there.
+__device__ __forceinline__ void CopyStage(ptx::Shared place, const std::byte* from, int64_t apart, int units) {
+  const std::byte* other = from + apart;
+  if (units == kDeep) {
+#pragma unroll
+    for (int i = 0; i < kDeep; ++i) {
+      ptx::CopyAsync(place + i * kUnitBytes, from + i * kUnit * 2);
+      ptx::CopyAsync(place + i * kUnitBytes + kUnitBytes / 2, other + i * kUnit * 2);
+    }
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < units; ++i) {
+      ptx::CopyAsync(place + i * kUnitBytes, from + i * kUnit * 2);
+      ptx::CopyAsync(place + i * kUnitBytes + kUnitBytes / 2, other + i * kUnit * 2);
+    }
+  }
+}
+
+// Adds to four parts of a sum. `weight`: the lane's place in the stage; `x`: in the row of x, at the stage's first column.
+template <bool kBFloat16>
+__device__ __forceinline__ void MultiplyUnit(ptx::Shared weight, ptx::Shared x, float (&sum)[4][4]) {
+#pragma unroll
+  for (int chunk = 0; chunk < 2; ++chunk) {
+    uint32_t w[4], of_x[4];
+    ptx::LoadShared(weight ^ chunk * 64, w);
+    ptx::LoadShared(x + chunk * 64, of_x);
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      float (&to)[4] = sum[2 * chunk + k];
+      if constexpr (kBFloat16) {
+        ptx::MmaBFloat16(to, of_x[2 * k], 0, of_x[2 * k + 1], 0, w[2 * k], w[2 * k + 1]);
+      } else {
+        ptx::MmaHalf(to, of_x[2 * k], 0, of_x[2 * k + 1], 0, w[2 * k], w[2 * k + 1]);
+      }
+    }
+  }
+}
+template <bool kBFloat16>
+__device__ __forceinline__ void MultiplyStage(ptx::Shared weight, ptx::Shared x, int units, float (&sum)[4][4]) {
+  if (units == kDeep) {
+#pragma unroll
+    for (int i = 0; i < kDeep; ++i) MultiplyUnit<kBFloat16>(weight + i * kUnitBytes, x + i * kUnit * 2, sum);
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < units; ++i) MultiplyUnit<kBFloat16>(weight + i * kUnitBytes, x + i * kUnit * 2, sum);
+  }
+}
+// Lane (g, t) has row g of x times rows 2 t and 2 t + 1 of the tile.
+__device__ __forceinline__ float2 SumOf(const float (&sum)[4][4]) {
+  return make_float2((sum[0][0] + sum[1][0]) + (sum[2][0] + sum[3][0]), (sum[0][1] + sum[1][1]) + (sum[2][1] + sum[3][1]));
+}
+
+// The warps of a group wait for each other; of groups of more than one there are at most four.
+__device__ __forceinline__ void SyncGroup(int group, int warps) {
+  if (warps == 1) {
+    __syncwarp();
+  } else {
+    ptx::SyncThreads(1 + group, 32 * warps);
+  }
+}
 
 // A logit's place among its row's: larger for a larger one, and of equal ones for a smaller number; NaN above all.
 __device__ __forceinline__ uint32_t KeyOf(uint32_t bits, bool nan, int expert) {
@@ -40,117 +121,82 @@ __device__ __forceinline__ uint32_t KeyOf(uint32_t bits, bool nan, int expert) {
   return order << 16 | (0xFFFFu - static_cast<uint32_t>(expert));
 }
 
-// By all threads of a block: of rows `first` and on. A warp a row: its keys are in registers, and the largest is taken as often as
-// experts are wanted.
+// By all threads of a block, of rows `first` and on. A logit's rank is the number of larger keys, which a thread counts; `keys`
+// [rows, KeyPitch(experts)] is room that is free afterwards.
 template <bool kBFloat16>
-__device__ void Choose(const ExpertsArgs& a, int64_t first, int rows, ChosenExperts& to) {
-  constexpr int kHeld = kMostExperts / 32;
-  __shared__ int experts_of[kExpertRows][kMostPerToken];
-  __shared__ float shares_of[kExpertRows][kMostPerToken];
-  __shared__ uint32_t seen[kHeld];  // by any row
-  const int experts = static_cast<int>(a.experts), per_token = static_cast<int>(a.per_token);
-  const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
-  if (rows > 1) {
-    if (threadIdx.x < kHeld) seen[threadIdx.x] = 0;
-    for (int i = threadIdx.x; i < rows * per_token * kExpertRows; i += blockDim.x) {
-      to.share[i / kExpertRows][i % kExpertRows] = 0;
-      to.place[i / kExpertRows][i % kExpertRows] = -1;
-    }
-  }
+__device__ void Choose(const ExpertsArgs& a, int64_t first, int rows, uint32_t* keys, ChosenExperts& to) {
+  __shared__ uint32_t best[kExpertRows][kMostPerToken];
+  __shared__ float shares[kExpertRows][kMostPerToken];
+  __shared__ uint32_t seen[kMostExperts / 32];  // by any row
+  const int experts = static_cast<int>(a.experts), per_token = static_cast<int>(a.per_token), pitch = KeyPitch(experts);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, threads = blockDim.x;
   const auto value = [](uint32_t key) {
     const uint32_t order = key >> 16;
     return At<kBFloat16>((order & 0x8000u ? order : ~order) & (order & 0x8000u ? 0x7FFFu : 0xFFFFu), 0);
   };
-  for (int row = threadIdx.x / 32; row < rows; row += warps) {
-    const uint16_t* logits = static_cast<const uint16_t*>(a.logits) + (first + row) * experts;
-    uint32_t keys[kHeld], top = 0;
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      const int e = lane + 32 * i;
-      keys[i] = e < experts ? __ldcg(logits + e) : 0;  // all on their way at once
+  for (int i = threadIdx.x; i < rows * pitch; i += threads) {
+    const int row = i / pitch, expert = i - row * pitch;
+    uint32_t key = 0;  // below all others
+    if (expert < experts) {
+      const uint32_t bits = __ldcg(static_cast<const uint16_t*>(a.logits) + (first + row) * experts + expert);
+      const float x = At<kBFloat16>(bits, 0);
+      key = KeyOf(x == 0.0f ? 0u : bits, x != x, expert);  // -0 is 0
     }
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      const int e = lane + 32 * i;
-      const float x = At<kBFloat16>(keys[i], 0);
-      keys[i] = e < experts ? KeyOf(x == 0.0f ? 0u : keys[i], x != x, e) : 0;  // -0 is 0
-      top = max(top, keys[i]);
+    keys[i] = key;
+  }
+  for (int i = threadIdx.x; i < kMostExperts / 32; i += threads) seen[i] = 0;
+  if (rows > 1) {
+    for (int i = threadIdx.x; i < rows * per_token * kExpertRows; i += threads) {
+      to.share[i / kExpertRows][i % kExpertRows] = 0;
+      to.place[i / kExpertRows][i % kExpertRows] = -1;
     }
-    const float largest = value(__reduce_max_sync(~0u, top));
-    float sum = 0;
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < rows * experts; i += threads) {
+    const int row = i / experts, expert = i - row * experts;
+    const uint32_t key = keys[row * pitch + expert];
+    const uint4* others = reinterpret_cast<const uint4*>(keys + row * pitch);
+    int rank = 0;
+#pragma unroll 8
+    for (int k = 0; k < pitch / 4; ++k) {
+      const uint4 four = others[k];
+      rank += (four.x > key) + (four.y > key) + (four.z > key) + (four.w > key);
+    }
+    if (rank >= per_token) continue;
+    best[row][rank] = key;
+    atomicOr(&seen[expert / 32], 1u << expert % 32);
+  }
+  __syncthreads();
+  for (int row = warp; row < rows; row += threads / 32) {
+    const float largest = value(best[row][0]);
+    const float weight = lane < per_token ? expf(value(best[row][lane]) - largest) : 0.0f;
+    float sum = weight;
     if (!a.normalized) {
-#pragma unroll
-      for (int i = 0; i < kHeld; ++i) sum += keys[i] != 0 ? expf(value(keys[i]) - largest) : 0.0f;
+      sum = 0;
+      for (int e = lane; e < experts; e += 32) sum += expf(value(keys[row * pitch + e]) - largest);
     }
-    uint32_t own = 0;  // of rank `lane`
-    for (int rank = 0; rank < per_token; ++rank) {
-      top = 0;
-#pragma unroll
-      for (int i = 0; i < kHeld; ++i) {
-        if (32 * i < experts) top = max(top, keys[i]);
-      }
-      const uint32_t best = __reduce_max_sync(~0u, top);
-      if (lane == rank) own = best;
-#pragma unroll
-      for (int i = 0; i < kHeld; ++i) {
-        if (32 * i < experts && keys[i] == best) keys[i] = 0;
-      }
-    }
-    const float weight = lane < per_token ? expf(value(own) - largest) : 0.0f;
-    sum = WarpSum(a.normalized ? weight : sum);
-    if (lane >= per_token) continue;
-    const int expert = static_cast<int>(0xFFFFu - (own & 0xFFFFu));
-    if (rows > 1) {
-      experts_of[row][lane] = expert, shares_of[row][lane] = weight / sum;
+    sum = WarpSum(sum);
+    if (lane < per_token) shares[row][lane] = weight / sum;
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < rows * per_token; i += threads) {
+    const int row = i / per_token, rank = i - row * per_token;
+    const int expert = static_cast<int>(0xFFFFu - (best[row][rank] & 0xFFFFu));
+    int place = rank;
+    if (rows > 1) {  // each once, by number
+      place = __popc(seen[expert / 32] & ((1u << expert % 32) - 1));
+      for (int j = 0; j < expert / 32; ++j) place += __popc(seen[j]);
     } else {
-      to.expert[lane] = expert;
-      for (int i = 0; i < kExpertRows; ++i) to.share[lane][i] = 0, to.place[lane][i] = -1;
-      to.share[lane][0] = weight / sum, to.place[lane][0] = static_cast<int>(first) * per_token + lane;
-      if (lane == 0) to.count = per_token;
+      for (int j = 1; j < kExpertRows; ++j) to.share[place][j] = 0, to.place[place][j] = -1;
     }
+    to.expert[place] = expert;
+    to.share[place][row] = shares[row][rank];
+    to.place[place][row] = static_cast<int>(first + row) * per_token + rank;
   }
-  __syncthreads();
-  if (rows == 1) return;
-  const int row = threadIdx.x / per_token, rank = threadIdx.x % per_token;  // rows * per_token <= kMostChosen <= threads
-  const bool works = row < rows;
-  const int expert = works ? experts_of[row][rank] : 0;
-  if (works) atomicOr(&seen[expert / 32], 1u << expert % 32);
-  __syncthreads();
-  int before = 0, count = 0;
-  for (int i = 0; i < kHeld; ++i) {
-    if (i == expert / 32) before = count + __popc(seen[i] & ((1u << expert % 32) - 1));
-    count += __popc(seen[i]);
+  if (threadIdx.x == 0) {
+    to.count = 0;
+    for (const uint32_t word : seen) to.count += __popc(word);
   }
-  if (works) {
-    to.expert[before] = expert;
-    to.share[before][row] = shares_of[row][rank];
-    to.place[before][row] = static_cast<int>(first + row) * per_token + rank;
-  }
-  if (threadIdx.x == 0) to.count = count;
-  __syncthreads();
-}
-
-// Hands the choice to the second product's kernel, which may begin when all blocks have let it; and takes it there.
-__device__ __forceinline__ void HandOver(const ChosenExperts& from, int most, ChosenExperts* to) {
-  for (int i = threadIdx.x; i < most * kExpertRows; i += blockDim.x) {
-    const int n = i / kExpertRows, row = i % kExpertRows;
-    if (n >= from.count) break;
-    to->share[n][row] = from.share[n][row], to->place[n][row] = from.place[n][row];
-    if (row == 0) to->expert[n] = from.expert[n];
-  }
-  if (threadIdx.x == 0) to->count = from.count;
-  __threadfence();
-  __syncthreads();
-}
-__device__ __forceinline__ void TakeOver(const ChosenExperts* from, int most, ChosenExperts& to) {
-  for (int i = threadIdx.x; i < most * kExpertRows; i += blockDim.x) {  // all at once, also what is behind the last
-    const int n = i / kExpertRows, row = i % kExpertRows;
-    const float share = __ldcg(&from->share[n][row]);
-    const int place = __ldcg(&from->place[n][row]), expert = __ldcg(&from->expert[n]);
-    to.share[n][row] = share, to.place[n][row] = place;
-    if (row == 0) to.expert[n] = expert;
-  }
-  if (threadIdx.x == 0) to.count = __ldcg(&from->count);
   __syncthreads();
 }
 
@@ -164,150 +210,134 @@ __device__ __forceinline__ void Report(const ExpertsArgs& a, const ChosenExperts
 }
 
 // Rows `first_row` and on of x, eight at most.
-template <bool kBFloat16, int kWarps, int kStages, bool kDown>
-__global__ void __launch_bounds__(kWarps * 32, kStages > 4 ? 2 : 1)
-    ExpertsKernel(const __grid_constant__ ExpertsArgs a, int64_t first_row) {
+template <bool kBFloat16, int kStages, bool kDown>
+__global__ void __maxnreg__(112) ExpertsKernel(const __grid_constant__ ExpertsArgs a, int64_t first_row, int groups) {
   extern __shared__ __align__(128) std::byte shared[];
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int rows = static_cast<int>(min(a.rows - first_row, static_cast<int64_t>(kExpertRows)));
   const int size = static_cast<int>(a.size), in = static_cast<int>(kDown ? a.size : a.hidden);
-  const ptx::Shared ring = ptx::SharedAddress(shared) + warp * kStages * kUnitBytes;
-  float* sums = reinterpret_cast<float*>(shared + kWarps * kStages * kUnitBytes);
+  const int stage_bytes = ExpertStageBytes(rows);
+  const ptx::Shared ring = ptx::SharedAddress(shared) + warp * kStages * stage_bytes, ring_end = ring + kStages * stage_bytes;
+  float* sums = reinterpret_cast<float*>(shared + warps * kStages * stage_bytes);
   __shared__ ChosenExperts chosen;
-  const int most = rows * static_cast<int>(a.per_token);
-  ChosenExperts* handed = static_cast<ChosenExperts*>(a.choice) + first_row / kExpertRows;
 
-  // The kernel behind the first product is the second, which is not to begin before the choice is there.
-  if constexpr (kDown) {
-    LaunchDependents();
-    TakeOver(handed, most, chosen);
-  } else {
-    WaitForPredecessors();
-    Choose<kBFloat16>(a, first_row, rows, chosen);
-  }
+  // The kernel behind the first product is the second, which is not to begin before the logits are there.
+  if constexpr (!kDown) WaitForPredecessors();
+  LaunchDependents();
+  Choose<kBFloat16>(a, first_row, rows, reinterpret_cast<uint32_t*>(shared), chosen);
 
   // Tiles: of the first product [expert, 4 rows of the gate and 4 of the factor], of the second [8 rows], of all experts.
-  // Units of a tile: of a row's 64s of columns, or, second, [expert, 64 columns]. This warp has those from begin to end.
+  // Stages of a tile: of a row's columns, or, second, [expert, columns]. This warp has those from begin to end.
   const int of_expert = kDown ? 1 : size / 4, tiles = kDown ? static_cast<int>(a.hidden) / kTileRows : chosen.count * of_expert;
-  const int columns = in / kUnit, units = kDown ? chosen.count * columns : columns;
-  const int begin = units * warp / kWarps, end = units * (warp + 1) / kWarps;
+  const int columns = in / kUnit, of_row = (columns + kDeep - 1) / kDeep;  // units and stages of a row
+  const int members = warps / groups, group = warp / members, member = warp % members;
+  const int stages = kDown ? chosen.count * of_row : of_row, begin = stages * member / members, end = stages * (member + 1) / members;
+  const int first_tile = blockIdx.x + gridDim.x * group, tile_step = gridDim.x * groups;
   const int64_t apart_bytes = static_cast<int64_t>(kDown ? 4 : size) * in * 2;
+  const int first_expert = kDown ? begin / of_row : 0, first_unit = (begin - first_expert * of_row) * kDeep;
 
-  const auto swizzle = [](int row) { return (row & 1) << 2; };
-  const ptx::Shared copy_place = lane / 8 * 128 + ((lane % 8) ^ swizzle(lane / 8)) * 16;
-  const ptx::Shared read_place = ring + g * 128 + (t ^ swizzle(g)) * 16;
-  int next_tile = blockIdx.x, next_unit = begin, next_column = 0, next_stage = 0;
-  const std::byte* next = nullptr;
-  const auto aim = [&] {  // at next_unit of next_tile
-    if (next_tile >= tiles || begin == end) return;
-    const int i = kDown ? next_unit / columns : next_tile / of_expert;
-    next_column = kDown ? next_unit - i * columns : next_unit;
-    const int64_t row = kDown ? chosen.expert[i] * a.hidden + next_tile * kTileRows
-                              : static_cast<int64_t>(chosen.expert[i]) * 2 * size + next_tile % of_expert * 4;
-    next = static_cast<const std::byte*>(kDown ? a.down : a.up) + ((row + lane / 8) * in + next_column * kUnit) * 2 + lane % 8 * 16;
+  // Where a warp is in its tile, where it copies and where it multiplies.
+  struct Place {
+    int left, expert, unit;  // stages left; expert (second product) and unit of the next one
+    ptx::Shared stage;
   };
-  const auto fetch = [&] {  // an empty group behind the last unit
-    if (next_tile < tiles && begin < end) {
-      const ptx::Shared place = ring + next_stage * kUnitBytes + copy_place;
-      ptx::CopyAsync(place, next);
-      ptx::CopyAsync(place + kUnitBytes / 2, next + apart_bytes);
-      next += kUnit * 2;
-      ++next_unit, ++next_column;
-      if (next_unit == end) {
-        next_unit = begin;
-        next_tile += gridDim.x;
-        aim();
-      } else if (kDown && next_column == columns) {
-        aim();
-      }
+  const Place at_first = {end - begin, first_expert, first_unit, ring};
+  // Goes on; whether the expert's row, or the warp's part of it, has ended.
+  const auto go_on = [&](Place& at) {
+    at.stage = at.stage + stage_bytes == ring_end ? ring : at.stage + stage_bytes;
+    at.unit += kDeep;
+    const bool next = at.unit >= columns;
+    if (next) at.unit = 0, ++at.expert;
+    if (--at.left > 0) return next;
+    at.left = end - begin, at.expert = first_expert, at.unit = first_unit;
+    return true;
+  };
+  // Lanes have granules of 16 bytes of a row of x, and every second row. A row that did not choose the expert takes what another one has there.
+  const auto copy_x = [&](const Place& to) {
+    constexpr int kGranules = kDeep * kUnit / 8;
+    const int granule = lane % kGranules;
+    if (begin == end || to.unit * 8 + granule >= columns * 8) return;
+    for (int row = lane / kGranules; row < rows; row += 32 / kGranules) {
+      const int64_t from = kDown ? max(chosen.place[to.expert][row], 0) : first_row + row;
+      ptx::CopyAsync(to.stage + kStageBytes + row * kExpertPitch + granule * 16,
+                     static_cast<const uint16_t*>(kDown ? a.gated : a.x) + from * in + to.unit * kUnit + granule * 8);
     }
-    next_stage = next_stage + 1 == kStages ? 0 : next_stage + 1;
+  };
+  Place to = at_first;
+  int next_tile = begin < end ? first_tile : tiles;
+  const std::byte* next = nullptr;
+  const auto aim = [&] {
+    if (next_tile >= tiles) return;
+    const int i = kDown ? to.expert : next_tile / of_expert;
+    const int64_t row = kDown ? chosen.expert[i] * a.hidden + next_tile * kTileRows
+                              : static_cast<int64_t>(chosen.expert[i]) * 2 * size + (next_tile - i * of_expert) * 4;
+    next = static_cast<const std::byte*>(kDown ? a.down : a.up) + ((row + lane / 8) * in + to.unit * kUnit) * 2 + lane % 8 * 16;
+  };
+  const auto fetch = [&] {  // nothing behind the last stage
+    if (next_tile >= tiles) return;
+    CopyStage(to.stage + CopyPlace(lane), next, apart_bytes, min(kDeep, columns - to.unit));
+    next += kDeep * kUnit * 2;
+    const bool ends_tile = to.left == 1;
+    if (!go_on(to)) return;
+    if (ends_tile) next_tile += tile_step;
+    aim();
+  };
+  const auto fetch_all = [&] {
+    if (next_tile < tiles) copy_x(to);
+    fetch();
     ptx::CopyCommit();
   };
   aim();
-#pragma unroll 1
-  for (int i = 0; i < kStages - 1; ++i) fetch();
   if constexpr (kDown) {
+#pragma unroll 1
+    for (int i = 0; i < kStages - 1; ++i) fetch();
     WaitForPredecessors();
-  } else {
-    if (blockIdx.x == 0) {
-      HandOver(chosen, most, handed);
-      Report(a, chosen, rows);
+    Place again = at_first;  // all tiles have the same columns
+#pragma unroll 1
+    for (int i = 0; i < kStages - 1; ++i) {
+      copy_x(again);
+      ptx::CopyCommit();
+      go_on(again);
     }
-    LaunchDependents();
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < kStages - 1; ++i) fetch_all();
+    if (blockIdx.x == gridDim.x - 1) Report(a, chosen, rows);
   }
 
-  // Of the lane's row of x: columns 8 t and on of both 32s of a unit. Rows that are none, or did not choose the expert, read
-  // another's.
-  const auto x_of = [&](int unit, uint4 (&x)[2]) {
-    while (unit >= end) unit -= end - begin;  // of the next tile, which has the same
-    const uint16_t* from;
-    if constexpr (kDown) {
-      const int i = unit / columns, place = chosen.place[i][g];
-      from = static_cast<const uint16_t*>(a.gated) + static_cast<int64_t>(max(place, 0)) * size + (unit - i * columns) * kUnit;
-    } else {
-      from = static_cast<const uint16_t*>(a.x) + (first_row + min(g, rows - 1)) * in + unit * kUnit;
-    }
-    x[0] = __ldcg(reinterpret_cast<const uint4*>(from) + t);
-    x[1] = __ldcg(reinterpret_cast<const uint4*>(from) + 4 + t);
-  };
-
-  uint4 x[2][2];
-  if (begin < end) x_of(begin, x[0]), x_of(begin + 1, x[1]);
-  int stage = 0, turn = 0;
+  // Lanes of rows that do not exist read the last one; nobody takes what comes out for them.
+  const int x_place = kStageBytes + min(g, rows - 1) * kExpertPitch + t * 16;
+  Place at = at_first;
+  int turn = 0;
 #pragma unroll 1
-  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, ++turn) {
-    float sum[2][4] = {}, total[2] = {0, 0};
-    int left = kDown ? columns - begin % columns : 0;  // units until the expert's last
+  for (int tile = first_tile; tile < tiles; tile += tile_step, ++turn) {
+    float sum[4][4] = {}, total[2] = {0, 0};
 #pragma unroll 1
-    for (int unit = begin; unit < end; ++unit) {
+    for (int i = begin; i < end; ++i) {
       ptx::CopyWait<kStages - 2>();
       __syncwarp();
-      fetch();  // into the stage that all lanes have left
-      const uint4 now[2] = {x[0][0], x[0][1]};
-      x[0][0] = x[1][0], x[0][1] = x[1][1];
-      x_of(unit + 2, x[1]);
-      const ptx::Shared at = read_place + stage * kUnitBytes;
-#pragma unroll
-      for (int chunk = 0; chunk < 2; ++chunk) {
-        uint32_t weight[4];
-        ptx::LoadShared(at ^ chunk * 64, weight);
-        const uint32_t of_x[4] = {now[chunk].x, now[chunk].y, now[chunk].z, now[chunk].w};
-#pragma unroll
-        for (int k = 0; k < 4; k += 2) {
-          if constexpr (kBFloat16) {
-            ptx::MmaBFloat16(sum[chunk], of_x[k], 0, of_x[k + 1], 0, weight[k], weight[k + 1]);
-          } else {
-            ptx::MmaHalf(sum[chunk], of_x[k], 0, of_x[k + 1], 0, weight[k], weight[k + 1]);
-          }
-        }
+      fetch_all();  // into the stage that all lanes have left
+      MultiplyStage<kBFloat16>(at.stage + ReadPlace(lane), at.stage + x_place, min(kDeep, columns - at.unit), sum);
+      const int expert = at.expert;
+      if (!go_on(at) || !kDown) continue;
+      if (chosen.place[expert][g] >= 0) {
+        const float share = chosen.share[expert][g];
+        const float2 all = SumOf(sum);
+        total[0] = fmaf(share, all.x, total[0]), total[1] = fmaf(share, all.y, total[1]);
       }
-      stage = stage + 1 == kStages ? 0 : stage + 1;
-      if constexpr (kDown) {
-        if (--left != 0 && unit + 1 != end) continue;
-        const int i = unit / columns;
-        if (chosen.place[i][g] >= 0) {
-          const float share = chosen.share[i][g];
-          total[0] = fmaf(share, sum[0][0] + sum[1][0], total[0]);
-          total[1] = fmaf(share, sum[0][1] + sum[1][1], total[1]);
-        }
 #pragma unroll
-        for (int k = 0; k < 4; ++k) sum[0][k] = sum[1][k] = 0;
-        left = columns;
-      }
+      for (int k = 0; k < 16; ++k) sum[k / 4][k % 4] = 0;
     }
-    if constexpr (!kDown) total[0] = sum[0][0] + sum[1][0], total[1] = sum[0][1] + sum[1][1];
-    // Lane (g, t) has row g of x times rows 2 t and 2 t + 1 of the tile.
-    float* tile_sums = sums + turn % 2 * kWarps * kExpertRows * kTileRows;
+    if constexpr (!kDown) total[0] = SumOf(sum).x, total[1] = SumOf(sum).y;
+    float* tile_sums = sums + (turn % 2 * warps + group * members) * rows * kTileRows;
     if (g < rows) {
-      *reinterpret_cast<float2*>(tile_sums + (warp * rows + g) * kTileRows + 2 * t) = make_float2(total[0], total[1]);
+      *reinterpret_cast<float2*>(tile_sums + (member * rows + g) * kTileRows + 2 * t) = make_float2(total[0], total[1]);
     }
-    __syncthreads();  // and the sums of the tile before last are free
+    SyncGroup(group, members);  // and the sums of the tile before last are free
     // One warp finishes the tile while the others go on: lane (g, t) row g of x, rows t and t + 4 of the tile.
-    if (warp != turn % kWarps || g >= rows) continue;
+    if (member != turn % members || g >= rows) continue;
     float first = 0, second = 0;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
+    for (int w = 0; w < members; ++w) {
       first += tile_sums[(w * rows + g) * kTileRows + t];
       second += tile_sums[(w * rows + g) * kTileRows + t + 4];
     }
@@ -315,10 +345,10 @@ __global__ void __launch_bounds__(kWarps * 32, kStages > 4 ? 2 : 1)
       float* out = a.partial + (first_row + g) * a.hidden + tile * kTileRows + t;
       out[0] = first, out[4] = second;
     } else {
-      const int place = chosen.place[tile / of_expert][g];
+      const int expert = tile / of_expert, place = chosen.place[expert][g];
       if (place < 0) continue;
       first = Round<kBFloat16>(first), second = Round<kBFloat16>(second);
-      static_cast<uint16_t*>(a.gated)[static_cast<int64_t>(place) * size + tile % of_expert * 4 + t] =
+      static_cast<uint16_t*>(a.gated)[static_cast<int64_t>(place) * size + (tile - expert * of_expert) * 4 + t] =
           static_cast<uint16_t>(Pack<kBFloat16>(Gated<kBFloat16>(a.activation, first, second), 0));
     }
   }
@@ -328,10 +358,11 @@ __global__ void __launch_bounds__(kWarps * 32, kStages > 4 ? 2 : 1)
 template <bool kBFloat16, bool kDown>
 __global__ void __launch_bounds__(256) AnyExpertsKernel(const __grid_constant__ ExpertsArgs a) {
   __shared__ ChosenExperts chosen;
+  __shared__ __align__(16) uint32_t keys[kMostExperts];
   if constexpr (!kDown) WaitForPredecessors();
   LaunchDependents();
   const int64_t row = blockIdx.y;
-  Choose<kBFloat16>(a, row, 1, chosen);
+  Choose<kBFloat16>(a, row, 1, keys, chosen);
   if (!kDown && blockIdx.x == 0) Report(a, chosen, 1);
   if constexpr (kDown) WaitForPredecessors();
   const int lane = threadIdx.x % 32;

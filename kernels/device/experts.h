@@ -27,14 +27,12 @@ struct ExpertsArgs {
   const void* down = nullptr;    // [experts, hidden, size]
   void* gated = nullptr;         // [rows, per_token, size]: from the one product to the other
   float* partial = nullptr;      // [rows, hidden], for AddNorm, of one split
-  void* choice = nullptr;        // ExpertsChoiceBytes: from the one product to the other, too
   int32_t* chosen = nullptr;     // [rows, per_token]: the experts, by number
   // Experts that were read are added: each once for all tokens, or, where sizes are odd or rows more than eight, for so many.
   unsigned long long* reads = nullptr;
 };
 // At most kMostExperts and kMostPerToken.
 bool ExpertsFit(const ExpertsArgs& args);
-int64_t ExpertsChoiceBytes(int64_t rows);
 
 // `gated` of x, and `chosen`. Waits for what was launched before.
 void ExpertsUp(const ExpertsArgs& args, void* stream);

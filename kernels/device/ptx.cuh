@@ -60,6 +60,11 @@ __device__ __forceinline__ void ZeroShared16(Shared at) {
   asm volatile("st.shared.u16 [%0], %1;" ::"r"(at), "h"(static_cast<uint16_t>(0)) : "memory");
 }
 
+// Waits until so many threads of the block have come to its barrier `id`, 1 to 15.
+__device__ __forceinline__ void SyncThreads(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 // ---- asynchronous copies of 16 bytes from global to shared memory, both aligned to 16
 
 __device__ __forceinline__ void CopyAsync(Shared shared, const void* global) {
