@@ -395,6 +395,165 @@ TEST(DecodeAttentionGpu, AFewShapesOfPlainSchemes) {  // under a sanitizer
   CheckAll(cases);
 }
 
+// The newest token of each sequence encoded by attention: the bytes that the codec writes, those that a GPU's twin of it writes, and so
+// attention's output, too. `rotation`: of sides that encode and are not turned by their scheme.
+struct NewestCase {
+  std::string spec;
+  int64_t head_dim;
+  at::ScalarType dtype = at::kHalf;
+  Rotation rotation = {};
+  int64_t ratio = 4;
+  int32_t window = 0;
+};
+
+void CheckNewest(const NewestCase& c) {
+  SCOPED_TRACE(StrCat(c.spec, " head_dim ", c.head_dim, " ", c.dtype, " ratio ", c.ratio, " window ", c.window, c.rotation ? " rotated" : ""));
+  const SchemePair pair = ParseSpec(c.spec).schemes;
+  const Codec* codecs[] = {&pair.keys->keys, &pair.values->values};
+  // Turned tokens have no sinks beside them. Of the last sequence nothing is encoded yet: a sink is the newest.
+  const int32_t sink = c.rotation || codecs[0]->turned || codecs[1]->turned ? 0 : 1;
+  const std::vector<SequenceLength> counts = {{0, 1, 0}, {2 * sink, 301, 0}, {0, 800, 0}, {sink, 0, 0}};
+  const int64_t batch = static_cast<int64_t>(counts.size()), capacity = 832;
+  std::vector<int32_t> numbers;
+  for (const SequenceLength& length : counts) numbers.insert(numbers.end(), {length.sinks, length.encoded, length.residual});
+  const Tensor lengths = at::tensor(numbers, at::kInt).cuda();
+  const auto normal = [&](int64_t tokens) { return at::randn({batch, kKvHeads, tokens, c.head_dim}).to(c.dtype); };
+  const Tensor queries = at::randn({batch, kKvHeads, c.ratio, c.head_dim}).to(c.dtype).cuda(), sinks = normal(kSinks).cuda();
+  Tensor out = at::full_like(queries, NAN);
+  DecodeAttentionArgs args{.dtype = DTypeOf(c.dtype), .query_heads = kKvHeads * c.ratio, .queries = queries.data_ptr(), .out = out.data_ptr(),
+                           .scale = static_cast<float>(1 / std::sqrt(static_cast<double>(c.head_dim))), .sink_keys = ViewOf(sinks),
+                           .sink_values = ViewOf(sinks), .window = c.window, .lengths = reinterpret_cast<const SequenceLength*>(lengths.data_ptr()),
+                           .newest_is_encoded = true};
+  KvView* const views[] = {&args.keys, &args.values};
+  Turn* const turns[] = {&args.key_turn, &args.value_turn};
+  CodecParams* const params[] = {&args.key_params, &args.value_params};
+  Tensor tokens[2], newest[2];
+  EncodedTensors whole[2], found[2];
+  for (int side = 0; side < 2; ++side) {
+    const Codec& codec = *codecs[side];
+    // Whole numbers, in which the largest magnitude is there several times, with both signs; and others.
+    tokens[side] = at::cat({normal(capacity / 2), at::randint(-3, 4, {batch, kKvHeads, capacity / 2, c.head_dim}).to(c.dtype)}, 2);
+    if (codec.encode == nullptr) {
+      tokens[side] = tokens[side].cuda();
+      views[side]->batch = batch, views[side]->heads = kKvHeads, views[side]->head_dim = c.head_dim, views[side]->capacity = capacity;
+      views[side]->planes[0] = static_cast<std::byte*>(tokens[side].data_ptr());
+      views[side]->plane_stride[0] = tokens[side].stride(1) * 2;
+      continue;
+    }
+    const Rotation rotation = codec.turned ? Rotation() : c.rotation;
+    *params[side] = {.group_size = codec.default_group}, *turns[side] = TurnOf(codec, rotation, c.head_dim);
+    const auto allocate = [&](at::Device device) {
+      return AllocateEncoded(codec, *params[side], batch, kKvHeads, c.head_dim, capacity, codec.min_block_tokens, device);
+    };
+    EncodedTensors on_cpu = allocate(at::kCPU);
+    EncodeRotated(codec, *params[side], rotation, tokens[side], 0, on_cpu.view());
+    whole[side] = on_cpu, found[side] = on_cpu;
+    for (Tensor& plane : whole[side].planes) plane = plane.cuda();
+    for (Tensor& plane : found[side].planes) plane = plane.cuda();
+    *views[side] = whole[side].view();
+    if (!DecodeAttentionEncodes(codec, c.head_dim)) continue;
+    newest[side] = normal(1);
+    for (int64_t b = 0; b < batch; ++b) {
+      const int64_t slot = counts[static_cast<size_t>(b)].encoded - 1;
+      if (slot < 0) continue;
+      newest[side][b].copy_(tokens[side][b].narrow(1, slot, 1));
+      for (Tensor& plane : found[side].planes) plane.view({batch, kKvHeads, capacity, -1})[b].select(1, slot).fill_(0xA5);
+    }
+    newest[side] = newest[side].cuda();
+  }
+  const Tensor workspace = at::zeros({DecodeAttentionWorkspace(*codecs[0], *codecs[1], args)}, queries.options().dtype(at::kByte));
+  args.workspace = workspace.data_ptr();
+  const auto read = [&](const EncodedTensors (&from)[2], bool encodes) {
+    for (int side = 0; side < 2; ++side) {
+      if (codecs[side]->encode != nullptr) *views[side] = from[side].view();
+    }
+    args.newest_keys = encodes && newest[0].defined() ? newest[0].data_ptr() : nullptr;
+    args.newest_values = encodes && newest[1].defined() ? newest[1].data_ptr() : nullptr;
+    out.fill_(NAN);
+    DecodeAttention(*codecs[0], *codecs[1], args, nullptr);
+    return out.cpu();
+  };
+  const Tensor expected = read(whole, false);
+  EXPECT_FALSE(expected.isnan().any().item<bool>());
+  for (const bool early : {false, true}) {
+    args.early = early;
+    EXPECT_TRUE(read(found, true).equal(expected)) << "early " << early;
+    for (int side = 0; side < 2; ++side) {
+      for (size_t p = 0; p < found[side].planes.size(); ++p) {
+        EXPECT_TRUE(found[side].planes[p].equal(whole[side].planes[p])) << "early " << early << " side " << side << " plane " << p;
+      }
+      if (!newest[side].defined()) continue;
+      for (int64_t b = 0; b < batch; ++b) {  // not there any more
+        const int64_t slot = counts[static_cast<size_t>(b)].encoded - 1;
+        for (Tensor& plane : found[side].planes) {
+          if (slot >= 0) plane.view({batch, kKvHeads, capacity, -1})[b].select(1, slot).fill_(0x5A);
+        }
+      }
+    }
+  }
+}
+
+// Of a shape that a scheme refuses, nothing; all kernels first.
+void CheckAllNewest(const std::vector<NewestCase>& cases) {
+  std::vector<NewestCase> known;
+  for (const NewestCase& c : cases) {
+    const SchemePair pair = ParseSpec(c.spec).schemes;
+    try {
+      for (const Codec* codec : {&pair.keys->keys, &pair.values->values}) {
+        if (codec->planes != nullptr) codec->planes(kKvHeads, c.head_dim, {.group_size = codec->default_group});
+      }
+      known.push_back(c);
+    } catch (const InputError&) {
+    }
+  }
+  ASSERT_FALSE(known.empty());
+  alignas(16) static const float there[4] = {};
+  Prepare([&] {
+    for (const NewestCase& c : known) {
+      const SchemePair pair = ParseSpec(c.spec).schemes;
+      const Codec &keys = pair.keys->keys, &values = pair.values->values;
+      DecodeAttentionArgs args;
+      args.dtype = DTypeOf(c.dtype), args.query_heads = kKvHeads * c.ratio, args.window = c.window, args.newest_is_encoded = true;
+      args.keys.batch = 1, args.keys.heads = kKvHeads, args.keys.head_dim = c.head_dim, args.keys.capacity = 1, args.values = args.keys;
+      args.key_params.group_size = keys.default_group, args.value_params.group_size = values.default_group;
+      if (keys.encode != nullptr) args.key_turn = TurnOf(keys, keys.turned ? Rotation() : c.rotation, c.head_dim);
+      if (values.encode != nullptr) args.value_turn = TurnOf(values, values.turned ? Rotation() : c.rotation, c.head_dim);
+      DecodeAttention(keys, values, args, nullptr);
+      if (DecodeAttentionEncodes(keys, c.head_dim)) args.newest_keys = there;
+      if (DecodeAttentionEncodes(values, c.head_dim)) args.newest_values = there;
+      DecodeAttention(keys, values, args, nullptr);
+    }
+  });
+  for (const NewestCase& c : known) CheckNewest(c);
+}
+
+TEST(DecodeAttentionGpu, EncodesTheNewestToken) {
+  KVQ_NEEDS_CUDA();
+  const c10::InferenceMode guard;
+  at::manual_seed(17);
+  std::vector<NewestCase> cases;
+  for (const std::string& spec : PlainSpecs()) {
+    cases.push_back({spec, 128});
+    cases.push_back({spec, 128, at::kBFloat16, {}, 7});
+    for (const int64_t dim : {64, 256}) cases.push_back({spec, dim, dim == 64 ? at::kHalf : at::kBFloat16, {}, 1});
+  }
+  for (const char* spec : {"q4_0", "none+q8_0", "int4-token+none", "iq4_nl"}) {
+    cases.push_back({spec, 128, at::kHalf, {Rotation::kHadamard}, 16});
+    cases.push_back({spec, 64, at::kBFloat16, {Rotation::kSigns}, 4, 200});
+  }
+  CheckAllNewest(cases);
+}
+
+TEST(DecodeAttentionGpu, EncodesTheNewestTokenOfAFewShapes) {  // under a sanitizer
+  KVQ_NEEDS_CUDA();
+  const c10::InferenceMode guard;
+  at::manual_seed(18);
+  std::vector<NewestCase> cases;
+  for (const char* spec : {"q8_0", "turboquant-k3+turboquant-v3", "none+iq4_nl", "exl3-4"}) cases.push_back({spec, 128});
+  cases.push_back({"q4_0", 64, at::kBFloat16, {Rotation::kHadamard}, 7});
+  CheckAllNewest(cases);
+}
+
 // A token whose numbers are not finite makes what reads it NaN, also where its codes alone say so.
 TEST(DecodeAttentionGpu, WhatIsNotANumberStaysSo) {
   KVQ_NEEDS_CUDA();

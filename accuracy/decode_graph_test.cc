@@ -77,6 +77,16 @@ ModelConfig Qwen3Moe() {
     "norm_topk_prob": true, "mlp_only_layers": [1], "vocab_size": 1000, "max_position_embeddings": 1024})",
                           "qwen3_moe");
 }
+// The same, with biases, gates with a limit and, in attention, logits without a value.
+ModelConfig GptOss() {
+  return ParseModelConfig(R"({
+    "model_type": "gpt_oss", "hidden_size": 512, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 8,
+    "num_key_value_heads": 2, "head_dim": 64, "num_local_experts": 40, "num_experts_per_tok": 4, "sliding_window": 24,
+    "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": false,
+      "original_max_position_embeddings": 128},
+    "vocab_size": 1000, "max_position_embeddings": 1024})",
+                          "gpt_oss");
+}
 ModelConfig Gpt2() { return Config({"gpt2", 512, 8, 8, 64, 1024}); }
 ModelConfig WindowedMistral() {
   ModelConfig config = Config({"mistral-7b-v0.1", 512, 8, 2, 128, 1024});
@@ -98,6 +108,7 @@ Model Varied(const ModelConfig& config, uint64_t seed, at::ScalarType type, at::
     vary(layer.q_norm), vary(layer.k_norm);
     vary(layer.input_norm), vary(layer.post_attention_norm), vary(layer.mlp_norm), vary(layer.post_mlp_norm);
     vary(layer.post_per_layer_norm);
+    if (layer.sink_logits.defined()) layer.sink_logits.copy_(at::arange(config.num_heads, layer.sink_logits.options()).add(static_cast<double>(i)).cos() * 3);
     const LayerConfig& shape = config.layers[i];
     if (config.value_norm && shape.kv_layer == static_cast<int64_t>(i)) {  // values that their norm changes
       const int64_t values = shape.num_kv_heads * shape.head_dim;
@@ -276,7 +287,8 @@ std::vector<Case> Cases() {
   for (const char* spec : {"q8_0@residual=0", "vllm-int8-per-token-head"}) {  // a head_dim of 512, too, which is not turned
     cases.push_back({Gemma4(), spec, 2, at::kBFloat16});
   }
-  for (const ModelConfig& config : {Gemma2(), Gemma3(), Gemma4(), Gpt2(), WindowedMistral(), Phi4(), OddPhi4(), Qwen3Moe()}) {
+  for (const ModelConfig& config : {Gemma2(), Gemma3(), Gemma4(), Gpt2(), WindowedMistral(), Phi4(), OddPhi4(), Qwen3Moe(),
+                                   GptOss()}) {
     for (const char* spec : {"none", "int4-hqq@residual=32", "int8-hqq+int4-hqq@residual=32"}) {
       cases.push_back({config, spec, 1, at::kHalf});
       cases.push_back({config, spec, 3, at::kBFloat16});
@@ -295,7 +307,7 @@ std::vector<Case> HostCases() {
   std::vector<Case> cases;
   const std::vector<ModelConfig> configs = {Config({"qwen2-7b", 192, 3, 1, 64, 200}), Config({"qwen3-8b", 136, 4, 1, 128, 96}),
                                             Gemma2(), Gemma3(), Gemma4(), Config({"gpt2", 128, 2, 2, 64, 256}),
-                                            WindowedMistral(), OddPhi4(), Qwen3Moe()};
+                                            WindowedMistral(), OddPhi4(), Qwen3Moe(), GptOss()};
   for (const ModelConfig& config : configs) {
     cases.push_back({config, "none", 3, at::kFloat});
     cases.push_back({config, "int4-hqq@residual=32@sinks=4", 2, at::kBFloat16});

@@ -68,7 +68,7 @@ class Collector {
 };
 
 void AddAttention(Collector& all, const std::string& spec, int64_t dim, int64_t group, int64_t ratio, int32_t window,
-                  DType dtype, bool apart = false, float cap = 0) {
+                  DType dtype, bool apart = false, float cap = 0, bool encodes = false) {
   const SchemePair pair = ParseSpec(spec).schemes;
   DecodeAttentionArgs args;
   args.dtype = dtype, args.query_heads = 2 * ratio, args.window = window, args.values_in_ring = apart, args.softcap = cap;
@@ -86,6 +86,12 @@ void AddAttention(Collector& all, const std::string& spec, int64_t dim, int64_t 
     } catch (const InputError&) {
       return;  // a shape that the scheme refuses
     }
+  }
+  alignas(16) static const float there[4] = {};  // looked at, but not behind
+  if (encodes) {
+    args.newest_is_encoded = true;
+    if (DecodeAttentionEncodes(keys, dim)) args.newest_keys = there;
+    if (DecodeAttentionEncodes(values, dim)) args.newest_values = there;
   }
   all.Add([&] { DecodeAttention(keys, values, args, nullptr); });
 }
@@ -240,9 +246,11 @@ TEST_P(EveryCard, TakesTheDefaultInstances) {
     for (const int64_t dim : {64, 128}) AddAttention(all, spec, dim, 64, 4, 0, DType::kFloat16);
   }
   if (GetParam().arch == 90) {  // they are many; EveryInstance takes them for all cards
-    for (const std::string& spec : FusedSchemes(/*plain=*/true)) AddAttention(all, spec, 128, 0, 4, 0, DType::kFloat16);
-    AddAttention(all, "turboquant-k4+turboquant-v4", 128, 0, 4, 0, DType::kFloat16);
-    AddAttention(all, "turboquant-k3+turboquant-v3", 128, 0, 4, 0, DType::kFloat16);
+    std::vector<std::string> plain = FusedSchemes(/*plain=*/true);
+    plain.insert(plain.end(), {"turboquant-k4+turboquant-v4", "turboquant-k3+turboquant-v3"});
+    for (const std::string& spec : plain) {
+      AddAttention(all, spec, 128, 0, 4, 0, DType::kFloat16, /*apart=*/false, /*cap=*/0, /*encodes=*/true);
+    }
   }
   AddAttention(all, "int8-hqq+int4-hqq", 128, 64, 4, 0, DType::kFloat16);
   AddAttention(all, "none+int4-hqq", 256, 64, 2, 512, DType::kFloat16);
@@ -280,8 +288,10 @@ TEST_P(EveryCardEveryInstance, Fits) {
   KVQ_NEEDS_NVRTC();
   Collector all(GetParam());
   for (const std::string& spec : FusedSchemes(/*plain=*/true)) {
-    for (const int64_t dim : {64, 128, 256}) AddAttention(all, spec, dim, 0, 4, 0, DType::kFloat16);
-    AddAttention(all, spec, 128, 0, 16, 512, DType::kFloat16);
+    for (const bool encodes : {false, true}) {
+      for (const int64_t dim : {64, 128, 256}) AddAttention(all, spec, dim, 0, 4, 0, DType::kFloat16, /*apart=*/false, /*cap=*/0, encodes);
+      AddAttention(all, spec, 128, 0, 16, 512, DType::kFloat16, /*apart=*/false, /*cap=*/0, encodes);
+    }
     AddAttention(all, spec, 96, 0, 3, 0, DType::kBFloat16);
   }
   // Where keys and values have unlike lengths: what dense tokens are read beside does not change what they need.

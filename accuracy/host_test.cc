@@ -50,9 +50,10 @@ TEST(Host, ExpertsEqualFloat64) {
   for (const at::ScalarType type : {at::kFloat, at::kHalf, at::kBFloat16}) {
     for (const auto& [rows, hidden, size, experts, per_token] :
          std::vector<std::array<int64_t, 5>>{{1, 128, 64, 16, 3}, {3, 512, 192, 40, 6}, {11, 36, 20, 5, 2}, {2, 64, 128, 1, 1}}) {
-      for (const bool normalized : {false, true}) {
+      for (const auto& [normalized, biases] : {std::pair(false, false), std::pair(true, false), std::pair(true, true)}) {
         Mixture mixture(rows, hidden, size, experts, per_token, normalized, at::TensorOptions(type));
-        if (rows == 3) mixture.logits[1].zero_(), mixture.logits[2].narrow(0, 30, 5).fill_(-0.0);
+        if (biases) mixture.WithBiases();
+        if (rows == 3 && !biases) mixture.logits[1].zero_(), mixture.logits[2].narrow(0, 30, 5).fill_(-0.0);
         Tensor out = at::full({rows, hidden}, NAN, mixture.x.options());
         host::Experts(mixture.args(), out.data_ptr());
         const Tensor exact = mixture.Exact();

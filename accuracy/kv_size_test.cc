@@ -1,4 +1,5 @@
 // Bytes of the cache against those that the reference study published for its five models.
+#include <algorithm>
 #include <cmath>
 #include <filesystem>
 #include <map>
@@ -66,22 +67,29 @@ TEST(KvSizeParity, EqualsTheStudysInAllHundredRows) {
                                                   {"yi-1.5-9b", 20}}));
 }
 
-// By hand, in 16 bits: sides, layers, KV heads, head_dim and bytes multiplied; layers of another kind are another term.
+// By hand, in 16 bits: sides, layers, KV heads, head_dim and bytes multiplied; layers of another kind are another term. And what
+// layers of linear attention keep at any length: layers, value heads, key_dim, value_dim and 4 bytes; layers, channels of the
+// convolution, tokens that it looks back and 2 bytes.
 TEST(KvSize, OfPublishedShapesIsWhatOneMultiplies) {
-  std::map<std::string, int64_t> by_hand;
+  std::map<std::string, int64_t> by_hand, states;
   for (const Family& family : Families()) {
-    const nlohmann::json shapes = family.says.value("kv_bytes_a_token", nlohmann::json::object());
-    for (const auto& [name, terms] : shapes.items()) {
-      for (const std::vector<int64_t> factors : terms) {
-        int64_t product = 1;
-        for (const int64_t factor : factors) product *= factor;
-        by_hand[name] += product;
+    for (auto [key, sums] : {std::pair("kv_bytes_a_token", &by_hand), std::pair("state_bytes", &states)}) {
+      const nlohmann::json shapes = family.says.value(key, nlohmann::json::object());
+      for (const auto& [name, terms] : shapes.items()) {
+        for (const std::vector<int64_t> factors : terms) {
+          int64_t product = 1;
+          for (const int64_t factor : factors) product *= factor;
+          (*sums)[name] += product;
+        }
       }
     }
   }
   for (const PublishedShape& shape : PublishedShapes()) {
     ASSERT_TRUE(by_hand.contains(shape.name)) << shape.name << ": its bytes are missing in accuracy/families/";
-    const CacheShape cache = CacheShapeOf(ParseModelConfig(shape.config, shape.name), 1);
+    const ModelConfig config = ParseModelConfig(shape.config, shape.name);
+    const auto linear = std::count_if(config.layers.begin(), config.layers.end(), [](const LayerConfig& layer) { return layer.linear; });
+    EXPECT_EQ(linear * StateBytesOf(config, 1, at::kHalf), states[shape.name]) << shape.name;
+    const CacheShape cache = CacheShapeOf(config, 1);
     EXPECT_EQ(KvBytes(ParseSpec("none"), cache, 4096, at::kHalf), 4096 * by_hand[shape.name]) << shape.name;
   }
   EXPECT_EQ(by_hand.size(), PublishedShapes().size());

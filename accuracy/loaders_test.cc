@@ -285,6 +285,7 @@ TEST(ModelConfig, RefusesKeysThatItDoesNotKnow) {
   // Keys, and the families that know what they mean.
   const std::set<std::pair<std::string, std::string>> known = {
       {"logits_scaling", "granite"}, {"attention_multiplier", "granite"}, {"no_rope_layers", "smollm3"},
+      {"no_rope_layers", "llama4_text"}, {"use_qk_norm", "llama4_text"}, {"quantization_config", "gpt_oss"},
       {"n_shared_experts", "deepseek_v2"}, {"n_shared_experts", "deepseek_v3"}, {"n_shared_experts", "glm4_moe_lite"}};
   for (const Architecture& architecture : Architectures()) {
     for (const char* key : {"\"logits_scaling\":8.0", "\"use_qk_norm\":true", "\"no_rope_layers\":[0,1]",

@@ -89,6 +89,12 @@ def make(config_class, model_class, arguments):
                 value.uniform_(0.6, 1.1)
             elif name.endswith("bias"):
                 value.normal_(0, 0.3)
+            elif name.endswith("sinks"):
+                value.normal_(0, 1)
+            elif name.endswith("A_log"):
+                value.uniform_(-2, 1)  # some heads forget within a few tokens, some keep a text
+            elif name.endswith("experts.gate_up_proj"):
+                value.mul_(3)  # some gates reach a limit of 7
             elif "norm" in name or ".ln_" in name:  # around one, or where the family adds one to it, zero
                 value.uniform_(value.mean() - 0.5, value.mean() + 0.5)
         for value in model.state_dict().values():  # bfloat16 halves the files and loses nothing
@@ -107,15 +113,45 @@ def save(model, target):
     save_file(tensors, os.path.join(target, "model.safetensors"), {"format": "pt"})
 
 
-def wrap(source, target):
-    """The same model as the text half of a multimodal one: config.json one deeper, weights under another prefix."""
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+
+
+def mxfp4(weights):
+    """Blocks and scales of experts [experts, in, out], as gpt-oss is published: OCP Microscaling Formats v1.0, 6.3."""
+    blocks = weights.float().transpose(1, 2).unflatten(2, (-1, 32))  # [experts, out, in / 32, 32]
+    exponent = blocks.abs().amax(-1).log2().floor() - 2  # 4 is the largest power of two that an element can be
+    scaled = blocks / torch.exp2(exponent).unsqueeze(-1)
+    codes = (scaled.abs().unsqueeze(-1) - E2M1).abs().argmin(-1) + 8 * (scaled < 0)
+    return (codes[..., ::2] + 16 * codes[..., 1::2]).to(torch.uint8), (exponent + 127).to(torch.uint8)
+
+
+def quantize(target, model_class):
+    """The experts of the model in `target` become MXFP4; returns what transformers reads from it."""
+    path = os.path.join(target, "config.json")
+    with open(path, encoding="utf-8") as file:
+        config = json.load(file)
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": [
+        "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]}
+    with open(path, "w", encoding="utf-8") as out:
+        json.dump(config, out, indent=2)
+        out.write("\n")
+    path = os.path.join(target, "model.safetensors")
+    tensors = load_file(path)
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        tensors[name + "_blocks"], tensors[name + "_scales"] = mxfp4(tensors.pop(name))
+    save_file(tensors, path, {"format": "pt"})
+    return model_class.from_pretrained(target).float().eval()  # it decodes them in bfloat16, in which they are exact
+
+
+def wrap(source, target, prefix):
+    """The same model as the text half of a multimodal one: config.json one deeper, weights behind a prefix, or as Gemma's."""
     os.makedirs(target, exist_ok=True)
     with open(os.path.join(source, "config.json"), encoding="utf-8") as file:
         config = json.load(file)
     with open(os.path.join(target, "config.json"), "w", encoding="utf-8") as out:
         json.dump({"model_type": config["model_type"].removesuffix("_text"), "text_config": config}, out, indent=1)
         out.write("\n")
-    tensors = {name.replace("model.", "model.language_model.", 1): value
+    tensors = {prefix + name if prefix else name.replace("model.", "model.language_model.", 1): value
                for name, value in load_file(os.path.join(source, "model.safetensors")).items()}
     save_file(tensors, os.path.join(target, "model.safetensors"), {"format": "pt"})
 
@@ -123,7 +159,9 @@ def wrap(source, target):
 def computed(model):
     positions = [0, 1, 17, TOKENS - 1]
     with torch.no_grad():
-        cache = DynamicCache()  # without a config it keeps every token of sliding layers, too
+        # Without a config it keeps every token of sliding layers, too, and knows no layers of another kind.
+        linear = "linear_attention" in (getattr(model.config, "layer_types", None) or [])
+        cache = DynamicCache(config=model.config) if linear else DynamicCache()
         logits = model(torch.tensor([IDS]), past_key_values=cache, use_cache=True).logits[0]
         longer, closest = list(IDS), 1.0
         for _ in range(GREEDY):  # by hand: generate() would mask what it takes for padding
@@ -133,7 +171,7 @@ def computed(model):
             longer.append(int(last.argmax()))
     assert closest > 1e-5, f"two tokens are nearly as likely ({closest}): take another seed"
     layers = [{"keys": [short(x) for x in layer.keys.reshape(-1)[::13]],
-               "values": [short(x) for x in layer.values.reshape(-1)[::13]]} for layer in cache.layers]
+               "values": [short(x) for x in layer.values.reshape(-1)[::13]]} for layer in cache.layers if hasattr(layer, "keys")]
     return {"ids": IDS, "positions": positions, "logits": [[short(x) for x in logits[i, :VOCAB]] for i in positions],
             "greedy": longer[TOKENS:], "cache": layers}
 
@@ -199,12 +237,14 @@ def main(arguments):
                     types.add(known[family]["model_type"].removesuffix("_text"))
                     cases[name] = cases[case["wraps"]]
                     if not check:
-                        wrap(os.path.join(folder, "models", case["wraps"]), target)
+                        wrap(os.path.join(folder, "models", case["wraps"]), target, case.get("prefix", ""))
                     continue
                 model = make(*CASES[name])
-                cases[name] = computed(model)
-                if not check:
+                if not check or "experts" in case:
                     save(model, target)
+                if "experts" in case:  # stored otherwise than transformers saves them
+                    model = quantize(target, CASES[name][1])
+                cases[name] = computed(model)
             made[f"families/{family}.json"] = {
                 "cases": cases, "defaults": {one: defaults(one) for one in sorted(types)},
                 "parameters": parameters(known[family]["model_type"])}

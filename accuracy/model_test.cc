@@ -145,16 +145,21 @@ TEST(Architectures, EveryPartOfAConfigShowsInLogits) {
       {"no biases of the MLP", [](ModelConfig& c) { c.mlp_bias = false; }},
       {"the other activation",
        [](ModelConfig& c) { c.activation = c.activation == Activation::kSilu ? Activation::kGeluTanh : Activation::kSilu; }},
-      {"shares of experts as they are not", [](ModelConfig& c) {
-         c.normalized_routing = !c.normalized_routing;
-       }},
-      {"shares by a softmax", [](ModelConfig& c) { c.sigmoid_routing = false; }},
-      {"no bias of the choice of experts", [](ModelConfig& c) { c.names.router_bias.clear(); }},
-      {"experts of all groups", [](ModelConfig& c) { c.expert_groups = 0; }},
-      {"no factor of the shares", [](ModelConfig& c) { c.routed_scale = 1; }},
+      {"no logits without a value", [](ModelConfig& c) { c.names.sink_logits.clear(); }},
+      {"gates behind each other", [](ModelConfig& c) { c.interleaved_gates = false; }},
+      {"no biases of experts", [](ModelConfig& c) { c.expert_bias = false; }},
       {"no shared experts", [](ModelConfig& c) {
          for (LayerConfig& layer : c.layers) layer.shared_size = 0;
        }},
+      {"shares behind experts", [](ModelConfig& c) { c.scales_input = false; }},
+      {"no gates of the shared experts", [](ModelConfig& c) { c.names.shared_gate.clear(); }},
+      {"shares by a softmax", [](ModelConfig& c) { c.sigmoid_routing = false; }},
+      {"shares of experts as they are not", [](ModelConfig& c) {
+         c.normalized_routing = !c.normalized_routing;
+       }},
+      {"no bias of the choice of experts", [](ModelConfig& c) { c.names.router_bias.clear(); }},
+      {"experts of all groups", [](ModelConfig& c) { c.expert_groups = 0; }},
+      {"no factor of the shares", [](ModelConfig& c) { c.routed_scale = 1; }},
       {"an expert less", [](ModelConfig& c) {
          for (LayerConfig& layer : c.layers) layer.experts_per_token -= layer.experts_per_token > 1;
        }},
@@ -167,6 +172,16 @@ TEST(Architectures, EveryPartOfAConfigShowsInLogits) {
       {"windows of a token more", [](ModelConfig& c) {
          for (LayerConfig& layer : c.layers) layer.sliding_window += layer.sliding_window > 0;
        }},
+      {"no chunks", [](ModelConfig& c) {
+         for (LayerConfig& layer : c.layers) layer.attention_chunk = 0;
+       }},
+      {"chunks of a token more", [](ModelConfig& c) {
+         for (LayerConfig& layer : c.layers) layer.attention_chunk += layer.attention_chunk > 0;
+       }},
+      {"heads of any length", [](ModelConfig& c) {
+         for (LayerConfig& layer : c.layers) layer.unit_heads = false;
+       }},
+      {"queries of one size", [](ModelConfig& c) { c.query_growth = 0; }},
       {"positions in every layer", [](ModelConfig& c) {
          for (LayerConfig& layer : c.layers) layer.rope = layer.rope == LayerConfig::kNoRope ? 0 : layer.rope;
        }},
@@ -184,6 +199,9 @@ TEST(Architectures, EveryPartOfAConfigShowsInLogits) {
        }},
       {"plain frequencies", [](ModelConfig& c) {
          for (RopeConfig& rope : c.ropes) rope.type = "default";
+       }},
+      {"frequencies between whole pairs", [](ModelConfig& c) {
+         for (RopeConfig& rope : c.ropes) rope.truncate = !rope.truncate;
        }},
       {"the other list of factors", [](ModelConfig& c) {
          for (RopeConfig& rope : c.ropes) std::swap(rope.short_factors, rope.long_factors);
@@ -237,6 +255,68 @@ TEST(Model, LayersThatShareACacheReadItThroughEncodedBlocks) {
   EXPECT_GT(RelativeError(logits("int2-hqq@residual=8"), exact), 0.05) << "nothing is encoded at all";
 }
 
+// From the input of any layer on, in a cache that knows none of the layers before: what the whole model gives, to the bit.
+TEST(Model, BeginsBehindTheFirstLayer) {
+  const c10::InferenceMode guard;
+  const Backend& backend = FindBackend("eager");
+  for (const auto& [name, golden] : GoldenModels()) {
+    SCOPED_TRACE(name);
+    const std::unique_ptr<Model> model = Tiny(name);
+    if (!model->Branches()) continue;
+    const at::Tensor ids = IdTensor(golden["ids"], 1, kCpu);
+    const std::vector<at::Tensor> calls = {ids.narrow(1, 0, 25), ids.narrow(1, 25, 14), ids.narrow(1, 39, 1)};
+    std::vector<std::vector<at::Tensor>> inputs(calls.size());
+    std::vector<at::Tensor> right;
+    KvCache whole = Cache(*model);
+    for (size_t call = 0; call < calls.size(); ++call) {
+      right.push_back(model->Forward(calls[call], whole, backend, {}, [&](int64_t, const at::Tensor& state) { inputs[call].push_back(state.clone()); }));
+    }
+    for (int64_t layer = 0; layer < static_cast<int64_t>(model->layers().size()); ++layer) {
+      KvCache cache = Cache(*model);
+      for (size_t call = 0; call < calls.size(); ++call) {
+        const LayerInput from = {layer, inputs[call][static_cast<size_t>(layer)]};
+        EXPECT_TRUE(model->Forward(calls[call], cache, backend, {}, {}, from).equal(right[call])) << "layer " << layer << ", call " << call;
+      }
+      EXPECT_EQ(cache.length(), ids.size(1)) << "layer " << layer;
+    }
+  }
+}
+
+// What layers of linear attention keep has one size, by formula that of the tensors; Save brings it back, Clear forgets it. The
+// layers with a cache can be quantized beside them.
+TEST(Model, LinearAttentionKeepsAStateOfOneSize) {
+  const c10::InferenceMode guard;
+  ModelConfig config = LoadModelConfig(GoldenPath("models/qwen3next-mixed"));
+  for (LayerConfig& layer : config.layers) layer.head_dim = 64;  // a group
+  const Model model(config, Weights::Random(1, at::kFloat, kCpu));
+  const at::Tensor ids = IdTensor(GoldenModels().at("qwen3next-mixed")["ids"], 2, kCpu);
+  const Backend& backend = FindBackend("eager");
+  KvCache cache = Cache(model, 2);
+  const auto feed = [&](KvCache& into, int64_t at, int64_t n) { return model.Logits(model.Forward(ids.narrow(1, at, n), into, backend)); };
+  EXPECT_EQ(cache.shape().count(), 1);
+  EXPECT_EQ(cache.StateBytes(), 0);
+  feed(cache, 0, 20);
+  EXPECT_EQ(cache.StateBytes(), model.StateBytes(2));
+  const auto back = cache.Save();
+  const at::Tensor once = feed(cache, 20, 5), next = feed(cache, 25, 5);
+  EXPECT_EQ(cache.StateBytes(), model.StateBytes(2));
+  back();
+  EXPECT_TRUE(feed(cache, 20, 5).equal(once));
+  cache.Clear();
+  EXPECT_EQ(cache.StateBytes(), 0);
+  feed(cache, 0, 20);
+  EXPECT_TRUE(feed(cache, 20, 5).equal(once));
+  EXPECT_TRUE(feed(cache, 25, 5).equal(next));
+  const auto quantized = [&](const std::string& spec) {
+    KvCache encoded = Cache(model, 2, spec);
+    for (int64_t at = 0; at < 39; at += 13) feed(encoded, at, 13);
+    return feed(encoded, 39, 1);
+  };
+  const at::Tensor exact = quantized("none");
+  EXPECT_LT(RelativeError(quantized("int8-hqq@residual=8"), exact), 0.05);
+  EXPECT_GT(RelativeError(quantized("int2-hqq@residual=8"), exact), 1e-3) << "nothing is encoded at all";
+}
+
 TEST(Model, RandomWeightsAreTheSameForASeedAndStayFinite) {
   const c10::InferenceMode guard;
   for (const PublishedShape& shape : PublishedShapes()) {
@@ -253,6 +333,7 @@ TEST(Model, RandomWeightsAreTheSameForASeedAndStayFinite) {
     if (config.latent.rank > 0) {
       config.latent = {.rank = 16, .query_rank = config.latent.query_rank > 0 ? 16 : 0, .plain_dim = 8, .rotary_dim = 8, .value_dim = 8};
     }
+    if (config.linear.kernel > 0) config.linear = {.key_heads = 2, .value_heads = 4, .key_dim = 8, .value_dim = 8, .kernel = config.linear.kernel};
     for (RopeConfig& rope : config.ropes) {  // a list has a number a pair
       if (rope.type == "longrope") rope.short_factors.resize(3), rope.long_factors.resize(3);
     }
@@ -303,7 +384,8 @@ TEST(Model, CountsItsWeightsOnce) {
     const Safetensors files = Safetensors::Open(GoldenPath("models/" + name));
     for (const auto& [tensor, entry] : files.entries()) {
       if (tensor.ends_with("layer_scalar") || tensor.ends_with("e_score_correction_bias")) continue;
-      const int64_t elements = entry.nbytes / 2;  // bfloat16
+      // Of bfloat16; of MXFP4, whose scales are no elements, two a byte.
+      const int64_t elements = entry.dtype == "BF16" ? entry.nbytes / 2 : tensor.ends_with("_blocks") ? entry.nbytes * 2 : 0;
       const bool table = tensor.ends_with("embed_tokens.weight") || tensor.ends_with("wte.weight");
       const bool read_by_row = tensor.ends_with("embed_tokens_per_layer.weight") || tensor.ends_with("wpe.weight") ||
                                (table && !config.tie_word_embeddings);
@@ -357,9 +439,9 @@ TEST(Model, PublishedShapesHaveTheirParameters) {
 TEST(Model, RefusesWhatItCannotRun) {
   namespace fs = std::filesystem;
   const fs::path dir = fs::path(testing::TempDir()) / "kvq_model";
-  const auto with = [&](const std::string& from, const std::string& to) {
+  const auto with = [&](const std::string& from, const std::string& to, const std::string& model = "llama-mha") {
     fs::remove_all(dir);
-    fs::copy(GoldenPath("models/llama-mha"), dir);
+    fs::copy(GoldenPath("models/" + model), dir);
     std::ifstream in(dir / "config.json");
     std::string text((std::istreambuf_iterator<char>(in)), {});
     const size_t at = text.find(from);
@@ -381,6 +463,10 @@ TEST(Model, RefusesWhatItCannotRun) {
   EXPECT_NE(with("\"attention_bias\": false", "\"attention_bias\": true").find("q_proj.bias is missing"),
             std::string::npos);
   EXPECT_NE(with("\"silu\"", "\"gelu\"").find("hidden_act"), std::string::npos);
+  EXPECT_NE(with("\"intermediate_size\": 32", "\"intermediate_size\": 64", "gptoss-mxfp4")
+                .find("gate_up_proj_blocks has shape [5, 64, 2, 16], config.json asks for [5, 128, 2, 16]"), std::string::npos);
+  EXPECT_NE(with("\"mxfp4\"", "\"fp8\"", "gptoss-mxfp4").find("'quant_method' is \"fp8\", supported is only \"mxfp4\""),
+            std::string::npos);
   EXPECT_THROW(FindBackend("flashier"), InputError);
   EXPECT_THROW(ParseDType("--dtype", "int8"), InputError);
   EXPECT_THROW(ParseDevices("tpu"), InputError);

@@ -254,18 +254,22 @@ TEST(StepGpu, ActivationsOfAFewShapes) {
   for (const at::ScalarType type : {at::kHalf, at::kBFloat16}) {
     const std::vector<std::array<int64_t, 3>> shapes = {{1, 256, 320}, {3, 64, 128}, {2, 28, 64}};
     for (const auto& [rows, size, in] : shapes) {
-      for (const Gate activation : {Gate::kSilu, Gate::kGeluTanh}) {
+      for (const Gate activation : {Gate::kSilu, Gate::kGeluTanh, Gate::kClamped}) {
         for (const bool with_bias : {false, true}) {
           for (const bool with_factor : {false, true}) {
             SCOPED_TRACE(StrCat(rows, " x ", size, with_bias ? ", bias" : "", with_factor ? ", factor" : "", ", ",
                                 type));
             const at::TensorOptions options = at::TensorOptions(type).device(at::kCUDA);
-            const at::Tensor gate = at::randn({rows, size}, options), bias = at::randn({size}, options);
-            const at::Tensor factor = at::randn({rows, size}, options), out = at::full_like(gate, NAN);
-            const auto exact = [&](const at::Tensor& x) {
-              const at::Tensor active =
-                  activation == Gate::kSilu ? at::silu(x.to(at::kDouble)) : at::gelu(x.to(at::kDouble), "tanh");
-              return with_factor ? active * factor : active;
+            const double wide = activation == Gate::kClamped ? 4 : 1;  // some reach its limits
+            const at::Tensor gate = at::randn({rows, size}, options) * wide, bias = at::randn({size}, options);
+            const at::Tensor factor = at::randn({rows, size}, options) * wide, out = at::full_like(gate, NAN);
+            const auto exact = [&](const at::Tensor& x16) {
+              const at::Tensor x = x16.to(at::kDouble), limited = x.clamp_max(7);
+              const at::Tensor active = activation == Gate::kSilu      ? at::silu(x)
+                                        : activation == Gate::kClamped ? limited * at::sigmoid(limited * 1.702)
+                                                                       : at::gelu(x, "tanh");
+              if (!with_factor) return active;
+              return active * (activation == Gate::kClamped ? factor.to(at::kDouble).clamp(-7, 7) + 1 : factor);
             };
             GateArgs args = {.dtype = DTypeOf(type),
                              .rows = rows,
@@ -329,6 +333,8 @@ TEST(StepGpu, ExpertsOfAFewShapes) {  // under a sanitizer
         ExpectMixture(Mixture(rows, 512, 192, 40, 6, normalized, options), "several");
         ExpectMixture(Mixture(rows, 36, 20, 5, 2, normalized, options), "odd sizes");
         ExpectMixture(Mixture(rows, 64, 128, 1, 1, normalized, options), "one expert");
+        ExpectMixture(Mixture(rows, 512, 192, 40, 6, normalized, options).WithBiases(), "biases");
+        ExpectMixture(Mixture(rows, 36, 20, 5, 2, normalized, options).WithBiases(), "odd sizes, biases");
       }
     }
     // Equal logits: the first ones; NaN: no more experts than were asked for.
@@ -351,7 +357,7 @@ TEST(StepGpu, ExpertsOfPublishedShapes) {
   const at::TensorOptions options = at::TensorOptions(at::kBFloat16).device(at::kCUDA);
   for (const int64_t rows : {1, 2, 8}) {
     ExpectMixture(Mixture(rows, 2048, 768, 128, 8, true, options), "qwen3-30b-a3b");
-    ExpectMixture(Mixture(rows, 2880, 2880, 32, 4, true, options), "gpt-oss-20b");
+    ExpectMixture(Mixture(rows, 2880, 2880, 32, 4, true, options).WithBiases(), "gpt-oss-20b");
     ExpectMixture(Mixture(rows, 4096, 14336, 8, 2, true, options), "mixtral-8x7b");
   }
 }

@@ -59,10 +59,12 @@ void AddLimit(Counters& counters, const Model& model, const ExpertReads& experts
   for (size_t i = 0; i < model.devices().size(); ++i) {
     const at::Device device = model.devices()[i];
     int64_t here = model.WeightBytes(device) + static_cast<int64_t>(std::llround(experts.PerStep(i)));
+    here += model.StateBytes(batch, device);
     for (size_t layer = 0; layer < model.config().layers.size(); ++layer) {
+      if (model.config().layers[layer].linear) continue;
       const auto cached = static_cast<size_t>(model.cache_layer(static_cast<int64_t>(layer)));
       if (cache_devices[cached] != device) continue;
-      here += KvLayerBytesSeen(spec, shape, cached, tokens, model.config().layers[layer].sliding_window, model.kv_dtype());
+      here += KvLayerBytesSeen(spec, shape, cached, tokens, model.config().layers[layer].Seen(tokens), model.kv_dtype());
     }
     bytes += static_cast<double>(here);
     limit += static_cast<double>(here) / ReadBandwidth(device);

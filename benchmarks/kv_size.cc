@@ -4,10 +4,13 @@
 // encoded_bits_per_element is of encoded tokens alone, their metadata included: what bits_per_element comes near to in a
 // long context (4.5 for 4-bit codes in groups of 64 that share two fp16 numbers). encoded_share says how many of all
 // elements those are, dense tokens, sides and layers counted: bits_per_element is the mean of the two, weighted by it.
-// encoded_tokens is of the side that encodes more. kv_bytes/layer:N is what each layer has of kv_bytes. Where layers keep a window
-// alone (@window-cache=window), kv_bytes has the tokens that are kept, and encoded_share is of these; bits_per_element is over the
-// elements of the whole context, as of any cache: what a token of context costs, so that `none` has fewer than 16. Where they could,
+// encoded_tokens is of the side that encodes more. state_bytes, of models that have layers of linear attention, is what those keep
+// of the sequences at any length; it is no part of the others. kv_bytes/layer:N is what each layer has of kv_bytes. Where layers keep
+// a window alone (@window-cache=window), kv_bytes has the tokens that are kept, and encoded_share is of these; bits_per_element is over
+// the elements of the whole context, as of any cache: what a token of context costs, so that `none` has fewer than 16. Where they could,
 // and the spec keeps all tokens, kv_bytes_window_cache is what it would have of kv_bytes otherwise, as engines do.
+#include <algorithm>
+
 #include "benchmarks/measurement.h"
 #include "kernels/error.h"
 
@@ -57,6 +60,10 @@ Counters KvSize(Session& session, const Cell& cell, benchmark::State& state) {
                                                               : EncodedTokens(spec, cell.context);
   counters.emplace_back("encoded_tokens", static_cast<double>(encoded_tokens));
   counters.emplace_back("encoded_share", EncodedShare(spec, shape, cell.context));
+  const auto linear = std::count_if(config.layers.begin(), config.layers.end(), [](const LayerConfig& layer) { return layer.linear; });
+  if (linear > 0) {
+    counters.emplace_back("state_bytes", static_cast<double>(linear * StateBytesOf(config, cell.batch, dtype)));
+  }
   for (size_t layer = 0; layer < shape.layers.size(); ++layer) {
     counters.emplace_back(StrCat("kv_bytes/layer:", layer),
                           static_cast<double>(KvLayerBytes(spec, shape, layer, cell.context, dtype)));

@@ -46,14 +46,14 @@
 // and, for a GPU that encodes many tokens, where several lanes have a part of a larger group or of a token in registers
 // (kernels/device/plain_encode.cuh):
 //
-//   kInOrder              where FitGroup takes x[0], ..., x[n - 1] itself, not by Magnitude, Range, Total and SumInOrder alone, and
-//                         a group may have more than 32 channels: then one lane has all of it (without a word it does not compile)
+//   kInOrder              true where FitGroup takes x[0], ..., x[n - 1] itself, not by Magnitude, Range, Total and SumInOrder alone:
+//                         then one lane has all of a group (without a word it does not compile)
 //
 // FitGroup may return another type for numbers in registers (kInRegisters), which Code knows, too: all lanes of a warp then call
 // both together, so that a table can lie in them (turboquant). Where numbers are there as they came, two in a word (kHasWords), it may
 // be a type that makes two codes at once, in float16's arithmetic where that gives the same, or has made them:
 //
-//   PairOf(fit, two)      the codes of a word's numbers, in its halves, below 2^16 both. Instead of Code
+//   PairOf(fit, two)      the codes of a word's numbers, in its halves, below 2^16 both. Instead of Code. Of a Coded they are made
 //   kPairTooLarge         how much larger they are, in each half
 //   AddCode(fit, v, up, word)  or this, of one number: adds its code to a word, `up` bits up
 //   kSigns                Signs::kOfNumbers: a code's highest bit is its number's sign, and PairOf leaves it out
@@ -324,18 +324,26 @@ KVQ_HD inline float Magnitude(const Numbers& x, int n) {
 template <typename Numbers>
 KVQ_HD inline float SignedMagnitude(const Numbers& x, int n) {
 #ifdef __CUDACC__
-  static_assert(kLanes<Numbers> == 1);
   if constexpr (kHasWords<Numbers>) {
+    static_assert(kLanes<Numbers> == 1);
     const Ends ends = EndsOf(x, n);
     const float poison = ends.low * 0 + ends.high * 0;
     if (-ends.low != ends.high) return Poisoned(ends.high > -ends.low ? ends.high : ends.low, poison);
   }
   float with_sign = 0, poison = 0;
   KVQ_UNROLL
-  for (int i = 0; i < n; ++i) {
-    const float v = x[i];
+  for (int i = 0; i < n / kLanes<Numbers>; ++i) {
+    const float v = PartOf(x, i);
     with_sign = Absolute(v) > Absolute(with_sign) ? v : with_sign;
     poison = fmaf(v, 0, poison);
+  }
+  if constexpr (kLanes<Numbers> > 1) {  // the first lane of those that have the largest, which is no NaN
+    static_assert(kLanes<Numbers> < 32);
+    const float largest = OverLanes<Numbers>(Absolute(with_sign), LargerOrNan);
+    const uint32_t first_lane = threadIdx.x % 32 / kLanes<Numbers> * kLanes<Numbers>;
+    const uint32_t lanes = __ballot_sync(~0u, Absolute(with_sign) == largest) >> first_lane & ((1u << kLanes<Numbers>) - 1);
+    with_sign = __shfl_sync(~0u, with_sign, static_cast<int>(first_lane) + __ffs(static_cast<int>(lanes)) - 1);
+    poison = OverLanes<Numbers>(poison, [](float a, float b) { return a + b; });
   }
   return Poisoned(with_sign, poison);
 #else
@@ -396,6 +404,17 @@ KVQ_HD inline float SumInOrder(const Numbers& x, int n, const Add& add) {
   return sum;
 }
 
+// The sum, in their order, of terms that were made of a group's numbers, of each thread's its own.
+template <typename Numbers, int n>
+KVQ_HD inline float SumOfTerms(float (&terms)[n]) {
+  const auto add = [](float v, float sum) { return sum + v; };
+#ifdef __CUDACC__
+  return SumInOrder(OwnNumbers<kLanes<Numbers>, DType::kFloat32>{terms, nullptr}, n * kLanes<Numbers>, add);
+#else
+  return SumInOrder(terms, n, add);
+#endif
+}
+
 // The sum of squares, in their order. A float16's square is a float32, so that adding it and rounding once is the same.
 template <typename Numbers>
 KVQ_HD inline float SumOfSquares(const Numbers& x, int n) {
@@ -420,12 +439,19 @@ KVQ_HD inline int32_t Total(const Numbers& x, int n, const Term& term) {
 }
 
 #ifdef __CUDACC__
+// What is left of a fit by which FitGroup has put codes where their words were, in each half so much too large.
+inline constexpr uint32_t kTooLargeWhole = 0x4340;
+template <typename Stored, uint32_t kTooLarge_ = kTooLargeWhole>
+struct Coded {
+  static constexpr uint32_t kTooLarge = kTooLarge_;
+  Stored stored;
+};
+
 // Codes that are the whole part of s = x inverse + offset, below 16 or limited (kLimits) to 15, but for what a scheme's own roundings
-// make of that: as pairs in x.Words(), kTooLargeWhole too large. Where s ends up within 2^-15 of a whole number, or is not `near` enough
+// make of that: as pairs in x.Words(), for Coded. Where s ends up within 2^-15 of a whole number, or is not `near` enough
 // for that to be said (all |x inverse| <= 32), `exact(number)` makes them. (192 + s has 16 bits behind the point: one operation makes a
 // code and what lies behind it. That sum's and the offset's roundings are 2^-17 at most each, the reciprocal's and a scheme's three
 // together less than 2^-17: some 2^-15.4 in all.)
-inline constexpr uint32_t kTooLargeWhole = 0x4340;
 template <bool kLimits, typename Numbers, typename Exact>
 __device__ __forceinline__ void CodeWhole(const Numbers& x, int n, float inverse, float offset, bool near, const Exact& exact) {
   uint32_t* words = x.Words();
@@ -527,13 +553,16 @@ inline constexpr Signs kSigns = [] {
   if constexpr (requires { S::kSigns; }) return S::kSigns;
   else return Signs::kNone;
 }();
-template <typename S>
+template <typename S, typename Fit>
 inline constexpr uint32_t kPairTooLarge = [] {
-  if constexpr (requires { S::kPairTooLarge; }) return S::kPairTooLarge;
+  if constexpr (requires { Fit::kTooLarge; }) return Fit::kTooLarge;
+  else if constexpr (requires { S::kPairTooLarge; }) return S::kPairTooLarge;
   else return 0u;
 }();
 template <typename S>
 inline constexpr bool kNormed = requires { requires S::kNormed; };
+template <typename S>
+inline constexpr bool kInOrder = requires { requires S::kInOrder; };
 
 // What a group's codes are decoded with.
 template <typename S>
@@ -737,7 +766,7 @@ inline constexpr int kWarps = 4;
 template <typename S>
 constexpr int OwnChannels(int group) {
   int own = kLow<S> <= 4 && (kOdd<S> == 0 || kLow<S> == 2) ? 64 : 32;
-  if constexpr (requires { S::kInOrder; }) own = group > own ? group : own;
+  if constexpr (kInOrder<S>) own = group > own ? group : own;
   return own;
 }
 // Blocks of a multiprocessor that registers have to be left for.
@@ -785,7 +814,7 @@ void DecodeCuda(const CodecParams& params, const KvView& in, int64_t first_token
 
 // ---- the row
 
-// All of a codec but what only its author knows: the nmse and the golden file.
+// All of a codec but what only its author knows.
 template <typename S>
 Codec MakeCodec() {
   static_assert(kFirstStored<S> + kMembers<S> + kHasVector<S> <= kMaxPlanes);
@@ -796,7 +825,7 @@ Codec MakeCodec() {
   codec.default_group = kGroups[0];
   if (!kWhole) codec.groups = kGroups;
   codec.head_dim_multiple = kRunChannels<kLow<S>>;
-  codec.grouping = kWhole ? "all channels of one token" : StrCat(kGroups[0], " consecutive channels of one token");
+  codec.grouping = kMembers<S> == 0 && !kHasVector<S> ? "no scales" : kWhole ? "all channels of one token" : StrCat(kGroups[0], " consecutive channels of one token");
   codec.vector_wide = kHasVector<S>, codec.turned = kTurns<S>;
   codec.device.source = S::kFile, codec.device.plain = S::kName;
   if constexpr (kTurns<S> && kHasElement<S>) codec.turn_block = S::kTurnBlock;
@@ -831,53 +860,132 @@ Codec MakeCodec() {
   return codec;
 }
 
+// Its nmse, where that comes from, and its golden file.
+struct Known {
+  double nmse;
+  const char *source, *golden;
+};
+template <typename S>
+Codec MakeCodec(const Known& known) {
+  Codec codec = MakeCodec<S>();
+  codec.nmse = known.nmse, codec.nmse_source = known.source, codec.golden = known.golden;
+  return codec;
+}
+// Of one that encodes keys as values.
+template <typename S>
+Scheme MakeScheme(const char* source, const Known& known) {
+  return {.name = S::kLabel, .source = source, .keys = MakeCodec<S>(known), .values = MakeCodec<S>(known), .refused = ""};
+}
+
 #else
 
 // Neighbouring groups begin in neighbouring banks of shared memory.
-__device__ __forceinline__ uint32_t Padded(uint32_t i) { return i + i / 32; }
-struct SharedNumbers {
-  const float* tile;
-  uint32_t first;
-  __device__ __forceinline__ float operator[](int i) const { return tile[Padded(first + i)]; }
-};
+KVQ_HD constexpr uint32_t Padded(uint32_t i) { return i + i / 32; }
 struct SharedNumbersToTurn {
   float* tile;
   uint32_t first;
   __device__ __forceinline__ float& operator[](int i) const { return tile[Padded(first + i)]; }
 };
 
-// A block encodes `tokens` tokens whose numbers lie in `tile`, to the slots from `slot` on.
+// A group or a token of n numbers in shared memory, of which each of kLanes_ neighbouring lanes sees a part. As of OwnNumbers, what is
+// made of it is the same in all of them.
+template <int kLanes_>
+struct SharedNumbers {
+  const float* tile;
+  uint32_t first;  // that this lane sees
+  __device__ __forceinline__ SharedNumbers(const float* tile, uint32_t start, uint32_t n)
+      : tile(tile), first(start + (kLanes_ > 1 ? threadIdx.x % kLanes_ * (n / kLanes_) : 0)) {}
+  __device__ __forceinline__ float operator[](int i) const
+    requires(kLanes_ == 1)
+  {
+    return Part(i);
+  }
+  __device__ __forceinline__ float Part(int i) const { return tile[Padded(first + i)]; }
+};
+template <int kLanes_>
+inline constexpr int kLanes<SharedNumbers<kLanes_>> = kLanes_;
+
+// So many lanes: they divide every group, and every head_dim.
 template <typename S>
-__device__ __forceinline__ void EncodeTile(float* tile, uint32_t tokens, const KvView& out, const Split& split, int64_t b,
-                                           int64_t h, int64_t slot) {
-  __shared__ typename S::Fit fits[kTile / kSmallestGroup];
-  __shared__ VectorFit<S> vectors[kHasVector<S> ? kTile / kSmallestGroup : 1];
+inline constexpr int kGroupLanes = kInOrder<S> ? 1 : S::kGroups[0] == 0 ? 16 : 8;
+inline constexpr int kVectorLanes = 8;
+
+// Who encodes tokens together: a block, or a warp (Warp).
+struct Block {
+  static constexpr int size = kThreads;
+  int rank;
+  __device__ __forceinline__ void Sync() const { __syncthreads(); }
+};
+
+// A Split of one token of a shape that is known when a kernel is compiled.
+template <uint32_t n>
+struct FixedDivisor {
+  static constexpr uint32_t divisor = n;
+  __device__ __forceinline__ Divisor::Result Of(uint32_t i) const { return {i / n, i % n}; }
+};
+template <int kDim, int kGroup, int kLow>
+struct FixedSplit {
+  FixedDivisor<kDim> head_dim;
+  FixedDivisor<kGroup> group;
+  FixedDivisor<kDim / kGroup> groups;
+  FixedDivisor<kDim * kLow / 32> words;
+};
+
+// What a team has in shared memory: numbers of tokens, and what their groups' and their own codes are made with.
+template <typename S, int kNumbers, int kFits, int kVectors>
+struct EncoderRoom {
+  float tile[Padded(kNumbers)];
+  typename S::Fit fits[kFits];
+  VectorFit<S> vectors[kHasVector<S> ? kVectors : 1];
+};
+template <typename S>
+using BlockRoom = EncoderRoom<S, kTile, kTile / kSmallestGroup, kTile / kSmallestGroup>;
+
+// Calls work(i, first) for each i below `count` on kEach neighbouring lanes, `first` on the first of them; by whole warps, the last of
+// which may call it once more for what others do, without a first one.
+template <int kEach, typename Team, typename Work>
+__device__ __forceinline__ void ForEachByLanes(uint32_t count, const Team& team, const Work& work) {
+  const uint32_t rank = static_cast<uint32_t>(team.rank), in_warp = rank % 32 / kEach;
+  for (uint32_t i = rank / kEach; i - in_warp < count; i += team.size / kEach) {
+    work(i < count ? i : count - 1, i < count && rank % kEach == 0);
+  }
+}
+
+// Encodes `tokens` tokens whose numbers lie in room.tile, to the slots from `slot` on.
+template <typename S, typename Room, typename SplitBy, typename Team>
+__device__ __forceinline__ void EncodeTile(Room& room, uint32_t tokens, const KvView& out, const SplitBy& split, int64_t b, int64_t h,
+                                           int64_t slot, const Team& team) {
+  float* const tile = room.tile;
   constexpr int kFields = 16 / kLow<S>;
   constexpr uint32_t kMask = (1u << kLow<S>) - 1;
   const uint32_t dim = split.head_dim.divisor, groups = split.groups.divisor, words = split.words.divisor;
   if constexpr (kHasVector<S>) {
-    for (uint32_t t = threadIdx.x; t < tokens; t += kThreads) {
-      vectors[t] = FitVector<S>(SharedNumbers{tile, t * dim}, static_cast<int>(dim));
-      StoreVector<S>(vectors[t].stored, out, b, h, slot + t);
-    }
-    __syncthreads();
+    ForEachByLanes<kVectorLanes>(tokens, team, [&](uint32_t t, bool first) {
+      const VectorFit<S> fit = FitVector<S>(SharedNumbers<kVectorLanes>(tile, t * dim, dim), static_cast<int>(dim));
+      if (!first) return;
+      room.vectors[t] = fit;
+      StoreVector<S>(fit.stored, out, b, h, slot + t);
+    });
+    team.Sync();
   }
   if constexpr (kTurns<S>) {
-    for (uint32_t t = threadIdx.x / 32; t < tokens; t += kThreads / 32) {
-      TurnToken<S>(SharedNumbersToTurn{tile, t * dim}, static_cast<int>(dim), vectors[kHasVector<S> ? t : 0],
+    for (uint32_t t = team.rank / 32; t < tokens; t += team.size / 32) {
+      TurnToken<S>(SharedNumbersToTurn{tile, t * dim}, static_cast<int>(dim), room.vectors[kHasVector<S> ? t : 0],
                    Warp{static_cast<int>(threadIdx.x % 32)});
     }
-    __syncthreads();
+    team.Sync();
   }
-  for (uint32_t i = threadIdx.x; i < tokens * groups; i += kThreads) {
+  ForEachByLanes<kGroupLanes<S>>(tokens * groups, team, [&](uint32_t i, bool first) {
     const auto [t, g] = split.groups.Of(i);
     const uint32_t n = split.group.divisor;
-    const typename S::Fit fit = FitGroup<S>(SharedNumbers{tile, i * n}, static_cast<int>(n), vectors[kHasVector<S> ? t : 0].stored);
-    fits[i] = fit;
+    const typename S::Fit fit =
+        FitGroup<S>(SharedNumbers<kGroupLanes<S>>(tile, i * n, n), static_cast<int>(n), room.vectors[kHasVector<S> ? t : 0].stored);
+    if (!first) return;
+    room.fits[i] = fit;
     Store<S>(fit.stored, out, b, h, slot + t, groups, g);
-  }
-  __syncthreads();
-  for (uint32_t i = threadIdx.x; i < tokens * words; i += kThreads) {
+  });
+  team.Sync();
+  for (uint32_t i = team.rank; i < tokens * words; i += team.size) {
     const auto [t, place] = split.words.Of(i);
     const uint32_t chunk = place / (words / 4), w = place % (words / 4);
     uint32_t word = 0, odd[kOdd<S> + 1] = {};
@@ -889,7 +997,7 @@ __device__ __forceinline__ void EncodeTile(float* tile, uint32_t tokens, const K
         const uint32_t channel = ChannelOf<kLow<S>>(chunk, w, side, field);
         uint32_t g = run;
         if (split.group.divisor % kRunChannels<kLow<S>> != 0) g = split.group.Of(channel).quotient;
-        const uint32_t code = S::Code(fits[t * groups + g], tile[Padded(t * dim + channel)]);
+        const uint32_t code = S::Code(room.fits[t * groups + g], tile[Padded(t * dim + channel)]);
         word |= (code & kMask) << (16 * side + field * kLow<S>);
 #pragma unroll
         for (int i = 0; i < kOdd<S>; ++i) odd[i] |= (code >> (kLow<S> + i) & 1) << (side * kFields + field);
@@ -908,7 +1016,7 @@ __device__ __forceinline__ void EncodeTile(float* tile, uint32_t tokens, const K
 template <typename S, DType kType>
 __global__ void __launch_bounds__(kThreads)
     EncodeKernel(DenseView x, int64_t first_token, KvView out, const Split split, bool wide) {
-  __shared__ float tile[kTile + kTile / 32];
+  __shared__ BlockRoom<S> room;
   const int64_t b = blockIdx.z, h = blockIdx.y, first = int64_t{blockIdx.x} * split.tokens;
   const auto tokens = static_cast<uint32_t>(x.tokens - first < split.tokens ? x.tokens - first : split.tokens);
   for (uint32_t i = threadIdx.x; i < tokens * split.head_dim.divisor / 8; i += kThreads) {
@@ -916,16 +1024,16 @@ __global__ void __launch_bounds__(kThreads)
     float values[8];
     LoadEight<kType>(x, Offset(x, b, h, first + t, channel), wide, values);
 #pragma unroll
-    for (int j = 0; j < 8; ++j) tile[Padded(8 * i) + j] = values[j];
+    for (int j = 0; j < 8; ++j) room.tile[Padded(8 * i) + j] = values[j];
   }
   __syncthreads();
-  EncodeTile<S>(tile, tokens, out, split, b, h, TokenBase(out) + first_token + first);
+  EncodeTile<S>(room, tokens, out, split, b, h, TokenBase(out) + first_token + first, Block{static_cast<int>(threadIdx.x)});
 }
 
 // The newest token of each sequence, keys and values in one launch: block (head, sequence, side).
 template <typename S, DType kType>
 __device__ __forceinline__ void EncodeOne(const NewestSide& side) {
-  __shared__ float tile[kTile + kTile / 32];
+  __shared__ BlockRoom<S> room;
   const DenseView& x = side.x;
   const int64_t b = blockIdx.y, h = blockIdx.x;
   if (h >= x.heads) return;
@@ -933,14 +1041,14 @@ __device__ __forceinline__ void EncodeOne(const NewestSide& side) {
   const int32_t slot = __ldcg(side.out.token_base);
   const auto* row = static_cast<const uint16_t*>(x.data) + Offset(x, b, h, slot % static_cast<int32_t>(x.tokens), 0);
   for (int i = threadIdx.x; i < dim; i += kThreads) {  // past the L1 cache, as there could be older lines
-    tile[Padded(i)] = kType == DType::kFloat16 ? HalfToFloat(__ldcg(row + i)) : BFloat16ToFloat(__ldcg(row + i));
+    room.tile[Padded(i)] = kType == DType::kFloat16 ? HalfToFloat(__ldcg(row + i)) : BFloat16ToFloat(__ldcg(row + i));
   }
   __syncthreads();
   if (side.turn.block > 0) {
-    if (threadIdx.x < 32) TurnBy(side.turn, SharedNumbersToTurn{tile, 0}, dim, static_cast<int>(threadIdx.x));
+    if (threadIdx.x < 32) TurnBy(side.turn, SharedNumbersToTurn{room.tile, 0}, dim, static_cast<int>(threadIdx.x));
     __syncthreads();
   }
-  EncodeTile<S>(tile, 1, side.out, side.split, b, h, slot);
+  EncodeTile<S>(room, 1, side.out, side.split, b, h, slot, Block{static_cast<int>(threadIdx.x)});
 }
 
 template <typename Keys, typename Values, DType kType>

@@ -37,6 +37,9 @@ int64_t TileBytes(const Codec& codec, const CodecParams& params, const KvView& v
   return bytes;
 }
 
+// Head_dims that are read by tiles.
+bool HasTiles(int64_t head_dim) { return head_dim == 64 || head_dim == 128 || head_dim == 256; }
+
 int64_t RatioOf(const DecodeAttentionArgs& args) {
   const int64_t heads = args.keys.heads;
   if (heads < 1 || args.query_heads < heads || args.query_heads % heads != 0) {
@@ -118,7 +121,9 @@ Plan PlanTiles(const Codec& keys, const Codec& values, const DecodeAttentionArgs
                    InstanceName("kvq::decode_attention::Kernel",
                                 InstanceName("kvq::decode_attention::Config", keys.device.type(args.key_params, dim),
                                              values.device.type(args.value_params, dim), dim, parts, head_tiles, warps, stages,
-                                             tile, registers, args.window > 0, turns_keys + 2 * turns_values + 4 * IsApart(args) + 8 * (args.softcap > 0)))};
+                                             tile, registers, args.window > 0,
+                                             turns_keys + 2 * turns_values + 4 * IsApart(args) + 8 * (args.softcap > 0) +
+                                                 16 * (args.newest_keys != nullptr) + 32 * (args.newest_values != nullptr)))};
   plan.tile_text = StrCat(warps, " warps x ", stages, " x ", tile, " tokens");
   plan.threads = 32 * warps;
   plan.pairs = args.keys.batch * args.keys.heads * parts, plan.heads = ratio / parts;
@@ -149,7 +154,7 @@ Plan PlanAny(const Codec& keys, const Codec& values, const DecodeAttentionArgs& 
 
 Plan PlanOf(const Codec& keys, const Codec& values, const DecodeAttentionArgs& args) {
   const int64_t dim = args.keys.head_dim, ratio = RatioOf(args);
-  if (dim == 64 || dim == 128 || dim == 256) return PlanTiles(keys, values, args, ratio);
+  if (HasTiles(dim)) return PlanTiles(keys, values, args, ratio);
   if (args.key_turn.block > 0 || args.value_turn.block > 0) {
     throw InputError("decode attention turns keys and values with head_dims of 64, 128 and 256, not ", dim);
   }
@@ -173,7 +178,14 @@ void CheckArgs(const Codec& keys, const Codec& values, const DecodeAttentionArgs
   for (const DenseView* view : {&args.sink_keys, &args.sink_values, &args.residual_keys, &args.residual_values}) {
     all &= aligned(view->data, (view->batch_stride | view->head_stride | view->token_stride) * 2);
   }
+  all &= aligned(args.newest_keys, 0) && aligned(args.newest_values, 0);
   if (!all) throw InputError("decode attention wants all rows and planes aligned to 16 bytes");
+  for (const auto& [codec, newest] : {std::pair(&keys, args.newest_keys), std::pair(&values, args.newest_values)}) {
+    if (newest == nullptr) continue;
+    if (!DecodeAttentionEncodes(*codec, args.keys.head_dim) || IsApart(args) || !args.newest_is_encoded) {
+      throw std::logic_error("decode attention cannot encode the newest token");
+    }
+  }
 }
 
 }  // namespace
@@ -181,6 +193,8 @@ void CheckArgs(const Codec& keys, const Codec& values, const DecodeAttentionArgs
 bool HasDecodeAttention(const Codec& keys, const Codec& values) {
   return keys.device.label != nullptr && values.device.label != nullptr && !values.device.keys_alone;
 }
+
+bool DecodeAttentionEncodes(const Codec& codec, int64_t head_dim) { return codec.device.plain != nullptr && HasTiles(head_dim); }
 
 std::string DecodeAttentionName(const Codec& keys, const Codec& values, const DecodeAttentionArgs& args) {
   const std::string k = keys.device.label, v = values.device.label;

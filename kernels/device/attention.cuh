@@ -337,7 +337,8 @@ struct Ring {
 
   // Whether what Start copies is all older than the newest token.
   __device__ __forceinline__ bool StartsOld() const {
-    return (first + (C::kStages - 2) * C::kWarps + 1) * C::kTile < tokens;
+    const int newest = (tokens - 1) / C::kTile, ahead = newest - first;
+    return newest >= end || ahead < 0 || ahead % C::kWarps != 0 || ahead > (C::kStages - 2) * C::kWarps;
   }
 
   // After Start: calls attend(tile, tokens in it, hidden ones of them) for tiles first, first + kWarps, ... below end.
@@ -565,6 +566,29 @@ __device__ void Combine(const DecodeAttentionArgs& args, int pair, int slots, in
   }
 }
 
+// The newest token of a pair, by the block's last two warps, keys and values, each in the stage of its ring that Start leaves free.
+// Both go where they are stored; behind the block's next barrier its warps find them there, too.
+template <class C>
+__device__ __forceinline__ void EncodeNewest(const DecodeAttentionArgs& args, int pair, std::byte* shared) {
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const auto encode = [&]<class R, bool kTurned>(const void* newest, const Turn& turn, const KvView& out, std::bool_constant<kTurned>, R*) {
+    static_assert(sizeof(typename R::Room) <= C::kTileBytes);
+    auto& room = *reinterpret_cast<typename R::Room*>(shared + (warp * C::kStages + C::kStages - 1) * C::kTileBytes);
+    R::template Encode<kTurned>(room, static_cast<const uint32_t*>(newest) + static_cast<int64_t>(pair) * (C::kDim / 2),
+                                args.dtype == DType::kFloat16, turn, out, pair, &args.lengths[pair / static_cast<int>(out.heads)].encoded);
+  };
+  if constexpr (C::kEncodesKeys) {
+    if (warp == C::kWarps - 1) {
+      encode(args.newest_keys, args.key_turn, args.keys, std::bool_constant<C::kTurnsKeys>(), static_cast<typename C::K*>(nullptr));
+    }
+  }
+  if constexpr (C::kEncodesValues) {
+    if (warp == C::kWarps - 2) {
+      encode(args.newest_values, args.value_turn, args.values, std::bool_constant<C::kTurnsValues>(), static_cast<typename C::V*>(nullptr));
+    }
+  }
+}
+
 template <class C>
 __global__ void __maxnreg__(C::kRegisters)
     Kernel(const __grid_constant__ DecodeAttentionArgs args, int splits) {
@@ -585,10 +609,14 @@ __global__ void __maxnreg__(C::kRegisters)
   if (!args.early) WaitForPredecessors();
   Reach length = length_now();
   Ring<C> ring = ring_of(length);
-  // The newest token, of `none` or encoded within the step, is not there yet.
+  // The newest token, of `none` or encoded within the step, is not there yet. It is in the last split's last tile.
   bool started = (!C::kDense && !args.newest_is_encoded) || ring.StartsOld();
   if (started) ring.Start();
   if (args.early) WaitForPredecessors();
+  const bool encodes = C::kEncodes && split == splits - 1;
+  if constexpr (C::kEncodes) {
+    if (encodes) EncodeNewest<C>(args, pair, shared);
+  }
   Queries<C> q;
   if constexpr (C::K::kDense) {
     LoadQueriesForDense<C>(args, part, g, t, q);
@@ -618,6 +646,7 @@ __global__ void __maxnreg__(C::kRegisters)
   const int units = DenseTokens<C>::Units(length);
   const bool has_dense = unit < units;
   if ((C::kEager || !C::K::kDense) && has_dense) LoadQueriesForDense<C>(args, part, g, t, dense_q);
+  if (encodes) __syncthreads();
   if (!started) ring.Start();  // all that comes from memory is on its way before any of it is worked on
 
   if (ring.first - warp < ring.end || split < units) {

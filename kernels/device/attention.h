@@ -63,8 +63,11 @@ struct DecodeAttentionArgs {
   // that kernel has ended.
   // The lengths themselves may still change until then; they are read again.
   bool early = false;
-  // The newest of the encoded tokens is one that the kernel before this has encoded.
+  // The newest of the encoded tokens is one that the kernel before this has encoded, or that this one does.
   bool newest_is_encoded = false;
+  // [batch, keys.heads, head_dim] in dtype, or null: the newest token, which is encoded here, to where `lengths` says, and then
+  // read as all others are. Of codecs and head_dims that DecodeAttentionEncodes knows, with newest_is_encoded and like lengths.
+  const void *newest_keys = nullptr, *newest_values = nullptr;
 
   // DecodeAttentionWorkspace() bytes of device memory, 256-byte aligned, all zero before the first launch; launches leave it fit
   // for the next. Not to be shared by launches that may overlap.
@@ -76,6 +79,9 @@ struct Codec;  // kernels/scheme.h
 
 // Whether there is a kernel for the pair: both sides have a device codec.
 bool HasDecodeAttention(const Codec& keys, const Codec& values);
+
+// Whether it encodes the newest token of a side with this codec.
+bool DecodeAttentionEncodes(const Codec& codec, int64_t head_dim);
 
 // The kernel that these shapes get on the current device, and what it was compiled for, in words for results:
 // "fused_decode_int8+int4 (sm_90: 8 warps x 3 x 32 tokens)".

@@ -61,6 +61,8 @@ struct Config {
   static constexpr bool kTurnsKeys = (kFlags_ & 1) != 0, kTurnsValues = (kFlags_ & 2) != 0;
   static constexpr bool kApart = (kFlags_ & 4) != 0;  // values have lengths of their own, or a ring
   static constexpr bool kCapped = (kFlags_ & 8) != 0;  // logits have a cap
+  static constexpr bool kEncodesKeys = (kFlags_ & 16) != 0, kEncodesValues = (kFlags_ & 32) != 0;  // the newest token's
+  static constexpr bool kEncodes = kEncodesKeys || kEncodesValues;
   using K = Row<Keys, kDim>;
   using V = Row<Values, kDim>;
   static constexpr bool kDense = K::kDense && V::kDense;

@@ -20,6 +20,7 @@
 //   Unpack      a word's fields, and their odd bits, as pairs of float16: neighbouring channels
 //   Element     what a code is, as float32: Unpack's, with kUnit
 //   Scale, ZeroOf  of a group, from the words of a token's metadata, [plane, word]
+//   Encode      by a warp, of a token, where the step's own is encoded by attention; with a Room in shared memory
 // A value is Scale (Element - ZeroOf), or Scale Element - ZeroOf. A scale meets one number a group and head, never an element
 // (attention.cuh says how), so that all there is to a new kind of code is its Unpack.
 #pragma once

@@ -138,8 +138,12 @@ __device__ void Choose(const ExpertsArgs& a, int64_t first, int rows, uint32_t* 
     const int row = i / pitch, expert = i - row * pitch;
     uint32_t key = 0;  // below all others
     if (expert < experts) {
-      const uint32_t bits = __ldcg(static_cast<const uint16_t*>(a.logits) + (first + row) * experts + expert);
-      const float x = At<kBFloat16>(bits, 0);
+      uint32_t bits = __ldcg(static_cast<const uint16_t*>(a.logits) + (first + row) * experts + expert);
+      float x = At<kBFloat16>(bits, 0);
+      if (a.logit_bias != nullptr) {
+        bits = Pack<kBFloat16>(x + At<kBFloat16>(__ldcg(static_cast<const uint16_t*>(a.logit_bias) + expert), 0), 0) & 0xFFFFu;
+        x = At<kBFloat16>(bits, 0);
+      }
       key = KeyOf(x == 0.0f ? 0u : bits, x != x, expert);  // -0 is 0
     }
     keys[i] = key;
@@ -342,11 +346,21 @@ __global__ void __maxnreg__(112) ExpertsKernel(const __grid_constant__ ExpertsAr
       second += tile_sums[(w * rows + g) * kTileRows + t + 4];
     }
     if constexpr (kDown) {
+      for (int i = 0; a.down_bias != nullptr && i < chosen.count; ++i) {
+        if (chosen.place[i][g] < 0) continue;
+        const uint16_t* bias = static_cast<const uint16_t*>(a.down_bias) + chosen.expert[i] * a.hidden + tile * kTileRows + t;
+        first = fmaf(chosen.share[i][g], At<kBFloat16>(__ldcg(bias), 0), first);
+        second = fmaf(chosen.share[i][g], At<kBFloat16>(__ldcg(bias + 4), 0), second);
+      }
       float* out = a.partial + (first_row + g) * a.hidden + tile * kTileRows + t;
       out[0] = first, out[4] = second;
     } else {
       const int expert = tile / of_expert, place = chosen.place[expert][g];
       if (place < 0) continue;
+      if (a.up_bias != nullptr) {
+        const uint16_t* bias = static_cast<const uint16_t*>(a.up_bias) + chosen.expert[expert] * 2LL * size + (tile - expert * of_expert) * 4 + t;
+        first += At<kBFloat16>(__ldcg(bias), 0), second += At<kBFloat16>(__ldcg(bias + size), 0);
+      }
       first = Round<kBFloat16>(first), second = Round<kBFloat16>(second);
       static_cast<uint16_t*>(a.gated)[static_cast<int64_t>(place) * size + (tile - expert * of_expert) * 4 + t] =
           static_cast<uint16_t>(Pack<kBFloat16>(Gated<kBFloat16>(a.activation, first, second), 0));
@@ -375,17 +389,22 @@ __global__ void __launch_bounds__(256) AnyExpertsKernel(const __grid_constant__ 
     }
     return WarpSum(sum);
   };
+  const auto bias_of = [](const void* bias, int64_t at) {
+    return bias == nullptr ? 0.0f : At<kBFloat16>(__ldcg(static_cast<const uint16_t*>(bias) + at), 0);
+  };
   for (int64_t out = blockIdx.x * 8 + threadIdx.x / 32; out < outs; out += gridDim.x * 8) {
     if constexpr (kDown) {
       float total = 0;
       for (int i = 0; i < chosen.count; ++i) {
-        total = fmaf(chosen.share[i][0], dot(a.down, chosen.expert[i] * a.hidden + out, a.gated, chosen.place[i][0], a.size), total);
+        const int64_t of = chosen.expert[i] * a.hidden + out;
+        total = fmaf(chosen.share[i][0], dot(a.down, of, a.gated, chosen.place[i][0], a.size) + bias_of(a.down_bias, of), total);
       }
       if (lane == 0) a.partial[row * a.hidden + out] = total;
     } else {
       const int64_t i = out / a.size, channel = out % a.size, of_gate = chosen.expert[i] * 2 * a.size + channel;
-      const float gate = Round<kBFloat16>(dot(a.up, of_gate, a.x, row, a.hidden));
-      const float factor = Round<kBFloat16>(dot(a.up, of_gate + a.size, a.x, row, a.hidden));
+      const float gate = Round<kBFloat16>(dot(a.up, of_gate, a.x, row, a.hidden) + bias_of(a.up_bias, of_gate));
+      const int64_t of_factor = of_gate + a.size;
+      const float factor = Round<kBFloat16>(dot(a.up, of_factor, a.x, row, a.hidden) + bias_of(a.up_bias, of_factor));
       const float x[1] = {Gated<kBFloat16>(a.activation, gate, factor)};
       if (lane == 0) Store<kBFloat16>(a.gated, chosen.place[i][0] * a.size + channel, x);
     }

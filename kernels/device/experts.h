@@ -14,7 +14,7 @@ inline constexpr int kMostExperts = 512, kMostPerToken = 16;
 
 // Of logits [rows, experts] the `per_token` largest of a row are its experts, of equal ones the first; their shares are a
 // softmax over all, or, `normalized`, over them alone. With s the share and E an expert's products, a row is
-// sum of s E_down (activation(E_gate x) * (E_up x)).
+// sum of s E_down (activation(E_gate x) * (E_up x)), each product with its bias where there are biases.
 struct ExpertsArgs {
   DType dtype = DType::kFloat16;  // of all but partial
   int64_t rows = 0, hidden = 0, size = 0;  // size: of an expert between its two products
@@ -25,6 +25,8 @@ struct ExpertsArgs {
   const void* x = nullptr;       // [rows, hidden]
   const void* up = nullptr;      // [experts, gate and up, size, hidden]
   const void* down = nullptr;    // [experts, hidden, size]
+  // [experts], [experts, gate and up, size], [experts, hidden]; or null.
+  const void *logit_bias = nullptr, *up_bias = nullptr, *down_bias = nullptr;
   void* gated = nullptr;         // [rows, per_token, size]: from the one product to the other
   float* partial = nullptr;      // [rows, hidden], for AddNorm, of one split
   int32_t* chosen = nullptr;     // [rows, per_token]: the experts, by number

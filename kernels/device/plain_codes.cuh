@@ -58,6 +58,29 @@ struct PlainCodes {
                                         : kElement == plain::Element::kE2M1 ? 16384.0f : 1.0f;
   static constexpr float kUnit = kElementUnit * (kPoisons ? 256.0f : 1.0f);
 
+  // What a warp encodes a token with, in shared memory; and that: of `pair`, the KV head of a sequence, whose channels, 16-bit numbers,
+  // are kDim / 2 words, turned before, to the last of so many slots; 0: nothing is encoded.
+  using Room = plain::EncoderRoom<S, kDim, kDim / kGroup, 1>;
+  template <bool kTurned>
+  __device__ __forceinline__ static void Encode(Room& room, const uint32_t* token, bool half, const Turn& turn, const KvView& out,
+                                                int pair, const int32_t* slots) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    uint32_t words[kDim / 64];
+#pragma unroll
+    for (int i = 0; i < kDim / 64; ++i) words[i] = __ldcg(token + lane + 32 * i);
+    const int32_t slot = __ldcg(slots) - 1;
+#pragma unroll
+    for (int i = 0; i < kDim / 64; ++i) {
+      const int at = 2 * (lane + 32 * i);
+      room.tile[plain::Padded(at)] = half ? ptx::HalfAt(words[i], 0) : ptx::BFloat16At(words[i], 0);
+      room.tile[plain::Padded(at + 1)] = half ? ptx::HalfAt(words[i], 1) : ptx::BFloat16At(words[i], 1);
+    }
+    if (slot < 0) return;
+    __syncwarp();
+    if constexpr (kTurned && !plain::kTurns<S>) TurnBy(turn, plain::SharedNumbersToTurn{room.tile, 0}, kDim, lane);
+    plain::EncodeTile<S>(room, 1, out, plain::FixedSplit<kDim, kGroup, kBits>(), 0, pair, slot, plain::Warp{lane});
+  }
+
   __device__ static constexpr int FieldShift(int field) {
     return kElement == plain::Element::kNumber ? NumberFields::Shift<kBits>(field) : 0;
   }

@@ -15,8 +15,10 @@
 
 namespace kvq {
 
+// At least as many turns as such a loop has, and not many more: with 1024, NVRTC's optimizer for sm_100 and later takes 10 to 20 seconds
+// for an encoder that turns, instead of one.
 template <int kLanes_, DType kType>
-inline constexpr int kUnrolled<plain::OwnNumbers<kLanes_, kType>> = 1024;
+inline constexpr int kUnrolled<plain::OwnNumbers<kLanes_, kType>> = 128;
 template <typename Numbers>
 inline constexpr int kUnrolled<plain::Halves<Numbers>> = kUnrolled<Numbers>;
 
@@ -129,7 +131,8 @@ __global__ void __launch_bounds__(32 * kWarps, OwnBlocks(kOwn))
   for (int chunk = 0; chunk < 4; ++chunk) {
 #pragma unroll
     for (int run = 0; run < kOwnRuns; ++run) {
-      constexpr bool kPairs = requires(const GroupFit& fit) { S::PairOf(fit, 0u); };
+      constexpr bool kCoded = requires { GroupFit::kTooLarge; };
+      constexpr bool kPairs = kCoded || requires(const GroupFit& fit) { S::PairOf(fit, 0u); };
       constexpr bool kAdds = requires(const GroupFit& fit, uint32_t& word) { S::AddCode(fit, 0.0f, 0, word); };
       constexpr bool kThree = kLow<S> == 2 && kOdd<S> == 1;  // three bits: made four apart, in two words, and moved together after that
       uint32_t word = 0, odd[kOdd<S> + 1] = {};
@@ -137,14 +140,16 @@ __global__ void __launch_bounds__(32 * kWarps, OwnBlocks(kOwn))
         constexpr int kBits = kThree ? 4 : kLow<S>;
         constexpr uint32_t kOnes = kBits == 8 ? 0x01010101 : kBits == 4 ? 0x11111111 : 0x55555555;
         uint32_t made[2];
-        made[0] = made[1] = kPairs ? 0u - kPairTooLarge<S> * kOnes : 0;
+        made[0] = made[1] = kPairs ? 0u - kPairTooLarge<S, GroupFit> * kOnes : 0;
 #pragma unroll
         for (int field = 0; field < kFields; ++field) {
           const uint32_t first = ChannelOf<kLow<S>>(chunk, run, 0, field);
           const GroupFit& fit = fits[first / kGroup % kFits];
           uint32_t& to = made[kThree ? field / 4 : 0];
           const int up = (kThree ? field % 4 : field) * kBits;
-          if constexpr (kPairs) {
+          if constexpr (kCoded) {
+            to += words[first / 2] << up;
+          } else if constexpr (kPairs) {
             to += S::PairOf(fit, words[first / 2]) << up;
           } else if constexpr (kAdds) {
             S::AddCode(fit, v[first], up, to), S::AddCode(fit, v[first + 1], up + 16, to);

@@ -152,13 +152,15 @@ __device__ __forceinline__ float2 Turn(const HeadsArgs& a, int row, int i, float
 }
 
 __device__ __forceinline__ float Activated(Gate activation, float gate) {
-  if (activation == Gate::kSilu) return gate / (1.0f + expf(-gate));
+  if (activation == Gate::kClamped) gate = gate > 7.0f ? 7.0f : gate;  // NaN stays
+  if (activation != Gate::kGeluTanh) return gate / (1.0f + expf(activation == Gate::kClamped ? -1.702f * gate : -gate));
   const float inner = 0.79788456f * (gate + 0.044715f * gate * gate * gate);  // sqrt(2 / pi)
   return 0.5f * gate * (1.0f + tanhf(inner));
 }
 // Rounds after the activation, as two operations on tensors would.
 template <bool kBFloat16>
 __device__ __forceinline__ float Gated(Gate activation, float gate, float up) {
+  if (activation == Gate::kClamped) up = Round<kBFloat16>((up > 7.0f ? 7.0f : up < -7.0f ? -7.0f : up) + 1.0f);
   return Round<kBFloat16>(Activated(activation, gate)) * up;
 }
 

@@ -95,8 +95,9 @@ struct AppendArgs {
 void AppendHeads(const AppendArgs& args, const void* qkv, void* stream);
 
 // GateUp: out = activation(gate) * up of up [rows, gate and up, size]. Activate: out = activation(gate)
-// of gate [rows, size], times `factor` where there is one.
-enum class Gate : uint8_t { kSilu, kGeluTanh };
+// of gate [rows, size], times `factor` where there is one. kClamped (gpt-oss): activation(g) = g sigmoid(1.702 g), where g is at
+// most 7, and in place of what it is multiplied by that plus one, which is at most 7 away from 0 before.
+enum class Gate : uint8_t { kSilu, kGeluTanh, kClamped };
 struct GateArgs {
   DType dtype = DType::kFloat16;
   int64_t rows = 0, size = 0;

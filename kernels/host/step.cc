@@ -70,6 +70,11 @@ void Normalize(const AddNormArgs& a, int64_t r, std::vector<float>& x) {
 KVQ_VECTOR void ActivateAll(Gate activation, float* x, int64_t n) {
   if (activation == Gate::kSilu) {
     for (int64_t i = 0; i < n; ++i) x[i] = x[i] / (1 + Exp(Smaller(-x[i], 88.0f)));
+  } else if (activation == Gate::kClamped) {
+    for (int64_t i = 0; i < n; ++i) {
+      const float gate = x[i] > 7 ? 7 : x[i];  // NaN stays
+      x[i] = gate / (1 + Exp(Smaller(-1.702f * gate, 88.0f)));
+    }
   } else {
     for (int64_t i = 0; i < n; ++i) {  // tanh(u) = 1 - 2 / (1 + e^2u)
       const float u = 0.79788456f * (x[i] + 0.044715f * x[i] * x[i] * x[i]);
@@ -173,6 +178,10 @@ void GateUp(const GateArgs& a, const void* up) {
     if (a.bias != nullptr) {
       const std::vector<float> bias = Row(a.bias, a.dtype, a.size, a.size);
       for (int64_t i = 0; i < a.size; ++i) other[i] += bias[i];
+      RoundAll(a.dtype, other.data(), a.size);
+    }
+    if (a.activation == Gate::kClamped) {
+      for (float& up : other) up = (up > 7 ? 7 : up < -7 ? -7 : up) + 1;
       RoundAll(a.dtype, other.data(), a.size);
     }
     for (int64_t i = 0; i < a.size; ++i) x[i] *= other[i];

@@ -99,22 +99,15 @@ struct Bits8 : Midpoints<8> {
 #ifndef __CUDACC__
 namespace {
 
-template <typename S>
-Scheme Row(double nmse, const char* golden) {
-  Codec codec = plain::MakeCodec<S>();
-  codec.nmse = nmse;
-  codec.nmse_source = "NumPy, from the formula above";
-  codec.golden = golden;
-  return {.name = S::kLabel, .source = "exllamav3, q_cache_kernels.cuh @80fd9eec", .keys = codec, .values = codec, .refused = ""};
-}
-
-const RegisterScheme k2{Row<Bits2>(0.1260, "exl3-2.json")};
-const RegisterScheme k3{Row<Bits3>(0.0316, "exl3-3.json")};
-const RegisterScheme k4{Row<Bits4>(7.90e-3, "exl3-4.json")};
-const RegisterScheme k5{Row<Bits5>(1.974e-3, "exl3-5.json")};
-const RegisterScheme k6{Row<Bits6>(4.935e-4, "exl3-6.json")};
-const RegisterScheme k7{Row<Bits7>(1.233e-4, "exl3-7.json")};
-const RegisterScheme k8{Row<Bits8>(3.095e-5, "exl3-8.json")};
+constexpr char kSource[] = "exllamav3, q_cache_kernels.cuh @80fd9eec";
+constexpr char kNmse[] = "NumPy, from the formula above";
+const RegisterScheme k2{plain::MakeScheme<Bits2>(kSource, {0.1260, kNmse, "exl3-2.json"})};
+const RegisterScheme k3{plain::MakeScheme<Bits3>(kSource, {0.0316, kNmse, "exl3-3.json"})};
+const RegisterScheme k4{plain::MakeScheme<Bits4>(kSource, {7.90e-3, kNmse, "exl3-4.json"})};
+const RegisterScheme k5{plain::MakeScheme<Bits5>(kSource, {1.974e-3, kNmse, "exl3-5.json"})};
+const RegisterScheme k6{plain::MakeScheme<Bits6>(kSource, {4.935e-4, kNmse, "exl3-6.json"})};
+const RegisterScheme k7{plain::MakeScheme<Bits7>(kSource, {1.233e-4, kNmse, "exl3-7.json"})};
+const RegisterScheme k8{plain::MakeScheme<Bits8>(kSource, {3.095e-5, kNmse, "exl3-8.json"})};
 
 }  // namespace
 #endif  // __CUDACC__

@@ -61,18 +61,10 @@ struct Fp8E5M2 : Cast<E5M2> {
 #ifndef __CUDACC__
 namespace {
 
-template <typename S>
-Scheme Row(double nmse, const char* golden) {
-  Codec codec = plain::MakeCodec<S>();
-  codec.grouping = "no scales";
-  codec.nmse = nmse;
-  codec.nmse_source = "torch's casts of 4 million numbers";
-  codec.golden = golden;
-  return {.name = S::kLabel, .source = "vLLM, quant_utils.cuh", .keys = codec, .values = codec, .refused = ""};
-}
-
-const RegisterScheme kE4M3{Row<Fp8E4M3>(7.037e-4, "fp8-e4m3.json")};
-const RegisterScheme kE5M2{Row<Fp8E5M2>(2.789e-3, "fp8-e5m2.json")};
+constexpr char kSource[] = "vLLM, quant_utils.cuh";
+constexpr char kNmse[] = "torch's casts of 4 million numbers";
+const RegisterScheme kE4M3{plain::MakeScheme<Fp8E4M3>(kSource, {7.037e-4, kNmse, "fp8-e4m3.json"})};
+const RegisterScheme kE5M2{plain::MakeScheme<Fp8E5M2>(kSource, {2.789e-3, kNmse, "fp8-e5m2.json"})};
 
 }  // namespace
 #endif  // __CUDACC__

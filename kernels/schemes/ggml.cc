@@ -204,7 +204,8 @@ struct Iq4Nl {
     if constexpr (plain::kHasWords<Numbers>) {
       const uint32_t carry = kDeviceMiddles.carry[threadIdx.x % 32];
       const float entry = NonLinear(threadIdx.x % 16);
-      const auto coded = [&](float v) {  // the code in the upper half, and 0x4B00 more; 0 has 8
+      constexpr uint32_t kTooLarge = 0x4B00;
+      const auto coded = [&](float v) {  // the code in the upper half, and kTooLarge more; 0 has 8
         const float y = inverse * v;
         const uint32_t number = FloatBits(__fmaf_rd(y, 2, 8388608 + 256));
         const uint32_t sum = number + __shfl_sync(~0u, carry, static_cast<int>(number >> 4));
@@ -220,29 +221,29 @@ struct Iq4Nl {
       }
       if (largest != largest) {
         KVQ_UNROLL
-        for (int i = 0; i < n / 2; ++i) x.Words()[i] = kPairTooLarge * 0x10001;
+        for (int i = 0; i < n / 2; ++i) x.Words()[i] = kTooLarge * 0x10001;
       }
-      return Coded{{zero ? uint16_t{0} : FloatToHalf(plain::Poisoned(with_x / with_itself, largest))}};
+      return plain::Coded<Stored, kTooLarge>{{zero ? uint16_t{0} : FloatToHalf(plain::Poisoned(with_x / with_itself, largest))}};
     } else
 #endif
     {
-      KVQ_UNROLL
-      for (int i = 0; i < n; ++i) {
-        const float v = x[i], weight = v * v, q = Nearest(inverse * v).value;
-        with_x += weight * q * v;
-        with_itself += weight * q * q;
+#ifdef __CUDACC__
+      constexpr int kSeen = 32 / plain::kLanes<Numbers>;  // of the group, by this thread
+#else
+      constexpr int kSeen = 32;
+#endif
+      float of_x[kSeen], of_itself[kSeen];
+#ifdef __CUDACC__
+#pragma unroll
+#endif
+      for (int i = 0; i < kSeen; ++i) {
+        const float v = plain::PartOf(x, i), weight = v * v, q = Nearest(inverse * v).value;
+        of_x[i] = weight * q * v, of_itself[i] = weight * q * q;
       }
+      with_x = plain::SumOfTerms<Numbers>(of_x), with_itself = plain::SumOfTerms<Numbers>(of_itself);
       return Fit{inverse, {zero ? uint16_t{0} : FloatToHalf(with_x / with_itself)}};
     }
   }
-#ifdef __CUDACC__
-  // A fit after which codes stand where their numbers were.
-  struct Coded {
-    Stored stored;
-  };
-  static constexpr uint32_t kPairTooLarge = 0x4B00;
-  __device__ __forceinline__ static uint32_t PairOf(const Coded&, uint32_t two) { return two; }
-#endif
   KVQ_HD static uint32_t Code(const Fit& fit, float x) { return fit.inverse == 0 ? 8 : Nearest(x * fit.inverse).code; }
   KVQ_HD static float Value(const Stored& stored, uint32_t code) { return NonLinear(code) * HalfToFloat(stored.d); }
 
@@ -255,20 +256,13 @@ struct Iq4Nl {
 #ifndef __CUDACC__
 namespace {
 
-template <typename S>
-Scheme Row(double nmse, const char* golden) {
-  Codec codec = plain::MakeCodec<S>();
-  codec.nmse = nmse;
-  codec.nmse_source = "gguf 0.19.0 on 4 million numbers; iq4_nl: ggml-quants.c in NumPy";
-  codec.golden = golden;
-  return {.name = S::kLabel, .source = "llama.cpp, ggml-quants.c", .keys = codec, .values = codec, .refused = ""};
-}
-
-const RegisterScheme kQ4_0{Row<Q4_0>(7.37e-3, "q4_0.json")};
-const RegisterScheme kQ4_1{Row<Q4_1>(6.11e-3, "q4_1.json")};
-const RegisterScheme kQ5_0{Row<Q5_0>(1.816e-3, "q5_0.json")};
-const RegisterScheme kQ5_1{Row<Q5_1>(1.430e-3, "q5_1.json")};
-const RegisterScheme kIq4Nl{Row<Iq4Nl>(6.19e-3, "iq4_nl.json")};
+constexpr char kSource[] = "llama.cpp, ggml-quants.c";
+constexpr char kNmse[] = "gguf 0.19.0 on 4 million numbers; iq4_nl: ggml-quants.c in NumPy";
+const RegisterScheme kQ4_0{plain::MakeScheme<Q4_0>(kSource, {7.37e-3, kNmse, "q4_0.json"})};
+const RegisterScheme kQ4_1{plain::MakeScheme<Q4_1>(kSource, {6.11e-3, kNmse, "q4_1.json"})};
+const RegisterScheme kQ5_0{plain::MakeScheme<Q5_0>(kSource, {1.816e-3, kNmse, "q5_0.json"})};
+const RegisterScheme kQ5_1{plain::MakeScheme<Q5_1>(kSource, {1.430e-3, kNmse, "q5_1.json"})};
+const RegisterScheme kIq4Nl{plain::MakeScheme<Iq4Nl>(kSource, {6.19e-3, kNmse, "iq4_nl.json"})};
 
 }  // namespace
 #endif  // __CUDACC__

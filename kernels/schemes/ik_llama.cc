@@ -32,6 +32,7 @@ struct Q6_0 {
   static constexpr char kFile[] = "kernels/schemes/ik_llama.cc", kName[] = "kvq::ik_llama::Q6_0", kLabel[] = "q6_0";
   static constexpr int kBits = 6;
   static constexpr int64_t kGroups[] = {32};
+  static constexpr bool kInOrder = true;
 
   struct Stored {
     uint16_t d;
@@ -99,17 +100,9 @@ struct Q8Kv {
 #ifndef __CUDACC__
 namespace {
 
-template <typename S>
-Scheme Row(const char* source, double nmse, const char* golden) {
-  Codec codec = plain::MakeCodec<S>();
-  codec.nmse = nmse;
-  codec.nmse_source = "ik_llama.cpp's C in NumPy on 4 million numbers";
-  codec.golden = golden;
-  return {.name = S::kLabel, .source = source, .keys = codec, .values = codec, .refused = ""};
-}
-
-const RegisterScheme kQ6_0{Row<Q6_0>("ik_llama.cpp, ggml-quants.c", 4.444e-4, "q6_0.json")};
-const RegisterScheme kQ8Kv{Row<Q8Kv>("ik_llama.cpp, iqk_quantize.cpp", 4.181e-5, "q8_kv.json")};
+constexpr char kNmse[] = "ik_llama.cpp's C in NumPy on 4 million numbers";
+const RegisterScheme kQ6_0{plain::MakeScheme<Q6_0>("ik_llama.cpp, ggml-quants.c", {4.444e-4, kNmse, "q6_0.json"})};
+const RegisterScheme kQ8Kv{plain::MakeScheme<Q8Kv>("ik_llama.cpp, iqk_quantize.cpp", {4.181e-5, kNmse, "q8_kv.json"})};
 
 }  // namespace
 #endif  // __CUDACC__

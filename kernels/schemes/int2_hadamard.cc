@@ -102,18 +102,10 @@ struct Values : Clipped<92> {
 #ifndef __CUDACC__
 namespace {
 
-template <typename S>
-Codec MakeCodec(double nmse, const char* golden) {
-  Codec codec = plain::MakeCodec<S>();
-  codec.nmse = nmse;
-  codec.nmse_source = "NumPy, from the formula above, head_dim 128";
-  codec.golden = golden;
-  return codec;
-}
-
+constexpr char kNmse[] = "NumPy, from the formula above, head_dim 128";
 const RegisterScheme kRow{{.name = "int2-hadamard", .source = "OSCAR (arXiv 2605.17757) @473ff3f, --method hadamard",
-                           .keys = MakeCodec<Keys>(0.1560, "int2-hadamard-keys.json"),
-                           .values = MakeCodec<Values>(0.1273, "int2-hadamard-values.json"), .refused = ""}};
+                           .keys = plain::MakeCodec<Keys>({0.1560, kNmse, "int2-hadamard-keys.json"}),
+                           .values = plain::MakeCodec<Values>({0.1273, kNmse, "int2-hadamard-values.json"}), .refused = ""}};
 
 }  // namespace
 #endif  // __CUDACC__

@@ -241,12 +241,8 @@ Codec KeysCodec() {
 template <typename S>
 Scheme Runs(double nmse, const char* keys, const char* values) {
   Scheme scheme{.name = S::kLabel, .source = "KIVI (arXiv 2402.02750), quant/new_pack.py at 876b4d2",
-                .keys = KeysCodec<S::kBits>(), .values = plain::MakeCodec<S>(), .refused = ""};
-  scheme.keys.golden = keys, scheme.values.golden = values;
-  for (Codec* codec : {&scheme.keys, &scheme.values}) {
-    codec->nmse = nmse;
-    codec->nmse_source = "NumPy in float16, from the formula above";
-  }
+                .keys = KeysCodec<S::kBits>(), .values = plain::MakeCodec<S>({nmse, "NumPy in float16, from the formula above", values}), .refused = ""};
+  scheme.keys.nmse = nmse, scheme.keys.nmse_source = scheme.values.nmse_source, scheme.keys.golden = keys;
   return scheme;
 }
 

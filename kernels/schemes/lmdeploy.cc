@@ -44,14 +44,6 @@ struct Affine {
     Stored stored;
   };
 
-#ifdef __CUDACC__
-  struct CodedFit {
-    Stored stored;
-  };
-  static constexpr uint32_t kPairTooLarge = plain::kTooLargeWhole;
-  __device__ __forceinline__ static uint32_t PairOf(const CodedFit&, uint32_t two) { return two; }
-#endif
-
   template <typename Numbers>
   KVQ_HD static auto FitGroup(const Numbers& x, int n) {
     const GroupRange range = plain::Range(x, n);
@@ -68,7 +60,7 @@ struct Affine {
       const float inverse = fit.s.scale * fit.s.inverse;
       const bool near = of_codes >= -32 && Larger(plain::Absolute(range.low), plain::Absolute(range.high)) * inverse <= 32;
       plain::CodeWhole<false>(x, n, inverse, z + 0.5f, near, [&](float v) { return Code(fit, v); });
-      return CodedFit{fit.stored};
+      return plain::Coded<Stored>{fit.stored};
     } else
 #endif
     return fit;
@@ -95,17 +87,10 @@ struct Lmdeploy4 : Affine<4> {
 #ifndef __CUDACC__
 namespace {
 
-template <typename S>
-Scheme Row(double nmse, const char* golden) {
-  Codec codec = plain::MakeCodec<S>();
-  codec.nmse = nmse;
-  codec.nmse_source = "fill_kv_cache.py in NumPy on 4 million numbers";
-  codec.golden = golden;
-  return {.name = S::kLabel, .source = "LMDeploy, fill_kv_cache.py", .keys = codec, .values = codec, .refused = ""};
-}
-
-const RegisterScheme k8{Row<Lmdeploy8>(3.487e-5, "lmdeploy-8.json")};
-const RegisterScheme k4{Row<Lmdeploy4>(9.964e-3, "lmdeploy-4.json")};
+constexpr char kSource[] = "LMDeploy, fill_kv_cache.py";
+constexpr char kNmse[] = "fill_kv_cache.py in NumPy on 4 million numbers";
+const RegisterScheme k8{plain::MakeScheme<Lmdeploy8>(kSource, {3.487e-5, kNmse, "lmdeploy-8.json"})};
+const RegisterScheme k4{plain::MakeScheme<Lmdeploy4>(kSource, {9.964e-3, kNmse, "lmdeploy-4.json"})};
 
 }  // namespace
 #endif  // __CUDACC__

@@ -41,14 +41,6 @@ struct Affine {
     Stored stored;
   };
 
-#ifdef __CUDACC__
-  struct CodedFit {
-    Stored stored;
-  };
-  static constexpr uint32_t kPairTooLarge = plain::kTooLargeWhole;
-  __device__ __forceinline__ static uint32_t PairOf(const CodedFit&, uint32_t two) { return two; }
-#endif
-
   template <typename Numbers>
   KVQ_HD static auto FitGroup(const Numbers& x, int n) {
     const GroupRange range = plain::Range(x, n);
@@ -65,7 +57,7 @@ struct Affine {
       const float inverse = fit.scale.scale * fit.scale.inverse;
       const bool near = steps != 0 && plain::Absolute(edge * inverse) <= 16;  // the other end is not larger, and none below the bias
       plain::CodeWhole<true>(x, n, inverse, fmaf(-bias, inverse, 0.5f), near, [&](float v) { return Code(fit, v); });
-      return CodedFit{fit.stored};
+      return plain::Coded<Stored>{fit.stored};
     } else
 #endif
     return fit;
@@ -94,17 +86,10 @@ struct Mlx8 : Affine<8> {
 #ifndef __CUDACC__
 namespace {
 
-template <typename S>
-Scheme Row(double nmse, const char* golden) {
-  Codec codec = plain::MakeCodec<S>();
-  codec.nmse = nmse;
-  codec.nmse_source = "mlx 0.32.4 on 4 million numbers in groups of 64";
-  codec.golden = golden;
-  return {.name = S::kLabel, .source = "mlx 0.32.4, mx.quantize on a CPU", .keys = codec, .values = codec, .refused = ""};
-}
-
-const RegisterScheme kMlx4{Row<Mlx4>(8.27e-3, "mlx-4.json")};
-const RegisterScheme kMlx8{Row<Mlx8>(2.945e-5, "mlx-8.json")};
+constexpr char kSource[] = "mlx 0.32.4, mx.quantize on a CPU";
+constexpr char kNmse[] = "mlx 0.32.4 on 4 million numbers in groups of 64";
+const RegisterScheme kMlx4{plain::MakeScheme<Mlx4>(kSource, {8.27e-3, kNmse, "mlx-4.json"})};
+const RegisterScheme kMlx8{plain::MakeScheme<Mlx8>(kSource, {2.945e-5, kNmse, "mlx-8.json"})};
 
 }  // namespace
 #endif  // __CUDACC__

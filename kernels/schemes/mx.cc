@@ -201,23 +201,13 @@ struct SglangFp4 {
 #ifndef __CUDACC__
 namespace {
 
-template <typename S>
-Scheme Row(const char* source, double nmse, const char* nmse_source, const char* golden) {
-  Codec codec = plain::MakeCodec<S>();
-  codec.nmse = nmse;
-  codec.nmse_source = nmse_source;
-  codec.golden = golden;
-  return {.name = S::kLabel, .source = source, .keys = codec, .values = codec, .refused = ""};
-}
-
 constexpr char kTorchao[] = "torchao 0.18.0 on 4 million numbers";
-const RegisterScheme kMxfp4{Row<Mxfp4>("OCP MX 1.0; torchao, to_mx FLOOR", 1.323e-2, kTorchao, "mxfp4.json")};
-const RegisterScheme kMxfp4Rceil{Row<Mxfp4Rceil>("torchao, to_mx RCEIL", 1.333e-2, kTorchao, "mxfp4-rceil.json")};
-const RegisterScheme kMxfp4Even{Row<Mxfp4Even>("torchao, to_mx EVEN", 1.252e-2, kTorchao, "mxfp4-even.json")};
-const RegisterScheme kMxfp8{Row<Mxfp8>("OCP MX 1.0; torchao, to_mx FLOOR", 8.61e-4, kTorchao, "mxfp8.json")};
-const RegisterScheme kMxfp8Rceil{Row<Mxfp8Rceil>("torchao, to_mx RCEIL", 7.037e-4, kTorchao, "mxfp8-rceil.json")};
-const RegisterScheme kSglangFp4{Row<SglangFp4>("SGLang, kvfp4_tensor.py", 1.273e-2,
-                                               "kvfp4_tensor.py in torch on 4 million numbers", "sglang-fp4.json")};
+const RegisterScheme kMxfp4{plain::MakeScheme<Mxfp4>("OCP MX 1.0; torchao, to_mx FLOOR", {1.323e-2, kTorchao, "mxfp4.json"})};
+const RegisterScheme kMxfp4Rceil{plain::MakeScheme<Mxfp4Rceil>("torchao, to_mx RCEIL", {1.333e-2, kTorchao, "mxfp4-rceil.json"})};
+const RegisterScheme kMxfp4Even{plain::MakeScheme<Mxfp4Even>("torchao, to_mx EVEN", {1.252e-2, kTorchao, "mxfp4-even.json"})};
+const RegisterScheme kMxfp8{plain::MakeScheme<Mxfp8>("OCP MX 1.0; torchao, to_mx FLOOR", {8.61e-4, kTorchao, "mxfp8.json"})};
+const RegisterScheme kMxfp8Rceil{plain::MakeScheme<Mxfp8Rceil>("torchao, to_mx RCEIL", {7.037e-4, kTorchao, "mxfp8-rceil.json"})};
+const RegisterScheme kSglangFp4{plain::MakeScheme<SglangFp4>("SGLang, kvfp4_tensor.py", {1.273e-2, "kvfp4_tensor.py in torch on 4 million numbers", "sglang-fp4.json"})};
 
 }  // namespace
 #endif  // __CUDACC__

@@ -84,6 +84,7 @@ struct Blocks {
   static constexpr char kFile[] = "kernels/schemes/nvfp4.cc";
   static constexpr int kBits = 4;
   static constexpr int64_t kGroups[] = {16};
+  static constexpr bool kInOrder = kFourOverSix;
 
   struct Stored {
     uint8_t s;
@@ -161,17 +162,9 @@ struct FourOverSix : Blocks<true> {
 #ifndef __CUDACC__
 namespace {
 
-template <typename S>
-Scheme Row(const char* source, double nmse, const char* golden) {
-  Codec codec = plain::MakeCodec<S>();
-  codec.nmse = nmse;
-  codec.nmse_source = "page.cuh and nvfp4_kv_cache_kernels.cu in NumPy on 4 million numbers";
-  codec.golden = golden;
-  return {.name = S::kLabel, .source = source, .keys = codec, .values = codec, .refused = ""};
-}
-
-const RegisterScheme kNvfp4{Row<Nvfp4>("FlashInfer, page.cuh", 9.048e-3, "nvfp4.json")};
-const RegisterScheme kFourOverSix{Row<FourOverSix>("vLLM, nvfp4_kv_cache_kernels.cu", 7.568e-3, "nvfp4-4over6.json")};
+constexpr char kNmse[] = "page.cuh and nvfp4_kv_cache_kernels.cu in NumPy on 4 million numbers";
+const RegisterScheme kNvfp4{plain::MakeScheme<Nvfp4>("FlashInfer, page.cuh", {9.048e-3, kNmse, "nvfp4.json"})};
+const RegisterScheme kFourOverSix{plain::MakeScheme<FourOverSix>("vLLM, nvfp4_kv_cache_kernels.cu", {7.568e-3, kNmse, "nvfp4-4over6.json"})};
 
 }  // namespace
 #endif  // __CUDACC__

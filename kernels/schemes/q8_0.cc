@@ -54,16 +54,7 @@ struct Q8_0 {
 #ifndef __CUDACC__
 namespace {
 
-Codec MakeCodec() {
-  Codec codec = plain::MakeCodec<Q8_0>();
-  codec.nmse = 2.856e-5;
-  codec.nmse_source = "gguf 0.19.0 on 4 million numbers";
-  codec.golden = "q8_0.json";
-  return codec;
-}
-
-const RegisterScheme kRow{{.name = "q8_0", .source = "llama.cpp, ggml-quants.c", .keys = MakeCodec(),
-                           .values = MakeCodec(), .refused = ""}};
+const RegisterScheme kRow{plain::MakeScheme<Q8_0>("llama.cpp, ggml-quants.c", {2.856e-5, "gguf 0.19.0 on 4 million numbers", "q8_0.json"})};
 
 }  // namespace
 #endif  // __CUDACC__

@@ -138,21 +138,11 @@ struct Cuda : Common {
 #ifndef __CUDACC__
 namespace {
 
-template <typename S>
-Codec MakeCodec(double nmse, const char* golden) {
-  Codec codec = plain::MakeCodec<S>();
-  codec.nmse = nmse;
-  codec.nmse_source = "torch 2.11.0, from QuaRot's own formulas, head_dim 128";
-  codec.golden = golden;
-  return codec;
-}
-
 constexpr char kSource[] = "QuaRot (arXiv 2404.00456), spcl/QuaRot @5008669";
-const Codec kCuda = MakeCodec<Cuda>(9.97e-3, "quarot-4-cuda.json");
-
-const RegisterScheme kFake{{.name = "quarot-4", .source = kSource, .keys = MakeCodec<Keys>(1.012e-2, "quarot-4-keys.json"),
-                            .values = MakeCodec<Values>(1.012e-2, "quarot-4-values.json"), .refused = ""}};
-const RegisterScheme kReal{{.name = "quarot-4-cuda", .source = kSource, .keys = kCuda, .values = kCuda, .refused = ""}};
+constexpr char kNmse[] = "torch 2.11.0, from QuaRot's own formulas, head_dim 128";
+const RegisterScheme kFake{{.name = "quarot-4", .source = kSource, .keys = plain::MakeCodec<Keys>({1.012e-2, kNmse, "quarot-4-keys.json"}),
+                            .values = plain::MakeCodec<Values>({1.012e-2, kNmse, "quarot-4-values.json"}), .refused = ""}};
+const RegisterScheme kReal{plain::MakeScheme<Cuda>(kSource, {9.97e-3, kNmse, "quarot-4-cuda.json"})};
 
 }  // namespace
 #endif  // __CUDACC__

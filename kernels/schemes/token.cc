@@ -150,12 +150,9 @@ namespace {
 
 template <typename S>
 Scheme Row(const char* source, double nmse, const char* golden) {
-  Codec codec = plain::MakeCodec<S>();
-  codec.one_sign_saturates = S::kBits == 4;
-  codec.nmse = nmse;
-  codec.nmse_source = "vLLM's kernels in NumPy on 4 million numbers";
-  codec.golden = golden;
-  return {.name = S::kLabel, .source = source, .keys = codec, .values = codec, .refused = ""};
+  Scheme scheme = plain::MakeScheme<S>(source, {nmse, "vLLM's kernels in NumPy on 4 million numbers", golden});
+  scheme.keys.one_sign_saturates = scheme.values.one_sign_saturates = S::kBits == 4;
+  return scheme;
 }
 
 const RegisterScheme kInt8{Row<Int8Token>("vLLM, int8_per_token_head", 4.181e-5, "int8-token.json")};

@@ -232,14 +232,6 @@ struct Values {
     Stored stored;
   };
 
-#ifdef __CUDACC__
-  struct CodedFit {
-    Stored stored;
-  };
-  static constexpr uint32_t kPairTooLarge = plain::kTooLargeWhole;
-  __device__ __forceinline__ static uint32_t PairOf(const CodedFit&, uint32_t two) { return two; }
-#endif
-
   template <typename Numbers>
   KVQ_HD static auto FitGroup(const Numbers& x, int n) {
     const GroupRange range = plain::Range(x, n);
@@ -252,7 +244,7 @@ struct Values {
       const float inverse = fit.scale.scale * fit.scale.inverse;
       const bool near = Larger(plain::Absolute(range.low), plain::Absolute(range.high)) * inverse <= 32;
       plain::CodeWhole<false>(x, n, inverse, fmaf(-minimum, inverse, 0.5f), near, [&](float v) { return Code(fit, v); });
-      return CodedFit{fit.stored};
+      return plain::Coded<Stored>{fit.stored};
     } else
 #endif
     return fit;
@@ -281,21 +273,14 @@ struct V3 : Values<3> {
 #ifndef __CUDACC__
 namespace {
 
-template <typename S>
-Scheme Row(double nmse, const char* golden) {
-  Codec codec = plain::MakeCodec<S>();
-  codec.nmse = nmse;
-  codec.nmse_source = "NumPy, from the formula above, head_dim 128";
-  codec.golden = golden;
-  return {.name = S::kLabel, .source = "vLLM 0.33.0, turboquant", .keys = codec, .values = codec, .refused = ""};
-}
-
-const RegisterScheme kK4{Row<K4>(9.17e-3, "turboquant-k4.json")};
-const RegisterScheme kK3{Row<K3>(3.38e-2, "turboquant-k3.json")};
-const RegisterScheme kK4Raw{Row<K4Raw>(9.31e-3, "turboquant-k4-raw.json")};
-const RegisterScheme kK3Raw{Row<K3Raw>(3.4e-2, "turboquant-k3-raw.json")};
-const RegisterScheme kV4{Row<V4>(9.99e-3, "turboquant-v4.json")};
-const RegisterScheme kV3{Row<V3>(4.59e-2, "turboquant-v3.json")};
+constexpr char kSource[] = "vLLM 0.33.0, turboquant";
+constexpr char kNmse[] = "NumPy, from the formula above, head_dim 128";
+const RegisterScheme kK4{plain::MakeScheme<K4>(kSource, {9.17e-3, kNmse, "turboquant-k4.json"})};
+const RegisterScheme kK3{plain::MakeScheme<K3>(kSource, {3.38e-2, kNmse, "turboquant-k3.json"})};
+const RegisterScheme kK4Raw{plain::MakeScheme<K4Raw>(kSource, {9.31e-3, kNmse, "turboquant-k4-raw.json"})};
+const RegisterScheme kK3Raw{plain::MakeScheme<K3Raw>(kSource, {3.4e-2, kNmse, "turboquant-k3-raw.json"})};
+const RegisterScheme kV4{plain::MakeScheme<V4>(kSource, {9.99e-3, kNmse, "turboquant-v4.json"})};
+const RegisterScheme kV3{plain::MakeScheme<V3>(kSource, {4.59e-2, kNmse, "turboquant-v3.json"})};
 
 }  // namespace
 #endif  // __CUDACC__
