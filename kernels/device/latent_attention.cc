@@ -95,6 +95,10 @@ Plan PlanOf(const Codec& latents, const Codec& rotary_keys, const LatentAttentio
       plan.head_tiles = head_tiles, plan.tiling = tiling, plan.shared_bytes = bytes;
     }
   };
+  // A sequence alone is dealt to all multiprocessors, and each block leaves 32 KB to add up: half as many blocks are quicker then (on
+  // an H200, 32k tokens in 16 bits: 23 us instead of 31; codes have not been timed so).
+  const bool dense = !encodes[0] && !encodes[1];
+  if (args.heads <= 16 && args.batch == 1 && dense) take(1, {{64, 2, 1}});
   if (args.heads <= 16) take(1, {{32, 3, 2}, {32, 2, 2}, {64, 3, 1}, {64, 2, 1}, {32, 3, 1}, {32, 2, 1}});
   if (args.heads > 32) take(4, {{64, 3, 1}, {64, 2, 1}, {32, 3, 1}, {32, 2, 1}});
   if (args.heads > 16) take(2, {{64, 3, 1}, {64, 2, 1}, {32, 3, 1}, {32, 2, 1}});
