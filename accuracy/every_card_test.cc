@@ -97,11 +97,12 @@ void AddAttention(Collector& all, const std::string& spec, int64_t dim, int64_t 
 }
 
 // Of what a spec names keys are the latents; the rotary keys stay as they are where no second scheme is named.
-void AddLatents(Collector& all, const std::string& spec, int64_t rank, int64_t turned, int64_t heads, DType dtype) {
+void AddLatents(Collector& all, const std::string& spec, int64_t rank, int64_t turned, int64_t heads, DType dtype,
+                int64_t batch = 1) {
   const SchemePair pair = ParseSpec(spec).schemes;
   const Codec &latents = pair.keys->keys, &rotary_keys = pair.apart ? pair.values->values : FindScheme("none").values;
   LatentAttentionArgs args;
-  args.dtype = dtype, args.batch = 1, args.heads = heads, args.rank = rank, args.turned = turned, args.capacity = 4096;
+  args.dtype = dtype, args.batch = batch, args.heads = heads, args.rank = rank, args.turned = turned, args.capacity = 4096;
   args.latents.params.group_size = latents.default_group, args.rotary_keys.params.group_size = rotary_keys.default_group;
   for (const auto& [codec, channels] : {std::pair(&latents, rank), std::pair(&rotary_keys, turned)}) {
     try {
@@ -278,6 +279,7 @@ TEST_P(EveryCard, TakesLatents) {
     for (const int64_t heads : {16, 128}) AddLatents(all, spec, 512, 64, heads, DType::kBFloat16);
   }
   for (const char* spec : {"none", "q4_0"}) AddLatents(all, spec, 512, 64, 20, DType::kBFloat16);
+  AddLatents(all, "none", 512, 64, 16, DType::kBFloat16, /*batch=*/8);
   EXPECT_GE(all.launches().size(), 11u);  // smaller cards take 20 heads and 128 alike
   ExpectFits(GetParam(), all.launches());
 }

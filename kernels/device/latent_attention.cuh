@@ -295,7 +295,8 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) Kernel(const __grid_cons
   const auto query = [&](int head, int channel) -> uint32_t {
     if (head >= heads || channel >= C::kRank + C::kTurned) return 0;
     const int64_t row = static_cast<int64_t>(b) * all_heads + first_head + head;
-    return __ldcg(reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(args.queries) + row * (C::kRank + C::kTurned) + channel));
+    const uint16_t* at = static_cast<const uint16_t*>(args.queries) + row * (C::kRank + C::kTurned) + channel;
+    return __ldcg(reinterpret_cast<const uint32_t*>(at));
   };
   // Number i of this warp's steps, those of the latent first; kSteps where it has none.
   const auto step_of = [&](int i) {
@@ -311,7 +312,9 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) Kernel(const __grid_cons
 #pragma unroll
       for (int i = 0; i < C::kOwnSteps; ++i) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) q[ht][i][j] = query(16 * ht + g + j % 2 * 8, 16 * step_of(i) + 2 * t + j / 2 * 8);
+        for (int j = 0; j < 4; ++j) {
+          q[ht][i][j] = query(16 * ht + g + j % 2 * 8, 16 * step_of(i) + 2 * t + j / 2 * 8);
+        }
       }
     }
   } else {
@@ -339,11 +342,11 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) Kernel(const __grid_cons
   for (int r = 0; r < kRows; ++r) l[r] = 0;
   const float to_base2 = args.scale * kLog2E;
 
-  // Of a tile that all threads see, `valid` tokens of it: 16-bit numbers at `latents` and `rotary_keys`; or codes in `stage`, where
-  // they are decoded, latents to `latents`.
-  const auto attend = [&]<bool kLatentCodes, bool kRotaryCodes>(ptx::Shared latents, ptx::Shared rotary_keys, const std::byte* stage,
-                                                                int valid, std::bool_constant<kLatentCodes>,
-                                                                std::bool_constant<kRotaryCodes>) {
+  // Of a tile that all threads see, `valid` tokens of it: 16-bit numbers at `latents` and `rotary_keys`; or codes in `stage`, of
+  // which latents are decoded to `latents`.
+  const auto attend = [&]<bool kLatentCodes, bool kRotaryCodes>(
+                          ptx::Shared latents, ptx::Shared rotary_keys, const std::byte* stage, int valid,
+                          std::bool_constant<kLatentCodes>, std::bool_constant<kRotaryCodes>) {
     // What a thread is, and where its rows are, it finds anew for every tile: registers are few.
     int thread = static_cast<int>(threadIdx.x);
     asm volatile("" : "+r"(thread));
@@ -353,8 +356,10 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) Kernel(const __grid_cons
       const int key_row = half * (C::kTile / 2) + place / 16 * 8 + place % 8, key_side = place / 8 % 2;
       const ptx::Shared own_key = GranuleAt<C::kRank>(key_row, 2 * share * C::kLatentSteps + key_side);
       const ptx::Shared own_rotary = GranuleAt<C::kTurned>(key_row, 2 * share + key_side);
-      const ptx::Shared own_query = base + C::kQueriesAt + GranuleAt<C::kSteps * 16>(place % 16, 2 * share * C::kLatentSteps + place / 16);
-      const ptx::Shared own_turned_query = base + C::kQueriesAt + GranuleAt<C::kSteps * 16>(place % 16, C::kRank / 8 + 2 * share + place / 16);
+      const auto query_at = [&](int granule) {
+        return base + C::kQueriesAt + GranuleAt<C::kSteps * 16>(place % 16, granule + place / 16);
+      };
+      const ptx::Shared own_query = query_at(2 * share * C::kLatentSteps), own_turned_query = query_at(C::kRank / 8 + 2 * share);
       const int coded_row = half * (C::kTile / 2) + g;
       float x[C::kHeadTiles][C::kTokenTiles][4];
 #pragma unroll
@@ -374,7 +379,8 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) Kernel(const __grid_cons
             ptx::LoadMatrices(i < C::kLatentSteps ? Further<C::kSteps * 16>(own_query, 16 * ht, 2 * i)
                                                   : Further<C::kSteps * 16>(own_turned_query, 16 * ht, 8 * (i - C::kLatentSteps)), a);
           } else {
-            ptx::LoadMatrices(base + C::kQueriesAt + GranuleAt<C::kSteps * 16>(16 * ht + place % 16, 2 * step_of(i) + place / 16), a);
+            const int row = 16 * ht + place % 16, granule = 2 * step_of(i) + place / 16;
+            ptx::LoadMatrices(base + C::kQueriesAt + GranuleAt<C::kSteps * 16>(row, granule), a);
           }
 #pragma unroll
           for (int n = 0; n < C::kTokenTiles; ++n) {
@@ -394,8 +400,9 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) Kernel(const __grid_cons
             ptx::LoadMatrices(turns ? Further<C::kTurned>(rotary_keys + own_rotary, 8 * n, 8 * (i - C::kLatentSteps))
                                     : Further<C::kRank>(latents + own_key, 8 * n, 2 * i), k[n / 2]);
           } else {
-            ptx::LoadMatrices(turns ? rotary_keys + GranuleAt<C::kTurned>(key_row + 8 * n, 2 * (step_of(i) - C::kRank / 16) + key_side)
-                                    : latents + GranuleAt<C::kRank>(key_row + 8 * n, 2 * step_of(i) + key_side), k[n / 2]);
+            const int row = key_row + 8 * n, granule = 2 * step_of(i) + key_side;
+            ptx::LoadMatrices(turns ? rotary_keys + GranuleAt<C::kTurned>(row, granule - C::kRank / 8)
+                                    : latents + GranuleAt<C::kRank>(row, granule), k[n / 2]);
           }
         }
         multiply(i, [&](int n, int j) { return k[n / 2][n % 2 * 2 + j]; });
@@ -416,7 +423,9 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) Kernel(const __grid_cons
           GroupScale groups[C::kTokenTiles][kGroups];
           const auto look_up = [&](int n, int channel) {
 #pragma unroll
-            for (int i = 0; i < kGroups; ++i) groups[n][i] = GroupAt<P>(stage, coded_row + 8 * n, (share * kChannels + channel) / P::kGroup + i);
+            for (int i = 0; i < kGroups; ++i) {
+              groups[n][i] = GroupAt<P>(stage, coded_row + 8 * n, (share * kChannels + channel) / P::kGroup + i);
+            }
           };
 #pragma unroll
           for (int n = 0; n < C::kTokenTiles; ++n) {
@@ -579,7 +588,8 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) Kernel(const __grid_cons
         ptx::CopyWait<0>();
       }
       __syncthreads();
-      attend(base + C::kNumbersAt, base + C::kNumbersAt + Up(C::L::kNumbers), shared, dense_left, std::false_type(), std::false_type());
+      attend(base + C::kNumbersAt, base + C::kNumbersAt + Up(C::L::kNumbers), shared, dense_left, std::false_type(),
+             std::false_type());
     }
   }
   for (int tile = first; tile < end; ++tile) {
@@ -599,7 +609,8 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) Kernel(const __grid_cons
   for (int r = 0; r < kRows; ++r) {
 #pragma unroll
     for (int lanes = 16; lanes > 0; lanes /= 2) l[r] += __shfl_xor_sync(~0u, l[r], lanes);
-    if (lane == 0 && warp * kRows + r < heads) static_cast<float2*>(workspace.sums)[slot + warp * kRows + r] = {references[warp * kRows + r], l[r]};
+    const int head = warp * kRows + r;
+    if (lane == 0 && head < heads) static_cast<float2*>(workspace.sums)[slot + head] = {references[head], l[r]};
   }
   if (first >= end && split >= dense_units) return;  // no token: the second kernel reads no output of it
 #pragma unroll
@@ -675,7 +686,8 @@ __global__ void __launch_bounds__(kThreads) MergeKernel(const __grid_constant__ 
     for (int i = 0; i < kBatch; ++i) {
       const float w = start + i * kReaders < splits ? weights[start + i * kReaders] : 0;
       if (w == 0) continue;
-      sum.x = fmaf(w, x[i].x, sum.x), sum.y = fmaf(w, x[i].y, sum.y), sum.z = fmaf(w, x[i].z, sum.z), sum.w = fmaf(w, x[i].w, sum.w);
+      sum.x = fmaf(w, x[i].x, sum.x), sum.y = fmaf(w, x[i].y, sum.y);
+      sum.z = fmaf(w, x[i].z, sum.z), sum.w = fmaf(w, x[i].w, sum.w);
     }
   }
   partial[reader][column] = sum;
