@@ -81,6 +81,8 @@ void AddAttention(Collector& all, const std::string& spec, int64_t dim, int64_t 
     const bool choice = codec->device.plain == nullptr && std::ranges::count(codec->groups, group) > 0;
     params->group_size = choice ? group : codec->default_group;
     *turn = TurnOf(*codec, {}, dim);
+    const bool in_tiles = dim == 64 || dim == 128 || dim == 256;  // attention turns, and reads groups of tokens, in these alone
+    if (!in_tiles && (turn->block > 0 || (codec == &keys && codec->min_block_tokens > 1))) return;
     try {
       codec->planes(2, dim, *params);
     } catch (const InputError&) {
