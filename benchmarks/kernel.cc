@@ -151,6 +151,16 @@ std::vector<double> Iterate(Session& session, benchmark::State& state,
   return all;
 }
 
+// What a kernel took that moves so many bytes once, and its share of the memory's rate; returns the median in microseconds.
+double AddMoved(const Session& session, Counters& counters, const std::vector<double>& microseconds, double bytes) {
+  AddSpread(counters, "us", microseconds);
+  const double us = counters.front().second;
+  counters.emplace_back("bytes", bytes);
+  counters.emplace_back("gb_per_s", bytes / us / 1e3);
+  counters.emplace_back("peak_fraction", bytes / us * 1e6 / ReadBandwidth(session.device()));
+  return us;
+}
+
 Counters Codecs(Session& session, const Cell& cell, benchmark::State& state, bool encodes, bool one_block) {
   const Shape shape = ShapeOf(cell, session);
   const Spec spec = ParseSpec(cell.spec);
@@ -177,11 +187,7 @@ Counters Codecs(Session& session, const Cell& cell, benchmark::State& state, boo
   });
   session.ran = StrCat(cell.spec, encodes ? " encode" : " decode");
   Counters counters;
-  AddSpread(counters, "us", microseconds);
-  const double bytes = (sides[0].moved() + sides[1].moved()) / 2;
-  counters.emplace_back("bytes", bytes);
-  counters.emplace_back("gb_per_s", bytes / counters.front().second / 1e3);
-  counters.emplace_back("peak_fraction", counters.back().second * 1e9 / ReadBandwidth(session.device()));
+  AddMoved(session, counters, microseconds, (sides[0].moved() + sides[1].moved()) / 2);
   return counters;
 }
 
@@ -265,11 +271,7 @@ Counters LatentsAttention(Session& session, const Cell& cell, benchmark::State& 
     FindBackend("sdpa").attend(queries, dense, dense.narrow(3, 0, rank), {scale, 0, 0});
   }));
   Counters counters;
-  AddSpread(counters, "us", microseconds);
-  const double us = counters.front().second;
-  counters.emplace_back("bytes", bytes);
-  counters.emplace_back("gb_per_s", bytes / us / 1e3);
-  counters.emplace_back("peak_fraction", bytes / us * 1e6 / ReadBandwidth(session.device()));
+  const double us = AddMoved(session, counters, microseconds, bytes);
   counters.emplace_back("tflop_per_s", 2.0 * static_cast<double>(cell.batch * heads * cell.context * (2 * rank + turned)) / us / 1e6);
   counters.emplace_back("sdpa_us", unfused);
   counters.emplace_back("speedup", unfused / us);
@@ -371,11 +373,7 @@ Counters Attention(Session& session, const Cell& cell, benchmark::State& state) 
     at::_cudnn_attention_forward(x[0], x[1], x[2], {}, {}, {}, 1, shape.context, false, 0.0, false, false, scale);
   });
   Counters counters;
-  AddSpread(counters, "us", microseconds);
-  const double us = counters.front().second;
-  counters.emplace_back("bytes", bytes);
-  counters.emplace_back("gb_per_s", bytes / us / 1e3);
-  counters.emplace_back("peak_fraction", bytes / us * 1e6 / ReadBandwidth(session.device()));
+  const double us = AddMoved(session, counters, microseconds, bytes);
   counters.emplace_back("flash_us", flash);
   counters.emplace_back("cudnn_us", cudnn);
   counters.emplace_back("speedup", std::min(flash, cudnn) / us);
