@@ -16,8 +16,6 @@ namespace {
 namespace fs = std::filesystem;
 using nlohmann::json;
 
-const at::Device kCpu(at::kCPU);
-
 TEST(CheckpointParity, WhatTransformersWritesIsRead) {
   const c10::InferenceMode guard;
   const json golden = Golden("checkpoints.json");

@@ -41,7 +41,7 @@ class OwnCache {
 
 class GgufParity : public testing::TestWithParam<std::string> {};
 
-std::vector<std::string> Cases() {
+std::vector<std::string> FileNames() {
   const nlohmann::json golden = Golden("gguf.json");
   std::vector<std::string> names;
   for (const auto& [name, unused] : golden.items()) names.push_back(name);
@@ -75,7 +75,7 @@ TEST_P(GgufParity, LogitsAndTokensEqualTransformers) {
   }
   EXPECT_EQ(tokenizer.Encode("Hello", true), expected["with_bos"][1].get<std::vector<int32_t>>());
 }
-INSTANTIATE_TEST_SUITE_P(Models, GgufParity, testing::ValuesIn(Cases()), [](const auto& info) {
+INSTANTIATE_TEST_SUITE_P(Models, GgufParity, testing::ValuesIn(FileNames()), [](const auto& info) {
   std::string name = info.param;
   std::replace(name.begin(), name.end(), '-', '_');
   return name;

@@ -18,6 +18,8 @@
 
 namespace kvq {
 
+inline const c10::Device kCpu(c10::kCPU);
+
 // Of the running test, for files of its own: tests run side by side, and two suites may have one of the same name.
 inline std::string TestName() {
   const testing::TestInfo& test = *testing::UnitTest::GetInstance()->current_test_info();

@@ -80,7 +80,7 @@ Part MakePart(const LatentCase& c, const Codec& codec, const Tensor& tokens, int
   return part;
 }
 
-void Check(const LatentCase& c) {
+void CheckOne(const LatentCase& c) {
   SCOPED_TRACE(StrCat(c.spec, " heads ", c.heads, " rank ", c.rank, " + ", c.turned, " lengths ", c.lengths[0].sinks, "/", c.lengths[0].encoded,
                       "/", c.lengths[0].residual, " of ", c.lengths.size(), " ", c.dtype));
   const auto codecs = c.Codecs();
@@ -141,7 +141,7 @@ void CheckAll(const std::vector<LatentCase>& cases) {
       LatentAttention(*codecs[0], *codecs[1], args, nullptr);
     }
   });
-  for (const LatentCase& c : cases) Check(c);
+  for (const LatentCase& c : cases) CheckOne(c);
 }
 
 TEST(LatentAttentionGpu, EqualsAttentionOverTokensAsTheyAre) {

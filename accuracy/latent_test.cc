@@ -13,8 +13,6 @@
 namespace kvq {
 namespace {
 
-const at::Device kCpu(at::kCPU);
-
 CacheShape ShapeOf(const char* name) { return CacheShapeOf(ParseModelConfig(FindPublishedShape(name)->config, name), 1); }
 
 std::string Refusal(const std::string& spec, const CacheShape& shape) {

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "accuracy/golden.h"
 #include "accuracy/tiny_model.h"
 #include "fixtures/machine/gpu_memory.h"
 #include "fixtures/machine/host_memory.h"
@@ -23,8 +24,6 @@ namespace kvq {
 namespace {
 
 // ---- how it shows
-
-const at::Device kCpu(at::kCPU);
 
 TEST(OutOfMemoryErrors, AreKnownByTheirTypes) {
   EXPECT_TRUE(IsOutOfMemory(std::bad_alloc()));

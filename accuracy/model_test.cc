@@ -16,8 +16,6 @@
 namespace kvq {
 namespace {
 
-const at::Device kCpu(at::kCPU);
-
 std::unique_ptr<Model> Tiny(const std::string& name, at::Device device = kCpu, at::ScalarType type = at::kFloat) {
   return LoadModel(GoldenPath("models/" + name), type, device);
 }

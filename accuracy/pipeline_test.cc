@@ -30,7 +30,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
-const at::Device kCpu(at::kCPU), kMeta(at::kMeta);
+const at::Device kMeta(at::kMeta);
 
 std::unique_ptr<Model> Tiny(const std::string& name, const std::vector<at::Device>& devices,
                             at::ScalarType type = at::kFloat) {

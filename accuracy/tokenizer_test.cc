@@ -131,7 +131,7 @@ std::vector<std::string> Texts(const json& golden) {
   return texts;
 }
 
-std::vector<std::string> Families() {
+std::vector<std::string> FamilyNames() {
   std::vector<std::string> names;
   for (const auto& entry : fs::directory_iterator(GoldenPath("tokenizers"))) {
     if (entry.is_directory()) names.push_back(entry.path().filename());
@@ -143,8 +143,8 @@ std::vector<std::string> Families() {
 TEST(TokenizerParity, EveryKindOfFile) {
   const json shared = Golden("tokenizers/texts.json");
   const std::vector<std::string> texts = Texts(shared);
-  EXPECT_GE(Families().size(), 12u);
-  for (const std::string& family : Families()) {
+  EXPECT_GE(FamilyNames().size(), 12u);
+  for (const std::string& family : FamilyNames()) {
     SCOPED_TRACE(family);
     const Tokenizer tokenizer = Tokenizer::Load(GoldenPath("tokenizers/" + family));
     const json golden = Golden("tokenizers/" + family + "/golden.json");
@@ -176,7 +176,7 @@ TEST(TokenizerParity, EveryKindOfFileOnWholeTexts) {
   const std::string code_points = CodePoints();
   std::map<std::string, std::string> texts;
   int with_code_points = 0;
-  for (const std::string& family : Families()) {
+  for (const std::string& family : FamilyNames()) {
     SCOPED_TRACE(family);
     const Tokenizer tokenizer = Tokenizer::Load(GoldenPath("tokenizers/" + family));
     const json golden = Golden("tokenizers/" + family + "/golden.json");

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include "accuracy/families.h"
+#include "accuracy/golden.h"
 #include "accuracy/tiny_model.h"
 #include "benchmarks/capacity.h"
 #include "fixtures/cache/kv_cache.h"
@@ -14,8 +15,6 @@ namespace kvq {
 namespace {
 
 using nlohmann::json;
-
-const at::Device kCpu(at::kCPU);
 
 // Every policy, tokens that are encoded alone and in blocks, residuals and sinks longer and shorter than windows.
 const std::vector<std::string> kSpecs = {

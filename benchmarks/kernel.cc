@@ -210,7 +210,7 @@ Counters LatentsAttention(Session& session, const Cell& cell, benchmark::State& 
   const Spec spec = ParseSpec(cell.spec);
   const int64_t rank = config.latent.rank, turned = config.latent.rotary_dim, heads = config.num_heads;
   const std::array<LayerSide, 2> sides = SidesOf(spec, CacheShapeOf(config, cell.batch), 0);
-  const class Codec &first = *sides[0].codec, &second = *sides[1].codec;
+  const Codec &first = *sides[0].codec, &second = *sides[1].codec;
   if (!HasLatentAttention(first, second)) throw Skip(StrCat("no fused attention over latents as ", cell.spec, " stores them"));
   const double scale = config.layers.front().attention_scale;
   struct Job {
@@ -229,7 +229,7 @@ Counters LatentsAttention(Session& session, const Cell& cell, benchmark::State& 
                 .queries = job.queries.data_ptr(), .out = job.out.data_ptr(), .scale = static_cast<float>(scale), .capacity = cell.context,
                 .length = {0, static_cast<int32_t>(cell.context), 0}};
     for (size_t side = 0; side < 2; ++side) {
-      const class Codec& codec = *sides[side].codec;
+      const Codec& codec = *sides[side].codec;
       LatentSide& to = side == 0 ? job.args.latents : job.args.rotary_keys;
       const Tensor tokens = side == 0 ? job.both.narrow(3, 0, rank) : job.both.narrow(3, rank, turned);
       if (sides[side].encodes()) {
@@ -382,19 +382,19 @@ Counters Attention(Session& session, const Cell& cell, benchmark::State& state) 
 }
 
 template <bool kEncodes, bool kOneBlock>
-Counters Codec(Session& session, const Cell& cell, benchmark::State& state) {
+Counters OneCodec(Session& session, const Cell& cell, benchmark::State& state) {
   return Codecs(session, cell, state, kEncodes, kOneBlock);
 }
 
 const RegisterMeasurement kEncode{{.name = "kernel_encode", .what = "us of encoding one side of one layer (GPU)",
                                    .timed = true, .needs_encoding = true, .on_request = true,
-                                   .run = Codec<true, false>}};
+                                   .run = OneCodec<true, false>}};
 const RegisterMeasurement kFlush{{.name = "kernel_flush", .what = "us of encoding one full residual of one side (GPU)",
                                   .timed = true, .needs_encoding = true, .on_request = true,
-                                  .run = Codec<true, true>}};
+                                  .run = OneCodec<true, true>}};
 const RegisterMeasurement kDecode{{.name = "kernel_decode", .what = "us of decoding one side of one layer (GPU)",
                                    .timed = true, .needs_encoding = true, .on_request = true,
-                                   .run = Codec<false, false>}};
+                                   .run = OneCodec<false, false>}};
 const RegisterMeasurement kAttention{{.name = "kernel_attention",
                                       .what = "us of one layer's decode attention, beside flash and cuDNN (GPU)",
                                       .timed = true, .on_request = true, .run = Attention}};
