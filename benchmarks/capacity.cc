@@ -8,9 +8,11 @@
 // with the context, so two contexts give it for all, a + b context (where it grows, three on a line); and two batches, with as
 // many tokens fed at once as the limit will have, for all batches (`workspace_*_bytes/ctx:N/batch:B/chunk:C`, in the JSON alone, are what the runs had). Half a percent of what weights leave is kept free.
 //
-// On a GPU what counts is what libtorch's allocator has to take from the device. That is more than tensors have, and less than
-// it takes where there is plenty: between the two, runs of the longer prompt under smaller and smaller limits find
-// what is enough (allocator_bytes: so much more than tensors). CUDA's own context, modules and graphs come on top (driver_bytes, where NVML says it): a card's
+// On a GPU what counts is what libtorch's allocator has to take from the device. The cache's tensors are laid into its pieces one
+// by one (GpuPieces). Of what else lives it takes more than tensors have, and less than where there is plenty: between the two,
+// runs of the longer prompt under smaller and smaller limits find what is enough (allocator_bytes: so much more than tensors;
+// at a limit, where the cache leaves other pieces free, up to 22 MiB more were seen). Of few sequences one is more than that is
+// worth: where the memory is at hand, largest_batch has been tried, and one more. CUDA's own context, modules and graphs come on top (driver_bytes, where NVML says it): a card's
 // memory_bytes is its total without those, and without --memory it is so by what the driver says. On a CPU
 // it is the process's resident memory, libraries included; while it is measured, freed memory is not kept, and large tensors
 // are resident whole.
@@ -45,7 +47,8 @@ namespace {
 constexpr int64_t kSteps = 8;
 constexpr double kMargin = 0.005;  // of what weights leave: kept free
 constexpr double kBeyond = 1.02;   // of a limit: what must not fit
-constexpr int64_t kFew = 100;      // sequences, of which one more is 1 %
+constexpr int64_t kTried = int64_t{1} << 19;   // tokens of a batch: some 20 s of a 7B model on an H200
+constexpr double kPieces = 24.0 * (1 << 20);   // a segment and more, which temporaries may hold on to at a limit (22 MiB on an H200)
 constexpr int64_t kMost = 1'000'000'000;
 
 // On a CPU: as long as this lives, resident memory is what tensors have.
@@ -330,7 +333,7 @@ void Planner::PlanContext() {
 
 void Planner::PlanBatch() {
   const auto plan = [&] {
-    return largest_ = LargestThatFits([&](int64_t batch) { return NeedOfBatch(batch); }, Usable(), kMost / cell_.context);
+    return largest_ = LargestThatFits([&](int64_t batch) { return NeedOfBatch(batch); }, Usable() - (gpu_ ? kPieces : 0), kMost / cell_.context);
   };
   // What the batch will be decides how many tokens are fed at once, where chunks are by device; else chunks are what they are.
   batches_.of0 = batches_.of1 = contexts_.of0;
@@ -351,10 +354,13 @@ void Planner::PlanBatch() {
   plan();
   Extend(batches_, growth_ * static_cast<double>(cell_.context) / static_cast<double>(cell_.batch), prompt, plan);
   plan();
-  // Where few fit, what is kept free for doubt is a part of one: then it is tried.
-  const double doubt = memory_ - Usable();
-  const bool tried = gpu_ && largest_ > 0 && largest_ < kFew && memory_ <= Available();
-  while (tried && NeedOfBatch(largest_ + 1) <= memory_ + doubt && BatchFits(largest_ + 1)) ++largest_;
+  // Where few fit, one is more than what is in doubt: then it is tried.
+  if (!gpu_ || largest_ == 0 || (largest_ + 1) * cell_.context > kTried || memory_ > Available()) return;
+  if (BatchFits(largest_)) {
+    while (BatchFits(largest_ + 1)) ++largest_;
+  } else {
+    while (--largest_ > 0 && !BatchFits(largest_)) {}
+  }
 }
 
 void Planner::Check(Counters& counters) {
