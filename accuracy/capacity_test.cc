@@ -266,8 +266,8 @@ TEST_F(CapacityGpu, PiecesAreTheAllocators) {
 
 // Held to a memory: at the limit prompt and steps run, so many times it, and with one sequence more, memory runs out.
 void ExpectHolds(const std::string& model, const std::string& memory, const std::string& schemes, double beyond) {
-  const Outcome outcome = Execute(StrCat("--device=cuda --models=", model, " --contexts=4096 --memory=", memory, " --check-capacity --backends=fused ",
-                                         "--schemes=", schemes, " --benchmark_filter=^capacity/ --benchmark_format=json"));
+  const Outcome outcome = Execute(StrCat("--device=cuda --models=", model, " --contexts=4096 --memory=", memory, " --check-capacity",
+                                         " --backends=fused --schemes=", schemes, " --benchmark_filter=^capacity/ --benchmark_format=json"));
   EXPECT_EQ(outcome.code, 0) << outcome.err;
   const auto runs = ByName(outcome.out);
   EXPECT_EQ(runs.size(), static_cast<size_t>(std::count(schemes.begin(), schemes.end(), ',') + 1));

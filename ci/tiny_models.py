@@ -31,11 +31,12 @@ def shapes_of(path):
 
 
 def write(folder, case, context=1024):
-    """Returns the config."""
+    """Makes the folder."""
     shutil.copytree(os.path.join(GOLDEN, "tokenizer"), folder)
     with open(os.path.join(GOLDEN, "models", case, "config.json"), encoding="utf-8") as file:
         config = json.load(file)
-    shapes, words, heads = shapes_of(os.path.join(GOLDEN, "models", case, "model.safetensors")), config["vocab_size"], config["num_attention_heads"]
+    shapes = shapes_of(os.path.join(GOLDEN, "models", case, "model.safetensors"))
+    words, heads = config["vocab_size"], config["num_attention_heads"]
     latent, turned = config.get("kv_lora_rank"), config.get("qk_rope_head_dim")
     wider = HEAD // (config.get("head_dim") or config["hidden_size"] // heads)
     for name, shape in shapes.items():
@@ -56,8 +57,10 @@ def write(folder, case, context=1024):
         elif part == "o_proj" and len(shape) > 1:
             shape[1] *= wider
     config |= {"vocab_size": VOCAB, "max_position_embeddings": context}
-    config |= {"kv_lora_rank": LATENT, "qk_rope_head_dim": HEAD} | ({"head_dim": HEAD} if "head_dim" in config else {}) if latent else {"head_dim": HEAD}
+    if latent:
+        config |= {"kv_lora_rank": LATENT, "qk_rope_head_dim": HEAD}
+    if not latent or "head_dim" in config:  # of latents what turns
+        config["head_dim"] = HEAD
     write_tensors(os.path.join(folder, "model.safetensors"), shapes, np.random.default_rng(1))
     with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
         json.dump(config, file)
-    return config
