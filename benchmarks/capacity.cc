@@ -333,7 +333,8 @@ void Planner::PlanContext() {
 
 void Planner::PlanBatch() {
   const auto plan = [&] {
-    return largest_ = LargestThatFits([&](int64_t batch) { return NeedOfBatch(batch); }, Usable() - (gpu_ ? kPieces : 0), kMost / cell_.context);
+    const double usable = Usable() - (gpu_ ? kPieces : 0);
+    return largest_ = LargestThatFits([&](int64_t batch) { return NeedOfBatch(batch); }, usable, kMost / cell_.context);
   };
   // What the batch will be decides how many tokens are fed at once, where chunks are by device; else chunks are what they are.
   batches_.of0 = batches_.of1 = contexts_.of0;
@@ -441,7 +442,8 @@ const RegisterMeasurement kCapacity{
 
 }  // namespace
 
-std::vector<int64_t> CacheTensors(const Spec& spec, const CacheShape& shape, int64_t capacity, at::ScalarType dtype, at::ScalarType computes) {
+std::vector<int64_t> CacheTensors(const Spec& spec, const CacheShape& shape, int64_t capacity, at::ScalarType dtype,
+                                  at::ScalarType computes) {
   const KvCache cache(spec, shape, capacity, dtype, at::Device(at::kMeta), computes);  // tensors without memory
   std::vector<int64_t> bytes;
   std::set<const void*> counted;  // some are views of one
@@ -453,7 +455,8 @@ std::vector<int64_t> CacheTensors(const Spec& spec, const CacheShape& shape, int
   return bytes;
 }
 
-int64_t CacheTensorBytes(const Spec& spec, const CacheShape& shape, int64_t capacity, at::ScalarType dtype, at::ScalarType computes) {
+int64_t CacheTensorBytes(const Spec& spec, const CacheShape& shape, int64_t capacity, at::ScalarType dtype,
+                         at::ScalarType computes) {
   const std::vector<int64_t> bytes = CacheTensors(spec, shape, capacity, dtype, computes);
   return std::accumulate(bytes.begin(), bytes.end(), int64_t{0});
 }
