@@ -8,11 +8,14 @@
 // What it takes, on an H200 with 132 multiprocessors at 1.98 GHz: an instruction for each of 33.5 million numbers (32k tokens, 8 heads of
 // 128 channels) is 1.0 us, the bytes of 4 to 8 bit codes 20 to 25 us. So up to some 18 instructions a number, memory is what it waits
 // for. Most schemes have 10 to 18, of which packing is 1, half of a minimum and a maximum 1, a quotient 5; those that make two codes at
-// a time (PairOf) 8 to 14; where one number at a time is looked up in a table, and sums or butterflies come before, it is 19 to 26, and
-// the time then those and some 7 us in which multiprocessors fill and empty. Of a number of turboquant-k4, with 25: its float32 1, its
-// square in order 2 (two lanes have a token, one waits), over the norm 2, scaled 1, butterflies 8, its code 7 (two shuffles), 4 for all
-// else. Fewer, but no faster: all of a token in one lane (21; registers then leave three warps instead of five to each scheduler). Nor is
-// a loop over tiles of which the next one is copied meanwhile. (ci/baselines/h200-encode has the times.)
+// a time (PairOf) 8 to 14; where one number at a time is looked up in a table, and sums or butterflies come before, it is 19 to 26. The
+// time is then those and some 9 us, as not every slot is taken, and multiprocessors fill and empty. Of a number of turboquant-k4, with
+// 25: float32 1, its square in order 2 (two lanes have a token, one waits), over the norm 2, scaled 1, butterflies 8, its code 7 (two
+// shuffles), all else 4. All of a token in one lane would be 21, and is slower, as registers leave a scheduler three warps instead of
+// five; so is a loop over tiles of which the next one is copied meanwhile (ci/baselines/h200-encode).
+//
+// A launch may overlap the end of the one before, and lets the next one do so: nobody who reads codes before he waits may follow within
+// the same graph (a flush has its own).
 #pragma once
 
 #include "kernels/plain.h"
