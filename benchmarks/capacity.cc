@@ -8,9 +8,11 @@
 // with the context, so two contexts give it for all, a + b context (where it grows, three on a line); and two batches, with as
 // many tokens fed at once as the limit will have, for all batches (`workspace_*_bytes/ctx:N/batch:B/chunk:C`, in the JSON alone, are what the runs had). Half a percent of what weights leave is kept free.
 //
-// On a GPU what counts is what libtorch's allocator has to take from the device. That is more than tensors have, and less than
-// it takes where there is plenty: between the two, runs of the longer prompt under smaller and smaller limits find
-// what is enough (allocator_bytes: so much more than tensors). CUDA's own context, modules and graphs come on top (driver_bytes, where NVML says it): a card's
+// On a GPU what counts is what libtorch's allocator has to take from the device. The cache's tensors are laid into its pieces one
+// by one (GpuPieces). Of what else lives it takes more than tensors have, and less than where there is plenty: between the two,
+// runs of the longer prompt under smaller and smaller limits find what is enough (allocator_bytes: so much more than tensors;
+// at a limit, where the cache leaves other pieces free, up to 22 MiB more were seen). Of few sequences one is more than that is
+// worth: where the memory is at hand, largest_batch has been tried, and one more. CUDA's own context, modules and graphs come on top (driver_bytes, where NVML says it): a card's
 // memory_bytes is its total without those, and without --memory it is so by what the driver says. On a CPU
 // it is the process's resident memory, libraries included; while it is measured, freed memory is not kept, and large tensors
 // are resident whole.
@@ -29,6 +31,8 @@
 #include <algorithm>
 #include <cmath>
 #include <map>
+#include <numeric>
+#include <set>
 #include <tuple>
 
 #include "benchmarks/decoding.h"
@@ -43,6 +47,8 @@ namespace {
 constexpr int64_t kSteps = 8;
 constexpr double kMargin = 0.005;  // of what weights leave: kept free
 constexpr double kBeyond = 1.02;   // of a limit: what must not fit
+constexpr int64_t kTried = int64_t{1} << 19;   // tokens of a batch: some 20 s of a 7B model on an H200
+constexpr double kPieces = 24.0 * (1 << 20);   // a segment and more, which temporaries may hold on to at a limit (22 MiB on an H200)
 constexpr int64_t kMost = 1'000'000'000;
 
 // On a CPU: as long as this lives, resident memory is what tensors have.
@@ -129,9 +135,21 @@ class Planner {
 
   // ---- formula and measurement
 
-  double CacheBytes(int64_t context, int64_t batch, bool as_tensors = false) const {
-    return static_cast<double>(CacheTensorBytes(spec_, model_.cache_shape(batch), context + kSteps, model_.kv_dtype(), model_.dtype(),
-                                                gpu_ && !as_tensors ? GpuBlockBytes : nullptr));
+  std::vector<int64_t> Tensors(int64_t context, int64_t batch) const {
+    return CacheTensors(spec_, model_.cache_shape(batch), context + kSteps, model_.kv_dtype(), model_.dtype());
+  }
+  double TensorBytes(int64_t context, int64_t batch) const {
+    const std::vector<int64_t> bytes = Tensors(context, batch);
+    return static_cast<double>(std::accumulate(bytes.begin(), bytes.end(), int64_t{0}));
+  }
+  // What is taken for the cache: on a GPU pieces of what is free between the weights, and segments.
+  double CacheBytes(int64_t context, int64_t batch) const {
+    return gpu_ ? static_cast<double>(Pieces(context, batch).taken()) : TensorBytes(context, batch);
+  }
+  GpuPieces Pieces(int64_t context, int64_t batch) const {
+    GpuPieces pieces = pieces_;
+    for (const int64_t bytes : Tensors(context, batch)) pieces.Take(bytes);
+    return pieces;
   }
 
   // Once for each prompt.
@@ -143,6 +161,8 @@ class Planner {
   Work Run(const Prompt& prompt);
   // Whether the prompt and its steps fit into so many bytes.
   bool Fits(const Prompt& prompt, double bytes);
+
+  bool BatchFits(int64_t batch) { return Fits({cell_.context, batch, Chunk(batch)}, memory_); }
 
   // Nothing where memory runs out.
   const Work* TryMeasured(const Prompt& prompt) {
@@ -181,6 +201,7 @@ class Planner {
   std::map<Prompt, Work> works_;
   double memory_ = 0;   // that is planned for
   double held_ = 0;     // before a run
+  GpuPieces pieces_;    // what is free in what the allocator has taken then
   double outside_ = 0;  // of the device, what libtorch's allocator has not, at most
   std::optional<double> driver_;  // of that this process's
   double slack_ = 0;    // what the allocator takes beyond a run's tensors, held to the least
@@ -197,7 +218,8 @@ Work Planner::Run(const Prompt& prompt) {
   // Of a process the same for all runs: what a heap gives back between them comes again.
   const double held = gpu_ ? static_cast<double>(before.reserved) : held_ > 0 ? held_ : static_cast<double>(*ResidentBytes());
   const double tensors_before = gpu_ ? static_cast<double>(before.allocated) : held;
-  const double cache = CacheBytes(prompt.context, prompt.batch, /*as_tensors=*/true);
+  if (gpu_) pieces_ = GpuPieces(device_);
+  const double cache = TensorBytes(prompt.context, prompt.batch);
   Work work;
   Cell cell = cell_;
   cell.context = prompt.context, cell.batch = prompt.batch;
@@ -250,9 +272,10 @@ bool Planner::Fits(const Prompt& prompt, double bytes) {
 // Under limits between what tensors have and what the allocator took where it was free to.
 void Planner::FindSlack(const Prompt& prompt) {
   const Work& work = works_.at(prompt);
-  const double least = held_ + CacheBytes(prompt.context, prompt.batch) + work.tensors();
-  double fails = 0, fits = std::max(0.0, work.reserved - work.tensors());
-  const double enough = std::max(16.0 * (1 << 20), 0.003 * (memory_ - held_));
+  const GpuPieces pieces = Pieces(prompt.context, prompt.batch);
+  const double least = held_ + static_cast<double>(pieces.taken()) + work.tensors();
+  double fails = -static_cast<double>(pieces.Free()), fits = std::max(0.0, work.reserved - work.tensors());  // they may lie in what is free
+  const double enough = std::max(4.0 * (1 << 20), 0.001 * (memory_ - held_));
   while (fits - fails > enough) {
     const double half = (fits + fails) / 2;
     (Fits(prompt, least + half) ? fits : fails) = half;
@@ -310,7 +333,8 @@ void Planner::PlanContext() {
 
 void Planner::PlanBatch() {
   const auto plan = [&] {
-    return largest_ = LargestThatFits([&](int64_t batch) { return NeedOfBatch(batch); }, Usable(), kMost / cell_.context);
+    const double usable = Usable() - (gpu_ ? kPieces : 0);
+    return largest_ = LargestThatFits([&](int64_t batch) { return NeedOfBatch(batch); }, usable, kMost / cell_.context);
   };
   // What the batch will be decides how many tokens are fed at once, where chunks are by device; else chunks are what they are.
   batches_.of0 = batches_.of1 = contexts_.of0;
@@ -331,6 +355,13 @@ void Planner::PlanBatch() {
   plan();
   Extend(batches_, growth_ * static_cast<double>(cell_.context) / static_cast<double>(cell_.batch), prompt, plan);
   plan();
+  // Where few fit, one is more than what is in doubt: then it is tried.
+  if (!gpu_ || largest_ == 0 || (largest_ + 1) * cell_.context > kTried || memory_ > Available()) return;
+  if (BatchFits(largest_)) {
+    while (BatchFits(largest_ + 1)) ++largest_;
+  } else {
+    while (--largest_ > 0 && !BatchFits(largest_)) {}
+  }
 }
 
 void Planner::Check(Counters& counters) {
@@ -357,12 +388,11 @@ void Planner::Check(Counters& counters) {
     session_.AddNote("context not checked: the model has learned fewer positions");
   }
   if (largest_ == 0) return;
-  const auto batch = [&](int64_t n) { return Fits({cell_.context, n, Chunk(n)}, bytes); };
   int64_t refused = beyond(largest_);
-  counters.emplace_back("batch_fits_at_limit", batch(largest_));
-  counters.emplace_back("batch_fails_beyond", !batch(refused));
+  counters.emplace_back("batch_fits_at_limit", BatchFits(largest_));
+  counters.emplace_back("batch_fails_beyond", !BatchFits(refused));
   if (counters.back().second == 1) return;
-  while (refused < 2 * largest_ && batch(++refused)) {}
+  while (refused < 2 * largest_ && BatchFits(++refused)) {}
   counters.emplace_back("least_batch_refused", static_cast<double>(refused));
 }
 
@@ -379,7 +409,7 @@ Counters Planner::Plan() {
                        {"memory_bytes", memory_},
                        {"weights_bytes", held_}};
   if (longest_ > 0) {
-    const double need = NeedOfContext(longest_), cache = CacheBytes(longest_, cell_.batch);
+    const double need = NeedOfContext(longest_), cache = TensorBytes(longest_, cell_.batch);
     counters.emplace_back("bytes_at_limit", std::ceil(need));
     counters.emplace_back("kv_bytes_at_limit", cache);
     counters.emplace_back("workspace_bytes", std::ceil(need - held_ - cache));
@@ -412,23 +442,23 @@ const RegisterMeasurement kCapacity{
 
 }  // namespace
 
-int64_t CacheTensorBytes(const Spec& spec, const CacheShape& shape, int64_t capacity, at::ScalarType dtype,
-                         at::ScalarType computes, int64_t (*block)(int64_t bytes)) {
-  const auto taken = [&](int64_t bytes) { return block != nullptr ? block(bytes) : bytes; };
+std::vector<int64_t> CacheTensors(const Spec& spec, const CacheShape& shape, int64_t capacity, at::ScalarType dtype,
+                                  at::ScalarType computes) {
   const KvCache cache(spec, shape, capacity, dtype, at::Device(at::kMeta), computes);  // tensors without memory
-  int64_t total = taken(cache.ScratchBytes());
-  if (spec.policy == Policy::kHf) return total + taken(KvBytesReserved(spec, shape, capacity, dtype));
-  for (int64_t layer = 0; layer < shape.count(); ++layer) {
-    const auto [keys, values] = cache.storage(layer);
-    for (const SideStorage* side : {&keys, &values}) {
-      for (const at::Tensor& dense : {side->tokens, side->sinks, side->residual}) {
-        if (dense.defined()) total += taken(static_cast<int64_t>(dense.nbytes()));
-      }
-      if (side->encoded == nullptr) continue;
-      for (const at::Tensor& plane : side->encoded->planes) total += taken(static_cast<int64_t>(plane.nbytes()));
-    }
+  std::vector<int64_t> bytes;
+  std::set<const void*> counted;  // some are views of one
+  for (const at::Tensor& tensor : cache.Tensors()) {
+    const at::Storage& memory = tensor.storage();
+    if (counted.insert(memory.unsafeGetStorageImpl()).second) bytes.push_back(static_cast<int64_t>(memory.nbytes()));
   }
-  return total;
+  if (spec.policy == Policy::kHf) bytes.push_back(KvBytesReserved(spec, shape, capacity, dtype));
+  return bytes;
+}
+
+int64_t CacheTensorBytes(const Spec& spec, const CacheShape& shape, int64_t capacity, at::ScalarType dtype,
+                         at::ScalarType computes) {
+  const std::vector<int64_t> bytes = CacheTensors(spec, shape, capacity, dtype, computes);
+  return std::accumulate(bytes.begin(), bytes.end(), int64_t{0});
 }
 
 int64_t LargestThatFits(const std::function<double(int64_t)>& bytes, double memory, int64_t most) {

@@ -276,13 +276,17 @@ json ModelConfigV2(const ModelFiles& files) {
     parameters = static_cast<double>(count) / 1e9;
   }
   const KvShape first = CacheShapeOf(config, 1).layers.at(0);  // of latent attention one head of as many channels as the latent
-  return {{"num_params_b", parameters},
-          {"num_layers", config.layers.size()},
-          {"num_q_heads", config.num_heads},
-          {"num_kv_heads", first.kv_heads},
-          {"gqa_ratio", StrCat(config.num_heads / first.kv_heads, ":1")},
-          {"head_dim", first.head_dim},
-          {"max_position_embeddings", config.max_position_embeddings}};
+  json facts = {{"num_params_b", parameters},
+                {"num_layers", config.layers.size()},
+                {"num_q_heads", config.num_heads},
+                {"num_kv_heads", first.kv_heads},
+                {"gqa_ratio", StrCat(config.num_heads / first.kv_heads, ":1")},
+                {"head_dim", first.head_dim},
+                {"max_position_embeddings", config.max_position_embeddings}};
+  if (first.latent()) facts["rotary_dim"] = first.rotary_dim;
+  // Which of its layers keep tokens of their own, where not all do: the cache's layers, as @layers counts them.
+  if (const std::vector<int64_t> kept = config.CachedLayers(); kept.size() < config.layers.size()) facts["kv_layers"] = kept;
+  return facts;
 }
 
 std::vector<std::string> WriteV2(const std::vector<std::string>& files, const std::string& dir) {

@@ -8,7 +8,7 @@ import math
 import re
 from dataclasses import dataclass, field, replace
 
-from specs import NONE, SIDES, Frame, Refused, encodes, parse_spec, runs_text, write_spec
+from specs import NONE, Frame, Refused, encodes, parse_spec, runs_text, write_spec
 
 FP8_MAX = 448.0  # of e4m3
 TINY = 1e-9  # beside scores and bits; what breaks ties is larger
@@ -60,7 +60,7 @@ def neutral(frame, sides):
                              for key in ("residual", "rotate")})
 
 
-def frame_lost(asked, stored, sides, head_dim):
+def frame_lost(asked, stored, sides, table):
     """A sentence for each thing in which two frames differ, of the sides that are encoded in both."""
     lost = []
     if not any(sides):
@@ -73,7 +73,7 @@ def frame_lost(asked, stored, sides, head_dim):
     for side in (0, 1):
         want, has = asked.residual[side], stored.residual[side]
         if sides[side] and want != has:
-            lost.append(f"the newest {SIDES[side]}: residual {want} was planned, the engine " +
+            lost.append(f"the newest {table.sides[side]}: residual {want} was planned, the engine " +
                         (f"keeps up to {has} tokens in 16 bits" if has else "encodes every token as it comes"))
     if asked.sinks != stored.sinks:
         lost.append(f"the first {asked.sinks} tokens are not kept in 16 bits: no sinks")
@@ -82,8 +82,8 @@ def frame_lost(asked, stored, sides, head_dim):
                     "a prompt's own attention reads what is stored, not the originals")
     for side in (0, 1):
         want, has = asked.rotate[side], stored.rotate[side]
-        if sides[side] and turned(want, head_dim) != turned(has, head_dim):
-            lost.append(f"{SIDES[side]}: rotation {want} was planned, the engine has {has}, beyond what its formats do "
+        if sides[side] and turned(want, table.widths[side]) != turned(has, table.widths[side]):
+            lost.append(f"{table.sides[side]}: rotation {want} was planned, the engine has {has}, beyond what its formats do "
                         "themselves")
     if asked.window_cache != stored.window_cache:
         lost.append("how many tokens a layer with a sliding window keeps is not handed over: it is the engine's own default")
@@ -93,14 +93,14 @@ def frame_lost(asked, stored, sides, head_dim):
     return lost
 
 
-def layers_lost(asked, stored):
+def layers_lost(asked, stored, names):
     """A sentence for each scheme of keys or values that became another, with its layers."""
     changed = {}
     for layer, (want, has) in enumerate(zip(asked, stored, strict=True)):
         for side in (0, 1):
             if want[side] != has[side]:
                 changed.setdefault((side, want[side], has[side]), []).append(layer)
-    return [f"{runs_text(at)}: planned {want} {SIDES[side]}, the engine stores {has} {SIDES[side]}"
+    return [f"{runs_text(at)}: planned {want} {names[side]}, the engine stores {has} {names[side]}"
             for (side, want, has), at in changed.items()]
 
 
@@ -114,11 +114,11 @@ class Score:
     def __call__(self, layer, side, scheme):
         want, bits = self.asked[layer][side], self.table.bits
         if self.cost is None:
-            return abs(bits[side, scheme] - bits[side, want]) + 1e-4 * (scheme != want) + 1e-7 * bits[side, scheme]
+            return self.table.share(side) * abs(bits[side, scheme] - bits[side, want]) + 1e-4 * (scheme != want) + 1e-7 * bits[side, scheme]
         try:
             return 0.0 if scheme == "none" else self.cost[layer][side][scheme]
         except (KeyError, IndexError):
-            raise Refused(f"the costs have none for {scheme} {SIDES[side]} of layer {layer}") from None
+            raise Refused(f"the costs have none for {scheme} {self.table.sides[side]} of layer {layer}") from None
 
     def pair(self, layer, pair):
         return self(layer, 0, pair[0]) + self(layer, 1, pair[1])
@@ -158,6 +158,8 @@ class Engine:
       per_layer             each layer a type for keys and one for values
     """
     kind = "uniform"
+    latents = False  # whether it is known what it stores of them, and is told
+    gaps = True      # whether its setting can be that of a model of which some layers keep nothing
 
     def __init__(self, name):
         self.name = name
@@ -187,12 +189,21 @@ class Engine:
         return set()
 
     # Of all:
+    def unknown(self, table):
+        """Why it cannot be said how it stores the cache of this model, or nothing."""
+        if table.latent and not self.latents:
+            return "what it stores of latents, or how it is told, is not known here: nothing is handed over"
+        if table.gaps and not self.gaps:
+            return (f"{table.model_layers - table.layers} of the model's {table.model_layers} layers keep no keys and values, and how its "
+                    "cache is made then is not known here: nothing is handed over")
+        return ""
+
     def pairs(self, table):
         return [option.pair for option in self.options(table) if table.fits(option.pair)]
 
     def menu(self, table):
         """(keys' scheme, values' scheme, the spec's keys of the frame it runs in)."""
-        return [(*option.pair, write_spec([option.pair], option.frame).partition("@")[2])
+        return [(*option.pair, write_spec([option.pair], option.frame, table.latent).partition("@")[2])
                 for option in self.options(table) if table.fits(option.pair)]
 
     def constraint(self, layers, table):
@@ -211,11 +222,13 @@ class Engine:
         where every setting has more, that with the fewest. Without costs the one whose bits differ least, over layers and
         sides. Of equals, the same scheme's name, then the likest frame, then the fewest bits, then the presets' order.
         amax: of each layer the largest |key| and |value|, for engines that want scales."""
+        if self.unknown(table):
+            raise Refused(f"{self.name}: {self.unknown(table)}")
         if len(assignment) != table.layers:
             raise Refused(f"{len(assignment)} layers were given, the model has {table.layers}")
         for side, scheme in {(side, pair[side]) for pair in assignment for side in (0, 1)}:
             if (side, scheme) not in table.bits:
-                raise Refused(f"no scheme '{scheme}' is known for {SIDES[side]}")
+                raise Refused(f"no scheme '{scheme}' is known for {table.sides[side]}")
         if amax is not None and len(amax) != table.layers:
             raise Refused(f"the largest keys and values are of {len(amax)} layers, the model has {table.layers}")
         option, stored = self.nearest(assignment, frame, table, None)
@@ -224,7 +237,7 @@ class Engine:
         has = neutral(self.frame(frame, option, stored, table), encodes(stored))
         told = self.tell(option, stored, has, table)
         both = tuple(a and b for a, b in zip(encodes(assignment), encodes(stored), strict=True))
-        lost = layers_lost(assignment, stored) + frame_lost(frame, has, both, table.head_dim)
+        lost = layers_lost(assignment, stored, table.sides) + frame_lost(frame, has, both, table)
         exact = not lost
         more = sum(map(table.size, stored)) - sum(map(table.size, assignment))
         if more > TINY:
@@ -233,8 +246,8 @@ class Engine:
         lost += [option.remark] * bool(option.remark) + self.habits(option, stored, table) + \
             self.scales(option, stored, table, amax, told)
         if self.read(told.flags, told.files, table, told.environment) != (stored, has):
-            raise RuntimeError(f"{self.name}: what was written does not say {write_spec(stored, has)}")
-        return Projection(self.name, stored, has, write_spec(stored, has), exact, told.flags, told.environment, told.files,
+            raise RuntimeError(f"{self.name}: what was written does not say {write_spec(stored, has, table.latent)}")
+        return Projection(self.name, stored, has, write_spec(stored, has, table.latent), exact, told.flags, told.environment, told.files,
                           told.snippet, lost)
 
     def scales(self, _option, _assignment, _table, _amax, _told):
@@ -256,7 +269,7 @@ class Engine:
             stored = [option.pair] * table.layers
             if self.kind == "skip" and option.pair != NONE:
                 stored = self.skipping(option, table, score)
-            unlike = len(frame_lost(frame, self.frame(frame, option, stored, table), encodes(stored), table.head_dim))
+            unlike = len(frame_lost(frame, self.frame(frame, option, stored, table), encodes(stored), table))
             found.append((score.rank(stored, 1e-5 * unlike + 1e-8 * at), at, option, stored))
         return min(found)[2:]
 

@@ -45,15 +45,17 @@ def load(model, specs=()):
     run = ["--benchmark_filter=^kv_size/", f"--models={model}", "--benchmark_format=json"]
     context = json.loads(kvqbench(*run, "--schemes=" + ",".join(["none", *specs]), "--contexts=128"))["context"]
     shape = json.loads(next(value for key, value in context.items() if key.startswith("model_config ")))
-    table = Table(shape["num_layers"], shape["head_dim"], shape["num_kv_heads"], presets, {}, {})
-    table.schemes = parse_schemes(kvqbench("--help"), table.head_dim)
+    kept, layers = tuple(shape.get("kv_layers", ())), shape["num_layers"]
+    table = Table(len(kept) or layers, shape["head_dim"], shape["num_kv_heads"], presets, {}, {}, rotary_dim=shape.get("rotary_dim", 0),
+                  kv_layers=kept, model_layers=layers)
+    table.schemes = parse_schemes(kvqbench("--help"), table.widths)
     if os.path.isfile(os.path.join(model, "config.json")):
         table.directory = model
         with open(os.path.join(model, "config.json"), encoding="utf-8") as file:
             table.model_type = json.load(file).get("model_type", "")
-    pairs = {pair for engine in ENGINES.values() for pair in engine.pairs(table)}
+    pairs = {pair for engine in ENGINES.values() if not engine.unknown(table) for pair in engine.pairs(table)}
     for spec in specs:
-        pairs |= set(parse_spec(spec, table.layers, presets)[0])
+        pairs |= set(parse_spec(spec, table.layers, presets, table.latent)[0])
     wanted = {}  # a spec with one side encoded: its bits are that side's
     for pair in pairs:
         for side, scheme in enumerate(pair):
@@ -63,6 +65,15 @@ def load(model, specs=()):
     table.bits = {wanted[spec_of(cell["name"])]: cell["encoded_bits_per_element"] for cell in sized}
     table.bits |= {(0, "none"): 16.0, (1, "none"): 16.0}
     return table
+
+
+def described(table):
+    """The cache of a model, in words."""
+    layers = f"{table.layers} layers"
+    if table.kv_layers:
+        layers += f" of the model's {table.model_layers} keep tokens ({', '.join(map(str, table.kv_layers))}; counted from 0 as the cache's)"
+    return layers + (f", a latent of {table.head_dim} and a rotary key of {table.rotary_dim} channels" if table.latent else
+                     f", {table.kv_heads} KV heads of {table.head_dim}")
 
 
 def amax_of(values):

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 import numpy
 from scipy import optimize, sparse
 
+from specs import pair_text
+
 NEAR = 1e-9  # relative: solutions this close are the same
 
 
@@ -122,16 +124,15 @@ class Costs:
 
 # ---- plans as specs
 
-def spec_of(pairs, frame):
+def spec_of(pairs, frame, latent=False):
     """The spec that gives layer l the schemes pairs[l] (keys, values), in a frame of other keys as `@residual=0`: the pair
     of most layers first, the others as @layers."""
-    word = lambda pair: pair[0] if pair[0] == pair[1] else "+".join(pair)  # noqa: E731
     common = max(dict.fromkeys(pairs), key=pairs.count)
-    text, first = word(common) + frame, 0
+    text, first = pair_text(common, latent) + frame, 0
     for last in range(len(pairs)):
         if last + 1 == len(pairs) or pairs[last + 1] != pairs[first]:
             if pairs[first] != common:
-                text += f"@layers={first}-{last}:{word(pairs[first])}"
+                text += f"@layers={first}-{last}:{pair_text(pairs[first], latent)}"
             first = last + 1
     return text
 

@@ -48,13 +48,18 @@ def refuse(text):
     raise Refused(text)
 
 
-def parse_spec(text, layers, presets=()):
+def pair_of(text, latent=False):
+    """Keys' and values' schemes; of latents, where a scheme alone is the latent's, that and the rotary key's."""
+    return halves(text) if "+" in text or not latent else (text, "none")
+
+
+def parse_spec(text, layers, presets=(), latent=False):
     """Of so many layers: the assignment and the frame."""
     name, at, rest = text.partition("@")
     known = {preset.name: preset.spec for preset in presets}
     whole_text = known[name] + at + rest if name in known else text
     schemes, *options = whole_text.split("@")
-    pair, frame, dense, ranges = halves(schemes), {}, (0, 0), []
+    pair, frame, dense, ranges = pair_of(schemes, latent), {}, (0, 0), []
     for option in options:
         key, equals, value = option.partition("=")
         if not equals:
@@ -74,7 +79,7 @@ def parse_spec(text, layers, presets=()):
             first, dash, last = span.partition("-")
             if not colon:
                 refuse(f"spec '{text}': layers wants FIRST-LAST:SCHEME[+SCHEME], not '{value}'")
-            ranges.append((whole(text, key, first), whole(text, key, last if dash else first), halves(stored)))
+            ranges.append((whole(text, key, first), whole(text, key, last if dash else first), pair_of(stored, latent)))
         else:
             refuse(f"spec '{text}': no key '{key}'; the keys are group, residual, sinks, policy, prefill, window-cache, "
                     "rotate, dense, layers")
@@ -88,8 +93,9 @@ def parse_spec(text, layers, presets=()):
     return assignment, Frame(**frame)
 
 
-def pair_text(pair):
-    return pair[0] if pair[0] == pair[1] else "+".join(pair)
+def pair_text(pair, latent=False):
+    """As pair_of reads it."""
+    return pair[0] if pair[1] == ("none" if latent else pair[0]) else "+".join(pair)
 
 
 def both_text(pair):
@@ -117,13 +123,13 @@ def encodes(assignment):
     return tuple(any(pair[side] != "none" for pair in assignment) for side in (0, 1))
 
 
-def write_spec(assignment, frame):
+def write_spec(assignment, frame, latent=False):
     """The spec that stores this; of two ways to say it, that with fewer @layers."""
     window = "" if frame.window_cache == "full" else f"@window-cache={frame.window_cache}"
     if not any(encodes(assignment)):
         return "none" + window
     base = Counter(pair for pair in assignment if pair != NONE).most_common(1)[0][0]
-    text, default = pair_text(base), Frame()
+    text, default = pair_text(base, latent), Frame()
     if frame.policy != "append":
         text += f"@policy={frame.policy}"
     for key in ("residual", "rotate"):
@@ -139,7 +145,7 @@ def write_spec(assignment, frame):
     for pair, same in itertools.groupby(assignment):
         last = first + len(list(same)) - 1
         if pair != base:
-            text += f"@layers={first}-{last}:{pair_text(pair)}"
+            text += f"@layers={first}-{last}:{pair_text(pair, latent)}"
         first = last + 1
     return text
 
@@ -148,14 +154,42 @@ def write_spec(assignment, frame):
 
 @dataclass
 class Table:
-    layers: int
-    head_dim: int
+    layers: int              # of the cache
+    head_dim: int            # or channels of a latent
     kv_heads: int
     presets: list            # of class Preset, those for its head_dim
     schemes: dict            # name: (whether keys of that head_dim can be stored so, whether values can)
     bits: dict               # (0 for keys or 1 for values, scheme): bits per encoded element, all metadata counted
     directory: str = ""      # of the model, where it is one of Hugging Face
     model_type: str = ""     # of its config.json
+    rotary_dim: int = 0      # of latent attention: channels of the rotary key
+    kv_layers: tuple = ()    # which of the model's layers the cache's are; nothing: all of them
+    model_layers: int = 0
+
+    @property
+    def latent(self):
+        return self.rotary_dim > 0
+
+    @property
+    def sides(self):
+        return ("latents", "rotary keys") if self.latent else SIDES
+
+    @property
+    def widths(self):
+        return self.head_dim, self.rotary_dim or self.head_dim
+
+    def share(self, side):
+        """Of the two sides' elements, twice what is this one's."""
+        return 2 * self.widths[side] / sum(self.widths)
+
+    @property
+    def gaps(self):
+        """Whether layers that keep nothing lie among those that do (at the end they may read what others keep)."""
+        return self.kv_layers != tuple(range(len(self.kv_layers)))
+
+    def place(self, layer):
+        """Which of the model's layers one of the cache's is."""
+        return self.kv_layers[layer] if self.kv_layers else layer
 
     def named(self, start):
         return [preset for preset in self.presets if preset.name.startswith(start)]
@@ -164,7 +198,8 @@ class Table:
         return all(self.schemes.get(scheme, (False, False))[side] for side, scheme in enumerate(pair))
 
     def size(self, pair):
-        return self.bits[0, pair[0]] + self.bits[1, pair[1]]
+        """Twice the bits per element, encoded ones: of keys and of values."""
+        return sum(self.share(side) * self.bits[side, scheme] for side, scheme in enumerate(pair))
 
 
 def parse_presets(text):
@@ -177,9 +212,9 @@ def parse_presets(text):
     return found
 
 
-def parse_schemes(text, head_dim):
-    """Of `kvqbench --help`: each scheme, and whether keys and values of that head_dim can be stored so."""
-    def allows(part):
+def parse_schemes(text, widths):
+    """Of `kvqbench --help`: each scheme, and whether keys and values of these channels a head can be stored so."""
+    def allows(part, head_dim):
         several, some = re.search(r"head_dim a multiple of (\d+)", part), re.search(r"head_dim (\d[\d, or]*\d)", part)
         return "refused" not in part and (not several or head_dim % int(several[1]) == 0) and \
             (not some or head_dim in map(int, re.findall(r"\d+", some[1])))
@@ -187,5 +222,5 @@ def parse_schemes(text, head_dim):
     for line in re.search(r"\nschemes\n(.*?)\n  keys of a spec", text, re.S)[1].splitlines():
         name, _, rest = line.strip().partition(" ")
         keys, colon, values = rest.partition("values:")
-        found[name] = (allows(keys), allows(values if colon else rest))
+        found[name] = (allows(keys, widths[0]), allows(values if colon else rest, widths[1]))
     return found

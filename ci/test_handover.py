@@ -241,6 +241,60 @@ class HandOver(unittest.TestCase):
                 ENGINES[engine].read(flags, {}, table())
 
 
+class Families(unittest.TestCase):
+    """Models whose caches are not keys and values of all layers."""
+
+    def project(self, table, spec, **how):
+        """{engine: Projection} of those that know such a model's cache, each read back, and why the others do not."""
+        asked, frame = handover.parse_spec(spec, table.layers, table.presets, table.latent)
+        self.assertEqual(handover.parse_spec(write_spec(asked, frame, table.latent), table.layers, (), table.latent), (asked, frame))
+        made, unknown = {}, {}
+        for name, engine in ENGINES.items():
+            if engine.unknown(table):
+                unknown[name] = engine.unknown(table)
+                with self.assertRaisesRegex(handover.Refused, name):
+                    engine.project(asked, frame, table)
+                continue
+            made[name] = engine.project(asked, frame, table, **how)
+            read = engine.read(made[name].flags, made[name].files, table, made[name].environment)
+            self.assertEqual(read, (made[name].assignment, made[name].frame), name)
+            again = handover.parse_spec(made[name].spec, table.layers, (), table.latent)
+            self.assertEqual((again[0], neutral(again[1], encodes(again[0]))), read, name)
+        return made, unknown
+
+    def test_latents(self):
+        amax, of = [(4.0 * layer, 896.0) for layer in range(27)], handover.load("deepseek-v2-lite", ["q4_0+q8_0@residual=0", "int4-hqq"])
+        made, unknown = self.project(of, "vllm-fp8-mla", amax=amax)
+        self.assertEqual((of.layers, of.widths, of.sides, of.kv_layers), (27, (512, 64), ("latents", "rotary keys"), ()))
+        self.assertAlmostEqual(of.size(("q4_0", "none")) / 2, (512 * 4.5 + 64 * 16) / 576, 12)
+        self.assertEqual(handover.described(of), "27 layers, a latent of 512 and a rotary key of 64 channels")
+        self.assertEqual({*made}, {"llama.cpp", "vllm"})
+        self.assertIn("what it stores of latents", unknown["sglang"])
+        self.assertEqual((shlex.join(made["vllm"].flags), made["vllm"].exact), ("--kv-cache-dtype fp8", True))
+        scales = parse_safetensors(made["vllm"].files["kv_scales.safetensors"])
+        self.assertEqual({scale[2] for scale in scales.values()}, {2.0})  # both of a layer have the rotary key's
+        # A row of one type: what is asked of the latent counts eight times what is asked of the rotary key.
+        for spec, words, lost in (("llamacpp-q8_0-mla", "-ctk q8_0 -ctv q8_0 -fa on", set()),
+                                  ("q4_0+q8_0@residual=0", "-ctk q4_0 -ctv q4_0 -fa on", {(1, "q8_0", "q4_0")}),
+                                  ("int4-hqq", "-ctk q4_0 -ctv q4_0 -fa on", {(0, "int4-hqq", "q4_0"), (1, "none", "q4_0")})):
+            said = self.project(of, spec)[0]["llama.cpp"]
+            self.assertEqual(shlex.join(said.flags), words)
+            self.assertEqual({sentence for sentence in said.lost if sentence.startswith("layers")},
+                             {f"layers 0-26: planned {want} {of.sides[side]}, the engine stores {has} {of.sides[side]}" for side, want, has in lost})
+
+    def test_some_layers_keep_nothing(self):
+        of = handover.load("qwen3-next-80b-a3b")
+        made, unknown = self.project(of, "fp8-e4m3@residual=0@layers=2-2:none")
+        self.assertEqual((of.layers, of.model_layers, of.kv_layers), (12, 48, tuple(range(3, 48, 4))))
+        # The cache's layer 2 is the model's 11, and so engines count.
+        self.assertEqual((shlex.join(made["vllm"].flags), made["vllm"].exact), ("--kv-cache-dtype fp8 --kv-cache-dtype-skip-layers 11", True))
+        layers = {str(layer) for layer in of.kv_layers}
+        self.assertEqual({name.split(".")[2] for name in parse_safetensors(made["vllm"].files["kv_scales.safetensors"])}, layers)
+        self.assertEqual({*json.loads(made["sglang"].files["kv_scales.json"])["kv_cache"]["scaling_factor"]["0"]}, layers)
+        self.assertEqual({*unknown}, {"ik_llama.cpp", "kvtuner", "mlx", "transformers"})
+        self.assertIn("36 of the model's 48 layers keep no keys and values", unknown["mlx"])
+
+
 def parse_safetensors(data):
     """As the format is described: its length, a header in JSON, the numbers."""
     (length,) = struct.unpack("<Q", data[:8])

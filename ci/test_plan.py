@@ -18,6 +18,7 @@ import numpy as np  # noqa: E402
 
 import planning  # noqa: E402
 import results as reading  # noqa: E402
+import tiny_models  # noqa: E402
 from test_report import ENVIRONMENT, KVQBENCH, read, write_model  # noqa: E402
 
 
@@ -81,6 +82,10 @@ class Arithmetic(unittest.TestCase):
         self.assertEqual(planning.spec_of([b, b, b], "@residual=0"), "q4_0@residual=0")
         self.assertEqual(planning.spec_of([a, a, b, b, b, a], ""), "q8_0+q4_0@layers=2-4:q4_0")
         self.assertEqual(planning.spec_of([a, b, b, a, b], "@residual=0"), "q4_0@residual=0@layers=0-0:q8_0+q4_0@layers=3-3:q8_0+q4_0")
+        # Of latents a scheme alone leaves the rotary key as it is.
+        c = ("q4_0", "none")
+        self.assertEqual(planning.spec_of([b, b, c], "@residual=0", latent=True), "q4_0+q4_0@residual=0@layers=2-2:q4_0")
+        self.assertEqual(planning.spec_of([c, ("none", "q4_0"), ("none", "none")], "", latent=True), "q4_0@layers=1-1:none+q4_0@layers=2-2:none")
 
     def test_budgets(self):
         self.assertEqual(planning.budget("4.5bits"), ("bits", 4.5, None))
@@ -200,6 +205,30 @@ class Command(unittest.TestCase):
         plan = json.loads(read(out, "plan.json"))
         self.assertLessEqual(plan["rounds"][0]["predicted"], wanted)
         self.assertLess(next(row for row in plan["rows"] if row["name"] == plan["name"])["bits_per_element"], 8.5)
+
+    def test_of_latents(self):
+        model, out = os.path.join(self.folder, "latents"), os.path.join(self.folder, "out-latents")
+        tiny_models.write(model, "deepseekv2-lite")
+        flags = ["--budget=6bits", f"--models={model}", f"--out={out}", "--contexts=32", "--candidates=q8_0,q4_0", "--front=0",
+                 "--rounds=0", "--windows=1", "--batch=1", "--check-windows=1"]
+        done = self.plan(*flags)  # beside presets of keys and values, which is said before costs are measured
+        self.assertEqual(done.returncode, 2)
+        self.assertIn("'llamacpp-q4_0': the preset is what llama.cpp", done.stderr)
+        self.assertFalse(os.path.exists(os.path.join(out, "sensitivity.json")))
+        done = self.plan(*flags, "--beside=no", "--engine=llama.cpp,mlx")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        plan = json.loads(read(out, "plan.json"))
+        uniform = {row["name"]: row["bits_per_element"] for row in plan["rows"] if row["kind"] == "uniform"}
+        self.assertEqual(uniform, {"q8_0+q8_0@residual=0": 8.5, "q4_0+q4_0@residual=0": 4.5})
+        row = next(row for row in plan["rows"] if row["name"] == plan["name"])
+        self.assertTrue(4.5 < row["bits_per_element"] <= 6)
+        # Of three layers a latent of 128 channels and a rotary key of 64.
+        self.assertAlmostEqual(row["kv_bytes"] * 8 / (32 * 3 * (128 + 64)), row["bits_per_element"], 9)
+        sizes = {cell.spec: cell.layers("kv_size.kv_bytes") for cell in reading.load([os.path.join(out, "sizes.json")]).cells}
+        self.assertEqual(sizes["q4_0+none@residual=0"], [32 * (128 * 4.5 + 64 * 16) / 8] * 3)
+        self.assertEqual(sizes["none+q8_0@residual=0"], [32 * (128 * 16 + 64 * 8.5) / 8] * 3)
+        for line in (f"set: {plan['spec']}", "llama.cpp: q4_0+q4_0@residual=0", "mlx: what it stores of latents"):
+            self.assertIn(line, done.stdout)
 
     def test_bad_input_is_one_line(self):
         for flags, line in (

@@ -15,6 +15,7 @@ class IkLlamaCpp(LlamaCpp):
     """first and last are counts of layers; last counts where both name a layer. With a base type that is not quantized, -khad
     and -vhad are turned off."""
     kind = "ends"
+    latents, gaps = False, False
 
     def types(self, table):
         own = {scheme: word for scheme, word in (("q6_0", "q6_0"), ("q8_kv", "q8_KV")) if scheme in table.schemes}

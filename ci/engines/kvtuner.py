@@ -13,6 +13,7 @@ from specs import Frame
 class KvTuner(Engine):
     """Its cache for HQQ (FlexibleHQQQuantizedCache), which encodes as transformers' does, with bits for keys and values."""
     kind = "per_layer"
+    gaps = False
     name_of = re.compile(r"int(\d)-hqq$")
 
     def options(self, table):

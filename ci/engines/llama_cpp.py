@@ -9,6 +9,7 @@ from specs import Frame, encodes, halves, parse_spec
 
 class LlamaCpp(Engine):
     kind = "uniform"
+    latents = True
     native = "f16"
 
     def types(self, table):
@@ -28,7 +29,9 @@ class LlamaCpp(Engine):
         return rotated, plain
 
     def options(self, table):
-        return [Option(pair, self.frames(table)[0]) for pair in itertools.product(self.types(table), repeat=2)]
+        pairs = itertools.product(self.types(table), repeat=2)
+        # Of latent attention a token is one row, which has one type.
+        return [Option(pair, self.frames(table)[0]) for pair in pairs if not table.latent or pair[0] == pair[1]]
 
     def frame(self, asked, option, _assignment, table):
         rotated, plain = self.frames(table)
@@ -60,6 +63,8 @@ class LlamaCpp(Engine):
         words = [self.types(table)[scheme] for scheme in option.pair]
         said = ["attention rounds queries to 8 bits where it reads quantized keys: always on a CPU, while decoding on a "
                 "GPU"] * keys
+        if table.latent and keys:
+            said.append("a token is one row, the latent and the rotary key, of the type that -ctk names")
         if "iq4_nl" in words:
             said.append("a CUDA build has no attention for iq4_nl: it runs on the CPU")
         elif (keys or values) and words not in (["q8_0"] * 2, ["q4_0"] * 2):

@@ -8,6 +8,7 @@ from specs import NONE, Frame, Refused, encodes
 
 class Mlx(Engine):
     kind = "per_layer_equal_bits"
+    gaps = False
 
     def options(self, table):
         return [*preset_options(table, "mlx-lm-", r"--kv-bits (\d+)"), Option(NONE)]

@@ -30,7 +30,7 @@ class SgLang(Engine):
     def scales(self, option, assignment, table, amax, told):
         if option.word != "fp8_e4m3":
             return []
-        scales = {str(layer): max(of_layer) for layer, of_layer in enumerate(scale_values(assignment, amax))}
+        scales = {str(table.place(layer)): max(of_layer) for layer, of_layer in enumerate(scale_values(assignment, amax))}
         told.files["kv_scales.json"] = json.dumps({"model_type": table.model_type or None, "kv_cache": {
             "dtype": "float8_e4m3fn", "scaling_factor": {"0": scales}}}, indent=1) + "\n"
         told.flags += ["--quantization-param-path", "kv_scales.json"]

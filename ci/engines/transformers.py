@@ -10,6 +10,7 @@ from specs import NONE, Frame, encodes, refuse
 
 class Transformers(Engine):
     kind = "per_layer_equal_bits"
+    gaps = False
     name_of = re.compile(r"int(\d)-(hqq|quanto)(-kivi)?$")
 
     def options(self, table):

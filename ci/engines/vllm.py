@@ -18,6 +18,7 @@ def safetensors(tensors):
 
 class Vllm(Engine):
     kind = "skip"
+    latents = True
     scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
 
     def options(self, table):
@@ -31,7 +32,7 @@ class Vllm(Engine):
         skipped = [layer for layer, pair in enumerate(assignment) if pair == NONE and option.pair != NONE and
                    layer not in self.forced(option, table.layers)]
         return Told(["--kv-cache-dtype", option.word] +
-                    (["--kv-cache-dtype-skip-layers", *map(str, skipped)] if skipped else []))
+                    (["--kv-cache-dtype-skip-layers", *(str(table.place(layer)) for layer in skipped)] if skipped else []))
 
     def read(self, flags, files, table, environment=()):
         options = {option.word: option for option in self.options(table)}
@@ -40,13 +41,13 @@ class Vllm(Engine):
         words.add_argument("--kv-cache-dtype-skip-layers", nargs="+", default=[])
         said = words.parse_args(flags)
         option = options[said.kv_cache_dtype]
-        skipped = {*map(int, said.kv_cache_dtype_skip_layers), *self.forced(option, table.layers)}
-        assignment = [NONE if layer in skipped else option.pair for layer in range(table.layers)]
+        skipped, forced = {*map(int, said.kv_cache_dtype_skip_layers)}, self.forced(option, table.layers)
+        assignment = [NONE if layer in forced or table.place(layer) in skipped else option.pair for layer in range(table.layers)]
         return assignment, neutral(option.frame, encodes(assignment))
 
     def habits(self, option, assignment, table):
         said = []
-        if option.word.startswith("fp8") and "token" not in option.word:
+        if option.word.startswith("fp8") and "token" not in option.word and not table.latent:
             said.append("FlashAttention 3 (Hopper) rounds queries and probabilities to fp8, too")
         if option.word == "int4_per_token_head":
             said.append("on CUDA the Hadamard transform is computed in 16 bits")
@@ -57,8 +58,10 @@ class Vllm(Engine):
             return []
         tensors = {}
         for layer, (keys, values) in enumerate(scale_values(assignment, amax)):
+            if table.latent:
+                keys = values = max(keys, values)
             for name, scale in (("k_scale", keys), ("v_scale", values)):
-                tensors[f"model.layers.{layer}.self_attn.{name}"] = scale
+                tensors[f"model.layers.{table.place(layer)}.self_attn.{name}"] = scale
         told.files["kv_scales.safetensors"] = safetensors(tensors)
         config = {}
         said = ["the scales count where kv_scales.safetensors lies in the model's folder and config.json is merged with its "
@@ -81,6 +84,7 @@ class Vllm(Engine):
                         "scales; kv_cache_scheme is compressed-tensors'")
         quantized["kv_cache_scheme"] = self.scheme
         told.files["config.json"] = json.dumps(config, indent=2) + "\n"
+        said += ["latent and rotary key of a layer share a scale, the larger one"] * table.latent
         return said + [SCALES_GIVEN if amax else SCALES_OF_ONE]
 
 
