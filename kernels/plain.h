@@ -55,7 +55,7 @@
 //
 //   PairOf(fit, two)      the codes of a word's numbers, in its halves, below 2^16 both. Instead of Code. Of a Coded they are made
 //   kPairTooLarge         how much larger they are, in each half
-//   AddCode(fit, v, up, word)  or this, of one number: adds its code to a word, `up` bits up
+//   EightOf(fit, v)       or this: the codes of eight numbers, of number 2 i + side in the four bits from 16 side + 4 i on
 //   kSigns                Signs::kOfNumbers: a code's highest bit is its number's sign, and PairOf leaves it out
 //
 // kHeadDims names the only head_dims that a scheme takes, where there are only some.
@@ -130,6 +130,40 @@ KVQ_HD inline float ShortQuotient(float x, float d, float inverse) {
   const float near = x * inverse;
   return fmaf(fmaf(-d, near, x), inverse, near);
 }
+
+// Divisors that HalfQuotients has to know, as their 23 bits behind the point: twice those, and 1 more where the reciprocal's rest has to
+// be larger. Each stands where its bits 7 to 11 say, which no two have alike.
+struct HardDivisors {
+  uint32_t of[32];
+  constexpr HardDivisors() {
+    for (uint32_t& none : of) none = ~0u;
+    for (const uint32_t smaller : {0x50AB43, 0x56EDFF, 0x5ECA3F, 0x6828EB, 0x792863, 0x7F3C33}) of[smaller >> 7 & 31] = smaller << 1;
+    for (const uint32_t larger : {0x5562AF, 0x59C6CB, 0x722CF3, 0x742BCB, 0x74458F, 0x7453BB}) of[larger >> 7 & 31] = larger << 1 | 1;
+  }
+};
+inline constexpr HardDivisors kHardDivisors;
+#ifdef __CUDACC__
+__device__ const HardDivisors kDeviceHardDivisors = kHardDivisors;
+#endif
+
+// x / d of many x of 11 bits, as a float16's, by one d, as IEEE rounds it (but for the sign of a zero), in two operations, where all of it
+// is in range. With d's reciprocal in two parts the quotient is off by some 2^-49 before it is rounded. None is at a tie, and few are so
+// near to one; of twelve divisors one is rounded the wrong way, which the rest's next number mends. (HalfQuotients in scheme_test.cc.)
+struct HalfQuotients {
+  float inverse, rest;
+
+  KVQ_HD static HalfQuotients By(float d) {
+    const float inverse = 1 / d, left = fmaf(-d, inverse, 1), near = left * inverse, rest = fmaf(fmaf(-d, near, left), inverse, near);
+    const uint32_t fraction = FloatBits(d) & 0x7FFFFF;
+#ifdef __CUDACC__
+    const uint32_t hard = kDeviceHardDivisors.of[fraction >> 7 & 31];
+#else
+    const uint32_t hard = kHardDivisors.of[fraction >> 7 & 31];
+#endif
+    return {inverse, hard >> 1 == fraction ? BitsFloat(FloatBits(rest) + (hard % 2 != 0 ? 1 : ~0u)) : rest};
+  }
+  KVQ_HD float Of(float x) const { return fmaf(x, inverse, x * rest); }
+};
 
 // v / kDivisor of a v that is not negative. `kFinite`: nor infinite, and 0 or at least 1e-28, as differences of float16 are.
 template <int kDivisor, bool kFinite = false>

@@ -52,12 +52,24 @@ struct LaneCells {
   __device__ static LaneCells Of(const Cells& cells) {
     return {cells.slope, cells.threshold[threadIdx.x % 32], cells.below[threadIdx.x % 32]};
   }
-  // Adds how many to a word, `up` bits up.
-  __device__ __forceinline__ void Add(float y, int up, uint32_t& word) const {
-    const int cell = Cells::Of(y, slope);
-    const float own = __shfl_sync(~0u, threshold, cell);
-    word += __shfl_sync(~0u, below << up, cell);
-    asm("{.reg .pred p; setp.ge.f32 p, %1, %2; @p add.u32 %0, %0, %3;}" : "+r"(word) : "f"(y), "f"(own), "r"(1u << up));
+  // How many, of eight numbers at once so that no shuffle is waited for: of number 2 i + side in the four bits from 16 side + 4 i on.
+  __device__ __forceinline__ uint32_t Eight(const float (&y)[8]) const {
+    int cell[8];
+    float own[8];
+    uint32_t word = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) cell[i] = Cells::Of(y[i], slope);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) own[i] = __shfl_sync(~0u, threshold, cell[i]);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) word += __shfl_sync(~0u, below << (16 * (i % 2) + 4 * (i / 2)), cell[i]);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      asm("{.reg .pred p; setp.ge.f32 p, %1, %2; @p add.u32 %0, %0, %3;}"
+          : "+r"(word)
+          : "f"(y[i]), "f"(own[i]), "r"(1u << (16 * (i % 2) + 4 * (i / 2))));
+    }
+    return word;
   }
 };
 #endif

@@ -8,7 +8,14 @@
 // What it takes, on an H200 with 132 multiprocessors at 1.98 GHz: an instruction for each of 33.5 million numbers (32k tokens, 8 heads of
 // 128 channels) is 1.0 us, the bytes of 4 to 8 bit codes 20 to 25 us. So up to some 18 instructions a number, memory is what it waits
 // for. Most schemes have 10 to 18, of which packing is 1, half of a minimum and a maximum 1, a quotient 5; those that make two codes at
-// a time (PairOf) 8 to 14; where one number at a time is looked up in a table, and sums or butterflies come before, it is 20 to 28.
+// a time (PairOf) 8 to 14; where one number at a time is looked up in a table, and sums or butterflies come before, it is 19 to 26. The
+// time is then those and some 9 us, as not every slot is taken, and multiprocessors fill and empty. Of a number of turboquant-k4, with
+// 25: float32 1, its square in order 2 (two lanes have a token, one waits), over the norm 2, scaled 1, butterflies 8, its code 7 (two
+// shuffles), all else 4. All of a token in one lane would be 21, and is slower, as registers leave a scheduler three warps instead of
+// five; so is a loop over tiles of which the next one is copied meanwhile (ci/baselines/h200-encode).
+//
+// A launch may overlap the end of the one before, and lets the next one do so: nobody who reads codes before he waits may follow within
+// the same graph (a flush has its own).
 #pragma once
 
 #include "kernels/plain.h"
@@ -43,18 +50,15 @@ __device__ __forceinline__ uint32_t SignsOf(const uint32_t* words, uint32_t firs
 }
 
 // Codes of three bits that lie four apart, fields 0 to 3 of both halves in `low`, 4 to 7 in `high`: their lower two bits as a word, the
-// upper one with those of a half next to each other.
+// upper one in the upper byte of each half. What is multiplied lies so far apart that nothing is carried.
 __device__ __forceinline__ void MoveThrees(uint32_t low, uint32_t high, uint32_t& word, uint32_t& odd) {
-  const auto twos = [](uint32_t x) {  // in the lower byte of each half
-    const uint32_t pairs = x & 0x33333333, fours = (pairs | pairs >> 2) & 0x0F0F0F0F;
-    return fours | fours >> 4;
+  const auto twos = [](uint32_t x) {  // in the upper byte of each half
+    const uint32_t fours = (x & 0x33333333) * 20 & 0xF0F0F0F0;
+    return fours + (fours << 4);
   };
-  const auto ones = [](uint32_t x) {  // in the lowest four bits
-    const uint32_t ones = x >> 2 & 0x11111111, twos = (ones | ones >> 3) & 0x03030303;
-    return (twos | twos >> 6) & 0x000F000F;
-  };
-  word = ptx::PickBytes(twos(low), twos(high), 0x6240);
-  odd = ones(low) | ones(high) << 4;
+  const auto ones = [](uint32_t x) { return (x & 0x44444444) * 0x492; };  // in the uppermost four bits of each half
+  word = ptx::PickBytes(twos(low), twos(high), 0x7351);
+  odd = (ones(low) >> 4 & 0x0F000F00) | (ones(high) & 0xF000F000);
 }
 
 template <typename S, DType kType, int kDim, int kGroup, int kOwn>
@@ -72,6 +76,8 @@ __global__ void __launch_bounds__(32 * kWarps, OwnBlocks(kOwn))
   const uint32_t lane = threadIdx.x % 32;
   uint8_t* const tile = tiles[threadIdx.x / 32];
   const uint32_t b = blockIdx.z, h = blockIdx.y, first = (blockIdx.x * kWarps + threadIdx.x / 32) * kTokens;
+  LaunchDependents();
+  WaitForPredecessors();
   if (first >= x.tokens) return;
   const uint32_t count = static_cast<uint32_t>(x.tokens) - first;  // of tokens from here on
 
@@ -133,8 +139,9 @@ __global__ void __launch_bounds__(32 * kWarps, OwnBlocks(kOwn))
     for (int run = 0; run < kOwnRuns; ++run) {
       constexpr bool kCoded = requires { GroupFit::kTooLarge; };
       constexpr bool kPairs = kCoded || requires(const GroupFit& fit) { S::PairOf(fit, 0u); };
-      constexpr bool kAdds = requires(const GroupFit& fit, uint32_t& word) { S::AddCode(fit, 0.0f, 0, word); };
+      constexpr bool kEights = requires(const GroupFit& fit, const float (&eight)[8]) { S::EightOf(fit, eight); };
       constexpr bool kThree = kLow<S> == 2 && kOdd<S> == 1;  // three bits: made four apart, in two words, and moved together after that
+      static_assert(!kEights || kThree || (kLow<S> == 4 && kOdd<S> == 0));
       uint32_t word = 0, odd[kOdd<S> + 1] = {};
       if constexpr (kOdd<S> == 0 || kThree) {
         constexpr int kBits = kThree ? 4 : kLow<S>;
@@ -151,8 +158,9 @@ __global__ void __launch_bounds__(32 * kWarps, OwnBlocks(kOwn))
             to += words[first / 2] << up;
           } else if constexpr (kPairs) {
             to += S::PairOf(fit, words[first / 2]) << up;
-          } else if constexpr (kAdds) {
-            S::AddCode(fit, v[first], up, to), S::AddCode(fit, v[first + 1], up + 16, to);
+          } else if constexpr (kEights) {
+            const float* const of = v + first;  // of the word's first field; the others' with it
+            if (up == 0) to = S::EightOf(fit, {of[0], of[1], of[8], of[9], of[16], of[17], of[24], of[25]});
           } else {
             to += (S::Code(fit, v[first]) << up) + (S::Code(fit, v[first + 1]) << (up + 16));
           }
@@ -183,7 +191,7 @@ __global__ void __launch_bounds__(32 * kWarps, OwnBlocks(kOwn))
       for (int i = 0; i < kOdd<S>; ++i) {
         uint8_t* const to = odd_rows + token * kOddBytes + i * (kDim / 8) + place * (kFields / 4);
         if constexpr (kFields == 8) {
-          to[0] = static_cast<uint8_t>(odd[i]), to[1] = static_cast<uint8_t>(odd[i] >> 16);
+          to[0] = static_cast<uint8_t>(odd[i] >> 8), to[1] = static_cast<uint8_t>(odd[i] >> 24);
         } else {
           to[0] = static_cast<uint8_t>(odd[i] | odd[i] >> (16 - kFields));
         }

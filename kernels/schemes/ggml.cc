@@ -205,19 +205,28 @@ struct Iq4Nl {
       const uint32_t carry = kDeviceMiddles.carry[threadIdx.x % 32];
       const float entry = NonLinear(threadIdx.x % 16);
       constexpr uint32_t kTooLarge = 0x4B00;
-      const auto coded = [&](float v) {  // the code in the upper half, and kTooLarge more; 0 has 8
-        const float y = inverse * v;
-        const uint32_t number = FloatBits(__fmaf_rd(y, 2, 8388608 + 256));
-        const uint32_t sum = number + __shfl_sync(~0u, carry, static_cast<int>(number >> 4));
-        const float weight = v * v, q = __shfl_sync(~0u, entry, static_cast<int>(sum >> 16));
-        with_x += weight * q * v;
-        with_itself += weight * q * q;
-        return sum;
-      };
+      // Eight at once, so that no shuffle is waited for. The codes are in the upper halves of sums, and kTooLarge more; 0 has 8.
       KVQ_UNROLL
-      for (int i = 0; i < n / 2; ++i) {
-        const uint32_t first = coded(x[2 * i]), second = coded(x[2 * i + 1]);
-        x.Words()[i] = ptx::PickBytes(first, second, 0x7632);
+      for (int i = 0; i < n / 8; ++i) {
+        uint32_t sums[8];
+        float entries[8];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) sums[j] = FloatBits(__fmaf_rd(inverse * x[8 * i + j], 2, 8388608 + 256));
+#pragma unroll
+        for (int j = 0; j < 8; ++j) sums[j] += __shfl_sync(~0u, carry, static_cast<int>(sums[j] >> 4));
+#pragma unroll
+        for (int j = 0; j < 8; j += 2) {
+          const uint32_t two = ptx::PickBytes(sums[j], sums[j + 1], 0x7632);
+          x.Words()[4 * i + j / 2] = two;
+          entries[j] = __shfl_sync(~0u, entry, static_cast<int>(two));
+          entries[j + 1] = __shfl_sync(~0u, entry, static_cast<int>(two >> 16));
+        }
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          const float v = x[8 * i + j], weighted = v * v * entries[j];
+          with_x += weighted * v;
+          with_itself += weighted * entries[j];
+        }
       }
       if (largest != largest) {
         KVQ_UNROLL

@@ -127,7 +127,10 @@ struct Keys {
 
   template <typename Numbers>
   KVQ_HD static VectorFit FitVector(const Numbers& x, int n) {
-    const float poison = plain::Magnitude(x, n) * 0, norm = sqrtf(plain::SumOfSquares(x, n));
+    float poison = 0;
+    if constexpr (!plain::kAreHalves<Numbers>) poison = plain::Magnitude(x, n) * 0;
+    const float norm = sqrtf(plain::SumOfSquares(x, n));
+    if constexpr (plain::kAreHalves<Numbers>) poison = norm * 0;  // 512 squares of float16 do not add up to infinity
     return {norm, {FloatToHalf(plain::Poisoned(Smaller(norm, 65504), poison))}};
   }
   template <typename Numbers, typename Team>
@@ -135,8 +138,8 @@ struct Keys {
     const float norm = vector.norm + 1e-8f;
 #ifdef __CUDACC__
     if constexpr (plain::kInWords<Numbers> == DType::kFloat16) {
-      const float inverse = 1 / norm;
-      plain::ForEachNumber(x, n, team, [&](float v) { return plain::ShortQuotient(v, norm, inverse); });
+      const plain::HalfQuotients quotients = plain::HalfQuotients::By(norm);
+      plain::ForEachNumber(x, n, team, [&](float v) { return quotients.Of(v); });
     } else
 #endif
     {
@@ -171,7 +174,7 @@ struct Keys {
     return code;
   }
 #ifdef __CUDACC__
-  __device__ __forceinline__ static void AddCode(const CellFit& fit, float y, int up, uint32_t& word) { fit.middles.Add(y, up, word); }
+  __device__ __forceinline__ static uint32_t EightOf(const CellFit& fit, const float (&y)[8]) { return fit.middles.Eight(y); }
 #endif
   template <typename Codes>
   KVQ_HD static Opened Open(const Codes& codes, int n, const Stored&, const Vector& vector) {
