@@ -15,7 +15,8 @@ KernelLaunch EncodeOwnLaunch(const char* file, const char* scheme, const DenseVi
   const int tokens = kWarps * 32 * own / static_cast<int>(x.head_dim);  // of a block
   return {.instance = {{file}, InstanceName("kvq::plain::EncodeOwnKernel", scheme, TypeName(x.dtype), x.head_dim, group, own)},
           .grid = {GridFor(x.tokens, tokens), static_cast<unsigned>(x.heads), static_cast<unsigned>(x.batch)},
-          .threads = 32 * kWarps};
+          .threads = 32 * kWarps,
+          .early = false};
 }
 
 }  // namespace kvq::plain

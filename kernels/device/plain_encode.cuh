@@ -13,9 +13,6 @@
 // 25: float32 1, its square in order 2 (two lanes have a token, one waits), over the norm 2, scaled 1, butterflies 8, its code 7 (two
 // shuffles), all else 4. All of a token in one lane would be 21, and is slower, as registers leave a scheduler three warps instead of
 // five; so is a loop over tiles of which the next one is copied meanwhile (ci/baselines/h200-encode).
-//
-// A launch may overlap the end of the one before, and lets the next one do so: nobody who reads codes before he waits may follow within
-// the same graph (a flush has its own).
 #pragma once
 
 #include "kernels/plain.h"
@@ -76,8 +73,6 @@ __global__ void __launch_bounds__(32 * kWarps, OwnBlocks(kOwn))
   const uint32_t lane = threadIdx.x % 32;
   uint8_t* const tile = tiles[threadIdx.x / 32];
   const uint32_t b = blockIdx.z, h = blockIdx.y, first = (blockIdx.x * kWarps + threadIdx.x / 32) * kTokens;
-  LaunchDependents();
-  WaitForPredecessors();
   if (first >= x.tokens) return;
   const uint32_t count = static_cast<uint32_t>(x.tokens) - first;  // of tokens from here on
 
