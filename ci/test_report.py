@@ -9,7 +9,6 @@ import math
 import os
 import re
 import shutil
-import struct
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,7 @@ import figures  # noqa: E402
 import page  # noqa: E402
 import results as reading  # noqa: E402
 import tables  # noqa: E402
+import tiny_models  # noqa: E402
 
 CACHE = os.environ.get("KVQ_CACHE") or os.path.expanduser("~/.cache/kvqbench")
 STUDY = os.path.join(os.environ.get("KVQ_SHARED") or os.path.join(ROOT, "..", "shared"), "reference-study", "data")
@@ -199,14 +199,8 @@ def write_model(folder):
                             "self_attn.o_proj": [64, 128], "mlp.gate_proj": [48, 64], "mlp.up_proj": [48, 64],
                             "mlp.down_proj": [64, 48], "input_layernorm": [64], "post_attention_layernorm": [64]}.items():
             shapes[f"model.layers.{layer}.{name}"] = shape
-    random, header, data = np.random.default_rng(1), {}, b""
-    for name, shape in shapes.items():
-        part = (random.normal(0, 0.3, shape) if len(shape) > 1 else np.ones(shape)).astype("<f4").tobytes()
-        header[name + ".weight"] = {"dtype": "F32", "shape": shape, "data_offsets": [len(data), len(data) + len(part)]}
-        data += part
-    text = json.dumps(header).encode()
-    with open(os.path.join(folder, "model.safetensors"), "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text + data)
+    tiny_models.write_tensors(os.path.join(folder, "model.safetensors"), {name + ".weight": shape for name, shape in shapes.items()},
+                              np.random.default_rng(1))
     return sum(math.prod(shape) for shape in shapes.values())
 
 
