@@ -1,10 +1,12 @@
 // safetensors, config.json and datasets: what is right is read, what lies is refused with one clear line.
 #include <gtest/gtest.h>
 
+#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <map>
+#include <optional>
 #include <regex>
 #include <set>
 
@@ -334,10 +336,12 @@ TEST(Dataset, AnyTextFileOrFolderIsACorpus) {
   EXPECT_EQ(LoadCorpus("", (dir / "b.txt").string()).text, "second");
   EXPECT_EQ(LoadCorpus("", dir.string()).text, "first é\n\nsecond");
   EXPECT_EQ(LoadCorpus("", (dir / "b.txt").string()).sha256, Sha256("second"));
+  const char* was = std::getenv("KVQ_DATASETS");
+  const std::optional<std::string> before = was != nullptr ? std::optional<std::string>(was) : std::nullopt;
   setenv("KVQ_DATASETS", dir.c_str(), 1);
   Write(dir / "wikitext2.txt", "local");
   EXPECT_EQ(LoadCorpus("wikitext2", "").text, "local");
-  unsetenv("KVQ_DATASETS");
+  before ? setenv("KVQ_DATASETS", before->c_str(), 1) : unsetenv("KVQ_DATASETS");
 }
 
 TEST(Dataset, RefusesWhatIsNoText) {

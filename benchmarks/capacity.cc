@@ -6,13 +6,15 @@
 // by formula for any length, and held against its tensors in every run), and workspace_bytes, which is measured: the peak of
 // small runs without those two, of the prompt and of the steps apart. Beyond two chunks of a prompt nothing in it grows but
 // with the context, so two contexts give it for all, a + b context (where it grows, three on a line); and two batches, with as
-// many tokens fed at once as the limit will have, for all batches (`workspace_*_bytes/ctx:N/batch:B/chunk:C`, in the JSON alone, are what the runs had). Half a percent of what weights leave is kept free.
+// many tokens fed at once as the limit will have, for all batches (`workspace_*_bytes/ctx:N/batch:B/chunk:C`, in the JSON alone, are what the runs had).
+// Half a percent of what weights leave is kept free, but by a batch that has been tried.
 //
 // On a GPU what counts is what libtorch's allocator has to take from the device. The cache's tensors are laid into its pieces one
 // by one (GpuPieces). Of what else lives it takes more than tensors have, and less than where there is plenty: between the two,
-// runs of the longer prompt under smaller and smaller limits find what is enough (allocator_bytes: so much more than tensors;
+// runs of the longer prompt under smaller and smaller limits find what is enough (allocator_bytes: so much more than tensors, or less,
+// where they lie in what is free; workspace_bytes has that and what the cache's pieces are larger than its tensors;
 // at a limit, where the cache leaves other pieces free, up to 22 MiB more were seen). Of few sequences one is more than that is
-// worth: where the memory is at hand, largest_batch has been tried, and one more. CUDA's own context, modules and graphs come on top (driver_bytes, where NVML says it): a card's
+// worth: where the memory is at hand, largest_batch has been tried, and one more (batch_tried: 1). CUDA's own context, modules and graphs come on top (driver_bytes, where NVML says it): a card's
 // memory_bytes is its total without those, and without --memory it is so by what the driver says. On a CPU
 // it is the process's resident memory, libraries included; while it is measured, freed memory is not kept, and large tensors
 // are resident whole.
@@ -204,10 +206,11 @@ class Planner {
   GpuPieces pieces_;    // what is free in what the allocator has taken then
   double outside_ = 0;  // of the device, what libtorch's allocator has not, at most
   std::optional<double> driver_;  // of that this process's
-  double slack_ = 0;    // what the allocator takes beyond a run's tensors, held to the least
+  double slack_ = 0;    // what the allocator takes beyond a run's tensors, held to the least; below 0 where they lie in what is free
   Trend contexts_, batches_;
   double growth_ = 0;  // of work with a prompt's length, in small chunks, bytes a token
   int64_t longest_ = 0, largest_ = 0;
+  bool tried_ = false;  // the largest batch, and one more
   double last_peak_ = 0;  // of a run, as the memory counts
 };
 
@@ -356,9 +359,11 @@ void Planner::PlanBatch() {
   Extend(batches_, growth_ * static_cast<double>(cell_.context) / static_cast<double>(cell_.batch), prompt, plan);
   plan();
   // Where few fit, one is more than what is in doubt: then it is tried.
-  if (!gpu_ || largest_ == 0 || (largest_ + 1) * cell_.context > kTried || memory_ > Available()) return;
-  if (BatchFits(largest_)) {
-    while (BatchFits(largest_ + 1)) ++largest_;
+  const auto few = [&](int64_t batch) { return batch * cell_.context <= kTried; };
+  if (!gpu_ || memory_ <= held_ || !few(largest_ + 1) || (session_.options().memory > 0 && memory_ > Available())) return;
+  tried_ = true;
+  if (largest_ == 0 || BatchFits(largest_)) {
+    while (few(largest_ + 1) && BatchFits(largest_ + 1)) ++largest_;
   } else {
     while (--largest_ > 0 && !BatchFits(largest_)) {}
   }
@@ -406,6 +411,7 @@ Counters Planner::Plan() {
   Counters counters = {{"longest_context", static_cast<double>(longest_)},
                        {"longest_context_of_model", static_cast<double>(model_.config().max_position_embeddings)},
                        {"largest_batch", static_cast<double>(largest_)},
+                       {"batch_tried", tried_ ? 1.0 : 0.0},
                        {"memory_bytes", memory_},
                        {"weights_bytes", held_}};
   if (longest_ > 0) {

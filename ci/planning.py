@@ -44,7 +44,7 @@ class Costs:
 
     def __post_init__(self):
         self.kld = numpy.maximum(numpy.asarray(self.kld, float), 0)
-        self.bytes = numpy.asarray(self.bytes, numpy.int64)
+        self.bytes = numpy.rint(self.bytes).astype(numpy.int64)
 
     @property
     def sites(self):

@@ -22,7 +22,9 @@ class Vllm(Engine):
     scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
 
     def options(self, table):
-        return [Option(NONE, word="auto"), *preset_options(table, "vllm-", r"--kv-cache-dtype (\S+)")]
+        options = [Option(NONE, word="auto"), *preset_options(table, "vllm-", r"--kv-cache-dtype (\S+)")]
+        # Which layers TurboQuant leaves dense where some keep no tokens is not known here.
+        return [option for option in options if not (table.gaps and option.word.startswith("turboquant_"))]
 
     def forced(self, option, layers):
         n = min(2, layers // 2) if option.word.startswith("turboquant_") else 0
