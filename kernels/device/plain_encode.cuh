@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(32 * kWarps, OwnBlocks(kOwn))
       for (int i = 0; i < kOdd<S>; ++i) {
         uint8_t* const to = odd_rows + token * kOddBytes + i * (kDim / 8) + place * (kFields / 4);
         if constexpr (kFields == 8) {
-          static_assert(kThree);  // MoveThrees has put them into the upper bytes
+          static_assert(kThree || kOdd<S> == 0);  // MoveThrees has put them into the upper bytes
           to[0] = static_cast<uint8_t>(odd[i] >> 8), to[1] = static_cast<uint8_t>(odd[i] >> 24);
         } else {
           to[0] = static_cast<uint8_t>(odd[i] | odd[i] >> (16 - kFields));
