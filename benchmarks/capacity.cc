@@ -6,18 +6,18 @@
 // by formula for any length, and held against its tensors in every run), and workspace_bytes, which is measured: the peak of
 // small runs without those two, of the prompt and of the steps apart. Beyond two chunks of a prompt nothing in it grows but
 // with the context, so two contexts give it for all, a + b context (where it grows, three on a line); and two batches, with as
-// many tokens fed at once as the limit will have, for all batches (`workspace_*_bytes/ctx:N/batch:B/chunk:C`, in the JSON alone, are what the runs had).
-// Half a percent of what weights leave is kept free, but by a batch that has been tried.
+// many tokens fed at once as the limit will have, for all batches (`workspace_*_bytes/ctx:N/batch:B/chunk:C`, in the JSON alone,
+// are what the runs had). Half a percent of what weights leave is kept free, but by a batch that has been tried.
 //
 // On a GPU what counts is what libtorch's allocator has to take from the device. The cache's tensors are laid into its pieces one
 // by one (GpuPieces). Of what else lives it takes more than tensors have, and less than where there is plenty: between the two,
-// runs of the longer prompt under smaller and smaller limits find what is enough (allocator_bytes: so much more than tensors, or less,
-// where they lie in what is free; workspace_bytes has that and what the cache's pieces are larger than its tensors;
-// at a limit, where the cache leaves other pieces free, up to 22 MiB more were seen). Of few sequences one is more than that is
-// worth: where the memory is at hand, largest_batch has been tried, and one more (batch_tried: 1). CUDA's own context, modules and graphs come on top (driver_bytes, where NVML says it): a card's
-// memory_bytes is its total without those, and without --memory it is so by what the driver says. On a CPU
-// it is the process's resident memory, libraries included; while it is measured, freed memory is not kept, and large tensors
-// are resident whole.
+// runs of the longer prompt under smaller and smaller limits find what is enough (allocator_bytes: so much more than tensors, or
+// less, where they lie in what is free; workspace_bytes has that and what the cache's pieces are larger than its tensors; at a
+// limit, where the cache leaves other pieces free, up to 22 MiB more were seen). Of few sequences one is more than that is worth:
+// where the memory is at hand, largest_batch has been tried, and one more (batch_tried: 1). CUDA's own context, modules and graphs
+// come on top (driver_bytes, where NVML says it): a card's memory_bytes is its total without those, and without --memory it is so
+// by what the driver says. On a CPU it is the process's resident memory, libraries included; while it is measured, freed memory is
+// not kept, and large tensors are resident whole.
 //
 // --check-capacity holds the predictions against runs at the limit, and 2 % beyond it: on a GPU the allocator is held to
 // memory_bytes, so that the first must succeed and the second run out of memory; on a CPU the peak of resident memory is
