@@ -18,7 +18,9 @@
 // - Warps share nothing while they stream: each has a ring of tiles in shared memory, filled by its own cp.async,
 //   16 bytes a lane, in a swizzle that keeps its reads free of bank conflicts.
 // - The tokens of a KV head are split among blocks by the lengths in device memory, in a grid sized by the
-//   capacity alone, so that a captured graph serves every step; the last block to finish combines.
+//   capacity alone, so that a captured graph serves every step. The last ones to finish share a KV head's query heads and combine
+//   all blocks' parts. By then the weights of the product that follows are on their way, and a trip to device memory takes 2 us:
+//   few blocks are one cluster, and combine in shared memory.
 //
 // The query heads of a KV head are rows of one product, eight (kHeadTiles = 1) or sixteen: they share every load.
 #pragma once
@@ -32,7 +34,7 @@
 
 namespace kvq::decode_attention {
 
-inline constexpr int kMostSplits = 128;
+inline constexpr int kMostSplits = 128, kMostCluster = 8;
 inline constexpr uint32_t kBrokenBits = 0x80808080;  // of a codec's Broken
 
 // Where the kernel keeps what blocks tell each other, per KV head of a sequence ("pair"): a counter of blocks
@@ -386,15 +388,16 @@ __device__ __forceinline__ void Shelve(const Partial<C>& dense, float* shelf, in
   __syncwarp();
 }
 
-// Adds up the block's warps, with one reference for each head, into a slot of the workspace. `dense` is what a warp
-// has of dense tokens beside those of codes, where `has_dense`.
+// Adds up the block's warps, with one reference for each head, into a slot of the workspace; or of a cluster, into the block's
+// own shared memory: the first warp's rows and sums behind all warps'. `dense` is what a warp has of dense tokens beside those of
+// codes, where `has_dense`.
 template <class C>
 __device__ void Merge(const Partial<C>& partial, bool has_dense, const Partial<C>& dense, int ratio, std::byte* shared,
                       float2* slot_sums, float* slot_outputs) {
   constexpr bool kCodes = !C::V::kDense;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
   float* outputs = reinterpret_cast<float*>(shared);  // [warp, head, kHeadStride]
-  float2* sums = reinterpret_cast<float2*>(outputs + C::kWarps * C::kHeads * C::kHeadStride);  // [warp, head]
+  float2* sums = reinterpret_cast<float2*>(shared + C::kSumsAt);  // [warp, head]
   __syncthreads();  // the rings are done with
   const auto over_rows = [](float x) {
 #pragma unroll
@@ -466,25 +469,26 @@ __device__ void Merge(const Partial<C>& partial, bool has_dense, const Partial<C
       sum.x = fmaf(factor, x.x, sum.x), sum.y = fmaf(factor, x.y, sum.y);
       sum.z = fmaf(factor, x.z, sum.z), sum.w = fmaf(factor, x.w, sum.w);
     }
-    *reinterpret_cast<float4*>(slot_outputs + head * C::kDim + channel) = sum;
+    *reinterpret_cast<float4*>(slot_outputs + head * (C::kCluster > 1 ? C::kHeadStride : C::kDim) + channel) = sum;
     if (channel == 0) slot_sums[head] = {m, l};
   }
   __syncthreads();  // before the memory is used again
 }
 
-// The last block of a pair: the sum over all slots, divided by the sum of weights. Everything is read by as many
+// So many heads of a pair from `first_head` on: the sum over all slots, divided by the sum of weights. Everything is read by as many
 // loads at a time as registers hold: here latency is all there is.
 template <class C>
-__device__ void Combine(const DecodeAttentionArgs& args, int pair, int slots, int ratio, std::byte* shared,
+__device__ void Combine(const DecodeAttentionArgs& args, int pair, int slots, int ratio, int first_head, int heads, std::byte* shared,
                         const float2* sums, const float* outputs) {
   constexpr int kBatch = 18;
   constexpr int kMostSlots = (kMostSplits + 31) / 32 * 32;
   float* weights = reinterpret_cast<float*>(shared);  // [head, slot]
-  float4* shares = reinterpret_cast<float4*>(shared + (ratio * slots * 4 + 15) / 16 * 16);
+  float4* shares = reinterpret_cast<float4*>(shared + (heads * slots * 4 + 15) / 16 * 16);
   float4* turned = shares + C::kThreads;  // [head, channel], where outputs are turned back
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   // Four channels of a head a thread; where there are threads to spare, they share the slots among them.
-  const int columns = ratio * (C::kDim / 4), parts = max(C::kThreads / columns, 1);
+  const int columns = heads * (C::kDim / 4), of_slot = ratio * (C::kDim / 4), before = first_head * (C::kDim / 4);
+  const int parts = max(C::kThreads / columns, 1);
   const int part = threadIdx.x / min(columns, C::kThreads);
   for (int first = 0; first < columns; first += C::kThreads) {
     const int column = first + static_cast<int>(threadIdx.x) % min(columns, C::kThreads);
@@ -495,17 +499,17 @@ __device__ void Combine(const DecodeAttentionArgs& args, int pair, int slots, in
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         if (works && start + i * parts < slots) {
-          x[i] = __ldcg(reinterpret_cast<const float4*>(outputs) + (start + i * parts) * columns + column);
+          x[i] = __ldcg(reinterpret_cast<const float4*>(outputs) + (start + i * parts) * of_slot + before + column);
         }
       }
       if (first == 0 && start == part) {
-        for (int head = warp; head < ratio; head += C::kWarps) {
+        for (int head = warp; head < heads; head += C::kWarps) {
           float2 of[kMostSlots / 32];
           float m = kNoReference, l = 0;
 #pragma unroll
           for (int i = 0; i < kMostSlots / 32; ++i) {
             const int slot = lane + 32 * i;
-            of[i] = slot < slots ? __ldcg(&sums[slot * ratio + head]) : float2{kNoReference, 0};
+            of[i] = slot < slots ? __ldcg(&sums[slot * ratio + first_head + head]) : float2{kNoReference, 0};
           }
 #pragma unroll
           for (int i = 0; i < kMostSlots / 32; ++i) m = fmaxf(m, of[i].x);
@@ -517,7 +521,7 @@ __device__ void Combine(const DecodeAttentionArgs& args, int pair, int slots, in
           }
           for (int i = 16; i > 0; i /= 2) l += __shfl_xor_sync(~0u, l, i);
           if (args.sink_logits != nullptr) {
-            const int64_t of_all = static_cast<int64_t>(pair) * ratio + head;  // of all sequences' query heads
+            const int64_t of_all = static_cast<int64_t>(pair) * ratio + first_head + head;  // of all sequences' query heads
             l += ptx::Exp2(__ldcg(args.sink_logits + of_all % args.query_heads) * kLog2E - m);
           }
           const float scale = l == 0 ? 0 : 1 / l;
@@ -550,20 +554,105 @@ __device__ void Combine(const DecodeAttentionArgs& args, int pair, int slots, in
       const bool half = args.dtype == DType::kFloat16;
       const uint2 packed = {half ? ptx::PackHalf(sum.x, sum.y) : ptx::PackBFloat16(sum.x, sum.y),
                             half ? ptx::PackHalf(sum.z, sum.w) : ptx::PackBFloat16(sum.z, sum.w)};
-      static_cast<uint2*>(args.out)[static_cast<int64_t>(pair) * columns + column] = packed;
+      static_cast<uint2*>(args.out)[static_cast<int64_t>(pair) * of_slot + before + column] = packed;
     }
   }
   if constexpr (C::kTurnsValues) {
     __syncthreads();
-    for (int head = warp; head < ratio; head += C::kWarps) {
+    for (int head = warp; head < heads; head += C::kWarps) {
       float* row = reinterpret_cast<float*>(turned) + head * C::kDim;
       TurnBack(args.value_turn, row, C::kDim, lane);
       for (int i = lane; i < C::kDim / 2; i += 32) {
-        static_cast<uint32_t*>(args.out)[(static_cast<int64_t>(pair) * ratio + head) * (C::kDim / 2) + i] =
+        static_cast<uint32_t*>(args.out)[(static_cast<int64_t>(pair) * ratio + first_head + head) * (C::kDim / 2) + i] =
             args.dtype == DType::kFloat16 ? ptx::PackHalf(row[2 * i], row[2 * i + 1]) : ptx::PackBFloat16(row[2 * i], row[2 * i + 1]);
       }
     }
   }
+}
+
+// By every block when it has written its slot: the last `combiners` of a pair share its heads. They find all slots written when all
+// have come. More than one of them wait for each other, so that all blocks have to run at once.
+template <class C>
+__device__ __forceinline__ void CombineLast(const DecodeAttentionArgs& args, int pair, int splits, int combiners, int ratio,
+                                            std::byte* shared, const Workspace& workspace) {
+  __shared__ int before;
+  int* counter = &workspace.counters[pair];
+  __syncthreads();
+  if (threadIdx.x == 0) before = ptx::AddInOrder(counter, 1);
+  __syncthreads();
+  const int number = before - (splits - combiners);
+  if (number < 0) return;
+  if (threadIdx.x == 0) {
+    while (ptx::LoadInOrder(counter) < splits) {
+    }
+  }
+  __syncthreads();
+  const int seen = threadIdx.x == 0 ? atomicAdd(counter, 1) : 0;
+  const int each = (ratio + combiners - 1) / combiners, first_head = number * each;
+  const int64_t slots = static_cast<int64_t>(pair) * splits * ratio;
+  Combine<C>(args, pair, splits, ratio, first_head, min(each, ratio - first_head), shared,
+             static_cast<const float2*>(workspace.sums) + slots, workspace.outputs + slots * C::kDim);
+  if (seen == splits + combiners - 1) *counter = 0;  // of the last to have seen all
+}
+
+// The same where the blocks of a pair are a cluster: each combines some heads, from what Merge has left in all of them.
+template <class C>
+__device__ void CombineInCluster(const DecodeAttentionArgs& args, int pair, int rank, int ratio, std::byte* shared) {
+  constexpr int kFours = C::kDim / 4, kParts = C::kThreads / kFours;  // of a row; threads that share the blocks of one
+  constexpr int kFree = C::kHeads * C::kHeadStride * 4;               // behind the first warp's rows
+  static_assert(kFree + C::kThreads * 16 + C::kDim * 4 <= C::kSumsAt && C::kCluster <= kMostCluster);
+  const float* rows = reinterpret_cast<const float*>(shared);
+  const float2* sums = reinterpret_cast<const float2*>(shared + C::kBlockSumsAt);
+  float4* shares = reinterpret_cast<float4*>(shared + kFree);
+  float* row = reinterpret_cast<float*>(shares + C::kThreads);
+  const int lane = threadIdx.x % 32, column = threadIdx.x % kFours, part = threadIdx.x / kFours;
+  ptx::SyncCluster();
+#pragma unroll 1
+  for (int head = rank; head < ratio; head += C::kCluster) {
+    const float2 of = lane < C::kCluster ? *ptx::InBlock(sums + head, lane) : float2{kNoReference, 0};
+    float4 x[(C::kCluster + kParts - 1) / kParts];
+#pragma unroll
+    for (int i = 0; i < sizeof x / sizeof x[0]; ++i) {
+      const int block = min(part + i * kParts, C::kCluster - 1);
+      x[i] = *reinterpret_cast<const float4*>(ptx::InBlock(rows + head * C::kHeadStride + 4 * column, block));
+    }
+    float m = of.x;
+#pragma unroll
+    for (int i = 16; i > 0; i /= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, i));
+    const float factor = ptx::Exp2(of.x - m);
+    float l = factor * of.y;
+#pragma unroll
+    for (int i = 16; i > 0; i /= 2) l += __shfl_xor_sync(~0u, l, i);
+    const int64_t of_all = static_cast<int64_t>(pair) * ratio + head;  // of all sequences' query heads
+    if (args.sink_logits != nullptr) l += ptx::Exp2(__ldcg(args.sink_logits + of_all % args.query_heads) * kLog2E - m);
+    const float weight = l == 0 ? 0 : factor / l;
+    float4 sum = {0, 0, 0, 0};
+#pragma unroll
+    for (int i = 0; i < sizeof x / sizeof x[0]; ++i) {
+      const int block = part + i * kParts;
+      const float of_block = __shfl_sync(~0u, weight, min(block, C::kCluster));  // 0 of lanes without a block
+      sum.x = fmaf(of_block, x[i].x, sum.x), sum.y = fmaf(of_block, x[i].y, sum.y);
+      sum.z = fmaf(of_block, x[i].z, sum.z), sum.w = fmaf(of_block, x[i].w, sum.w);
+    }
+    shares[threadIdx.x] = sum;
+    __syncthreads();
+    if (part == 0) {
+#pragma unroll
+      for (int other = 1; other < min(kParts, C::kCluster); ++other) {
+        const float4 more = shares[other * kFours + column];
+        sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+      }
+      reinterpret_cast<float4*>(row)[column] = sum;
+    }
+    __syncthreads();
+    if (threadIdx.x >= 32) continue;
+    if constexpr (C::kTurnsValues) TurnBack(args.value_turn, row, C::kDim, lane);
+    for (int i = lane; i < C::kDim / 2; i += 32) {
+      static_cast<uint32_t*>(args.out)[of_all * (C::kDim / 2) + i] =
+          args.dtype == DType::kFloat16 ? ptx::PackHalf(row[2 * i], row[2 * i + 1]) : ptx::PackBFloat16(row[2 * i], row[2 * i + 1]);
+    }
+  }
+  ptx::SyncCluster();  // nobody leaves while others read
 }
 
 // The newest token of a pair, by the block's last two warps, keys and values, each in the stage of its ring that Start leaves free.
@@ -591,9 +680,8 @@ __device__ __forceinline__ void EncodeNewest(const DecodeAttentionArgs& args, in
 
 template <class C>
 __global__ void __maxnreg__(C::kRegisters)
-    Kernel(const __grid_constant__ DecodeAttentionArgs args, int splits) {
+    Kernel(const __grid_constant__ DecodeAttentionArgs args, int splits, int combiners) {
   extern __shared__ __align__(128) std::byte shared[];
-  __shared__ bool last;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
   // A part of a pair's query heads counts as a pair of its own in the workspace.
   const int part = blockIdx.x / splits, split = blockIdx.x % splits, pair = part / C::kParts;
@@ -601,6 +689,9 @@ __global__ void __maxnreg__(C::kRegisters)
   const Workspace workspace = LayOut(args.workspace, args.keys.batch * heads * C::kParts, splits, ratio, C::kDim);
   float2* sums = static_cast<float2*>(workspace.sums) + (static_cast<int64_t>(part) * splits + split) * ratio;
   float* outputs = workspace.outputs + (static_cast<int64_t>(part) * splits + split) * ratio * C::kDim;
+  if constexpr (C::kCluster > 1) {
+    sums = reinterpret_cast<float2*>(shared + C::kBlockSumsAt), outputs = reinterpret_cast<float*>(shared);
+  }
   const auto ring_of = [&](const SequenceLength& of) {
     return Ring<C>(args, pair, of, split, splits, ptx::SharedAddress(shared) + warp * C::kStages * C::kTileBytes);
   };
@@ -686,20 +777,16 @@ __global__ void __maxnreg__(C::kRegisters)
     }
     Merge<C>(partial, !C::V::kDense && has_dense, dense, ratio, shared, sums, outputs);
   } else {  // no tokens: the weight 0, and so outputs that are numbers
+    if constexpr (C::kCluster > 1) __syncthreads();  // the rings are done with
     if (threadIdx.x < ratio) sums[threadIdx.x] = {kNoReference, 0};
-    for (int i = threadIdx.x; i < ratio * C::kDim; i += C::kThreads) outputs[i] = 0;
+    for (int i = threadIdx.x; i < ratio * (C::kCluster > 1 ? C::kHeadStride : C::kDim); i += C::kThreads) outputs[i] = 0;
+  }
+  if constexpr (C::kCluster > 1) {
+    CombineInCluster<C>(args, part, split, ratio, shared);
+    return;
   }
 
-  // The block that finishes last for this pair finds all slots written.
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    last = ptx::AddInOrder(&workspace.counters[part], 1) == splits - 1;
-    if (last) workspace.counters[part] = 0;
-  }
-  __syncthreads();
-  if (last) {
-    Combine<C>(args, part, splits, ratio, shared, sums - split * ratio, outputs - static_cast<int64_t>(split) * ratio * C::kDim);
-  }
+  CombineLast<C>(args, part, splits, combiners, ratio, shared, workspace);
 }
 
 #endif  // __CUDACC__

@@ -90,8 +90,8 @@ std::string DecodeAttentionName(const Codec& keys, const Codec& values, const De
 // Bytes of workspace for these shapes on the current device; reads no pointer.
 int64_t DecodeAttentionWorkspace(const Codec& keys, const Codec& values, const DecodeAttentionArgs& args);
 
-// Asynchronous, one launch on `stream` (a cudaStream_t). Throws InputError for shapes that no kernel knows,
-// std::runtime_error when the launch fails.
+// Asynchronous, one launch on `stream` (a cudaStream_t), whose blocks may wait for each other: on one device at most two such
+// launches at a time. Throws InputError for shapes that no kernel knows, std::runtime_error when the launch fails.
 void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttentionArgs& args, void* stream);
 #endif
 

@@ -230,14 +230,14 @@ __device__ __forceinline__ void AttendRange(int first, int end, float cap, Parti
 }
 
 template <class C, bool kBFloat16>
-__global__ void __launch_bounds__(C::kThreads, 2) AnyKernel(const __grid_constant__ DecodeAttentionArgs args, int splits) {
+__global__ void __launch_bounds__(C::kThreads, 2) AnyKernel(const __grid_constant__ DecodeAttentionArgs args, int splits,
+                                                                    int combiners) {
   using K = typename C::K;
   using V = typename C::V;
   __shared__ __align__(16) float outputs[C::kWarps][C::kHeads][C::kDim];
   __shared__ float2 sums[C::kWarps][C::kHeads];
   // For Combine: [head, slot] weights, then shares of threads.
   __shared__ __align__(16) std::byte combine[C::kHeads * kMostSplits * 4 + C::kThreads * 16];
-  __shared__ bool last;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int part = blockIdx.x / splits, split = blockIdx.x % splits;  // part: kHeads query heads of a sequence
   const int heads = static_cast<int>(args.keys.heads), parts = static_cast<int>(args.query_heads) / heads / C::kHeads;
@@ -325,13 +325,7 @@ __global__ void __launch_bounds__(C::kThreads, 2) AnyKernel(const __grid_constan
     slot_outputs[static_cast<int64_t>(split) * C::kHeads * C::kDim + i] = sum;
     if (channel == 0) slot_sums[split * C::kHeads + head] = {m, l};
   }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    last = ptx::AddInOrder(&workspace.counters[part], 1) == splits - 1;
-    if (last) workspace.counters[part] = 0;
-  }
-  __syncthreads();
-  if (last) Combine<C>(args, part, splits, C::kHeads, combine, slot_sums, slot_outputs);
+  CombineLast<C>(args, part, splits, combiners, C::kHeads, combine, workspace);
 }
 
 }  // namespace kvq::decode_attention

@@ -52,11 +52,12 @@ struct Row : Codec_ {
 // Everything that is fixed when a kernel is compiled. The host chooses warps, stages, tokens of a tile and registers by
 // what the device has (attention.cc).
 template <class Keys, class Values, int kDim_, int kParts_, int kHeadTiles_, int kWarps_, int kStages_, int kTile_, int kRegisters_,
-          bool kWindow_, int kFlags_>
+          int kCluster_, bool kWindow_, int kFlags_>
 struct Config {
   static constexpr int kDim = kDim_, kHeadTiles = kHeadTiles_;
   static constexpr int kParts = kParts_;  // of a KV head's query heads, each for a block of its own
   static constexpr int kWarps = kWarps_, kStages = kStages_, kTile = kTile_, kRegisters = kRegisters_;
+  static constexpr int kCluster = kCluster_;  // blocks, all of a part; 1: they have only device memory in common
   static constexpr bool kWindow = kWindow_;  // tokens may be hidden by a sliding window
   static constexpr bool kTurnsKeys = (kFlags_ & 1) != 0, kTurnsValues = (kFlags_ & 2) != 0;
   static constexpr bool kApart = (kFlags_ & 4) != 0;  // values have lengths of their own, or a ring
@@ -82,7 +83,9 @@ struct Config {
   static_assert(kTile <= K::kTokens || K::kTokens == 1, "a tile has one group of tokens");
   static_assert(V::kTokens == 1 && !(kApart && (kTurnsKeys || kTurnsValues)));
   static constexpr int kHeadStride = kDim + 4;  // floats, in the merge: lanes of one store in different banks
-  static constexpr int kMergeBytes = kWarps * kHeads * (kHeadStride + 2) * 4;
+  // Rows and sums of the block's warps; then, of a cluster, sums of the block.
+  static constexpr int kSumsAt = kWarps * kHeads * kHeadStride * 4, kBlockSumsAt = kSumsAt + kWarps * kHeads * 8;
+  static constexpr int kMergeBytes = kBlockSumsAt + kHeads * 8;
   static constexpr int kShelfAt = std::max(kWarps * kStages * kTileBytes, (kMergeBytes + 127) / 128 * 128);
   // Turned queries, float32 [head, channel].
   static constexpr int kTurnedAt = kShelfAt + (kShelf ? kWarps * kHeads * kDim * 4 : 0);

@@ -147,6 +147,31 @@ __device__ __forceinline__ int AddInOrder(int* to, int x) {
   return before;
 }
 
+// Such a number, and what was written by those who added to it.
+__device__ __forceinline__ int LoadInOrder(const int* from) {
+  int x;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
+  return x;
+}
+
+// ---- clusters: blocks that run at the same time and see each other's shared memory, from sm_90 on
+
+// All threads of all blocks wait for each other, and see what the others wrote before.
+__device__ __forceinline__ void SyncCluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+// Where another block of the cluster has what this one has at `p` in its shared memory.
+template <typename T>
+__device__ __forceinline__ const T* InBlock(const T* p, int block) {
+  const T* there = p;
+#if __CUDA_ARCH__ >= 900
+  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(p), "r"(block));
+#endif
+  return there;
+}
+
 // ---- arithmetic
 
 // 2^x and log2 x by the special function unit: relative error 2^-22; 2^-inf = 0.

@@ -48,6 +48,7 @@ struct KernelLaunch {
   // reads what they write, or writes what they read. (Decode attention reads its lengths before, and again after:
   // device/attention.h, `early`.)
   bool early = true;
+  int cluster = 1;  // so many neighbouring blocks run at the same time and see each other's shared memory; above 1 from sm_90 on
 };
 
 // What kernels were compiled by and for, for results: "NVRTC 13.0, sm_90"; of a limit that was set, too.
