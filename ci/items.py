@@ -32,7 +32,9 @@ from dataclasses import dataclass, field
 import numpy
 from scipy import optimize, stats
 
-RESAMPLES, SEED, LEAST_SHARE, LEVEL = 10000, 42, 0.25, 0.05
+from results import LEAST_SHARE
+
+RESAMPLES, SEED, LEVEL = 10000, 42, 0.05
 POWER = 2.80  # of standard errors: 1.96 + 0.84
 HEADROOM = (0.30, 0.95)
 # What is compared: which way is better. The first three wherever items have them; of `drift` the others too.

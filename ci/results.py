@@ -23,6 +23,8 @@ NO_COUNTERS = {"name", "family_index", "per_family_instance_index", "run_name", 
                "repetition_index", "threads", "iterations", "real_time", "cpu_time", "time_unit", "aggregate_name",
                "aggregate_unit", "label", "error_occurred", "error_message", "skipped", "skip_message", "elapsed_s"}
 MIB = 2**20
+# Less of what attention read, or of a cache, encoded: its numbers say nothing of the scheme.
+LEAST_SHARE = 0.25
 # The study's measurements[]: its name, ours, our unit over its unit. Factors are powers of two, so exact.
 V2_VALUES = [
     ("prefill_ms", "prefill.prefill_ms", 1), ("prefill_tokens_per_sec", "prefill.tokens_per_s", 1),
@@ -83,6 +85,13 @@ class Cell:
     @property
     def superseded(self):
         return all(file.superseded_by for file in self.files)
+
+    def hardly_encoded(self, measurement):
+        """Why a measurement's numbers say nothing of the scheme: too little was encoded of what was read, or for kv_size of
+        the cache; empty where they may."""
+        share = self[measurement + ".encoded_share"]
+        of = "the cache" if measurement == "kv_size" else "what was read"
+        return f"hardly encoded, {100 * share:.0f} % of {of}" if share is not None and share < LEAST_SHARE else ""
 
     def layers(self, name):
         """Values of `name/layer:0`, `name/layer:1`, ..., None where there is none."""

@@ -46,8 +46,8 @@ BROKEN_PPL = 0.25
 BROKEN_TOP1 = 0.75
 # Of the right answers that `none` gives.
 BROKEN_TASK = 0.5
-# As ci/items.py has them: of what attention read, and of right answers.
-LEAST_SHARE, HEADROOM = 0.25, (0.30, 0.95)
+# Of right answers, as ci/items.py has it.
+HEADROOM = (0.30, 0.95)
 LEAST_RUNS = 3
 # kvqbench measures until a median is known to 1 %.
 SPEED_MARGIN = 0.01
@@ -173,9 +173,8 @@ def of_text(cell, measurement):
     found = Judged(cell, None, "", kld, cell[measurement + ".kld_floor_nats"], ppl, top1)
     if kld is None and ppl is None:
         return None
-    share = cell[measurement + ".encoded_share"]
-    if share is not None and share < LEAST_SHARE:
-        found.why = f"hardly encoded, {100 * share:.0f} % of what was read"
+    if hardly := cell.hardly_encoded(measurement):
+        found.why = hardly
     elif cell[measurement + ".windows"] == 1:
         found.why = "one window, which has no interval"
     elif not any(value and value.known for value in (kld, ppl)):
@@ -228,12 +227,11 @@ def of_tasks(cell, plain, pairs):
         score, theirs = number(cell, key), number(plain, key) if plain else None
         task = ("random needle" if key == "needle.needle_random_rate" else
                 measurement if key.endswith((".score", "needle_rate")) else key.replace(".", " "))
-        share = cell[measurement + ".encoded_share"]
         if theirs is None:
             verdict = "reference missing"
         elif not score.known or not theirs.known:
             verdict = "no interval"
-        elif share is not None and share < LEAST_SHARE:
+        elif cell.hardly_encoded(measurement):
             verdict = "hardly encoded"
         elif score.high < theirs.low:
             verdict = "worse"
@@ -357,9 +355,8 @@ def compare(cell, plain, key):
         return None
     if plain is None or plain[key] is None:
         return Compared(cell, "", "no unquantized time beside it")
-    share = cell["kv_size.encoded_share"]
-    if share is not None and share < LEAST_SHARE:
-        return Compared(cell, "", f"hardly encoded, {100 * share:.0f} % of the cache")
+    if hardly := cell.hardly_encoded("kv_size"):
+        return Compared(cell, "", hardly)
     if computed_in(cell) != computed_in(plain):
         return Compared(cell, "", "computed otherwise than the unquantized")
     (ours, wrong), (theirs, theirs_wrong) = time_of(cell, key, plain), time_of(plain, key, cell)
