@@ -170,6 +170,12 @@ class Command(unittest.TestCase):
         for name in ("llamacpp-of-plan-5", "vllm-of-plan-5"):
             self.assertIsNotNone(next(row for row in plan["rows"] if row["name"] == name)["kld"])
         self.assertIn("-ctk ", self.done.stdout)
+        # kivi-2 keeps more tokens in 16 bits than there are: it costs nothing, and nobody is beaten by it.
+        kivi = next(row for row in plan["rows"] if row["name"] == "kivi-2")
+        self.assertEqual((kivi["hardly_encoded"], kivi["front"]), ("hardly encoded, 0 % of what was read", False))
+        self.assertIn("kivi-2: hardly encoded, 0 % of what was read at 64 tokens, so nothing can be said of what it costs.", self.done.stdout)
+        self.assertRegex(self.done.stdout, r"\| kivi-2 +\|[^|]*\| -[^|]*\| -[^|]*\| hardly encoded, 0 % of what was read +\| - ")
+        self.assertEqual({row["name"] for row in plan["rows"] if row["hardly_encoded"]}, {"kivi-2"})
         self.assertGreater(sum(row["kind"] == "plan" for row in plan["rows"]), 1)
         front = [row for row in plan["rows"] if row["front"]]
         for a, b in zip(front, front[1:]):
@@ -206,6 +212,17 @@ class Command(unittest.TestCase):
         self.assertLessEqual(plan["rounds"][0]["predicted"], wanted)
         self.assertLess(next(row for row in plan["rows"] if row["name"] == plan["name"])["bits_per_element"], 8.5)
 
+    def test_where_hardly_anything_is_encoded_no_plan_is_made(self):
+        out = os.path.join(self.folder, "dense")
+        for flags, line in ((["--budget=5bits"], "q8_0@residual=64: hardly encoded, 0 % of the cache at 64 tokens"),
+                            # Bytes of 256 tokens can be planned, what schemes cost cannot be seen on 64.
+                            (["--budget=60KiB@256"], "q8_0@residual=64: hardly encoded, 0 % of what was read at 64 tokens")):
+            done = self.plan(*flags, "--frame=@residual=64", "--out=" + out)
+            self.assertEqual(done.returncode, 2, done.stderr)
+            self.assertIn(line, done.stderr.splitlines()[-1])
+            self.assertIn("a longer context (--contexts", done.stderr.splitlines()[-1])
+            self.assertFalse(os.path.exists(os.path.join(out, "sensitivity.json")))
+
     def test_of_latents(self):
         model, out = os.path.join(self.folder, "latents"), os.path.join(self.folder, "out-latents")
         tiny_models.write(model, "deepseekv2-lite")
@@ -234,7 +251,8 @@ class Command(unittest.TestCase):
         for flags, line in (
                 (["--budget=4.5"], "--budget: BITSbits or SIZE@CONTEXT"), (["--budget=1bits"], "no plan of these candidates fits 1bits"),
                 ([], "wants --budget or --kld"), (["--budget=4bits", "--kld=1"], "wants --budget or --kld"),
-                (["--budget=4bits", "--candidates=q9_9"], "q9_9"), (["--budget=4bits", "--schemes=none"], "--schemes is ci/plan's own"),
+                (["--budget=4bits", "--candidates=q9_9"], "q9_9"),
+                (["--budget=4bits", "--candidates=none"], "--candidates: wants a scheme"), (["--budget=4bits", "--schemes=none"], "--schemes is ci/plan's own"),
                 (["--budget=4bits", "--models=a,b"], "wants one model"), (["--kld=x"], "--kld: nats a token"),
                 (["--budget=4bits", "--rounds=9"], "--rounds: a whole number from 0 to 4"),
                 (["--budget=4bits", "--max-minutes=0.0001"], "--max-minutes"), (["--budget=4bits", "--max-minutes=x"], "--max-minutes: minutes"),
