@@ -344,18 +344,22 @@ def name_cells(axis, cells, xs, points, fronts, fast, which):
 
 
 def pareto_kld(results, cells):
+    hardly = {c.spec for c in cells if c.hardly_encoded("perplexity")}
+    cells = [c for c in cells if not c.hardly_encoded("perplexity")]
+    left_out = sorted(hardly - {c.spec for c in cells if c["perplexity.kld_nats"] is not None}, key=spec_order)
+    left_out = f" Hardly encoded and left out: {', '.join(left_out)}." if left_out else ""
     drawn = pareto_panels(results, cells, "perplexity.kld_nats", "KLD, nats", "less", True, interval=True)
     if drawn:
         words = ("KL divergence against bits per element, with 95 % intervals; the schemes that no other beats in both are joined" +
                  (" and named in bold, dashed those of formats that encode every token as it comes (hf-* and kivi-* keep the "
                   "newest in 16 bits). What lies on each other stands side by side; arrows lead from an engine's unrotated "
                   "format to the same rotated." if any(row["engine"] for row in drawn[1]) else "."))
-        return Drawing(drawn[0], words, drawn[1])
+        return Drawing(drawn[0], words + left_out, drawn[1])
     drawn = pareto_panels(results, cells, "perplexity.delta_ppl", "|change of ppl|", "less", True)
     if drawn:
         return Drawing(drawn[0], "Change of perplexity against bits per element (no KL divergence was measured); the "
-                       "schemes that no other beats in both are joined.", drawn[1])
-    return "no KL divergence beside the bits per element"
+                       "schemes that no other beats in both are joined." + left_out, drawn[1])
+    return "no KL divergence beside the bits per element" + ("." + left_out if left_out else "")
 
 
 def pareto_decode(results, cells):

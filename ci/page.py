@@ -160,7 +160,7 @@ def warnings(results, missing=()):
             busy.append(f"{file.path}: load {load[0]:.1f} on {cores} cores")
         if file.facts.get("cpu_scaling_enabled"):
             scaled.append(file.path)
-    spread, single, noise, zero, throttled, disturbed, shared, overflow, unfused = ([] for _ in range(9))
+    spread, single, noise, zero, throttled, disturbed, shared, overflow, unfused, hardly = ([] for _ in range(10))
     for cell in current:
         for key, value in cell.values.items():
             if key.endswith("tokens_per_s") and value:
@@ -174,6 +174,8 @@ def warnings(results, missing=()):
                 disturbed.append(f"{name(cell)}: {key.split('.')[0]}{why(cell, key, 'disturbed')}")
             if key.endswith(".foreign_processes") and value:
                 shared.append(f"{name(cell)}: {key.split('.')[0]}{why(cell, key, 'foreign processes')}")
+            if key.endswith(".encoded_share") and (reason := cell.hardly_encoded(key.split(".")[0])):
+                hardly.append(f"{name(cell)}: {key.split('.')[0]}: {reason}")
             if key.endswith(".samples") and value == 1:
                 single.append(f"{name(cell)}: {key.split('.')[0]}")
         if cell["prefill.prefill_ms"] is not None and cell["prefill.prefill_ms_min"] is None:
@@ -203,6 +205,7 @@ def warnings(results, missing=()):
         ("Changing clock", "The processor may change its clock; times vary with it.", scaled),
         ("Spread", "The fastest and the slowest repetition are more than 10 % apart.", spread),
         ("More memory than the device has", "Part of it lay elsewhere; times are not the device's own.", overflow),
+        ("Hardly encoded", "Too few encoded tokens: these numbers say nothing of the scheme.", hardly),
         ("Within the noise", "The KL divergence is not above what rounding alone does.", noise),
         ("Below its own confidence", "The interval of the change of perplexity has 0 in it: no change is shown.", zero),
         ("Not fused", "Backend fused has no kernel for these; they were decoded as said.", unfused),

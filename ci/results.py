@@ -88,10 +88,10 @@ class Cell:
 
     def hardly_encoded(self, measurement):
         """Why a measurement's numbers say nothing of the scheme: too little was encoded of what was read, or for kv_size of
-        the cache; empty where they may."""
-        share = self[measurement + ".encoded_share"]
-        of = "the cache" if measurement == "kv_size" else "what was read"
-        return f"hardly encoded, {100 * share:.0f} % of {of}" if share is not None and share < LEAST_SHARE else ""
+        the cache; empty where they may, and of `none`, which is to encode nothing."""
+        share, of = self[measurement + ".encoded_share"], "the cache" if measurement == "kv_size" else "what was read"
+        hardly = share is not None and share < LEAST_SHARE and self.spec.split("@")[0] != "none"
+        return f"hardly encoded, {100 * share:.0f} % of {of}" if hardly else ""
 
     def layers(self, name):
         """Values of `name/layer:0`, `name/layer:1`, ..., None where there is none."""

@@ -501,6 +501,14 @@ class Kept(unittest.TestCase):
         self.assertTrue(any(np.allclose(line.get_ydata(), floor, rtol=0.05) for line in axis.get_lines()
                             if line.get_linestyle() != "-" and len(line.get_ydata()) == 2))
 
+    def test_what_is_hardly_encoded_is_left_out(self):
+        results = made_up(["none", "int8-hqq", "int4-hqq"])
+        for cell in results.cells:
+            cell.values["perplexity.encoded_share"] = {"none": 0, "int8-hqq": 0.25, "int4-hqq": 0.24}[cell.spec]
+        of = costs.pareto_kld(results, results.cells)
+        self.assertEqual([row["spec"] for row in of.rows], ["int8-hqq", "none"])
+        self.assertTrue(of.alt.endswith(" Hardly encoded and left out: int4-hqq."), of.alt)
+
     def test_floors_that_are_no_floors(self):
         for floor, words in ((-1.7e-9, None), (0.0, None), (1e-12, "16 bits: rounding alone, 1e-12")):
             for batches in ((1,), (1, 2)):

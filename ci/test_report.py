@@ -502,17 +502,18 @@ class Numbers(unittest.TestCase):
             "perplexity.kld_nats": 0.002, "perplexity.kld_nats_lo": 0.0009, "perplexity.kld_floor_nats": 0.001,
             "perplexity.delta_ppl": 0.01, "perplexity.delta_ppl_lo": -0.01, "perplexity.delta_ppl_hi": 0.03,
             "decode.throttled": 1, "prefill.throttled": 0, "prefill.foreign_processes": 2,
-            "quantize.disturbed": 1, "prefill.disturbed": 0})
+            "quantize.disturbed": 1, "prefill.disturbed": 0, "needle.encoded_share": 0.24, "kv_size.encoded_share": 0.25})
         cell.texts["decode.label"] = "cuda Half, sdpa; throttled: power cap; energy by NVML's counter"
         cell.skipped = {"needle": "failed: no", "memory": "skipped: CUDA", "error": "skipped: nothing is encoded"}
         found = {kind: cases for kind, _, cases in page.warnings(results)}
         self.assertEqual({kind: len(cases) for kind, cases in found.items()}, {
             "Failed": 1, "Throttled": 1, "Disturbed": 1, "Shared GPU": 1, "Busy machine": 1, "Spread": 1, "Within the noise": 1,
-            "Below its own confidence": 1, "Skipped": 1})
+            "Below its own confidence": 1, "Skipped": 1, "Hardly encoded": 1})
+        self.assertEqual(found["Hardly encoded"], ["m, b, int8-hqq, 1k, batch 1: needle: hardly encoded, 24 % of what was read"])
         self.assertEqual(found["Throttled"], ["m, b, int8-hqq, 1k, batch 1: decode.throttled (throttled: power cap)"])
         cell.values.update({"perplexity.kld_nats_lo": 0.0015, "perplexity.delta_ppl_lo": 0.001,
                             "decode.tokens_per_s_min": 9.8, "decode.tokens_per_s_max": 10.2})
-        del cell.values["decode.throttled"], cell.values["prefill.foreign_processes"], cell.values["quantize.disturbed"]
+        del cell.values["decode.throttled"], cell.values["needle.encoded_share"], cell.values["prefill.foreign_processes"], cell.values["quantize.disturbed"]
         cell.skipped, file.facts["load_avg"] = {}, [0.5]
         self.assertEqual(page.warnings(results), [])
 

@@ -278,6 +278,16 @@ def a_task_that_none_always_solves_has_no_headroom(rules):
     says(results, rules, "cannot", "no headroom in needle")
 
 
+@planted(('        elif cell.hardly_encoded(measurement):\n            verdict = "hardly encoded"\n', ""))
+def a_task_that_reads_hardly_anything_encoded_says_nothing(rules):
+    results = Planted()
+    results.cell("none", bits=16, needle__needle_rate=0.8, needle__needle_rate_lo=0.7, needle__needle_rate_hi=0.9)
+    results.text("int4", (0.001, 0.0009, 0.0011), bits=12.0, **{
+        "needle.needle_rate": 0.6, "needle.needle_rate_lo": 0.5, "needle.needle_rate_hi": 0.65, "needle.encoded_share": 0.2})
+    says(results, rules, "free", "int4")
+    says(results, rules, "cannot", "hardly encoded in needle")
+
+
 @planted(('        if row.verdict == "worse":', '        if row.verdict == "no such":'))
 def items_answered_worse_are_a_cost(rules):
     results = Planted()
