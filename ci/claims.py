@@ -12,8 +12,9 @@ from statistics import median
 
 import numpy as np
 
-import tables
 from results import MIB
+from study_tables import PHASES, csv_label, delta_text, largest_context, phase_rows
+from tables import STUDY_SPEC, context_label, file_name, has_numbers, model_name, spec_order, write_csv
 
 
 @dataclass
@@ -43,7 +44,7 @@ def kurtosis_points(results, cells):
     """One point a model and spec of 2 or 4 bits: (model, spec, mean kurtosis of keys, |delta ppl|), at the longest
     context; the study's figure."""
     points = []
-    for (model, backend, spec), cell in sorted(tables.largest_context(cells).items()):
+    for (model, backend, spec), cell in sorted(largest_context(cells).items()):
         of = results.distribution(model)
         if of is not None and spec in ("int4-hqq", "int2-hqq") and cell["perplexity.delta_ppl"] is not None:
             points.append((model, spec, of["distribution.kurtosis_k_mean"], abs(cell["perplexity.delta_ppl"])))
@@ -51,7 +52,7 @@ def kurtosis_points(results, cells):
 
 
 def name(cell):
-    return f"{tables.model_name(cell.model)} {tables.csv_label(cell.spec)} {tables.context_label(cell.context)}"
+    return f"{model_name(cell.model)} {csv_label(cell.spec)} {context_label(cell.context)}"
 
 
 def names(cells, most=6):
@@ -88,7 +89,7 @@ def decode_is_decode(results, cells):
                 key=lambda c: c["decode.tokens_per_s_net"] / c["decode.tokens_per_s"])
     yield Claim(
         "decode_tok_s is the speed of decoding.", "phase_b_long_context.csv, profiling_table_all.tex",
-        "Peak memory grows by " + ", ".join(f"{slope:.2f} ({tables.model_name(model)})"
+        "Peak memory grows by " + ", ".join(f"{slope:.2f} ({model_name(model)})"
                                             for model, slope in slopes.items()) +
         " bytes for every byte that the KV cache grows by: the cache is there three times, once because the timed loop "
         f"prefills the prompt again. Without that prefill {name(worst)} decodes "
@@ -157,7 +158,7 @@ def storage(results, cells):
     dense = {(c.model, c.backend, c.context): c["kv_size.kv_bytes"] for c in cells if c.spec == "none"}
     exact, quantized = [], []
     for c in cells:
-        found = tables.STUDY_SPEC.match(c.spec)
+        found = STUDY_SPEC.match(c.spec)
         plain = dense.get((c.model, c.backend, c.context))
         if found and plain and c["kv_size.kv_bytes"]:
             quantized.append(c)
@@ -195,13 +196,13 @@ def kivi_channels(results, cells):
 
 
 def gemma_unchanged(results, cells):
-    gemma = [c for c in tables.largest_context(cells).values() if "gemma" in c.model.lower()
+    gemma = [c for c in largest_context(cells).values() if "gemma" in c.model.lower()
              and c["perplexity.delta_ppl"] is not None]
     if gemma:
         yield Claim(
             "Gemma's change of perplexity is below 0.001.", "captions.md:213",
-            "It is " + ", ".join(f"{c['perplexity.delta_ppl']:+.4f} ({tables.csv_label(c.spec)})" for c in sorted(
-                gemma, key=lambda c: tables.spec_order(c.spec))) + ".",
+            "It is " + ", ".join(f"{c['perplexity.delta_ppl']:+.4f} ({csv_label(c.spec)})" for c in sorted(
+                gemma, key=lambda c: spec_order(c.spec))) + ".",
             all(abs(c["perplexity.delta_ppl"]) < 0.001 for c in gemma))
 
 
@@ -210,13 +211,13 @@ def window_length(results, cells):
     windows = {int(c["perplexity.window_tokens"]) for c in cells if c["perplexity.window_tokens"]}
     if longest and windows:
         yield Claim(
-            f"The change of perplexity at {tables.context_label(longest)} context.", "delta_ppl_cross_model.tex, caption",
+            f"The change of perplexity at {context_label(longest)} context.", "delta_ppl_cross_model.tex, caption",
             f"All perplexities are of windows of {' and '.join(map(str, sorted(windows)))} tokens, the same number at "
             "every context.", windows == {longest})
 
 
 def kivi_worse(results, cells):
-    largest = tables.largest_context(cells)
+    largest = largest_context(cells)
     pairs = [(c, largest.get((c.model, c.backend, "int2-hqq"))) for c in largest.values() if c.spec == "int2-hqq-kivi"]
     pairs = [(k, h) for k, h in pairs if h and None not in (k["perplexity.delta_ppl"], h["perplexity.delta_ppl"])]
     better = [(k, h) for k, h in pairs if k["perplexity.delta_ppl"] < h["perplexity.delta_ppl"]
@@ -225,17 +226,17 @@ def kivi_worse(results, cells):
         yield Claim(
             "KIVI is always worse than plain INT2.", "captions.md:91",
             f"It is better in {len(better)} of {len(pairs)} models" + "".join(
-                f"; {tables.model_name(k.model)}: {tables.delta_text(k['perplexity.delta_ppl'])}, not "
-                f"{tables.delta_text(h['perplexity.delta_ppl'])}" for k, h in better) + ".", not better)
+                f"; {model_name(k.model)}: {delta_text(k['perplexity.delta_ppl'])}, not "
+                f"{delta_text(h['perplexity.delta_ppl'])}" for k, h in better) + ".", not better)
 
 
 def readme_models(results, cells):
-    largest = tables.largest_context(cells)
+    largest = largest_context(cells)
     for model, stated in (("Qwen/Qwen3-8B", 96), ("01-ai/Yi-1.5-9B", 15)):
         cell = largest.get((model, "sdpa", "int2-hqq"))
         if cell and cell["perplexity.delta_ppl"] is not None and cell["perplexity.ppl_reference"]:
             percent = 100 * cell["perplexity.delta_ppl"] / cell["perplexity.ppl_reference"]
-            yield Claim(f"INT2 costs {tables.model_name(model)} +{stated} % of perplexity.", "README, table of models",
+            yield Claim(f"INT2 costs {model_name(model)} +{stated} % of perplexity.", "README, table of models",
                         f"{percent:+.1f} %.", abs(percent - stated) < 0.5)
 
 
@@ -259,7 +260,7 @@ def backends_agree(results, cells):
         yield Claim(
             "Attention backends are exchangeable: they are compared by speed.", "backend comparison, implied",
             "Perplexity differs by more than 1 %: " + "; ".join(
-                f"{tables.model_name(model)} " + ", ".join(f"{value:.3f} ({backend})" for backend, value in of.items())
+                f"{model_name(model)} " + ", ".join(f"{value:.3f} ({backend})" for backend, value in of.items())
                 for model, of in off) + "." if off else "Perplexities agree within 1 %.", not off)
 
 
@@ -277,7 +278,7 @@ def read_table(paths, file):
 def shipped_tables(results, cells, paths):
     phase_b = read_table(paths, "phase_b_long_context.csv")
     if phase_b and {"model", "kv_quant", "context_len"} <= set(phase_b[0]):
-        rows = tables.phase_rows(cells)
+        rows = phase_rows(cells)
         lacking = {row["model"] for row in rows} - {row["model"] for row in phase_b}
         yield Claim("The table has all of phase B.", "phase_b_long_context.csv",
                     f"It has {len(phase_b)} rows, the raw files have {len(rows)}" +
@@ -325,15 +326,15 @@ STATEMENTS = [decode_is_decode, several_runs, overhead_share, power_measured, ov
 
 def check(results, paths):
     """Every statement that the data at hand allow to check; nothing unless the study's own phase B is among them."""
-    run = next((run for run in results.runs() if tables.file_name(run) in tables.PHASES), None)
+    run = next((run for run in results.runs() if file_name(run) in PHASES), None)
     if run is None:
         return []
-    cells = [cell for cell in results.of(run) if tables.has_numbers(cell)]
+    cells = [cell for cell in results.of(run) if has_numbers(cell)]
     found = [claim for statement in STATEMENTS for claim in statement(results, cells)]
     return found + list(shipped_tables(results, cells, paths))
 
 
 def write(claims, folder):
     if claims:
-        tables.write_csv(os.path.join(folder, "published_statements.csv"), ["holds", "statement", "where", "finding"],
+        write_csv(os.path.join(folder, "published_statements.csv"), ["holds", "statement", "where", "finding"],
                          [vars(claim) for claim in claims])

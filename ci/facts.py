@@ -23,7 +23,7 @@ import math
 import re
 from dataclasses import dataclass
 
-import results as reading
+from results import kv_dtype
 
 SAME_INPUT = ("model", "tokenizer", "corpus_sha256", "protocol", "seed", "dtype", "kv_dtype")
 STORED = ("kv_bits",)  # of a dense element
@@ -69,7 +69,7 @@ def sides(results):
         measurements = {name.split(".", 1)[0] for name in [*cell.values, *cell.nulls, *cell.texts, *cell.skipped]}
         facts = cell.files[-1].facts
         conditions = {name: facts.get(name) for name in SAME_INPUT + SAME_ARITHMETIC}
-        conditions["kv_dtype"] = reading.kv_dtype(facts, cell.model)
+        conditions["kv_dtype"] = kv_dtype(facts, cell.model)
         conditions["bits"], conditions["kv_bits"] = (
             32 if conditions[name] == "Float" else 16 for name in ("dtype", "kv_dtype"))
         conditions["model"] = next((value for name, value in facts.items()  # by its name, or by its folder
@@ -77,7 +77,7 @@ def sides(results):
         conditions["tokenizer"] = facts.get(f"model_tokenizer {cell.model}")
         known = dict.fromkeys(cell.nulls) | cell.values
         for measurement in sorted(measurements):
-            name = f"{measurement}/{cell.model}/{cell.backend}/{cell.spec}/ctx:{cell.context}/batch:{cell.batch}"
+            name = f"{measurement}/{cell.place}"
             values = {key: value for key, value in known.items() if key.startswith(measurement + ".")}
             # What ran, without the notes and the type, which is a condition of its own.
             label = re.sub("^(cpu|cuda) (Float|Half|BFloat16),", r"\1,",

@@ -7,7 +7,7 @@ import random
 import re
 import subprocess
 
-import results as reading
+import reading
 import timing
 
 TIME = re.compile(r"(^|_)(ms|us|ns)(_|$)")

@@ -5,8 +5,8 @@ import operator
 import os
 import re
 
+import sentences
 import tables
-import verdict
 import writing
 from results import HERE
 from tables import columns_of, context_label, has_numbers, model_name, spec_order
@@ -62,9 +62,9 @@ def prose(text):
 
 def verdict_list(of, numbers):
     rows = []
-    for _, sentences in verdict.as_items(of):
-        texts = [sentence_html(sentence, numbers) for sentence in sentences]
-        kind, shown = sentences[0].kind, "; ".join(text for text, _ in texts) + "." * (sentences[0].kind == "cannot")
+    for _, found in sentences.as_items(of):
+        texts = [sentence_html(sentence, numbers) for sentence in found]
+        kind, shown = found[0].kind, "; ".join(text for text, _ in texts) + "." * (found[0].kind == "cannot")
         rest = [link for link in dict.fromkeys(link for _, links in texts for link in links) if link not in shown]
         tag = TAGS.get(kind, kind)
         rows.append(f'<li class="{kind.replace(" ", "-")}">' + (f'<span class="tag">{e(tag)}</span> ' if tag else "") + shown + (
@@ -150,14 +150,12 @@ def warnings(results, missing=()):
         notes = cell.texts.get(key.split(".")[0] + ".label", "").split("; ")[1:]
         return "".join(f" ({note})" for note in notes if note.startswith(word + ": "))
     current = results.current()
-    skipped = [(cell, measurement, reason) for cell in current for measurement, reason in cell.skipped.items()
-               if "nothing is encoded" not in reason]
+    skipped = [(cell, measurement, reason) for cell in current for measurement, reason in cell.not_measured.items()]
     failed = [item for item in skipped if not item[2].startswith("skipped")]
     busy, scaled = [], []
     for file in results.files:
-        load, cores = file.facts.get("load_avg"), file.facts.get("num_cpus")
-        if load and cores and load[0] > cores + 0.5:
-            busy.append(f"{file.path}: load {load[0]:.1f} on {cores} cores")
+        if file.busy:
+            busy.append(f"{file.path}: {file.busy}")
         if file.facts.get("cpu_scaling_enabled"):
             scaled.append(file.path)
     spread, single, noise, zero, throttled, disturbed, shared, overflow, unfused, hardly = ([] for _ in range(10))
@@ -180,8 +178,7 @@ def warnings(results, missing=()):
                 single.append(f"{name(cell)}: {key.split('.')[0]}")
         if cell["prefill.prefill_ms"] is not None and cell["prefill.prefill_ms_min"] is None:
             single.append(name(cell))
-        ran = tables.kernel_that_ran(cell, "decode") or ""
-        if cell.backend == "fused" and ran.startswith("sdpa"):
+        if ran := tables.unfused(cell):
             unfused.append(f"{name(cell)}: {ran}")
         floor, kld = cell["perplexity.kld_floor_nats"], cell["perplexity.kld_nats"]
         low = cell["perplexity.kld_nats_lo"]
@@ -325,8 +322,7 @@ def raw_section(cells):
                 f"{key} = {f'[{len(value)} numbers, in the file]' if isinstance(value, list) else repr(value)}")
         lines += [f"{key} = {text!r}" for key, text in sorted(cell.texts.items())]
         lines += [f"{key}: {reason}" for key, reason in sorted(cell.skipped.items())]
-        title = f"{cell.run}: {cell.model}/{cell.backend}/{cell.spec}/ctx:{cell.context}/batch:{cell.batch}"
-        parts.append(f'<details id="cell-{i}"><summary>{e(title)}</summary><pre tabindex="0">{e(chr(10).join(lines))}</pre>'
+        parts.append(f'<details id="cell-{i}"><summary>{e(f"{cell.run}: {cell.place}")}</summary><pre tabindex="0">{e(chr(10).join(lines))}</pre>'
                      "</details>")
     return f'<div class="cells">{"".join(parts)}</div>'
 
@@ -387,7 +383,7 @@ def write(results, drawn, missing, claims, written, folders, out):
                                   spec_order(c.spec)))
     kernels = sorted((cell for cell in results.current() if not has_numbers(cell) and tables.kernels_of(cell)),
                      key=lambda c: (c.run, c.model, c.batch, c.context, spec_order(c.spec)))
-    said = verdict.verdicts(results)
+    said = sentences.verdicts(results)
     linked = {id(cell): cell for of in said for sentence in of.sentences for cell in sentence.cells}
     raw = cells + kernels
     raw += [cell for key, cell in linked.items() if key not in {id(other) for other in raw}]

@@ -38,14 +38,11 @@ import sys
 import tempfile
 import time
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-ROOT = os.path.dirname(HERE)
-sys.path.insert(0, HERE)
-import interleave  # noqa: E402
-import results as reading  # noqa: E402
-import test_report  # noqa: E402
-import timing  # noqa: E402
-import verdicts  # noqa: E402
+import comparison
+import interleave
+import reading
+import timing
+from testing import HERE, ROOT, write_model
 
 # Where other work shares the cores, a run of the cell must be shorter than what the scheduler gives a process at a time.
 FLAGS = ["--schemes=int2-hqq@residual=16,int4-hqq@residual=16", "--contexts=32", "--dtype=float32", "--runs=601"]
@@ -241,7 +238,7 @@ def prove_times(pool, draws):
             ratios = blocks_of(pool, cell, statistic)
             low, high = timing.bootstrap(ratios)
             spread = timing.median(abs(value - timing.median(ratios)) for value in ratios)
-            estimate, low, high = (verdicts.percent(math.exp(x)) for x in (timing.hodges_lehmann(ratios), low, high))
+            estimate, low, high = (comparison.percent(math.exp(x)) for x in (timing.hodges_lehmann(ratios), low, high))
             show(f"  {cell}: planted {estimate} [{low}, {high}] over all rounds; a round is off by "
                  f"{100 * spread:.1f} % (median)")
         equal = draw(pool, cells, statistic, draws, same=True)
@@ -279,7 +276,7 @@ def main(arguments):
             pool = reading.read_json(kept_pool)
             show("codes: not tried, the pool is from before")
         if separate or not pool:
-            test_report.write_model(os.path.join(folder, "tiny"))
+            write_model(os.path.join(folder, "tiny"))
             with open(os.path.join(folder, "text.txt"), "w", encoding="utf-8") as file:
                 file.write("The capital of France is Paris. " * 800)
             flags = ["--models=" + os.path.join(folder, "tiny"), "--corpus-file=" + os.path.join(folder, "text.txt")]

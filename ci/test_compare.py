@@ -14,24 +14,19 @@ import shlex
 import shutil
 import stat
 import subprocess
-import sys
 import tempfile
 import unittest
 import xml.etree.ElementTree
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-ROOT = os.path.dirname(HERE)
-sys.path.insert(0, HERE)
+import yaml
 
-import yaml  # noqa: E402
+import commands
+import interleave
+import prove_gate
+import timing
+from testing import BASELINES, HERE, KVQBENCH, ROOT
 
-import commands  # noqa: E402
-import interleave  # noqa: E402
-import prove_gate  # noqa: E402
-import timing  # noqa: E402
-
-KVQBENCH = os.environ.get("KVQ_BENCH_EXE") or os.path.join(ROOT, "build", "release", "kvqbench")
-BASELINE = os.path.join(HERE, "baselines", "smollm2-135m-cpu-sdpa", "benchmarks.json")
+BASELINE = os.path.join(BASELINES, "smollm2-135m-cpu-sdpa", "benchmarks.json")
 compare = commands.load("compare")
 
 

@@ -8,30 +8,24 @@ import os
 import random
 import re
 import subprocess
-import sys
 import unittest
 import warnings
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-ROOT = os.path.dirname(HERE)
-sys.path.insert(0, HERE)
+import numpy as np
+from matplotlib.colors import to_hex
+from matplotlib.legend import Legend
+from matplotlib.text import Text
+from scipy.optimize import lsq_linear
 
-import numpy as np  # noqa: E402
-from matplotlib.colors import to_hex  # noqa: E402
-from matplotlib.legend import Legend  # noqa: E402
-from matplotlib.text import Text  # noqa: E402
-from scipy.optimize import lsq_linear  # noqa: E402
-
-import costs  # noqa: E402
-import drawing  # noqa: E402
-import figures  # noqa: E402
-import labels  # noqa: E402
-import results as reading  # noqa: E402
+import costs
+import drawing
+import figures
+import labels
+import reading
+from results import File, Results
+from testing import BASELINES, HERE, KVQBENCH, STUDY
 
 drawing.plt.rcParams["figure.max_open_warning"] = 0
-BASELINES = os.path.join(HERE, "baselines")
-STUDY = os.path.join(os.environ.get("KVQ_SHARED") or os.path.join(ROOT, "..", "shared"), "reference-study", "data")
-KVQBENCH = os.environ.get("KVQ_BENCH_EXE") or os.path.join(ROOT, "build", "release", "kvqbench")
 
 # Machado, Oliveira, Fernandes: A physiologically-based model for simulation of color vision deficiency, IEEE TVCG 15(6), 2009,
 # severity 1: linear RGB as one without red and one without green cones sees it.
@@ -168,8 +162,8 @@ CONTEXTS = [1024, 2048, 4096]
 
 def made_up(specs, models=("m",), contexts=CONTEXTS, speed=lambda i: 100 + 0.9 * i, seed=1, batches=(1,)):
     """Results in which every number of a spec is a number of its own, so that a point of a figure says whose it is."""
-    results, jitter = reading.Results(), random.Random(seed)
-    file = reading.File("f", "r", "benchmarks", "2026-01-01T00:00:00", {})
+    results, jitter = Results(), random.Random(seed)
+    file = File("f", "r", "benchmarks", "2026-01-01T00:00:00", {})
     results.files.append(file)
     for model in models:
         for i, spec in enumerate(specs):

@@ -14,7 +14,6 @@ import re
 import shlex
 import struct
 import subprocess
-import sys
 import tempfile
 import time
 import unittest
@@ -23,20 +22,16 @@ import urllib.request
 
 import yaml
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-CACHE = os.environ.get("KVQ_CACHE") or os.path.expanduser("~/.cache/kvqbench")
+import commands
+import handover
+from engine import SCALES_GIVEN, SCALES_OF_ONE, Score, neutral, turned
+from handover import ENGINES
+from specs import NONE, SIDES, Frame, Table, encodes, write_spec
+from testing import CACHE, ROOT
+
 PYTHON = os.path.join(CACHE, "parity-venv", "bin", "python")
 MODEL = os.path.join(CACHE, "models", "smollm2-135m")
-SERVER = os.environ.get("KVQ_SERVE_EXE", os.path.join(os.path.dirname(HERE), "build", "release", "kvqserve"))
-sys.path.insert(0, HERE)
-sys.dont_write_bytecode = True
-
-import commands  # noqa: E402
-import handover  # noqa: E402
-from engine import SCALES_GIVEN, SCALES_OF_ONE, Score, neutral, turned  # noqa: E402
-from handover import ENGINES  # noqa: E402
-from specs import NONE, SIDES, Frame, Table, encodes, write_spec  # noqa: E402
-
+SERVER = os.environ.get("KVQ_SERVE_EXE", os.path.join(ROOT, "build", "release", "kvqserve"))
 command = commands.load("handover")
 
 SPECS = ("none", "llamacpp-q4_0", "llamacpp-q8_0-q4_0-unrotated", "vllm-fp8", "vllm-turboquant-4bit-nc", "trtllm-nvfp4",
@@ -504,7 +499,7 @@ class Transformers(unittest.TestCase):
                         file.write(content)
                 expected.append([["DynamicLayer", 16] if keys == "none" else
                                  [("HQQ" if "hqq" in keys else "Quanto") + "QuantizedLayer", int(keys[3])] for keys, _ in made.assignment])
-            done = subprocess.run([PYTHON, "-c", RUNNER, os.path.join(os.path.dirname(HERE), "accuracy"), MODEL, json.dumps(jobs)],
+            done = subprocess.run([PYTHON, "-c", RUNNER, os.path.join(ROOT, "accuracy"), MODEL, json.dumps(jobs)],
                                   capture_output=True, text=True, check=False)
         self.assertEqual(done.returncode, 0, done.stderr[-2000:])
         theirs = [json.loads(line) for line in done.stdout.splitlines()]

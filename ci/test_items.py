@@ -7,19 +7,15 @@ import math
 import os
 import random
 import subprocess
-import sys
 import tempfile
 import unittest
 
 import numpy
 from scipy import stats
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, HERE)
-sys.dont_write_bytecode = True
-
-import commands  # noqa: E402
-import items  # noqa: E402
+import commands
+import items
+from testing import HERE
 
 paired = commands.load("paired")
 

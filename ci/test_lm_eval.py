@@ -19,18 +19,14 @@ import types
 import unittest
 import unittest.mock
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-GOLDEN = os.path.join(os.path.dirname(HERE), "accuracy", "golden", "lm_eval")
-CACHE = os.environ.get("KVQ_CACHE") or os.path.expanduser("~/.cache/kvqbench")
-SERVER = os.environ.get("KVQ_SERVE_EXE", os.path.join(os.path.dirname(HERE), "build", "release", "kvqserve"))
-sys.path.insert(0, HERE)
-sys.dont_write_bytecode = True
+import commands
+import items
+import lm_eval_items
+import reading
+from testing import CACHE, HERE, ROOT
 
-import commands  # noqa: E402
-import items  # noqa: E402
-import lm_eval_items  # noqa: E402
-import results  # noqa: E402
-
+GOLDEN = os.path.join(ROOT, "accuracy", "golden", "lm_eval")
+SERVER = os.environ.get("KVQ_SERVE_EXE", os.path.join(ROOT, "build", "release", "kvqserve"))
 command = commands.load("lm-eval")
 
 
@@ -206,7 +202,7 @@ class Command(unittest.TestCase):
             self.assertIn(words, done.stdout)
         path = os.path.join(self.out, "lm_eval.json")
         self.assertEqual(len(items.read(path)), 4)
-        self.assertEqual(results.json_files(self.out, ()), [path])  # nothing else in the folder is taken for results
+        self.assertEqual(reading.json_files(self.out, ()), [path])  # nothing else in the folder is taken for results
         table = subprocess.run([os.path.join(HERE, "table"), path], capture_output=True, text=True, check=False)
         self.assertEqual((table.returncode, table.stderr), (0, ""))
         self.assertIn("item by item", table.stdout)

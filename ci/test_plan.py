@@ -7,19 +7,15 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import unittest
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, HERE)
+import numpy as np
 
-import numpy as np  # noqa: E402
-
-import planning  # noqa: E402
-import results as reading  # noqa: E402
-import tiny_models  # noqa: E402
-from test_report import ENVIRONMENT, KVQBENCH, read, write_model  # noqa: E402
+import planning
+import reading
+import tiny_models
+from testing import ENVIRONMENT, HERE, KVQBENCH, read, write_model
 
 
 def costs(sites=6, seed=1, correlation=0.0, bits=(8.5, 5.5, 4.5, 2.5)):

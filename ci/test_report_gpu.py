@@ -1,6 +1,6 @@
 #!/usr/bin/python3
 """Tests of ci/report on what ci/gpu-study leaves: every product of ci/baselines/h200, and of a small folder of made-up
-results of the same kind, by the same command. KVQ_BENCH_EXE as in test_report.py."""
+results of the same kind, by the same command. KVQ_BENCH_EXE: whose --to-v2 is used (default build/release/kvqbench)."""
 
 import glob
 import json
@@ -8,27 +8,20 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import unittest
-import zipfile
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, HERE)
+import numpy as np
 
-import numpy as np  # noqa: E402
+import browser
+import drawing
+import page
+import reading
+import tables
+from results import MIB, decode_ms_per_token
+from testing import BASELINES, HERE, KVQBENCH, ROOT, Once, read, report, rows_of, violations
 
-import browser  # noqa: E402
-import drawing  # noqa: E402
-import page  # noqa: E402
-import results as reading  # noqa: E402
-import tables  # noqa: E402
-import test_report  # noqa: E402
-from test_report import KVQBENCH, read, report, rows_of  # noqa: E402
-
-ROOT = os.path.dirname(HERE)
-H200 = os.path.join(HERE, "baselines", "h200")
-MIB = reading.MIB
+H200 = os.path.join(BASELINES, "h200")
 
 
 class Products:
@@ -222,11 +215,8 @@ class Products:
                          len({reading.NAME.match(name).groups()[1:] for name in self.runs}))
         ids = self.browser.run("[...document.querySelectorAll('[id]')].map(e => e.id)")
         self.assertEqual(len(ids), len(set(ids)))
-        with zipfile.ZipFile(test_report.AXE) as wheel:
-            self.browser.run(wheel.read("axe_playwright_python/axe.min.js").decode() + ";0")
-        found = self.browser.run(  # figures are looked at in test_report.py; here they would take minutes
-            "axe.run({exclude: [['svg']]}, {resultTypes: ['violations']}).then(r => r.violations.map(v => v.id + v.help))")
-        self.assertEqual(found, [])
+        # Figures are looked at in test_report.py; here they would take minutes.
+        self.assertEqual(violations(self.browser, "{exclude: [['svg']]}"), [])
         self.browser.look(width=360, height=740)
         self.assertLessEqual(self.browser.run("document.documentElement.scrollWidth"), 360)
         self.assertEqual(self.browser.errors, [])
@@ -253,7 +243,7 @@ class Products:
         self.assertGreater(compared, 20)
         for (model, spec, context, batch), run in self.of("decode").items():
             if batch == 1:
-                self.assertAlmostEqual(reading.decode_ms_per_token(cells[model, spec, context]), 1e3 / run["tokens_per_s"], 9)
+                self.assertAlmostEqual(decode_ms_per_token(cells[model, spec, context]), 1e3 / run["tokens_per_s"], 9)
 
     def test_compared_with_itself(self):
         done = subprocess.run([os.path.join(HERE, "compare"), self.source, self.source, "--complete"], capture_output=True,
@@ -267,7 +257,7 @@ class Products:
         self.assertRegex(read(self.out, "index.html"), r"git checkout [0-9a-f]+\nci/gpu-study --out results/\S+ --only kernels,")
 
 
-class Baseline(Products, test_report.Once, unittest.TestCase):
+class Baseline(Products, Once, unittest.TestCase):
     source = H200
 
     def test_what_its_readme_says_was_measured(self):
@@ -322,7 +312,7 @@ class GpuStudy(unittest.TestCase):
             self.assertIn(word, done.stderr)
 
 
-class MadeUp(Products, test_report.Once, unittest.TestCase):
+class MadeUp(Products, Once, unittest.TestCase):
     """Numbers that nobody measured: lines a + b context, and round ones."""
 
     MS = {"none": (4.0, 40e-6), "int4-hqq": (4.2, 10e-6), "int2-hqq": (4.3, 6e-6), "int4-hqq-kivi": (20.0, 90e-6)}

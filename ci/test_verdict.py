@@ -1,7 +1,7 @@
 #!/usr/bin/python3
-"""Tests of ci/verdict.py: planted results, each of which fails where its rule is taken out of the source; sentences that the
-kept runs must carry; terminal, table.md and page begin with them. KVQ_BENCH_EXE: whose --list-presets is compared (default
-build/release/kvqbench)."""
+"""Tests of ci/verdict.py and ci/sentences.py: planted results, each of which fails where its rule is taken out of the source;
+sentences that the kept runs must carry; terminal, table.md and page begin with them. KVQ_BENCH_EXE: whose --list-presets is
+compared (default build/release/kvqbench)."""
 
 import os
 import re
@@ -10,24 +10,18 @@ import sys
 import tempfile
 import types
 import unittest
+import unittest.mock
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-ROOT = os.path.dirname(HERE)
-sys.path.insert(0, HERE)
+import items
+import page
+import reading
+import sentences
+import tables
+import verdict
+from results import File, Results
+from testing import BASELINES, HERE, KVQBENCH, ROOT, read
 
-import items  # noqa: E402
-import page  # noqa: E402
-import results as reading  # noqa: E402
-import tables  # noqa: E402
-import verdict  # noqa: E402
-
-KVQBENCH = os.environ.get("KVQ_BENCH_EXE") or os.path.join(ROOT, "build", "release", "kvqbench")
 FACTS = {"dtype": "Half", "gpu": "G", "protocol": "decode", "load_avg": [0.1], "num_cpus": 8}
-
-
-def read(*parts):
-    with open(os.path.join(*parts), encoding="utf-8") as file:
-        return file.read()
 
 
 # ---- planting
@@ -36,12 +30,12 @@ class Planted:
     """Results of one model on one card; `none` has 16 bits and takes 10 ms [9.9, 10.1] a token."""
 
     def __init__(self, **facts):
-        self.results = reading.Results()
+        self.results = Results()
         self.results.shapes["m"] = {"max_position_embeddings": 8192}
         self.file = self.new_file("a.json", **facts)
 
     def new_file(self, path, timestamp="2026-01-01T00:00:00", **facts):
-        file = reading.File(path, "r", "benchmarks", timestamp, {**FACTS, **facts})
+        file = File(path, "r", "benchmarks", timestamp, {**FACTS, **facts})
         self.results.files.append(file)
         return file
 
@@ -77,7 +71,7 @@ class Planted:
         row = items.Pair(f"ruler_x/m/fused/{spec}/ctx:1024/batch:1", "", metric, 100, 100, 0.9, score, None, reference,
                          score - reference, interval, interval, interval, interval, 0.001, 0.1, 0.01, 1)
         row.run, row.verdict = "r", verdict_word
-        self.results.pairs = (self.results.pairs or []) + [row]
+        self.results.pairs.append(row)
 
     def of(self, rules, kind):
         """Texts of one kind."""
@@ -102,7 +96,7 @@ def silent(planted, rules, *kinds):
 
 def planted(*mutants):
     """A planted case: a function of the rules that raises AssertionError where they are wrong. Each mutant, (text of
-    ci/verdict.py, what to put in its place), takes a rule away."""
+    ci/verdict.py or ci/sentences.py, what to put in its place), takes a rule away."""
     def register(case):
         CASES[case.__name__] = (case, mutants)
         return case
@@ -231,7 +225,7 @@ def of_several_contexts_the_worst_counts(rules):
     says(results, rules, "costs", "0.0500 [0.0400, 0.0600]")
 
 
-@planted(("    cells = results.current() if cells is None", "    cells = results.cells if cells is None"))
+@planted(("    cells = results.current()", "    cells = results.cells"))
 def superseded_results_are_not_judged(rules):
     results = Planted()
     results.file.keys = {"old"}
@@ -385,7 +379,7 @@ def a_shared_gpu_is_not_certain(rules):
     says(results, rules, "cannot", "speed of int4: shared GPU")
 
 
-@planted(("load[0] > cores + 0.5", "False"))
+@planted(("is None and file.busy", "is None and False"))
 def a_busy_machine_that_did_not_watch_is_not_certain(rules):
     results = Planted(load_avg=[9.0], num_cpus=2, gpu=None)
     results.none()
@@ -431,8 +425,7 @@ def a_time_that_could_not_be_taken_has_its_reason(rules):
     says(results, rules, "cannot", "speed of int4: failed: out of memory")
 
 
-@planted(("            if row.word != last.word:\n                    break\n", ""),
-         ("            for row in reversed(rows):\n                if row.word", "            for row in []:\n                if row.word"))
+@planted(("row.word == rows[-1].word", "True"), ("return min(row.cell.context for row in", "return max(row.cell.context for row in"))
 def it_is_faster_from_the_context_where_that_stays_true(rules):
     results = Planted()
     for context, int4, int8 in ((1024, 12.0, 9.0), (2048, 9.0, 9.0), (4096, 8.0, 9.0)):
@@ -449,7 +442,7 @@ MEMORY = {"memory.vram_total_bytes": 10e9, "memory.vram_reserved_bytes": 2e9, "m
 
 
 @planted(('    return (total - (reserved - held)) / each, "by bytes alone"', '    return total / each, "by bytes alone"'),
-         ("    if limit and tokens > limit:", "    if False:"))
+         ("    if limit and lengths[-1] > limit:", "    if False:"))
 def what_fits_by_bytes_alone(rules):
     results = Planted()
     results.cell("none", bits=16, **MEMORY)   # 16,000 bytes a token: 8e9 of them hold 500,000
@@ -528,24 +521,20 @@ class Rules(unittest.TestCase):
         self.assertGreaterEqual(len(CASES), 12)
         for name, (case, _) in CASES.items():
             with self.subTest(name):
-                case(verdict)
+                case(sentences)
 
     def test_each_case_fails_without_its_rule(self):
-        source = read(HERE, "verdict.py")
+        sources = {name: read(HERE, name + ".py") for name in ("verdict", "sentences")}  # who imports whom
         for name, (case, mutants) in CASES.items():
             self.assertTrue(mutants, name)
             for old, new in mutants:
-                with self.subTest(f"{name}: {old[:60]}"):
-                    self.assertEqual(source.count(old), 1)
-                    rules = types.ModuleType("verdict_without_a_rule")
-                    rules.__file__ = verdict.__file__
-                    sys.modules[rules.__name__] = rules
-                    exec(compile(source.replace(old, new), "verdict.py", "exec"), rules.__dict__)  # noqa: S102
+                with self.subTest(f"{name}: {old[:60]}"), unittest.mock.patch.dict(sys.modules):
+                    self.assertEqual(sum(source.count(old) for source in sources.values()), 1)
+                    for part, source in sources.items():
+                        rules = sys.modules[part] = types.ModuleType(part)
+                        exec(compile(source.replace(old, new), part + ".py", "exec"), rules.__dict__)  # noqa: S102
                     with self.assertRaises(AssertionError):
                         case(rules)
-
-    def test_headroom_is_that_of_items(self):
-        self.assertEqual(verdict.HEADROOM, items.HEADROOM)
 
     def test_numbers(self):
         number = verdict.Number
@@ -562,21 +551,21 @@ class Rules(unittest.TestCase):
             for spec in ("none", "int4"):
                 cell = results.results.cell(results.file, "card", model, "fused", spec, 1024)
                 cell.values.update({"kv_size.kv_bytes": 16.0 if spec == "none" else 4.0, "perplexity.delta_ppl": 1.0, "perplexity.ppl_reference": 9.0})
-        text = verdict.markdown(results.results)
+        text = sentences.markdown(results.results)
         self.assertEqual(text.count("no interval"), 1)
         self.assertTrue(text.startswith("\nm, n and o, fused, on card, Half, context 1k:"), text)
 
     def test_nothing_but_the_unquantized_says_nothing(self):
         results = Planted()
         results.none()
-        self.assertEqual(verdict.markdown(results.results), "")
+        self.assertEqual(sentences.markdown(results.results), "")
 
     @unittest.skipUnless(os.path.exists(KVQBENCH), f"{KVQBENCH} is not there")
     def test_presets_are_those_of_kvqbench(self):
         lines = subprocess.run([KVQBENCH, "--list-presets"], capture_output=True, text=True, check=True).stdout.splitlines()
         listed = {line.split()[0]: line for line in lines[2:]}
-        self.assertEqual(set(listed), set(verdict.presets()))
-        for name, (engine, spec, flags) in verdict.presets().items():
+        self.assertEqual(set(listed), set(sentences.presets()))
+        for name, (engine, spec, flags) in sentences.presets().items():
             self.assertIn(f"  {engine}", listed[name])
             self.assertRegex(listed[name], "  " + re.escape(spec) + " +" + re.escape(flags) + "$")
 
@@ -584,8 +573,8 @@ class Rules(unittest.TestCase):
 # ---- the kept runs
 
 def kept(name):
-    results = reading.load([os.path.join(HERE, "baselines", name)])
-    return {kind: " ".join(sentence.text for said in verdict.verdicts(results) for sentence in said.of(kind)) for kind in verdict.KINDS}
+    results = reading.load([os.path.join(BASELINES, name)])
+    return {kind: " ".join(sentence.text for said in sentences.verdicts(results) for sentence in said.of(kind)) for kind in sentences.KINDS}
 
 
 class Kept(unittest.TestCase):
@@ -635,15 +624,15 @@ class Kept(unittest.TestCase):
 
     def test_it_is_read_in_a_minute(self):
         for name, schemes in (("smollm2-135m-referee", 52), ("h200-presets", 28), ("smollm2-135m-cpu", 6)):
-            results = reading.load([os.path.join(HERE, "baselines", name)])
+            results = reading.load([os.path.join(BASELINES, name)])
             self.assertEqual(len({cell.spec for cell in results.cells}), schemes)
-            text = verdict.markdown(results)
+            text = sentences.markdown(results)
             self.assertLess(len(text.split()), 340, name)
             self.assertLessEqual(max(map(len, text.splitlines())), 100)
 
     def test_every_number_of_a_claim_has_its_interval_and_every_claim_its_cells(self):
         for name in ("smollm2-135m-cpu", "smollm2-135m-referee", "h200-presets", "h200", "smollm2-135m-questions-h200"):
-            for said in verdict.verdicts(reading.load([os.path.join(HERE, "baselines", name)])):
+            for said in sentences.verdicts(reading.load([os.path.join(BASELINES, name)])):
                 for sentence in said.sentences:
                     self.assertTrue(sentence.cells, sentence.text)
                     for spec, what, value, low, high in sentence.numbers:
@@ -654,22 +643,22 @@ class Kept(unittest.TestCase):
 # ---- where they stand
 
 class Shown(unittest.TestCase):
-    RUN = os.path.join(HERE, "baselines", "smollm2-135m-cpu")
+    RUN = os.path.join(BASELINES, "smollm2-135m-cpu")
 
     def test_terminal_begins_with_them(self):
         done = subprocess.run([os.path.join(HERE, "table"), self.RUN], capture_output=True, text=True, check=True)
         results = reading.load([self.RUN])
-        self.assertEqual(done.stdout, verdict.markdown(results) + tables.markdown(results))
+        self.assertEqual(done.stdout, sentences.markdown(results) + tables.markdown(results))
         self.assertTrue(done.stdout.startswith("\nsmollm2-135m, fused, on AMD EPYC, BFloat16, context 1k:\n\n- Set int8-hqq"))
 
     def test_the_readme_says_what_the_kept_run_says(self):
         shown = re.search(r"<!-- sentences: ci/study -->\n(.*?)<!-- end of sentences -->", read(ROOT, "README.md"), re.S)[1]
-        rows = [text for said in verdict.verdicts(reading.load([self.RUN])) for text, _ in verdict.as_items(said)]
+        rows = [text for said in sentences.verdicts(reading.load([self.RUN])) for text, _ in sentences.as_items(said)]
         self.assertEqual(shown.strip().splitlines(), ["- " + text for text in rows])
 
     def test_the_page_begins_with_them_and_leads_to_their_cells(self):
         for name in ("smollm2-135m-cpu", "smollm2-135m-questions-h200", "smollm2-135m-lm-eval"):
-            results = reading.load([os.path.join(HERE, "baselines", name)])
+            results = reading.load([os.path.join(BASELINES, name)])
             with tempfile.TemporaryDirectory() as out:
                 page.write(results, [], [], [], [], [name], out)
                 html = read(out, "index.html")
@@ -679,7 +668,7 @@ class Shown(unittest.TestCase):
             links = set(re.findall(r'href="#(cell-\d+)"', first))
             self.assertTrue(links)
             self.assertLessEqual(links, set(re.findall(r'<details id="(cell-\d+)"', html)))
-            for said in verdict.verdicts(results):
+            for said in sentences.verdicts(results):
                 for sentence in said.sentences:
                     for cell in sentence.cells:
                         self.assertRegex(first, rf'<a href="#cell-\d+">{re.escape(page.e(cell.spec))}</a>|>unquantized</a>')

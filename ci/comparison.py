@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from xml.sax.saxutils import escape, quoteattr
 
-import facts as comparing
+import facts
 import timing
 import writing
 
@@ -64,7 +64,7 @@ class Outcome:
         self.pairs = list(pairs)  # of class items.Pair: what items say of NEW against OLD, as information
         self.information = information  # of class Single: times that nobody repeated
         self.conditions, self.notes = conditions, list(notes)
-        self.bad_verdicts = comparing.BAD + (comparing.INCOMPLETE if complete else ())
+        self.bad_verdicts = facts.BAD + (facts.INCOMPLETE if complete else ())
 
     @property
     def regressions(self):
