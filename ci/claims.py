@@ -134,8 +134,7 @@ def power_measured(results, cells):
 
 def overflow_flag(results, cells):
     known = [c for c in cells if c["memory.vram_reserved_bytes"] and c["memory.vram_total_bytes"]]
-    missed = [c for c in known if c["memory.vram_reserved_bytes"] > c["memory.vram_total_bytes"]
-              and not c["memory.vram_overflow"]]
+    missed = [c for c in known if c["memory.vram_reserved_bytes"] > c["memory.vram_total_bytes"] and not c["memory.vram_overflow"]]
     if known:
         slowest = min(missed, key=lambda c: c["decode.tokens_per_s"], default=None)
         yield Claim(
@@ -196,8 +195,7 @@ def kivi_channels(results, cells):
 
 
 def gemma_unchanged(results, cells):
-    gemma = [c for c in largest_context(cells).values() if "gemma" in c.model.lower()
-             and c["perplexity.delta_ppl"] is not None]
+    gemma = [c for c in largest_context(cells).values() if "gemma" in c.model.lower() and c["perplexity.delta_ppl"] is not None]
     if gemma:
         yield Claim(
             "Gemma's change of perplexity is below 0.001.", "captions.md:213",
@@ -220,8 +218,7 @@ def kivi_worse(results, cells):
     largest = largest_context(cells)
     pairs = [(c, largest.get((c.model, c.backend, "int2-hqq"))) for c in largest.values() if c.spec == "int2-hqq-kivi"]
     pairs = [(k, h) for k, h in pairs if h and None not in (k["perplexity.delta_ppl"], h["perplexity.delta_ppl"])]
-    better = [(k, h) for k, h in pairs if k["perplexity.delta_ppl"] < h["perplexity.delta_ppl"]
-              and h["perplexity.delta_ppl"] > 0]
+    better = [(k, h) for k, h in pairs if k["perplexity.delta_ppl"] < h["perplexity.delta_ppl"] and h["perplexity.delta_ppl"] > 0]
     if pairs:
         yield Claim(
             "KIVI is always worse than plain INT2.", "captions.md:91",
@@ -303,8 +300,7 @@ def shipped_tables(results, cells, paths):
         power = max(float(row["Power (W)"]) for row in legacy)
         yield Claim("Power was measured.", "profiling_results_all.csv",
                     f"The largest value of {len(legacy)} rows is {power:g} W.", power > 0)
-        rates = [float(row["Throughput (tok/s)"]) * float(row["Time (ms)"]) / 1e3 / float(row["Context"])
-                 for row in legacy]
+        rates = [float(row["Throughput (tok/s)"]) * float(row["Time (ms)"]) / 1e3 / float(row["Context"]) for row in legacy]
         yield Claim("Throughput is of generated tokens.", "profiling_results_all.csv",
                     f"Throughput times time is {median(rates):.3f} times the context in the median row: tokens of the "
                     "prompt.", abs(median(rates) - 1) > 0.01)

@@ -183,7 +183,7 @@ def short_name(name):
     """Without its engine, where colour and marker say that and something is left that says the rest."""
     engine = engine_of(name)
     rest = name.removeprefix(engine[1]) if engine and engine[1] not in ("mlx-", "kivi-", "exl", "turboquant-") else name
-    return rest if rest[:1].isalpha() else name
+    return rest if rest[:1].isalpha() and not rest.startswith("of-plan") else name
 
 
 # ---- panels

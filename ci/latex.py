@@ -22,8 +22,7 @@ TEXT = {
 
 
 def tex(text):
-    for plain, escaped in (("\\", r"\textbackslash "), ("_", r"\_"), ("%", r"\%"), ("&", r"\&"), ("#", r"\#"),
-                           ("Δ", r"$\Delta$")):
+    for plain, escaped in (("\\", r"\textbackslash "), ("_", r"\_"), ("%", r"\%"), ("&", r"\&"), ("#", r"\#"), ("Δ", r"$\Delta$")):
         text = text.replace(plain, escaped)
     return text
 
@@ -45,18 +44,17 @@ def results_table(cells, language):
     """Our tables, two for each model, backend, context and batch size: what it costs, and what it does to the answers,
     with the intervals."""
     parts = []
-    quality = ("error.", "perplexity.", "needle.", "drift.", "reuse.", "ruler_")
+    quality = ("error.", "perplexity.", "needle.", "drift.", "reuse.")
     for (_, device, model, backend, context, batch), group in tables.groups_of(cells).items():
         where = TEXT["where"][language].format(model=tex(tables.model_name(model)), backend=tex(backend), context=context,
                                                batch=batch, device=tex(device))
         for is_quality in (False, True):
-            columns = [column for column in tables.columns_of(group) if column.key.startswith(quality) == is_quality and
-                       column.key != tables.KERNEL_COLUMN]
+            columns = [column for column in tables.columns_of(group) if column.key != tables.KERNEL_COLUMN and
+                       (column.key.startswith(quality) or tables.is_score(column.key)) == is_quality]
             if not columns:
                 continue
             caption = TEXT["quality" if is_quality else "cost"][language].format(where=where)
-            heads = [tex((column.heading if language == "en" else column.german).replace(" [95 %]", ""))
-                     for column in columns]
+            heads = [tex((column.heading if language == "en" else column.german).replace(" [95 %]", "")) for column in columns]
             lines = [r"\begin{table}[htbp]", r"\centering", r"\footnotesize", rf"\caption{{{caption}}}",
                      r"\resizebox{\textwidth}{!}{%", rf"\begin{{tabular}}{{l{' r' * len(columns)}}}", r"\toprule",
                      line([TEXT["scheme"][language], *heads]), r"\midrule"]

@@ -1,7 +1,6 @@
 """The page of results: one HTML file that needs no network. page.html has its frame, its style and its script."""
 
 import html
-import operator
 import os
 import re
 
@@ -29,12 +28,14 @@ def wide(content, label, tall=""):
     return f'<div class="wide{tall}" role="region" aria-label="{e(label)}" tabindex="0">{content}</div>'
 
 
-def several(cells, get):
-    return len({get(cell) for cell in cells}) > 1
+def several(cells, attribute):
+    return len({getattr(cell, attribute) for cell in cells}) > 1
 
 
-def listed(values):
-    return ", ".join(str(value) for value in values)
+def commas(values, word=""):
+    """The values, behind the word that counts them."""
+    values = [str(value) for value in values]
+    return (f"{word}{'s' * (len(values) > 1)} " if word else "") + ", ".join(values)
 
 
 # ---- what the numbers say
@@ -52,12 +53,15 @@ def sentence_html(sentence, numbers):
     return "".join(prose(part) if isinstance(part, str) else link(*part) for part in sentence.parts), [link(*row) for row in rest]
 
 
+def firm(text):
+    """No line ends within an interval or before a unit."""
+    return re.sub(r"(?<=\d) (?=bits|nats|times|GiB)| (?=%|[^\[\]]*\])", "\u00a0", text).replace("top-1", "top\u20111")
+
+
 def prose(text):
-    """A sentence's text: what is between backticks is code, and numbers stay with their units."""
-    parts = text.split("`")
-    whole = lambda words: " ".join(f"<span>{e(word)}</span>" for word in words.split(" "))  # noqa: E731: no line ends in a flag
-    return "".join(f"<code>{whole(part)}</code>" if i % 2 else e(part).replace(" %", "&nbsp;%").replace("top-1", "top&#8209;1")
-                   for i, part in enumerate(parts))
+    """A sentence's text: what is between backticks is code, and no line ends within one of its flags."""
+    whole = lambda words: " ".join(f"<span>{e(word)}</span>" for word in words.split(" "))  # noqa: E731
+    return "".join(f"<code>{whole(part)}</code>" if i % 2 else e(firm(part)) for i, part in enumerate(text.split("`")))
 
 
 def verdict_list(of, numbers):
@@ -96,8 +100,7 @@ def verdict_section(said, numbers, picture):
 FACTS = ["date", "gpu", "gpu_name", "cpu", "device", "driver", "dtype", "kv_dtype", "threads", "num_cpus",
          "kvqbench_commit", "kvqbench_build", "libtorch", "cuda", "pytorch_version", "transformers_version", "cuda_version", "corpus",
          "corpus_sha256", "ppl_dataset", "ppl_tokens", "protocol", "seed", "read_gb_per_s", "vram_total_mb"]
-NOT_SHOWN = {"kv_quant", "combo_elapsed_s", "experiment_id", "merged_from", "executable", "json_schema_version",
-             "library_version"}
+NOT_SHOWN = {"kv_quant", "combo_elapsed_s", "experiment_id", "merged_from", "executable", "json_schema_version", "library_version"}
 
 
 def facts_of(results, run):
@@ -125,17 +128,14 @@ def measured_section(results):
         parts.append(f"<h3>{e(run)}</h3>")
         parts.append("<p>" + e(
             f"{len(of)} cells: " + "; ".join(filter(None, [
-                "models " + listed(sorted({model_name(c.model) for c in of})),
-                "attention " + listed(sorted({c.backend for c in of})),
-                "schemes " + listed(sorted({c.spec for c in of}, key=spec_order)) if numbers else
-                "distributions of keys and values",
-                "contexts " + listed(context_label(c) for c in sorted({c.context for c in of})),
-                "batch " + listed(sorted({c.batch for c in of})),
-                "on " + listed(sorted({c.device for c in of} - {"?"})) if {c.device for c in of} != {"?"} else ""]))
+                commas(sorted({model_name(c.model) for c in of}), "model"), "attention " + commas(sorted({c.backend for c in of})),
+                commas(sorted({c.spec for c in of}, key=spec_order), "scheme") if numbers else "distributions of keys and values",
+                commas(map(context_label, sorted({c.context for c in of})), "context"), "batch " + commas(sorted({c.batch for c in of})),
+                "on " + commas(sorted({c.device for c in of} - {"?"})) if {c.device for c in of} != {"?"} else ""]))
             + ".") + "</p>")
         facts = facts_of(results, run)
         parts.append("<details><summary>Facts of this run</summary>" + wide(table(
-            ["fact", "value"], [[e(key), e(listed(values))] for key, values in facts.items()], ("text", "free")),
+            ["fact", "value"], [[e(key), e(commas(values))] for key, values in facts.items()], ("text", "free")),
             f"Facts of {run}") + "</details>")
     return "".join(parts)
 
@@ -144,7 +144,7 @@ def measured_section(results):
 
 def warnings(results, missing=()):
     """[(kind, what it means, [cases])], kinds without a case left out."""
-    name = lambda cell: (f"{cell.run}: " if several(results.current(), lambda c: c.run) else "") + (  # noqa: E731
+    name = lambda cell: f"{cell.run}: " * several(results.current(), "run") + (  # noqa: E731
         f"{model_name(cell.model)}, {cell.backend}, {cell.spec}, {context_label(cell.context)}, batch {cell.batch}")
     def why(cell, key, word):
         notes = cell.texts.get(key.split(".")[0] + ".label", "").split("; ")[1:]
@@ -164,8 +164,7 @@ def warnings(results, missing=()):
             if key.endswith("tokens_per_s") and value:
                 low, high = cell[key + "_min"], cell[key + "_max"]
                 if low is not None and (high - low) / value > 0.1:
-                    spread.append(
-                        f"{name(cell)}: {key.split('.')[0]} {low:.1f} to {high:.1f}, median {value:.1f} tokens/s")
+                    spread.append(f"{name(cell)}: {key.split('.')[0]} {low:.1f} to {high:.1f}, median {value:.1f} tokens/s")
             if key.rsplit(".", 1)[-1].startswith("throttled") and value and "/" not in key:
                 throttled.append(f"{name(cell)}: {key}{why(cell, key, 'throttled')}")
             if key.endswith(".disturbed") and value:
@@ -198,7 +197,7 @@ def warnings(results, missing=()):
         ("Throttled", "The device ran below its clock; these times are too long.", throttled),
         ("Disturbed", "Others used the processor meanwhile; these times may be several times too long.", disturbed),
         ("Shared GPU", "Other processes were on it; its times may be too long.", shared),
-        ("Busy machine", "Others used the processor when the run began; its times are too long.", busy),
+        ("Busy machine", "Others used the processor when the run began; times that were not watched may be too long.", busy),
         ("Changing clock", "The processor may change its clock; times vary with it.", scaled),
         ("Spread", "The fastest and the slowest repetition are more than 10 % apart.", spread),
         ("More memory than the device has", "Part of it lay elsewhere; times are not the device's own.", overflow),
@@ -225,28 +224,25 @@ def warnings_section(found):
 
 def results_section(results, cells):
     columns = columns_of(cells)
-    sides = [("model", "model", lambda c: model_name(c.model)), ("scheme", "spec", lambda c: c.spec),
-             ("context", "context", lambda c: context_label(c.context))]
-    for title, attribute in (("attention", "backend"), ("batch", "batch"), ("device", "device"), ("run", "run")):
-        if several(cells, lambda c: getattr(c, attribute)):
-            show = (lambda c: tables.file_name(c.run)) if attribute == "run" else operator.attrgetter(attribute)
-            sides.append((title, attribute, show))
+    sides = [(title, attribute, show) for title, attribute, show in (
+        ("model", "model", model_name), ("scheme", "spec", str), ("context", "context", context_label), ("attention", "backend", str),
+        ("batch", "batch", str), ("device", "device", str), ("run", "run", tables.file_name))
+        if attribute in ("spec", "context") or several(cells, attribute)]
     filters = []
     for title, attribute, show in sides:
-        values = {getattr(cell, attribute): show(cell) for cell in cells}
-        order = sorted(values, key=spec_order if attribute == "spec" else None)
+        order = sorted({getattr(cell, attribute) for cell in cells}, key=spec_order if attribute == "spec" else None)
         filters.append(f'<label>{e(title)}<select data-filter="{attribute}"><option value="">all</option>' + "".join(
-            f'<option value="{e(value)}">{e(values[value])}</option>' for value in order) + "</select></label>")
+            f'<option value="{e(value)}">{e(show(value))}</option>' for value in order) + "</select></label>")
     head = "".join(f'<th scope="col" aria-sort="none"{" class=text" if a not in ("context", "batch") else ""}>'
                    f'<button type="button">{e(t)}</button></th>' for t, a, _ in sides)
     head += "".join(f'<th scope="col" aria-sort="none"{" class=text" * (c.key == tables.KERNEL_COLUMN)}>'
-                    f'<button type="button" title="{e(c.what)}">{e(c.heading)}</button></th>' for c in columns)
+                    f'<button type="button" title="{e(c.what)}">{e(firm(c.heading))}</button></th>' for c in columns)
     rows = []
     for i, cell in enumerate(cells):
         data = "".join(f' data-{a}="{e(getattr(cell, a))}"' for _, a, _ in sides)
         row = []
         for _, attribute, show in sides:
-            text = e(show(cell))
+            text = e(show(getattr(cell, attribute)))
             if attribute == "spec":
                 text = f'<a href="#cell-{i}" title="raw data of this cell">{text}</a>'
             kind = "" if attribute in ("context", "batch") else ' class="text"'
@@ -258,10 +254,9 @@ def results_section(results, cells):
         rows.append(f"<tr{data}>{''.join(row)}</tr>")
     words = "".join(f"<li><strong>{e(c.heading)}</strong>: {e(c.what)}</li>" for c in columns)
     return (f'<div class="filters">{"".join(filters)}<label>search names<input id="search" type="search"></label>'
-            '<button type="button" id="reset">show all</button><span id="count" role="status" class="soft"></span></div>' +
-            wide(f'<table id="results"><caption class="soft">Click a heading to sort; brackets are 95 % intervals; '
-                 f'a dash was not measured.</caption><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>',
-                 "Table of results", " tall") +
+            '<button type="button" id="reset">show all</button><span id="count" role="status" class="soft"></span></div>'
+            '<p class="soft hint">Click a heading to sort; brackets are 95 % intervals; a dash was not measured.</p>' +
+            wide(f'<table id="results"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>', "Table of results", " tall") +
             f'<details><summary>What the columns are</summary><ul>{words}</ul></details>')
 
 
@@ -315,11 +310,10 @@ def claims_section(claims):
 def raw_section(cells):
     parts = []
     for i, cell in enumerate(cells):
-        lines = [f"# {listed(file.path for file in cell.files)}"]
+        lines = [f"# {commas(file.path for file in cell.files)}"]
         for key in sorted(cell.values):
             value = cell.values[key]
-            lines.append(
-                f"{key} = {f'[{len(value)} numbers, in the file]' if isinstance(value, list) else repr(value)}")
+            lines.append(f"{key} = {f'[{len(value)} numbers, in the file]' if isinstance(value, list) else repr(value)}")
         lines += [f"{key} = {text!r}" for key, text in sorted(cell.texts.items())]
         lines += [f"{key}: {reason}" for key, reason in sorted(cell.skipped.items())]
         parts.append(f'<details id="cell-{i}"><summary>{e(f"{cell.run}: {cell.place}")}</summary><pre tabindex="0">{e(chr(10).join(lines))}</pre>'
@@ -390,7 +384,7 @@ def write(results, drawn, missing, claims, written, folders, out):
     numbers = {id(cell): i for i, cell in enumerate(raw)}
     picture = first_picture(drawn)
     found = warnings(results, missing)
-    models = sorted({model_name(cell.model) for cell in cells})
+    models, about = sorted({model_name(cell.model) for cell in cells}), "What quantizing the KV cache costs and buys: "
     sections = [("verdict", "What these results say", verdict_section(said, numbers, picture)),
                 ("results-heading", "Results", results_section(results, cells) if cells else "<p>No numbers.</p>"),
                 ("warnings", "Warnings", warnings_section(found)),
@@ -407,7 +401,7 @@ def write(results, drawn, missing, claims, written, folders, out):
                 ("files", "Tables to take along", files_section(written))]
     sections = [section for section in sections if section[2]]
     parts = {
-        "TITLE": e("What quantizing the KV cache costs and buys: " + listed(models[:6])),
+        "TITLE": e(about + commas(models[:6])), "HEADING": e(about) + ", ".join(f"<span>{e(model)}</span>" for model in models[:6]),
         "SUBTITLE": f"{len(raw)} cells of {len(results.runs())} run{'s' * (len(results.runs()) > 1)}; "
                     f'<a href="#warnings">{len(found)} kind{"s" * (len(found) != 1)} of warnings</a>; one file, no network needed.',
         "NAV": "".join(f'<li><a href="#{name}">{e(title)}</a></li>' for name, title, _ in sections),

@@ -56,8 +56,7 @@ def wilson(successes, trials):
 def add_benchmarks(results, file, data):
     context = data["context"]
     device = context.get("gpu") or context.get("cpu") or context.get("device") or "?"
-    file.facts = {key: value for key, value in context.items()
-                  if key not in ("caches", "host_name", "library_build_type")}
+    file.facts = {key: value for key, value in context.items() if key not in ("caches", "host_name", "library_build_type")}
     for key, value in context.items():
         if key.startswith("model_config "):
             try:
@@ -135,8 +134,7 @@ def add_v2(results, file, data):
         # The study's decode time has a whole prefill in it (study.md, section 5); that of kvqbench's files has not.
         if "spec" not in data["kv_quant"] and row.get("decode_ms") and row.get("prefill_ms") \
                 and row["decode_ms"] > row["prefill_ms"]:
-            put(cell, "decode.tokens_per_s_net",
-                1e3 * row.get("decode_tokens", 0) / (row["decode_ms"] - row["prefill_ms"]))
+            put(cell, "decode.tokens_per_s_net", 1e3 * row.get("decode_tokens", 0) / (row["decode_ms"] - row["prefill_ms"]))
         put(cell, "memory.vram_total_bytes", (data.get("hardware", {}).get("vram_total_mb") or math.nan) * MIB)
         for name, of in (("ppl_reference", "perplexity"), ("ppl", "perplexity_quantized")):
             if of in tests:
@@ -163,8 +161,7 @@ def add_v2(results, file, data):
         put(cell, "needle.prompt_tokens" + suffix, trial.get("input_tokens"))
         cell.texts["needle.answer" + suffix] = trial.get("generated_text") or ""
     # The study's windows are of one length, whatever the context: it is part of what was measured.
-    measured = ["times"] + [f"{name} {tests[name]['tokens']}" for name in ("perplexity", "perplexity_quantized")
-                            if name in tests]
+    measured = ["times"] + [f"{name} {tests[name]['tokens']}" for name in ("perplexity", "perplexity_quantized") if name in tests]
     for context in contexts:
         file.keys |= {(f"{what}/{model}/{backend}/{spec}/ctx:{context}", device) for what in measured}
     file.keys |= {(f"needle/{model}/{backend}/{spec}/ctx:{context}", device) for context in needle}

@@ -118,8 +118,7 @@ class Results:
     def distribution(self, model):
         """The newest cell that has the distribution of the model's keys and values, those with histograms first."""
         found = [cell for cell in self.current() if cell.model == model and cell.layers("distribution.kurtosis_k")]
-        return max(found, default=None, key=lambda cell: (bool(cell.layers("distribution.density_k")),
-                                                          cell.files[-1].timestamp))
+        return max(found, default=None, key=lambda cell: (bool(cell.layers("distribution.density_k")), cell.files[-1].timestamp))
 
     @functools.cached_property
     def pairs(self):

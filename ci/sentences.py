@@ -20,8 +20,7 @@ LONGEST_MEANING = 80
 GRADES = ["costs nothing that can be measured",
           f"costs next to nothing, less than {NEXT_TO_NOTHING:g} nats above rounding",
           f"costs little, less than {LITTLE:g} nats above rounding", "costs measurably", "breaks it"]
-KINDS = ["set", "free", "next to nothing", "little", "costs", "breaks", "faster", "slower", "level", "prefill", "fits",
-         "cannot"]
+KINDS = ["set", "free", "next to nothing", "little", "costs", "breaks", "faster", "slower", "level", "prefill", "fits", "cannot"]
 
 
 @dataclass
@@ -228,8 +227,7 @@ def set_sentences(judged, plain, speeds):
         least = min(ranked, key=by_damage)
         said.append(Sentence("set", [f"Nothing here is certain to cost less than {LITTLE:g} nats; the least is ",
                                      (least.cell.spec, least.cell), aside(bits_text(least.cell)), f": {proof(least)}."], rests_on(least)))
-    timed = sorted((row for one in fine if (row := speeds.get(one.cell.spec)) and row.word),
-                   key=lambda row: -row.gain.value)
+    timed = sorted((row for one in fine if (row := speeds.get(one.cell.spec)) and row.word), key=lambda row: -row.gain.value)
     timed = [row for row in timed if (row.cell.context, row.cell.batch) == (timed[0].cell.context, timed[0].cell.batch)]
     if len(timed) > 1 and timed[0].gain.low > timed[1].gain.high:
         fastest = timed[0]
@@ -476,7 +474,8 @@ def speaks(cell):
 
 
 def verdicts(results):
-    """Every Verdict, the largest run's first; what several cannot say alike is said once, by a last one."""
+    """Every Verdict, the largest run's first, and of that those that say what to set; what several cannot say alike is said once,
+    by a last one."""
     cells = results.current()
     groups = {}
     for cell in cells:
@@ -487,9 +486,9 @@ def verdicts(results):
         of_items.setdefault((row.run, row.cell.split("/", 1)[1]), []).append(row)
     pairs = {id(cell): of_items.get((cell.run, cell.place), []) for cell in cells}
     runs = results.runs()
-    order = sorted(groups, key=lambda key: (runs.index(key[0]) if key[0] in runs else 0, model_name(key[2]), key[3]))
-    found = [verdict_of(results, groups[key], pairs) for key in order]
-    found = hoisted([verdict for verdict in found if verdict and verdict.sentences])
+    order = sorted(groups, key=lambda key: (model_name(key[2]), key[3]))
+    found = [verdict for key in order if (verdict := verdict_of(results, groups[key], pairs)) and verdict.sentences]
+    found = hoisted(sorted(found, key=lambda verdict: (runs.index(verdict.where[-1]), not verdict.of("set"))))
     several_runs, before = len({verdict.where[-1] for verdict in found if verdict.where}) > 1, []
     for verdict in found:  # a title says what differs from the one before
         where = verdict.where if several_runs else verdict.where[:-1]

@@ -33,8 +33,7 @@ def csv_label(spec):
     found = STUDY_SPEC.match(spec)
     if spec == "none":
         return "FP16"
-    return f"INT{found[1]}" + ("-QUANTO" if found[2] == "quanto" else "") + ("-KIVI" if found[3] else "") \
-        if found else spec
+    return f"INT{found[1]}" + ("-QUANTO" if found[2] == "quanto" else "") + ("-KIVI" if found[3] else "") if found else spec
 
 
 def long_label(spec):
@@ -78,8 +77,7 @@ def phase_rows(cells):
             "ppl_quant": rounded("perplexity.ppl", 4) if quantized else None,
             "delta_ppl": rounded("perplexity.delta_ppl", 4) if quantized else None,
             "needle_score": cell["needle.needle_rate"] if needle is None else needle})
-    return sorted(rows, key=lambda row: (row["model"], row["attn_backend"], row["batch"], row["kv_quant"],
-                                         row["context_len"]))
+    return sorted(rows, key=lambda row: (row["model"], row["attn_backend"], row["batch"], row["kv_quant"], row["context_len"]))
 
 
 def phase_csv(cells):
@@ -139,8 +137,7 @@ def delta_ppl_table(cells, language):
     backends = len({backend for _, backend in rows}) > 1
     by = "int4-hqq" if "int4-hqq" in specs else specs[-1]
     windows = {cell["perplexity.window_tokens"] or cell.context for row in rows.values() for cell in row.values()}
-    caption = TEXT["delta"][language].format(
-        windows=TEXT["windows"][language].format(windows.pop()) if len(windows) == 1 else "")
+    caption = TEXT["delta"][language].format(windows=TEXT["windows"][language].format(windows.pop()) if len(windows) == 1 else "")
     head, lines = [TEXT["model"][language], r"PPL\textsubscript{ref}", *(tex(short_label(s)) for s in specs)], []
     def cost(item):
         cell = item[1].get(by)
@@ -182,8 +179,7 @@ def profiling_table(results, cells, language):
                 delta_shown = "--"
             else:
                 delta_shown = power_of_ten(delta, True) if abs(delta) >= 1e3 else f"{delta:+.2f}"
-            config = long_label(cell.spec) + (f" {cell.backend}" if backends else "") + \
-                (f" batch {cell.batch}" if batches else "")
+            config = long_label(cell.spec) + (f" {cell.backend}" if backends else "") + (f" batch {cell.batch}" if batches else "")
             lines.append(line([
                 tex(model_name(model)), tex(config), context_label(cell.context), number("prefill.prefill_ms", "{:.0f}"),
                 number("decode.tokens_per_s", "{:.1f}"), number("kv_size.kv_bytes", "{:.1f}", 1 / MIB), ppl_text, delta_shown]))

@@ -103,6 +103,10 @@ def unfused(cell):
     return ran if cell.backend == "fused" and ran.startswith("sdpa") else ""
 
 
+def score_column(task, name, what):
+    return Column(f"{task}.score", f"{name} % [95 %]", f"{name} % [95 %]", "{:.1f}", interval=True, what=what)
+
+
 RULER = [*(f"niah_single_{i}" for i in (1, 2, 3)), *(f"niah_multikey_{i}" for i in (1, 2, 3)), "niah_multivalue", "niah_multiquery",
          "vt", "cwe", "fwe", "qa_1", "qa_2", *(f"niah_keys_{k}" for k in (2, 4, 8)), *(f"vt_hops_{h}" for h in (1, 2, 3))]
 KERNEL_COLUMN = "decode.label"  # words, for which LaTeX has no room
@@ -151,20 +155,26 @@ COLUMNS = [
            what="right answers about a JSON object over a kept cache, own answers in the history"),
     Column("reuse.vt_own", "reuse vt [95 %]", "Reuse vt [95 %]", "{:.2f}", interval=True,
            what="variables found over a kept cache, own answers in the history"),
-    *(Column(f"ruler_{task}.score", f"{task} % [95 %]", f"{task} % [95 %]", "{:.1f}", interval=True, what=f"RULER's score of {task}")
-      for task in RULER),
+    *(score_column("ruler_" + task, task, f"RULER's score of {task}") for task in RULER),
     Column(KERNEL_COLUMN, "what decoded", "Decodiert durch", "{}",
            what="the kernels that ran, where they are not those of the backend's name"),
 ]
 
 
 def columns_of(cells):
-    """Those columns for which any of the cells has something."""
-    return [column for column in COLUMNS if any(column.has(cell) for cell in cells)]
+    """Those columns for which any of the cells has something, and of each further task its score."""
+    tasks = sorted({key.removesuffix(".score") for cell in cells for key in cell.values if is_score(key)} - {"ruler_" + task for task in RULER})
+    scores = [score_column(task, task.removeprefix("lm_eval_"), f"score of {task}") for task in tasks]
+    return [column for column in [*COLUMNS[:-1], *scores, COLUMNS[-1]] if any(column.has(cell) for cell in cells)]
+
+
+def is_score(key):
+    """Of a task, in percent."""
+    return key.endswith(".score")
 
 
 def has_numbers(cell):
-    return any(cell[column.key] is not None for column in COLUMNS)
+    return any(cell[column.key] is not None for column in COLUMNS) or any(map(is_score, cell.values))
 
 
 def groups_of(cells):

@@ -571,6 +571,10 @@ class Scales(unittest.TestCase):
 
 
 class Names(unittest.TestCase):
+    def test_short_names_say_something(self):
+        for name, short in (("llamacpp-q8_0", "q8_0"), ("kivi-2", "kivi-2"), ("llamacpp-of-plan-4.5", "llamacpp-of-plan-4.5")):
+            self.assertEqual(drawing.short_name(name), short)
+
     def test_labels_are_spread_by_least_squares(self):
         numbers = np.random.default_rng(1)
         for count in (1, 2, 3, 10, 28):

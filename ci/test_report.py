@@ -196,6 +196,15 @@ class Parts(unittest.TestCase):
         self.assertEqual(column.text(cell), "+0.000 [-0.500, +0.000]")  # no minus before a zero
         self.assertEqual(latex.column_text(column, cell), r"\shortstack[r]{$+$0.000 \\ {\tiny [$-$0.500, $+$0.000]}}")
 
+    def test_further_tasks_have_columns_of_their_own(self):
+        cell = Cell("r", "d", "m", "b", "s", 1, 1, {"lm_eval_cloze.score": 40.0, "lm_eval_cloze.score_lo": 26.3, "lm_eval_cloze.score_hi": 55.4})
+        self.assertTrue(tables.has_numbers(cell))
+        self.assertEqual([(column.heading, column.text(cell)) for column in tables.columns_of([cell])], [("cloze % [95 %]", "40.0 [26.3, 55.4]")])
+
+    def test_no_line_ends_where_it_reads_badly(self):
+        self.assertEqual(page.prose("top-1 98.0 % [97.5, 98.5] at 9.44 bits: `-ctk q8_0`"),
+                         "top\u20111 98.0\u00a0% [97.5,\u00a098.5] at 9.44\u00a0bits: <code><span>-ctk</span> <span>q8_0</span></code>")
+
     def test_warnings(self):
         results = Results()
         file = File("f", "r", "benchmarks", "2026-01-01T00:00:00", {"load_avg": [5.0], "num_cpus": 2})
@@ -266,6 +275,8 @@ class Page(Ours):
                       "How to make it again", "20 of 20 rows", "git checkout", "ci/study --out", "--windows=3"):
             self.assertIn(words, text)
         self.assertEqual(len(self.column("scheme")), 20)
+        heads = self.browser.run("[...document.querySelectorAll('#results th')].map(h => h.textContent)")
+        self.assertEqual(heads[:4], ["scheme", "context", "batch", "KV MiB"])  # one model needs no column
         self.assertGreaterEqual(self.browser.run(
             "document.querySelectorAll('figure svg[role=img][aria-label]').length"), 7)
         self.assertEqual(self.browser.run("document.querySelectorAll('.cells details').length"), 20)

@@ -555,6 +555,14 @@ class Rules(unittest.TestCase):
         self.assertEqual(text.count("no interval"), 1)
         self.assertTrue(text.startswith("\nm, n and o, fused, on card, Half, context 1k:"), text)
 
+    def test_what_to_set_comes_first(self):
+        results = Planted()
+        results.cell("none", bits=16)
+        results.text("int8", (0.001, 0.0009, 0.0011), bits=8.5)
+        for spec in ("none", "int8"):  # of a model before it
+            results.results.cell(results.file, "card", "a", "fused", spec, 1024).values["perplexity.delta_ppl"] = 1.0
+        self.assertEqual([said.title.split(",")[0] for said in sentences.verdicts(results.results)][:2], ["m", "a"])
+
     def test_nothing_but_the_unquantized_says_nothing(self):
         results = Planted()
         results.none()

@@ -326,8 +326,7 @@ def room(cell):
         return cell["capacity.longest_context"], "measured"
     total, reserved = cell["memory.vram_total_bytes"], cell["memory.vram_reserved_bytes"]
     if total is None or reserved is None:
-        return None, ("the device's memory is not in the results" if cell["memory.rss_peak_bytes"] else
-                      "memory was not measured")
+        return None, ("the device's memory is not in the results" if cell["memory.rss_peak_bytes"] else "memory was not measured")
     if cell["memory.beyond_weights_bytes"] is None:
         return None, "peaks of this protocol hold several caches"
     each, held = bytes_per_token(cell), cell["memory.kv_bytes_allocated"]
