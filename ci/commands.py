@@ -1,29 +1,20 @@
-"""Commands of this folder, whose names have no .py, as modules for their tests."""
+"""What commands of this folder share: lines that begin with their name, exit code 2 for bad input, whole numbers of flags."""
 
-import contextlib
-import importlib.machinery
-import importlib.util
-import io
-import os
+import math
 import sys
 
-HERE = os.path.dirname(os.path.abspath(__file__))
 
+class Command:
+    def __init__(self, name):
+        self.name = name
 
-def load(name):
-    sys.dont_write_bytecode = True  # it would lie beside the command, under a name that git does not ignore
-    loader = importlib.machinery.SourceFileLoader(name.replace("-", "_") + "_command", os.path.join(HERE, name))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
-    loader.exec_module(module)
-    return module
+    def say(self, text):
+        print(f"{self.name}: {text}", file=sys.stderr, flush=True)
 
+    def fail(self, text):
+        self.say(text)
+        raise SystemExit(2)
 
-def run(command, *arguments):
-    """Exit code, stdout, stderr of a command that was loaded."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = command.main(list(map(str, arguments)))
-        except SystemExit as end:
-            code = end.code
-    return code, out.getvalue(), err.getvalue()
+    def whole(self, flag, text, least, most=math.inf):
+        return int(text) if text.isdigit() and least <= int(text) <= most else self.fail(
+            f"{flag}: a whole number from {least}{f' to {most}' if most < 10**9 else ''}, not '{text}'")

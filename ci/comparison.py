@@ -142,10 +142,7 @@ def agreement_rows(outcome):
 
 
 def item_rows(outcome):
-    if not outcome.pairs:
-        return []
-    import items  # wants scipy, which only those need who have items
-    return [tuple(items.texts(row)) for row in outcome.pairs]
+    return [tuple(row.texts()) for row in outcome.pairs]
 
 
 TABLES = [("facts", fact_rows, ("verdict", "what", "old", "new", "change", "rule")),
@@ -184,13 +181,6 @@ def markdown(outcome):
     return "\n".join(lines + [""] * bool(outcome.notes) + outcome.notes) + "\n"
 
 
-def items_json(outcome):
-    if not outcome.pairs:
-        return []
-    import items
-    return [items.as_json(row) for row in outcome.pairs]
-
-
 def as_json(outcome):
     return {
         "headline": outcome.headline(), "regression": bool(outcome.regressions), "old": outcome.old, "new": outcome.new,
@@ -199,7 +189,7 @@ def as_json(outcome):
         "times": [{"cell": t.cell, "verdict": t.verdict, "binding": t.binding, "why": t.why, "first": vars(t.first),
                    "second": vars(t.second) if t.second else None} for t in outcome.timed],
         "information": [vars(s) | {"ranges": s.verdict} for s in outcome.information],
-        "agreement": agreement(outcome), "items": items_json(outcome)}
+        "agreement": agreement(outcome), "items": [row.as_json() for row in outcome.pairs]}
 
 
 def junit(outcome):

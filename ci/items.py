@@ -26,7 +26,6 @@ The verdict is one of five, the first that holds:
 
 import json
 import math
-import os
 from dataclasses import dataclass, field
 
 import numpy
@@ -163,6 +162,28 @@ class Pair:
         else:
             self.verdict = "undecided"
 
+    HEADS = ["items of", "number", "n", "encoded %", "reference", "here", "difference [95 %]", "lost/won", "p", "p (Holm)",
+             "detectable", "verdict"]
+
+    def texts(self):
+        """One row of the table."""
+        percent = self.metric == "right"
+        number = lambda value: "-" if not math.isfinite(value) else f"{100 * value:.1f} %" if percent else f"{value:.4f}"  # noqa: E731
+        signed = lambda value: "-" if not math.isfinite(value) else f"{100 * value:+.1f}" if percent else f"{value:+.4f}"  # noqa: E731
+        n = str(self.n) if self.clusters == self.n else f"{self.n} in {self.clusters}"
+        return [self.cell, self.metric, n, "-" if self.encoded_share is None else f"{100 * self.encoded_share:.0f}",
+                number(self.reference_score), number(self.score),
+                f"{signed(self.difference)} [{signed(self.interval[0])}, {signed(self.interval[1])}]",
+                "-" if self.lost is None else f"{self.lost}/{self.won}", f"{self.p:.2g}", f"{self.p_holm:.2g}",
+                number(self.detectable), self.verdict]
+
+    def as_json(self):
+        def plain(value):
+            if isinstance(value, tuple):
+                return [plain(item) for item in value]
+            return None if isinstance(value, float) and not math.isfinite(value) else value
+        return {name: plain(value) for name, value in vars(self).items()}
+
 
 def wider(*intervals):
     return min(low for low, _ in intervals), max(high for _, high in intervals)
@@ -288,37 +309,3 @@ def against_run(new, old, margins=MARGINS, **how):
     """Every cell against the one of the same name in another run."""
     return [row for cell in new if cell in old for metric in BETTER
             if (row := pair(cell, cell, new[cell], old[cell], metric, margins.get(metric), **how))]
-
-
-# ---- for people
-
-HEADS = ["items of", "number", "n", "encoded %", "reference", "here", "difference [95 %]", "lost/won", "p", "p (Holm)",
-         "detectable", "verdict"]
-
-
-def number(value, metric):
-    return "-" if not math.isfinite(value) else f"{100 * value:.1f} %" if metric == "right" else f"{value:.4f}"
-
-
-def texts(row):
-    """One row of the table."""
-    def signed(value):
-        return "-" if not math.isfinite(value) else f"{100 * value:+.1f}" if row.metric == "right" else f"{value:+.4f}"
-    n = str(row.n) if row.clusters == row.n else f"{row.n} in {row.clusters}"
-    return [row.cell, row.metric, n, "-" if row.encoded_share is None else f"{100 * row.encoded_share:.0f}",
-            number(row.reference_score, row.metric), number(row.score, row.metric),
-            f"{signed(row.difference)} [{signed(row.interval[0])}, {signed(row.interval[1])}]",
-            "-" if row.lost is None else f"{row.lost}/{row.won}", f"{row.p:.2g}", f"{row.p_holm:.2g}",
-            number(row.detectable, row.metric), row.verdict]
-
-
-def as_json(row):
-    def plain(value):
-        if isinstance(value, tuple):
-            return [plain(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-    return {name: plain(value) for name, value in vars(row).items()}
-
-
-def beside(path):
-    return os.path.isfile(path_of(path))

@@ -42,8 +42,10 @@ import comparison
 import interleave
 import reading
 import timing
+from commands import Command
 from testing import HERE, ROOT, write_model
 
+fail = Command("prove_gate").fail
 # Where other work shares the cores, a run of the cell must be shorter than what the scheduler gives a process at a time.
 FLAGS = ["--schemes=int2-hqq@residual=16,int4-hqq@residual=16", "--contexts=32", "--dtype=float32", "--runs=601"]
 TIMED = "^(quantize/.*|dequantize/.*int4-.*)"  # encoding is slowed, decoding is not
@@ -67,11 +69,6 @@ ONE_CODE = """  static int blocks = 0;
 """ + PACK
 PLANTS = {"as_is": [], "slower": [(STEP, SLOWER)],
           "one_code": [(PACK, ONE_CODE), ("#include <cmath>\n", "#include <cmath>\n#include <cstdlib>\n")]}
-
-
-def fail(text):
-    print(f"prove_gate: {text}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def commands_of(build):

@@ -264,14 +264,9 @@ def latency_table(results, cells):
         ("break-even ctx", "break_even"), ("where the lines meet", "break_even_of_lines"), ("contexts", "contexts")])
 
 
-# ---- items
-
 def item_table(results):
     """For page and terminal."""
-    if not results.pairs:
-        return [], []
-    import items
-    return items.HEADS, [items.texts(row) for row in results.pairs]
+    return (results.pairs[0].HEADS, [row.texts() for row in results.pairs]) if results.pairs else ([], [])
 
 
 # ---- Markdown, for the terminal

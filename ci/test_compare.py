@@ -20,18 +20,18 @@ import xml.etree.ElementTree
 
 import yaml
 
-import commands
 import interleave
 import prove_gate
+import testing
 import timing
 from testing import BASELINES, HERE, KVQBENCH, ROOT
 
 BASELINE = os.path.join(BASELINES, "smollm2-135m-cpu-sdpa", "benchmarks.json")
-compare = commands.load("compare")
+compare = testing.load("compare")
 
 
 def run(*arguments):
-    return commands.run(compare, *arguments)
+    return testing.run(compare, *arguments)
 
 
 class Statistics(unittest.TestCase):

@@ -22,17 +22,17 @@ import urllib.request
 
 import yaml
 
-import commands
 import handover
 from engine import SCALES_GIVEN, SCALES_OF_ONE, Score, neutral, turned
 from handover import ENGINES
 from specs import NONE, SIDES, Frame, Table, encodes, write_spec
+import testing
 from testing import CACHE, ROOT
 
 PYTHON = os.path.join(CACHE, "parity-venv", "bin", "python")
 MODEL = os.path.join(CACHE, "models", "smollm2-135m")
 SERVER = os.environ.get("KVQ_SERVE_EXE", os.path.join(ROOT, "build", "release", "kvqserve"))
-command = commands.load("handover")
+command = testing.load("handover")
 
 SPECS = ("none", "llamacpp-q4_0", "llamacpp-q8_0-q4_0-unrotated", "vllm-fp8", "vllm-turboquant-4bit-nc", "trtllm-nvfp4",
          "sglang-fp4-e2m1", "lmdeploy-int8", "mlx-lm-4", "hf-hqq-2", "kivi-2", "exl3-6+exl3-3@residual=0",
@@ -531,7 +531,7 @@ class Transformers(unittest.TestCase):
 
 
 def run(*arguments):
-    return commands.run(command, *arguments)
+    return testing.run(command, *arguments)
 
 
 class Command(unittest.TestCase):

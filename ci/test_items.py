@@ -13,11 +13,11 @@ import unittest
 import numpy
 from scipy import stats
 
-import commands
 import items
+import testing
 from testing import HERE
 
-paired = commands.load("paired")
+paired = testing.load("paired")
 
 CELL = "ruler/tiny/sdpa/{}/ctx:1024/batch:1"
 
@@ -221,7 +221,7 @@ class Command(unittest.TestCase):
         new, old = rights(200, 100, 40, 4)
         path = self.file("r.json", {"none": lines(old, share=0), "int2": lines(new), "int8": lines(old)})
         report = os.path.join(self.dir.name, "out.json")
-        code, out, err = commands.run(paired, path, "--json", report, "--markdown=" + os.path.join(self.dir.name, "out.md"))
+        code, out, err = testing.run(paired, path, "--json", report, "--markdown=" + os.path.join(self.dir.name, "out.md"))
         self.assertEqual((code, err), (1, ""))
         with open(report, encoding="utf-8") as file:
             rows = {row["cell"].split("/")[3]: row for row in json.load(file)}
@@ -230,21 +230,21 @@ class Command(unittest.TestCase):
         self.assertIn("40/4", out)
         with open(os.path.join(self.dir.name, "out.md"), encoding="utf-8") as file:
             self.assertEqual(file.read(), out)
-        self.assertEqual(commands.run(paired, path, "--filter=int8", "--margin=right=.1")[0], 0)
+        self.assertEqual(testing.run(paired, path, "--filter=int8", "--margin=right=.1")[0], 0)
 
     def test_cells_of_several_files(self):
         new, old = rights(200, 100, 40, 4)
         a, b = self.file("a.json", {"none": lines(old)}), self.file("b.json", {"int4": lines(new)})
-        code, out, _ = commands.run(paired, a, b)
+        code, out, _ = testing.run(paired, a, b)
         self.assertEqual(code, 1)
         self.assertIn("40/4", out)
-        self.assertIn("another of the files", commands.run(paired, a, b, a)[2])
+        self.assertIn("another of the files", testing.run(paired, a, b, a)[2])
 
     def test_two_runs(self):
         new, old = rights(200, 100, 40, 4)
         a, b = self.file("a.json", {"int4": lines(old)}), self.file("b.json", {"int4": lines(new)})
-        self.assertEqual(commands.run(paired, b, "--against", a)[0], 1)
-        self.assertEqual(commands.run(paired, a, "--against=" + a)[0], 0)
+        self.assertEqual(testing.run(paired, b, "--against", a)[0], 1)
+        self.assertEqual(testing.run(paired, a, "--against=" + a)[0], 0)
 
     def results(self, name, cells):
         """A results file with items beside it."""
@@ -296,7 +296,7 @@ class Command(unittest.TestCase):
                                  ((path, "--seed=x"), "--seed"), ((path, "--margin=ppl=1"), "--margin: NUMBER=M"),
                                  ((path, "--margin=right=x"), "--margin: a number"), ((path, "--filter=("), "--filter"),
                                  ((path, "--what"), "--what"), ((path, "--seed"), "wants a value"), (("--seed=1",), "wants results")):
-            code, out, err = commands.run(paired, *arguments)
+            code, out, err = testing.run(paired, *arguments)
             self.assertEqual((code, out, err.count("\n")), (2, "", 1), err)
             self.assertIn(words, err)
 

@@ -19,15 +19,15 @@ import types
 import unittest
 import unittest.mock
 
-import commands
 import items
 import lm_eval_items
 import reading
+import testing
 from testing import CACHE, HERE, ROOT
 
 GOLDEN = os.path.join(ROOT, "accuracy", "golden", "lm_eval")
 SERVER = os.environ.get("KVQ_SERVE_EXE", os.path.join(ROOT, "build", "release", "kvqserve"))
-command = commands.load("lm-eval")
+command = testing.load("lm-eval")
 
 
 def raw(task):
@@ -214,7 +214,7 @@ class Command(unittest.TestCase):
             text = file.read().replace('"spec": "none"', '"spec": "int8-hqq"')
         with open(path, "w", encoding="utf-8") as file:
             file.write(text)
-        code, out, err = commands.run(command, *asked, "--server=" + self.server, "--out=" + self.out)
+        code, out, err = testing.run(command, *asked, "--server=" + self.server, "--out=" + self.out)
         self.assertEqual((code, out), (2, ""))
         self.assertIn("the server answered with int8-hqq, not none", err)
 
@@ -249,7 +249,7 @@ class Command(unittest.TestCase):
                 (["--tasks=ruler", "--contexts=512"], "--contexts: RULER's prompts want 1024 tokens at least, not 512"),
                 (["--contexts=64"], "austen_cloze wants 256 tokens at least, not 64"),
                 (["--", "--spec=none"], "'--spec=none' is what ci/lm-eval itself hands to kvqserve")):
-            code, out, err = commands.run(command, *arguments)
+            code, out, err = testing.run(command, *arguments)
             self.assertEqual((code, out, err.count("\n")), (2, "", 1), (arguments, err))
             self.assertIn(words, err)
             self.assertTrue(err.startswith("lm-eval: "), err)
@@ -275,7 +275,7 @@ class Command(unittest.TestCase):
         with open(self.server, "w", encoding="utf-8") as file:
             file.write("#!/bin/sh\necho $$ >" + self.out + ".pid\nsleep 60\n")
         flags, _ = command.parse(["--server=" + self.server])
-        program = (f"import sys; sys.argv = ['x']; sys.path.insert(0, {HERE!r}); import commands, signal; c = commands.load('lm-eval')\n"
+        program = (f"import sys; sys.argv = ['x']; sys.path.insert(0, {HERE!r}); import testing, signal; c = testing.load('lm-eval')\n"
                    "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
                    f"with c.serving({self.server!r}, 'm', 'none', {{'served': []}}, {self.out!r} + '.log'): pass\n")
         for number in (15, 2, 9):

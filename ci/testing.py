@@ -1,11 +1,16 @@
-"""What tests of this folder share: where things are, the command ci/report, a tiny model, and a folder for a class."""
+"""What tests of this folder share: where things are, commands as modules, a tiny model, and a folder for a class."""
 
+import contextlib
 import csv
+import importlib.machinery
+import importlib.util
+import io
 import json
 import math
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import zipfile
 
@@ -21,6 +26,26 @@ STUDY = os.path.join(os.environ.get("KVQ_SHARED") or os.path.join(ROOT, "..", "s
 KVQBENCH = os.environ.get("KVQ_BENCH_EXE") or os.path.join(ROOT, "build", "release", "kvqbench")
 AXE = os.path.join(CACHE, "downloads", "axe_playwright_python-0.1.8-py3-none-any.whl")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+
+
+def load(name):
+    """A command, whose name has no .py, as a module."""
+    sys.dont_write_bytecode = True  # it would lie beside the command, under a name that git does not ignore
+    loader = importlib.machinery.SourceFileLoader(name.replace("-", "_") + "_command", os.path.join(HERE, name))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+    loader.exec_module(module)
+    return module
+
+
+def run(command, *arguments):
+    """Exit code, stdout, stderr of a command that was loaded."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = command.main(list(map(str, arguments)))
+        except SystemExit as end:
+            code = end.code
+    return code, out.getvalue(), err.getvalue()
 
 
 def report(*arguments):
