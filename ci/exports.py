@@ -45,9 +45,10 @@ def write_all(results, out):
         if not cells:
             continue
         name = file_name(run)
-        phase = study_tables.PHASES.get(name, "phase_" + name) + ".csv"
-        write_csv(os.path.join(out, phase), *study_tables.phase_csv(cells), line_end="\r\n")  # as the study's
-        written.append(phase)
+        phase, (columns, rows) = study_tables.PHASES.get(name, "phase_" + name) + ".csv", study_tables.phase_csv(cells)
+        if rows:
+            write_csv(os.path.join(out, phase), columns, rows, line_end="\r\n")  # as the study's
+            written.append(phase)
         for own, other, base, table in (
                 ("en", "de", "delta_ppl_cross_model", lambda language: study_tables.delta_ppl_table(cells, language)),
                 ("de", "en", "profiling_table_all", lambda language: study_tables.profiling_table(results, cells, language)),
@@ -58,7 +59,7 @@ def write_all(results, out):
                     tables.kernel_table(results, results.of(run)), "kernels", language))):
             write_text(f"{base}{suffix}.tex", table(own))  # in the language of the study's own
             write_text(f"{base}{suffix}_{other}.tex", table(other))
-        for model in sorted({cell.model for cell in cells if cell.batch == 1}):  # the study's own, which knew no other
+        for model in sorted({cell.model for cell in cells if cell.batch == 1 and study_tables.known(cell)}):  # it knew no other batch
             write_text(f"summary_{file_name(model)}{suffix}.json",
                        json.dumps(study_tables.summary(cells, model), indent=2, ensure_ascii=False))
     write_text("model_metrics_table.tex", study_tables.model_metrics_table(results, "de"))

@@ -7,7 +7,7 @@ import re
 
 from latex import line, tex
 from results import MIB
-from tables import STUDY_SPEC, context_label, has_numbers, model_name, models_by_kurtosis, spec_order
+from tables import STUDY_SPEC, context_label, model_name, models_by_kurtosis, spec_order
 
 # Its names of its phases, by the folder that holds the results.
 PHASES = {"long_context": "phase_b_long_context"}
@@ -24,6 +24,11 @@ TEXT = {
     "next": {"en": "continued on next page", "de": "Fortsetzung nächste Seite"},
     "metrics": {"en": "Model architecture and kurtosis", "de": "Modellarchitektur und Kurtosis-Kennzahlen"},
 }
+
+
+def known(cell):
+    """Whether it has something for which the study has a column."""
+    return any(key.startswith(("prefill.", "decode.", "kv_size.", "memory.", "perplexity.", "needle.")) for key in cell.values)
 
 
 # ---- its names of schemes
@@ -60,7 +65,7 @@ def phase_rows(cells):
     """Rounded as it rounds. Missing is empty."""
     rows = []
     for cell in cells:
-        if not has_numbers(cell):
+        if not known(cell):
             continue
         def rounded(key, digits, scale=1.0):
             return None if cell[key] is None else round(cell[key] * scale, digits)
@@ -152,7 +157,7 @@ def delta_ppl_table(cells, language):
 
 def profiling_table(results, cells, language):
     """tab:profiling_all: every cell, models by the kurtosis of their keys. Empty without cells."""
-    cells = [cell for cell in cells if has_numbers(cell)]
+    cells = [cell for cell in cells if known(cell)]
     if not cells:
         return ""
     backends, batches = len({cell.backend for cell in cells}) > 1, len({cell.batch for cell in cells}) > 1
@@ -217,7 +222,7 @@ def summary(cells, model):
     combinations, files = [], {}
     longest = {}
     for cell in cells:
-        if cell.model == model and cell.batch == 1 and has_numbers(cell):
+        if cell.model == model and cell.batch == 1 and known(cell):
             key = (cell.backend, cell.spec)
             if key not in longest or longest[key].context < cell.context:
                 longest[key] = cell

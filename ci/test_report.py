@@ -19,7 +19,7 @@ import page
 import reading
 import tables
 from results import Cell, File, Results
-from testing import ENVIRONMENT, KVQBENCH, STUDY, Once, read, report, rows_of, violations, write_model
+from testing import BASELINES, ENVIRONMENT, KVQBENCH, STUDY, Once, read, report, rows_of, violations, write_model
 
 
 class Ours(Once, unittest.TestCase):
@@ -100,6 +100,10 @@ class Ours(Once, unittest.TestCase):
         written = exports.write_all(reading.load([folder]), os.path.join(folder, "tables"))
         self.assertIn("results.csv", written)
         self.assertFalse([name for name in written if name.startswith("summary_")])
+
+    def test_tables_of_the_study_have_no_rows_of_what_it_has_no_columns_for(self):
+        written = exports.write_all(reading.load([os.path.join(BASELINES, "smollm2-135m-lm-eval")]), os.path.join(self.folder, "lm-eval"))
+        self.assertEqual(sorted(written), ["items.csv", "results.csv", "results_table.tex", "results_table_de.tex"])
 
     def test_every_figure_has_its_numbers(self):
         made = os.listdir(os.path.join(self.folder, "out", "figures"))
