@@ -13,11 +13,9 @@ def flat_rows(results):
     """Every cell with all its single numbers, under their full names."""
     names = sorted({key for cell in results.cells for key, value in cell.values.items()
                     if "/" not in key and not isinstance(value, list)})
-    columns = ["run", "device", "model", "backend", "spec", "context", "batch", "superseded"] + names
-    rows = [{"run": cell.run, "device": cell.device, "model": cell.model, "backend": cell.backend, "spec": cell.spec,
-             "context": cell.context, "batch": cell.batch, "superseded": cell.superseded,
-             **{name: cell.values[name] for name in names if name in cell.values}} for cell in results.cells]
-    return columns, rows
+    whose = ["run", "device", "model", "backend", "spec", "context", "batch", "superseded"]
+    return whose + names, [{**{name: getattr(cell, name) for name in whose}, **{name: cell.values[name] for name in names if name in cell.values}}
+                           for cell in results.cells]
 
 
 def write_all(results, out):

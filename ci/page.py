@@ -263,8 +263,8 @@ def results_section(results, cells):
 def section_of_rows(heads_and_rows, words, label):
     """A table that has rows of its own; nothing without rows."""
     heads, rows = heads_and_rows
-    classes = ["text" if head in ("run", "model", "attention", "scheme", "kernel", "shape of", "what ran", "contexts", "items of", "number", "verdict") else ""
-               for head in heads]
+    words_in = ("run", "model", "attention", "scheme", "kernel", "shape of", "what ran", "contexts", "items of", "number", "verdict")
+    classes = ["text" if head in words_in else "" for head in heads]
     return f"<p>{e(words)}</p>" + wide(table(heads, [[e(text) for text in row] for row in rows], classes), label,
                                        " tall") if rows else ""
 

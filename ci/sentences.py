@@ -1,6 +1,7 @@
 """What results say, in sentences: what to set, what costs nothing, what costs how much, what breaks the model, from which
 context on it is faster, how much more fits the device, and what cannot be said and why. The rules stand in verdict.py."""
 
+import functools
 import itertools
 import math
 import os
@@ -123,23 +124,18 @@ def rests_on(judged):
 
 # ---- what engines call it
 
-_PRESETS = {}
-
-
+@functools.cache
 def presets():
     """name -> (engine, spec, the engine's flags), of fixtures/cache/presets.cc."""
-    if not _PRESETS:
-        try:
-            with open(os.path.join(HERE, "..", "fixtures", "cache", "presets.cc"), encoding="utf-8") as file:
-                text = file.read()
-        except OSError:
-            return {}
-        engines = dict(re.findall(r'constexpr char (k\w+)\[\] = "([^"]*)";', text))
-        row = r'\{"([^"]+)",\s*(k\w+),\s*"([^"]+)",\s*"((?:[^"\\]|\\.)*)"(?:,\s*/\*latents=\*/true)?\}'
-        for name, engine, spec, flags in re.findall(row, text):
-            _PRESETS[name] = (re.sub(r"( [0-9a-f]{7,}| before .*| [\d.]+)?(,.*)?$", "", engines[engine]), spec,
-                              flags.replace('\\"', '"'))
-    return _PRESETS
+    try:
+        with open(os.path.join(HERE, "..", "fixtures", "cache", "presets.cc"), encoding="utf-8") as file:
+            text = file.read()
+    except OSError:
+        return {}
+    engines = {key: re.sub(r"( [0-9a-f]{7,}| before .*| [\d.]+)?(,.*)?$", "", engine)
+               for key, engine in re.findall(r'constexpr char (k\w+)\[\] = "([^"]*)";', text)}
+    row = r'\{"([^"]+)",\s*(k\w+),\s*"([^"]+)",\s*"((?:[^"\\]|\\.)*)"(?:,\s*/\*latents=\*/true)?\}'
+    return {name: (engines[engine], spec, flags.replace('\\"', '"')) for name, engine, spec, flags in re.findall(row, text)}
 
 
 def preset_of(cell):

@@ -19,19 +19,19 @@ import page
 import reading
 import tables
 from results import Cell, File, Results
-from testing import BASELINES, ENVIRONMENT, KVQBENCH, STUDY, Once, read, report, rows_of, violations, write_model
+from testing import BASELINES, ENVIRONMENT, KVQBENCH, STUDY, Once, OnPage, read, report, rows_of, violations, write_model
 
 
-class Ours(Once, unittest.TestCase):
-    """What kvqbench measured just now, its version-2 files, and the reports of both."""
+class Measured(Once):
+    """What kvqbench measured just now, its version-2 files, and the reports of both: once for all classes."""
 
     SPECS = ["none", "int8-hqq", "int4-hqq", "int2-hqq", "int2-hqq-kivi"]
 
     @classmethod
     def setUpClass(cls):
-        if not hasattr(Ours, "results"):  # once for class Page, too
-            super(Ours, Ours).setUpClass()
-            unittest.addModuleCleanup(shutil.rmtree, Ours.folder)
+        if not hasattr(Measured, "results"):
+            super(Measured, Measured).setUpClass()
+            unittest.addModuleCleanup(shutil.rmtree, Measured.folder)
 
     @classmethod
     def tearDownClass(cls):
@@ -57,6 +57,8 @@ class Ours(Once, unittest.TestCase):
         cls.release = cls.data["context"]["kvqbench_build"] == "Release"  # others refuse to time
         cls.results = reading.load([os.path.join(cls.folder, "run")])
 
+
+class Ours(Measured, unittest.TestCase):
     def cell(self, results, spec, context, batch=1):
         return next(c for c in results.cells if (c.spec, c.context, c.batch) == (spec, context, batch))
 
@@ -203,7 +205,8 @@ class Parts(unittest.TestCase):
     def test_further_tasks_have_columns_of_their_own(self):
         cell = Cell("r", "d", "m", "b", "s", 1, 1, {"lm_eval_cloze.score": 40.0, "lm_eval_cloze.score_lo": 26.3, "lm_eval_cloze.score_hi": 55.4})
         self.assertTrue(tables.has_numbers(cell))
-        self.assertEqual([(column.heading, column.text(cell)) for column in tables.columns_of([cell])], [("cloze % [95 %]", "40.0 [26.3, 55.4]")])
+        self.assertEqual([(column.heading, column.text(cell)) for column in tables.columns_of([cell])],
+                         [("cloze % [95 %]", "40.0 [26.3, 55.4]")])
 
     def test_no_line_ends_where_it_reads_badly(self):
         self.assertEqual(page.prose("top-1 98.0 % [97.5, 98.5] at 9.44 bits: `-ctk q8_0`"),
@@ -231,14 +234,15 @@ class Parts(unittest.TestCase):
         self.assertEqual(found["Throttled"], ["m, b, int8-hqq, 1k, batch 1: decode.throttled (throttled: power cap)"])
         cell.values.update({"perplexity.kld_nats_lo": 0.0015, "perplexity.delta_ppl_lo": 0.001,
                             "decode.tokens_per_s_min": 9.8, "decode.tokens_per_s_max": 10.2})
-        del cell.values["decode.throttled"], cell.values["needle.encoded_share"], cell.values["prefill.foreign_processes"], cell.values["quantize.disturbed"]
+        for key in ("decode.throttled", "needle.encoded_share", "prefill.foreign_processes", "quantize.disturbed"):
+            del cell.values[key]
         cell.skipped, file.facts["load_avg"] = {}, [0.5]
         self.assertEqual(page.warnings(results), [])
 
 
 # ---- the page, in a browser
 
-class Page(Ours):
+class Page(Measured, OnPage, unittest.TestCase):
     """The page of kvqbench's results and, where it is there, the study's."""
 
     @classmethod
@@ -261,13 +265,6 @@ class Page(Ours):
         self.assertEqual(self.browser.errors, [])
         for url in self.browser.requests:  # nothing from a network
             self.assertTrue(url.startswith(("file://" + os.path.realpath(self.index), "data:")), url[:100])
-
-    def column(self, name, visible=True):
-        return self.browser.run(
-            "(() => { const heads = [...document.querySelectorAll('#results thead th')];"
-            f"const at = heads.findIndex(h => h.textContent.trim() === {name!r});"
-            "return [...document.querySelectorAll('#results tbody tr')].filter(r => !r.hidden)"
-            ".map(r => r.cells[at].textContent); })()")
 
     def click(self, name):
         self.browser.run("[...document.querySelectorAll('#results thead button')]"
@@ -328,10 +325,6 @@ class Page(Ours):
             self.assertEqual(self.column("nmse K")[-4:], ["-"] * 4)
             self.assertNotIn("-", self.column("nmse K")[:-4])
             self.click("nmse K")
-
-    def choose(self, name, value):
-        self.browser.run(f"(() => {{ const s = document.querySelector('[data-filter={name}]'); s.value = {value!r};"
-                         "s.dispatchEvent(new Event('change')); })()")
 
     def test_filters(self):
         self.choose("spec", "int4-hqq")
@@ -424,10 +417,6 @@ class Page(Ours):
         self.browser.requests.clear()
         self.accessible(self.index, dark=True)
 
-
-# The tests of results are inherited with what they are made of; once is enough.
-for _name in [name for name in dir(Ours) if name.startswith("test_")]:
-    setattr(Page, _name, None)
 
 if __name__ == "__main__":
     unittest.main()

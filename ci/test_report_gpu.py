@@ -19,12 +19,12 @@ import page
 import reading
 import tables
 from results import MIB, decode_ms_per_token
-from testing import BASELINES, HERE, KVQBENCH, ROOT, Once, read, report, rows_of, violations
+from testing import BASELINES, HERE, KVQBENCH, ROOT, Once, OnPage, read, report, rows_of, violations
 
 H200 = os.path.join(BASELINES, "h200")
 
 
-class Products:
+class Products(OnPage):
     """One report of `source`, a folder of ci/gpu-study's files; what is expected is read from their JSON here."""
 
     @classmethod
@@ -179,17 +179,6 @@ class Products:
             self.assertLess(float(row["share"]), 1.1)  # no more than the limit, but for how well that is known
         self.assertFalse(os.path.exists(os.path.join(self.out, "figures", "pareto_kld.svg")))
         self.assertIn("no KL divergence beside the bits per element", read(self.out, "index.html"))
-
-    def column(self, name):
-        return self.browser.run(
-            "(() => { const heads = [...document.querySelectorAll('#results thead th')];"
-            f"const at = heads.findIndex(h => h.textContent.trim() === {name!r});"
-            "return [...document.querySelectorAll('#results tbody tr')].filter(r => !r.hidden)"
-            ".map(r => r.cells[at].textContent); })()")
-
-    def choose(self, name, value):
-        self.browser.run(f"(() => {{ const s = document.querySelector('[data-filter={name}]'); s.value = {value!r};"
-                         "s.dispatchEvent(new Event('change')); })()")
 
     def test_page(self):
         self.browser.look()

@@ -78,6 +78,21 @@ class Once:
         shutil.rmtree(cls.folder)
 
 
+class OnPage:
+    """What one does with the table of a page that is open in self.browser."""
+
+    def column(self, name):
+        return self.browser.run(
+            "(() => { const heads = [...document.querySelectorAll('#results thead th')];"
+            f"const at = heads.findIndex(h => h.textContent.trim() === {name!r});"
+            "return [...document.querySelectorAll('#results tbody tr')].filter(r => !r.hidden)"
+            ".map(r => r.cells[at].textContent); })()")
+
+    def choose(self, name, value):
+        self.browser.run(f"(() => {{ const s = document.querySelector('[data-filter={name}]'); s.value = {value!r};"
+                         "s.dispatchEvent(new Event('change')); })()")
+
+
 def violations(browser, scope="document"):
     """What axe-core finds in the page against accessibility."""
     with zipfile.ZipFile(AXE) as wheel:
