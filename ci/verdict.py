@@ -27,7 +27,7 @@ from dataclasses import dataclass, field, replace
 
 from results import HEADROOM, kv_dtype
 
-# ---- thresholds
+# ---- thresholds; LEAST_SHARE and HEADROOM, which items share, stand in results.py
 
 # What rounding does is itself known to some percent, and calls of another length round otherwise.
 FLOOR_FACTOR = 2.0
