@@ -32,6 +32,13 @@ struct AttentionCase {
     }
     return of;
   }
+  int64_t capacity() const {
+    int64_t most = 32;
+    for (const bool values : {false, true}) {
+      for (const SequenceLength& length : LengthsOf(values)) most = std::max<int64_t>(most, (length.encoded + 39) / 32 * 32);
+    }
+    return most;
+  }
 };
 
 constexpr int64_t kKvHeads = 2, kSinks = 8, kResidual = 192;
@@ -127,11 +134,8 @@ void Check(const AttentionCase& c) {
   const Codec &key_codec = pair.keys->keys, &value_codec = pair.values->values;
   const bool keys_dense = key_codec.encode == nullptr, values_dense = value_codec.encode == nullptr;
   const int64_t batch = static_cast<int64_t>(c.lengths.size());
-  int64_t capacity = 32;
+  const int64_t capacity = c.capacity();
   const std::vector<SequenceLength> key_lengths = c.LengthsOf(false), value_lengths = c.LengthsOf(true);
-  for (const auto* lengths : {&key_lengths, &value_lengths}) {
-    for (const SequenceLength& length : *lengths) capacity = std::max<int64_t>(capacity, (length.encoded + 39) / 32 * 32);
-  }
   Side keys = MakeSide(key_codec, values_dense, c, key_lengths, capacity);
   Side values = MakeSide(value_codec, keys_dense, c, value_lengths, capacity);
   const Tensor queries = at::randn({batch, kKvHeads, c.ratio, c.head_dim}).to(c.dtype), sink_logits = at::randn({kKvHeads * c.ratio}) * 2;
@@ -240,7 +244,7 @@ void CheckAll(const std::vector<AttentionCase>& cases) {
       DecodeAttentionArgs args;
       args.dtype = DTypeOf(c.dtype), args.query_heads = kKvHeads * c.ratio, args.window = c.window;
       args.keys.batch = static_cast<int64_t>(c.lengths.size()), args.keys.heads = kKvHeads, args.keys.head_dim = c.head_dim;
-      args.keys.capacity = 1, args.values = args.keys, args.softcap = static_cast<float>(c.cap);
+      args.keys.capacity = c.capacity(), args.values = args.keys, args.softcap = static_cast<float>(c.cap);
       args.key_params = ParamsOf(pair.keys->keys, c), args.value_params = ParamsOf(pair.values->values, c);
       args.value_lengths = c.values_encoded.empty() ? nullptr : c.lengths.data(), args.values_in_ring = c.ring;
       args.key_turn = TurnOf(pair.keys->keys, {}, c.head_dim), args.value_turn = TurnOf(pair.values->values, {}, c.head_dim);
@@ -406,6 +410,8 @@ struct NewestCase {
   int32_t window = 0;
 };
 
+constexpr int64_t kNewestSequences = 4, kNewestCapacity = 832;
+
 void CheckNewest(const NewestCase& c) {
   SCOPED_TRACE(StrCat(c.spec, " head_dim ", c.head_dim, " ", c.dtype, " ratio ", c.ratio, " window ", c.window, c.rotation ? " rotated" : ""));
   const SchemePair pair = ParseSpec(c.spec).schemes;
@@ -413,7 +419,7 @@ void CheckNewest(const NewestCase& c) {
   // Turned tokens have no sinks beside them. Of the last sequence nothing is encoded yet: a sink is the newest.
   const int32_t sink = c.rotation || codecs[0]->turned || codecs[1]->turned ? 0 : 1;
   const std::vector<SequenceLength> counts = {{0, 1, 0}, {2 * sink, 301, 0}, {0, 800, 0}, {sink, 0, 0}};
-  const int64_t batch = static_cast<int64_t>(counts.size()), capacity = 832;
+  const int64_t batch = kNewestSequences, capacity = kNewestCapacity;
   std::vector<int32_t> numbers;
   for (const SequenceLength& length : counts) numbers.insert(numbers.end(), {length.sinks, length.encoded, length.residual});
   const Tensor lengths = at::tensor(numbers, at::kInt).cuda();
@@ -514,7 +520,8 @@ void CheckAllNewest(const std::vector<NewestCase>& cases) {
       const Codec &keys = pair.keys->keys, &values = pair.values->values;
       DecodeAttentionArgs args;
       args.dtype = DTypeOf(c.dtype), args.query_heads = kKvHeads * c.ratio, args.window = c.window, args.newest_is_encoded = true;
-      args.keys.batch = 1, args.keys.heads = kKvHeads, args.keys.head_dim = c.head_dim, args.keys.capacity = 1, args.values = args.keys;
+      args.keys.batch = kNewestSequences, args.keys.heads = kKvHeads, args.keys.head_dim = c.head_dim;
+      args.keys.capacity = kNewestCapacity, args.values = args.keys;
       args.key_params.group_size = keys.default_group, args.value_params.group_size = values.default_group;
       if (keys.encode != nullptr) args.key_turn = TurnOf(keys, keys.turned ? Rotation() : c.rotation, c.head_dim);
       if (values.encode != nullptr) args.value_turn = TurnOf(values, values.turned ? Rotation() : c.rotation, c.head_dim);
@@ -658,6 +665,24 @@ TEST(DecodeAttentionGpu, AFewShapes) {
     cases.push_back({spec, 256, 128, 16, {{0, 100, 128}}});
     cases.push_back({spec, 128, 64, 4, {{3, 200, 40}}, at::kHalf, 90});
     cases.push_back({spec, 512, 64, 4, {{3, 100, 40}}, at::kHalf, 90});
+  }
+  CheckAll(cases);
+}
+
+// So many tokens that blocks share the heads in the end, one each and two; and sequences whose blocks are clusters.
+TEST(DecodeAttentionGpu, AFewShapesOfManyBlocks) {  // under a sanitizer
+  KVQ_NEEDS_CUDA();
+  const c10::InferenceMode guard;
+  at::manual_seed(19);
+  std::vector<AttentionCase> cases;
+  for (const char* spec : {"none", "q8_0", "turboquant-k4+turboquant-v4"}) {
+    for (const bool sinks : {false, true}) {
+      for (AttentionCase c : {AttentionCase{spec, 128, 64, 7, {{3, 5200, 40}}}, AttentionCase{spec, 64, 64, 16, {{0, 5300, 0}}, at::kBFloat16},
+                              AttentionCase{spec, 128, 64, 4, {{3, 1000, 40}, {0, 0, 5}, {0, 129, 0}, {0, 1, 0}}}}) {
+        c.sinks = sinks;
+        AddCase(cases, c);
+      }
+    }
   }
   CheckAll(cases);
 }

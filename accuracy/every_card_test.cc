@@ -71,8 +71,8 @@ void AddAttention(Collector& all, const std::string& spec, int64_t dim, int64_t 
                   DType dtype, bool apart = false, float cap = 0, bool encodes = false) {
   const SchemePair pair = ParseSpec(spec).schemes;
   DecodeAttentionArgs args;
-  args.dtype = dtype, args.query_heads = 2 * ratio, args.window = window, args.values_in_ring = apart, args.softcap = cap;
-  args.keys.batch = 1, args.keys.heads = 2, args.keys.head_dim = dim, args.keys.capacity = 4096;
+  args.dtype = dtype, args.window = window, args.values_in_ring = apart, args.softcap = cap;
+  args.keys.batch = 1, args.keys.head_dim = dim;
   args.values = args.keys;
   const Codec &keys = pair.keys->keys, &values = pair.values->values;
   for (const auto& [codec, params, turn] : {std::tuple(&keys, &args.key_params, &args.key_turn),
@@ -95,7 +95,11 @@ void AddAttention(Collector& all, const std::string& spec, int64_t dim, int64_t 
     if (DecodeAttentionEncodes(keys, dim)) args.newest_keys = there;
     if (DecodeAttentionEncodes(values, dim)) args.newest_values = there;
   }
-  all.Add([&] { DecodeAttention(keys, values, args, nullptr); });
+  // Few tokens of eight KV heads are read by blocks in a cluster, many are not.
+  for (const auto& [heads, capacity] : {std::pair<int64_t, int64_t>(8, 4096), {2, 32768}}) {
+    args.query_heads = heads * ratio, args.keys.heads = args.values.heads = heads, args.keys.capacity = args.values.capacity = capacity;
+    all.Add([&] { DecodeAttention(keys, values, args, nullptr); });
+  }
 }
 
 // Of what a spec names keys are the latents; the rotary keys stay as they are where no second scheme is named.

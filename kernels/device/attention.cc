@@ -26,7 +26,7 @@ struct Plan {
 };
 
 // How many of a pair's blocks share its heads in the end. These wait for the others, so all have to run at once; half of them at
-// most, so that there is room for one more such launch on another stream. On an H200 a step gains 1 % (Mistral-7B) to 2.7
+// most, so that there is room for one more such launch on another stream. On an H200 a step gains 0.3 to 1 % (Mistral-7B) to 2.7
 // (Qwen3-30B-A3B behind 4k tokens) by it.
 constexpr int kMostSharing = 8;
 int Combiners(const Plan& plan) {
@@ -131,12 +131,15 @@ Plan PlanTiles(const Codec& keys, const Codec& values, const DecodeAttentionArgs
   Plan plan;
   plan.pairs = args.keys.batch * args.keys.heads * parts, plan.heads = ratio / parts;
   plan.splits = Splits(plan.pairs, TokensInSight(args), tile, warps, tile_bytes(tile));
-  // Up to eight blocks that have little to do are one cluster: half of the multiprocessors then read as fast, and the product that
-  // follows fetches its weights on the others. On an H200 a step of Mistral-7B behind 4k tokens gains 1 to 2 % by it; behind 8k it
-  // loses 2 % in 16 bits and 1 in iq4_nl, and gains 1 in q8_0.
+  // Up to eight blocks that have little to do are one cluster, where a third of the multiprocessors or more work then: they read as
+  // fast, and the product that follows fetches its weights on the others. On an H200 a step of Mistral-7B behind 4k tokens gains 1 to
+  // 2 % by it; behind 8k it loses 2 % in 16 bits and 1 in iq4_nl, and gains 1 in q8_0. The card takes 15 clusters of eight at once, so
+  // that sixteen would be two rounds: 120 of its 132 multiprocessors, and seven eighths are taken at most.
   constexpr int64_t kMostTokens = 576, kMostBytes = 512 << 10;  // of a block
   const int64_t blocks = std::min(plan.splits, decode_attention::kMostCluster), tokens = TokensInSight(args);
-  if (CurrentDevice().arch >= 90 && blocks > 1 && tokens <= blocks * kMostTokens && tokens * tile_bytes(tile) / tile <= blocks * kMostBytes) {
+  const int64_t busy = plan.pairs * blocks, all = CurrentDevice().multiprocessors;
+  const bool clusters = CurrentDevice().arch >= 90 && blocks > 1 && 3 * busy >= all && 8 * busy <= 7 * all;
+  if (clusters && tokens <= blocks * kMostTokens && tokens * tile_bytes(tile) / tile <= blocks * kMostBytes) {
     plan.splits = plan.cluster = static_cast<int>(blocks);
   }
   plan.instance = {{"kernels/device/attention.cuh", keys.device.source, values.device.source},

@@ -582,11 +582,13 @@ __device__ __forceinline__ void CombineLast(const DecodeAttentionArgs& args, int
   __syncthreads();
   const int number = before - (splits - combiners);
   if (number < 0) return;
-  if (threadIdx.x == 0) {
-    while (ptx::LoadInOrder(counter) < splits) {
+  if (combiners > 1) {
+    if (threadIdx.x == 0) {
+      while (ptx::LoadInOrder(counter) < splits) {
+      }
     }
+    __syncthreads();
   }
-  __syncthreads();
   const int seen = threadIdx.x == 0 ? atomicAdd(counter, 1) : 0;
   const int each = (ratio + combiners - 1) / combiners, first_head = number * each;
   const int64_t slots = static_cast<int64_t>(pair) * splits * ratio;
