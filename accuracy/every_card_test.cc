@@ -102,13 +102,15 @@ void AddAttention(Collector& all, const std::string& spec, int64_t dim, int64_t 
   }
 }
 
+constexpr int64_t kManyTokens = 1 << 20;  // of latents: other tiles than for few
+
 // Of what a spec names keys are the latents; the rotary keys stay as they are where no second scheme is named.
 void AddLatents(Collector& all, const std::string& spec, int64_t rank, int64_t turned, int64_t heads, DType dtype,
-                int64_t batch = 1) {
+                int64_t tokens = 4096) {
   const SchemePair pair = ParseSpec(spec).schemes;
   const Codec &latents = pair.keys->keys, &rotary_keys = pair.apart ? pair.values->values : FindScheme("none").values;
   LatentAttentionArgs args;
-  args.dtype = dtype, args.batch = batch, args.heads = heads, args.rank = rank, args.turned = turned, args.capacity = 4096;
+  args.dtype = dtype, args.batch = 1, args.heads = heads, args.rank = rank, args.turned = turned, args.capacity = tokens;
   args.latents.params.group_size = latents.default_group, args.rotary_keys.params.group_size = rotary_keys.default_group;
   for (const auto& [codec, channels] : {std::pair(&latents, rank), std::pair(&rotary_keys, turned)}) {
     try {
@@ -283,9 +285,10 @@ TEST_P(EveryCard, TakesLatents) {
   Collector all(GetParam());
   for (const char* spec : {"none", "q8_0", "q4_0", "fp8-e4m3+fp8-e4m3", "int8-hqq", "int4-hqq"}) {
     for (const int64_t heads : {16, 128}) AddLatents(all, spec, 512, 64, heads, DType::kBFloat16);
+    AddLatents(all, spec, 512, 64, 16, DType::kBFloat16, kManyTokens);
   }
   for (const char* spec : {"none", "q4_0"}) AddLatents(all, spec, 512, 64, 20, DType::kBFloat16);
-  AddLatents(all, "none", 512, 64, 16, DType::kBFloat16, /*batch=*/8);
+  AddLatents(all, "none+q8_0", 512, 64, 16, DType::kFloat16);
   EXPECT_GE(all.launches().size(), 11u);  // smaller cards take 20 heads and 128 alike
   ExpectFits(GetParam(), all.launches());
 }
@@ -349,8 +352,10 @@ TEST_P(EveryCardEveryInstance, FitsLatents) {
   for (const Scheme& scheme : Schemes()) {
     if (!scheme.refused.empty() || !HasLatentAttention(scheme.keys, scheme.values)) continue;
     for (const int64_t heads : {16, 20, 128}) {
-      AddLatents(all, scheme.name, 512, 64, heads, DType::kFloat16);
-      if (heads == 16) AddLatents(all, scheme.name + "+" + scheme.name, 512, 64, heads, DType::kBFloat16);
+      for (const int64_t tokens : {int64_t{4096}, kManyTokens}) {
+        AddLatents(all, scheme.name, 512, 64, heads, DType::kFloat16, tokens);
+        if (heads == 16) AddLatents(all, scheme.name + "+" + scheme.name, 512, 64, heads, DType::kBFloat16, tokens);
+      }
     }
   }
   AddLatents(all, "none+q8_0", 512, 64, 16, DType::kFloat16);
@@ -479,6 +484,30 @@ TEST(DecodeAttention, TakesSmallerTilesOnASmallerCard) {
   Gather(kCards[1], [&] { small = DecodeAttentionName(codec, codec, args); });
   EXPECT_EQ(large, "fused_decode_16bit (sm_90: 8 warps x 3 x 16 tokens)");
   EXPECT_EQ(small, "fused_decode_16bit (sm_86: 4 warps x 3 x 16 tokens)");
+}
+
+TEST(LatentAttention, TakesOneBlockAMultiprocessorForFewTokens) {
+  const auto of = [](const DeviceShape& card, const char* scheme, int64_t batch, int64_t tokens) {
+    const Codec &latents = FindScheme(scheme).keys, &rotary_keys = FindScheme("none").values;
+    LatentAttentionArgs args;
+    args.dtype = DType::kBFloat16, args.batch = batch, args.heads = 16, args.rank = 512, args.turned = 64, args.capacity = tokens;
+    args.latents.params.group_size = latents.default_group;
+    std::string name;
+    const std::vector<KernelLaunch> launches = Gather(card, [&] {
+      name = LatentAttentionName(latents, rotary_keys, args);
+      LatentAttention(latents, rotary_keys, args, nullptr);
+    });
+    return StrCat(name.substr(name.find(':') + 2), ", ", launches.at(0).grid.x, " and ", launches.at(1).grid.x);
+  };
+  for (const char* scheme : {"none", "q8_0"}) {
+    EXPECT_EQ(of(kCards[3], scheme, 1, 32768), "1 x 8 warps x 2 x 64 tokens), 132 and 128") << scheme;
+    EXPECT_EQ(of(kCards[3], scheme, 4, 32768), "1 x 8 warps x 2 x 64 tokens), 132 and 128") << scheme;
+  }
+  EXPECT_EQ(of(kCards[3], "none", 8, 32768), "1 x 8 warps x 2 x 64 tokens), 128 and 256");
+  EXPECT_EQ(of(kCards[3], "q8_0", 8, 32768), "2 x 8 warps x 3 x 32 tokens), 264 and 256");
+  EXPECT_EQ(of(kCards[3], "none", 8, 131072), "2 x 8 warps x 2 x 32 tokens), 264 and 256");
+  EXPECT_EQ(of(kCards[3], "none", 1, 1 << 20), "2 x 8 warps x 2 x 32 tokens), 256 and 256") << "256 rows by 32 channels";
+  EXPECT_EQ(of(kCards[1], "q8_0", 1, 32768), "1 x 8 warps x 2 x 32 tokens), 82 and 128");
 }
 
 }  // namespace

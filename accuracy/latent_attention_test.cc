@@ -17,11 +17,14 @@ namespace {
 
 using at::Tensor;
 
+constexpr int64_t kMany = 1 << 20;  // tokens, so that tiles are those of long sequences
+
 struct LatentCase {
   std::string spec;  // as of a cache of latents: the rotary keys stay as they are where no second scheme is named
   int64_t heads, rank = 512, turned = 64;
   std::vector<SequenceLength> lengths = {{0, 1000, 0}};  // of each sequence
   at::ScalarType dtype = at::kBFloat16;
+  int64_t capacity = 0;  // where it is more than there are tokens
 
   std::array<const Codec*, 2> Codecs() const {
     const SchemePair pair = ParseSpec(spec).schemes;
@@ -118,7 +121,7 @@ void CheckOne(const LatentCase& c) {
   };
   LatentAttentionArgs args{.dtype = DTypeOf(c.dtype), .batch = batch, .heads = c.heads, .rank = c.rank, .turned = c.turned,
                            .queries = queries_on_gpu.data_ptr(), .out = out.data_ptr(), .scale = static_cast<float>(scale),
-                           .latents = side(parts[0], *codecs[0]), .rotary_keys = side(parts[1], *codecs[1]), .capacity = all_tokens,
+                           .latents = side(parts[0], *codecs[0]), .rotary_keys = side(parts[1], *codecs[1]), .capacity = std::max(c.capacity, all_tokens),
                            .lengths = reinterpret_cast<const SequenceLength*>(lengths.data_ptr())};
   const Tensor workspace = at::full({LatentAttentionWorkspace(*codecs[0], *codecs[1], args)}, 0xFF, lengths.options().dtype(at::kByte));
   args.workspace = workspace.data_ptr();
@@ -136,7 +139,8 @@ void CheckAll(const std::vector<LatentCase>& cases) {
   Prepare([&] {
     for (const LatentCase& c : cases) {
       const auto codecs = c.Codecs();
-      LatentAttentionArgs args{.dtype = DTypeOf(c.dtype), .batch = 1, .heads = c.heads, .rank = c.rank, .turned = c.turned};
+      LatentAttentionArgs args{.dtype = DTypeOf(c.dtype), .batch = static_cast<int64_t>(c.lengths.size()), .heads = c.heads, .rank = c.rank,
+                               .turned = c.turned, .capacity = c.capacity};
       args.latents.params.group_size = codecs[0]->default_group, args.rotary_keys.params.group_size = codecs[1]->default_group;
       LatentAttention(*codecs[0], *codecs[1], args, nullptr);
     }
@@ -155,6 +159,7 @@ TEST(LatentAttentionGpu, EqualsAttentionOverTokensAsTheyAre) {
     }
     for (const int64_t rank : {16, 64, 96}) cases.push_back({"none", 4, rank, 8, {{0, 100, 0}, {0, 7, 0}}, dtype});
     cases.push_back({"none", 16, 512, 64, {{0, 20000, 0}}, dtype});
+    for (const int32_t tokens : {0, 31, 32, 33, 1000, 20000}) cases.push_back({"none", 16, 512, 64, {{0, tokens, 0}, {0, 70, 0}}, dtype, kMany});
   }
   CheckAll(cases);
 }
@@ -174,13 +179,15 @@ TEST(LatentAttentionGpu, EqualsAttentionOverDecodedTokens) {
   };
   for (const Scheme& scheme : Schemes()) {
     if (!scheme.refused.empty() || scheme.stores_dense() || !HasLatentAttention(scheme.keys, scheme.values) || !fits(scheme.keys, 512)) continue;
-    cases.push_back({scheme.name, 16, 512, 64, {{0, 333, 0}, {5, 64, 100}}, at::kHalf});
+    cases.push_back({scheme.name, 16, 512, 64, {{0, 333, 0}, {5, 64, 100}}, at::kHalf, kMany});
     if (fits(scheme.values, 64)) cases.push_back({scheme.name + "+" + scheme.name, 16, 512, 64, {{4, 500, 31}, {0, 7, 0}}, at::kBFloat16});
   }
   EXPECT_GT(cases.size(), 20u);
   for (const char* spec : {"q8_0", "q4_0", "int4-hqq", "fp8-e4m3+fp8-e4m3", "none+q8_0"}) {
     for (const int64_t heads : {3, 20, 128}) cases.push_back({spec, heads, 512, 64, {{8, 300, 128}, {0, 0, 1}, {3, 0, 0}, {0, 0, 0}}, at::kBFloat16});
-    for (const int32_t encoded : {1, 31, 32, 33, 20000}) cases.push_back({spec, 16, 512, 64, {{4, encoded, 17}}, at::kHalf});
+    for (const int32_t encoded : {1, 31, 32, 33, 20000}) {
+      for (const int64_t capacity : {int64_t{0}, kMany}) cases.push_back({spec, 16, 512, 64, {{4, encoded, 17}}, at::kHalf, capacity});
+    }
   }
   for (const int64_t rank : {64, 128, 256}) {
     cases.push_back({rank == 64 ? "int8-hqq" : "int4-hqq", 4, rank, 64, {{2, 100, 16}}, at::kHalf});
@@ -200,6 +207,7 @@ TEST(LatentAttentionGpu, AFewShapes) {
             {"q5_1", 16, 512, 64, {{3, 200, 40}, {0, 0, 5}}, at::kHalf},
             {"int4-hqq", 128, 512, 64, {{0, 100, 33}}, at::kBFloat16},
             {"fp8-e4m3+fp8-e4m3", 16, 512, 64, {{0, 100, 0}}, at::kBFloat16},
+            {"q8_0", 16, 512, 64, {{3, 200, 40}, {0, 0, 5}}, at::kBFloat16, kMany},
             {"none+q8_0", 4, 512, 64, {{2, 70, 3}}, at::kHalf},
             {"none", 4, 16, 8, {{0, 100, 0}}, at::kHalf}});
 }

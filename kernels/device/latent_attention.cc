@@ -19,6 +19,8 @@ struct Tiling {
   int tokens = 0, stages = 0, blocks = 0;
 };
 
+constexpr int64_t kFewCodes = 1024, kFewNumbers = 2048;  // tokens of a multiprocessor: PlanOf
+
 // What is chosen for a launch.
 struct Plan {
   Tiling tiling;
@@ -47,8 +49,8 @@ int64_t SharedBytes(const Codec& latents, const Codec& rotary_keys, const Latent
   const int64_t turned = Padded(static_cast<int>(args.turned));
   const int64_t stage = Up(StoredBytes(latents, args.latents.params, rank, tiling.tokens)) +
                         Up(StoredBytes(rotary_keys, args.rotary_keys.params, args.turned, tiling.tokens));
-  const bool dense = latents.planes == nullptr && rotary_keys.planes == nullptr;
-  const int64_t numbers = dense ? 0 : Up(tokens * rank * 2) + Up(tokens * turned * 2);
+  const int64_t numbers = (latents.planes == nullptr ? 0 : Up(tokens * rank * 2)) +
+                          (rotary_keys.planes == nullptr ? 0 : Up(tokens * turned * 2));
   const int64_t queries = head_tiles <= 2 ? 0 : heads * (rank + turned) * 2;
   return tiling.stages * stage + numbers + kShares * heads * (tokens + 8) * 4 + heads * tokens * 2 + Up(heads * 8) + queries;
 }
@@ -85,20 +87,24 @@ Plan PlanOf(const Codec& latents, const Codec& rotary_keys, const LatentAttentio
   // Sixteen heads are one tile of rows. Where a block's registers hold no more accumulators than those of 64, more are dealt to
   // several blocks, whose tokens then come from the L2 cache but once.
   const int64_t room = CurrentDevice().block_shared, of_all = CurrentDevice().shared;
+  const int arch = CurrentDevice().arch;
   Plan plan;
   const auto take = [&](int head_tiles, std::initializer_list<Tiling> tilings) {
     for (const Tiling& tiling : tilings) {
       const int64_t bytes = SharedBytes(latents, rotary_keys, args, head_tiles, tiling);
       if (plan.head_tiles > 0 || bytes > room || tiling.blocks * (bytes + 1024) > of_all) continue;
       // Registers are too few then, which EveryCard tells.
-      if (tiling.blocks > 1 && (CurrentDevice().arch < 90 || (latents.bits != 16 && latents.bits != low_bits))) continue;
+      const bool crowded = arch < 90 || (encodes[0] && (arch >= 100 || latents.bits != low_bits));
+      if (crowded && tiling.blocks > 1) continue;
+      if (arch == 100 && latents.bits == 3 && head_tiles > 2) continue;
       plan.head_tiles = head_tiles, plan.tiling = tiling, plan.shared_bytes = bytes;
     }
   };
-  // A sequence alone is dealt to all multiprocessors, and each block leaves 32 KB to add up: half as many blocks are quicker then (on
-  // an H200, 32k tokens in 16 bits: 23 us instead of 31; codes have not been timed so).
-  const bool dense = !encodes[0] && !encodes[1];
-  if (args.heads <= 16 && args.batch == 1 && dense) take(1, {{64, 2, 1}});
+  // A block of larger tiles, alone on a multiprocessor, takes longer for a token and less for a launch (beside two there are no registers
+  // for one of the next kernel's to wait): on an H200 one sequence of 32k tokens takes 23 us instead of 32 in 16 bits, 25 instead of 37
+  // in q8_0; eight take 79 instead of 84 in 16 bits, but 116 instead of 105 in fp8.
+  const bool few = args.batch * args.capacity <= (encodes[0] || encodes[1] ? kFewCodes : kFewNumbers) * CurrentDevice().multiprocessors;
+  if (args.heads <= 16 && few && arch >= 90) take(1, {{64, 2, 1}});
   if (args.heads <= 16) take(1, {{32, 3, 2}, {32, 2, 2}, {64, 3, 1}, {64, 2, 1}, {32, 3, 1}, {32, 2, 1}});
   if (args.heads > 32) take(4, {{64, 3, 1}, {64, 2, 1}, {32, 3, 1}, {32, 2, 1}});
   if (args.heads > 16) take(2, {{64, 3, 1}, {64, 2, 1}, {32, 3, 1}, {32, 2, 1}});
@@ -109,6 +115,13 @@ Plan PlanOf(const Codec& latents, const Codec& rotary_keys, const LatentAttentio
   plan.parts = static_cast<int>((args.heads + 16 * plan.head_tiles - 1) / (16 * plan.head_tiles));
   plan.splits = Splits(args, plan.parts, plan.tiling);
   return plan;
+}
+
+// Channels that a block of the second kernel adds up: as many as still let its threads ask for all rows at once.
+int MergedChannels(int splits) {
+  int channels = 256;
+  while (channels > 32 && splits > kMergeBatch * kThreads * 4 / channels) channels /= 2;
+  return channels;
 }
 
 void CheckArgs(const LatentAttentionArgs& args) {
@@ -160,10 +173,11 @@ void LatentAttention(const Codec& latents, const Codec& rotary_keys, const Laten
           .threads = kThreads,
           .shared_bytes = static_cast<size_t>(plan.shared_bytes)},
          stream, args, plan.parts, plan.splits);
-  const int64_t chunks = (args.rank + kMergedChannels - 1) / kMergedChannels;
+  const int merged = MergedChannels(plan.splits);
+  const int64_t chunks = (args.rank + merged - 1) / merged;
   Launch("attention over latents",
          {.instance = {{"kernels/device/latent_attention.cuh"},
-                       InstanceName("kvq::latent_attention::MergeKernel", args.rank, bfloat16)},
+                       InstanceName("kvq::latent_attention::MergeKernel", args.rank, merged, bfloat16)},
           .grid = static_cast<unsigned>(args.batch * args.heads * chunks),
           .threads = kThreads,
           .shared_bytes = kMergeShared},

@@ -28,10 +28,10 @@ namespace kvq::latent_attention {
 inline constexpr int kMostSplits = 256;
 inline constexpr int kWarps = 8, kThreads = 32 * kWarps;
 inline constexpr int kShares = 4;           // of the channels of a key, one a warp
-inline constexpr int kMergedChannels = 32;  // that a block of the second kernel adds up
-// Shared memory that its blocks ask for, and do not use: as many as run on a multiprocessor take all of it then, as the first kernel's do,
-// and it need not be divided anew between the two.
-inline constexpr int kMergeShared = 38 << 10;
+// Of the second kernel: loads of a thread at a time; and shared memory that its blocks ask for, and do not use, so that what a
+// multiprocessor has of it need not be divided anew between the two kernels, and blocks find room beside one of the first.
+inline constexpr int kMergeBatch = 9;
+inline constexpr int kMergeShared = 20 << 10;
 
 // What blocks leave, [batch, split, head]: m and the sum l of 2^(logit - m); sums of 2^(logit - m) c, [rank] each.
 struct Workspace {
@@ -117,16 +117,20 @@ struct Config {
   static constexpr int kTokenTiles = kTile / 16;  // columns by eights of a warp's scores, those of half a tile
   static constexpr int kPairs = (kRank / 16 + kWarps - 1) / kWarps;  // of eights of a warp's channels of the output
   static constexpr bool kHoldsQueries = kHeadTiles <= 2;  // in registers
-  // Shared memory: stages, a tile of numbers, scores [share, head, token], weights [head, token], references m and factors [2, head],
-  // queries.
+  // Shared memory: stages, a tile of numbers of each part that is encoded, scores [share, head, token], weights [head, token],
+  // references m and factors [2, head], queries.
   static constexpr int kStage = Up(L::kStored) + Up(T::kStored);
   static constexpr int kNumbersAt = kStages * kStage;
-  static constexpr int kScoresAt = kNumbersAt + (kDense ? 0 : Up(L::kNumbers) + Up(T::kNumbers));
+  static constexpr int kScoresAt = kNumbersAt + (L::kDense ? 0 : Up(L::kNumbers)) + (T::kDense ? 0 : Up(T::kNumbers));
   static constexpr int kScoreRow = kTile + 8;  // floats: lanes of a store in different banks
   static constexpr int kWeightsAt = kScoresAt + kShares * kHeads * kScoreRow * 4;
   static constexpr int kReferencesAt = kWeightsAt + kHeads * kTile * 2;
   static constexpr int kQueriesAt = kReferencesAt + Up(kHeads * 8);
   static constexpr int kSharedBytes = kQueriesAt + (kHoldsQueries ? 0 : kHeads * kSteps * 32);
+  // Where dense tokens beside encoded ones are: of a part that is never encoded in the last stage, which waits for them.
+  static constexpr int kDenseLatentsAt = L::kDense ? kNumbersAt - kStage : kNumbersAt;
+  static constexpr int kDenseRotaryAt =
+      T::kDense ? kNumbersAt - kStage + Up(L::kStored) : kNumbersAt + (L::kDense ? 0 : Up(L::kNumbers));
 };
 
 // Rows of a tile, from `rows` on, `stride` elements apart; zeros from row `left` on.
@@ -277,9 +281,8 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) Kernel(const __grid_cons
       const int row = P::kDense && !sinks ? length.sinks + length.encoded + token : token;
       CopyNumbers<kDim, C::kTile>(to, RowOf(view, b, row), view.token_stride, left, static_cast<int>(threadIdx.x));
     };
-    copy(args.latents, base + C::kNumbersAt, static_cast<typename C::L*>(nullptr), std::integral_constant<int, C::kRank>());
-    copy(args.rotary_keys, base + C::kNumbersAt + Up(C::L::kNumbers), static_cast<typename C::T*>(nullptr),
-         std::integral_constant<int, C::kTurned>());
+    copy(args.latents, base + C::kDenseLatentsAt, static_cast<typename C::L*>(nullptr), std::integral_constant<int, C::kRank>());
+    copy(args.rotary_keys, base + C::kDenseRotaryAt, static_cast<typename C::T*>(nullptr), std::integral_constant<int, C::kTurned>());
     return left;
   };
   int unit = split, dense_left = 0;
@@ -588,8 +591,7 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) Kernel(const __grid_cons
         ptx::CopyWait<0>();
       }
       __syncthreads();
-      attend(base + C::kNumbersAt, base + C::kNumbersAt + Up(C::L::kNumbers), shared, dense_left, std::false_type(),
-             std::false_type());
+      attend(base + C::kDenseLatentsAt, base + C::kDenseRotaryAt, shared, dense_left, std::false_type(), std::false_type());
     }
   }
   for (int tile = first; tile < end; ++tile) {
@@ -629,20 +631,19 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) Kernel(const __grid_cons
   }
 }
 
-// What the blocks of a sequence have left of one head, kMergedChannels of it.
-template <int kRank, bool kBFloat16>
+// What the blocks of a sequence have left of one head, kChannels of it.
+template <int kRank, int kChannels, bool kBFloat16>
 __global__ void __launch_bounds__(kThreads) MergeKernel(const __grid_constant__ LatentAttentionArgs args, int splits) {
-  constexpr int kColumns = kMergedChannels / 4, kChunks = (kRank + kMergedChannels - 1) / kMergedChannels;
+  constexpr int kColumns = kChannels / 4, kChunks = (kRank + kChannels - 1) / kChannels;
   constexpr int kReaders = kThreads / kColumns;  // of every kReaders-th block each
-  constexpr int kBatch = 8;                      // loads at a time
-  static_assert(kMostSplits <= kThreads);
+  static_assert(kMostSplits <= kThreads && kChannels <= 4 * kThreads);
   __shared__ float weights[kMostSplits];
   __shared__ float tops[kWarps], totals[kWarps];
   __shared__ float4 partial[kReaders][kColumns];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int chunk = blockIdx.x % kChunks, all_heads = static_cast<int>(args.heads), head = blockIdx.x / kChunks % all_heads;
   const int b = blockIdx.x / kChunks / all_heads;
-  const int column = threadIdx.x % kColumns, reader = threadIdx.x / kColumns, channel = chunk * kMergedChannels + 4 * column;
+  const int column = threadIdx.x % kColumns, reader = threadIdx.x / kColumns, channel = chunk * kChannels + 4 * column;
   LaunchDependents();
   WaitForPredecessors();
   const Workspace workspace = LayOut(args.workspace, args.batch, splits, all_heads, kRank);
@@ -650,9 +651,9 @@ __global__ void __launch_bounds__(kThreads) MergeKernel(const __grid_constant__ 
   const int own = static_cast<int>(threadIdx.x);
   const float2 of = own < splits ? __ldcg(static_cast<const float2*>(workspace.sums) + slot(own)) : float2{kNoReference, 0};
   // On their way before it is known what they weigh: where a block had no token, anything.
-  const auto load = [&](int start, float4 (&x)[kBatch]) {
+  const auto load = [&](int start, float4 (&x)[kMergeBatch]) {
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
+    for (int i = 0; i < kMergeBatch; ++i) {
       const int split = start + i * kReaders;
       x[i] = {0, 0, 0, 0};
       if (split < splits && channel < kRank) {
@@ -660,7 +661,7 @@ __global__ void __launch_bounds__(kThreads) MergeKernel(const __grid_constant__ 
       }
     }
   };
-  float4 x[kBatch];
+  float4 x[kMergeBatch];
   load(reader, x);
   float top = of.x;
 #pragma unroll
@@ -680,10 +681,10 @@ __global__ void __launch_bounds__(kThreads) MergeKernel(const __grid_constant__ 
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) total += totals[w];
   float4 sum = {0, 0, 0, 0};
-  for (int start = reader; start < splits; start += kBatch * kReaders) {
+  for (int start = reader; start < splits; start += kMergeBatch * kReaders) {
     if (start != reader) load(start, x);
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
+    for (int i = 0; i < kMergeBatch; ++i) {
       const float w = start + i * kReaders < splits ? weights[start + i * kReaders] : 0;
       if (w == 0) continue;
       sum.x = fmaf(w, x[i].x, sum.x), sum.y = fmaf(w, x[i].y, sum.y);
