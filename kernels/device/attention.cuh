@@ -480,7 +480,7 @@ __device__ void Merge(const Partial<C>& partial, bool has_dense, const Partial<C
 template <class C>
 __device__ void Combine(const DecodeAttentionArgs& args, int pair, int slots, int ratio, int first_head, int heads, std::byte* shared,
                         const float2* sums, const float* outputs) {
-  constexpr int kBatch = 18;
+  constexpr int kBatch = 16;
   constexpr int kMostSlots = (kMostSplits + 31) / 32 * 32;
   float* weights = reinterpret_cast<float*>(shared);  // [head, slot]
   float4* shares = reinterpret_cast<float4*>(shared + (heads * slots * 4 + 15) / 16 * 16);
