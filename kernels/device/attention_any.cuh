@@ -6,7 +6,7 @@
 // A lane's channels are those of the words it reads, so that codes come as they are stored (code_row.h): word lane,
 // lane + 32, ... of a row, or 16 bytes of a dense one. Dense tokens beside codes are read in the codes' order.
 //
-// What blocks leave, and how the last one combines it, is attention.cuh's: a block works for kHeads query heads, which count
+// What blocks leave, and how the last ones combine it, is attention_combine.cuh's: a block works for kHeads query heads, which count
 // as a pair of their own.
 #pragma once
 
