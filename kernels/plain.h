@@ -48,6 +48,7 @@
 //
 //   kInOrder              true where FitGroup takes x[0], ..., x[n - 1] itself, not by Magnitude, Range, Total and SumInOrder alone:
 //                         then one lane has all of a group (without a word it does not compile)
+//   kPutsCodes            true where FitGroup of numbers in shared memory leaves their codes in their place (x.PutCode)
 //
 // FitGroup may return another type for numbers in registers (kInRegisters), which Code knows, too: all lanes of a warp then call
 // both together, so that a table can lie in them (turboquant). Where numbers are there as they came, two in a word (kHasWords), it may
@@ -423,6 +424,11 @@ template <typename Numbers, typename Add>
 KVQ_HD inline float SumInOrder(const Numbers& x, int n, const Add& add) {
   float sum = 0;
 #ifdef __CUDACC__
+  if constexpr (requires { x.Any(0); }) {  // each lane adds all of them
+#pragma unroll 16
+    for (int i = 0; i < n; ++i) sum = add(x.Any(i), sum);
+    return sum;
+  }
   const int lane = static_cast<int>(threadIdx.x) % kLanes<Numbers>;
 #pragma unroll
   for (int turn = 0; turn < kLanes<Numbers>; ++turn) {  // each lane adds its own to what the one before has
@@ -441,12 +447,17 @@ KVQ_HD inline float SumInOrder(const Numbers& x, int n, const Add& add) {
 // The sum, in their order, of terms that were made of a group's numbers, of each thread's its own.
 template <typename Numbers, int n>
 KVQ_HD inline float SumOfTerms(float (&terms)[n]) {
-  const auto add = [](float v, float sum) { return sum + v; };
+  float sum = 0;
 #ifdef __CUDACC__
-  return SumInOrder(OwnNumbers<kLanes<Numbers>, DType::kFloat32>{terms, nullptr}, n * kLanes<Numbers>, add);
+#pragma unroll 2
+  for (int lane = 0; lane < kLanes<Numbers>; ++lane) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) sum += kLanes<Numbers> == 1 ? terms[i] : __shfl_sync(~0u, terms[i], lane, kLanes<Numbers>);
+  }
 #else
-  return SumInOrder(terms, n, add);
+  for (int i = 0; i < n; ++i) sum += terms[i];
 #endif
+  return sum;
 }
 
 // The sum of squares, in their order. A float16's square is a float32, so that adding it and rounding once is the same.
@@ -597,6 +608,8 @@ template <typename S>
 inline constexpr bool kNormed = requires { requires S::kNormed; };
 template <typename S>
 inline constexpr bool kInOrder = requires { requires S::kInOrder; };
+template <typename S>
+inline constexpr bool kPutsCodes = requires { requires S::kPutsCodes; };
 
 // What a group's codes are decoded with.
 template <typename S>
@@ -925,16 +938,18 @@ struct SharedNumbersToTurn {
 // made of it is the same in all of them.
 template <int kLanes_>
 struct SharedNumbers {
-  const float* tile;
-  uint32_t first;  // that this lane sees
-  __device__ __forceinline__ SharedNumbers(const float* tile, uint32_t start, uint32_t n)
-      : tile(tile), first(start + (kLanes_ > 1 ? threadIdx.x % kLanes_ * (n / kLanes_) : 0)) {}
+  float* tile;
+  uint32_t start, first;  // of all, and of those that this lane sees
+  __device__ __forceinline__ SharedNumbers(float* tile, uint32_t start, uint32_t n)
+      : tile(tile), start(start), first(start + (kLanes_ > 1 ? threadIdx.x % kLanes_ * (n / kLanes_) : 0)) {}
   __device__ __forceinline__ float operator[](int i) const
     requires(kLanes_ == 1)
   {
     return Part(i);
   }
   __device__ __forceinline__ float Part(int i) const { return tile[Padded(first + i)]; }
+  __device__ __forceinline__ float Any(int i) const { return tile[Padded(start + i)]; }
+  __device__ __forceinline__ void PutCode(int i, uint32_t code) const { tile[Padded(first + i)] = BitsFloat(code); }
 };
 template <int kLanes_>
 inline constexpr int kLanes<SharedNumbers<kLanes_>> = kLanes_;
@@ -1031,7 +1046,8 @@ __device__ __forceinline__ void EncodeTile(Room& room, uint32_t tokens, const Kv
         const uint32_t channel = ChannelOf<kLow<S>>(chunk, w, side, field);
         uint32_t g = run;
         if (split.group.divisor % kRunChannels<kLow<S>> != 0) g = split.group.Of(channel).quotient;
-        const uint32_t code = S::Code(room.fits[t * groups + g], tile[Padded(t * dim + channel)]);
+        const float number = tile[Padded(t * dim + channel)];
+        const uint32_t code = kPutsCodes<S> ? FloatBits(number) : S::Code(room.fits[t * groups + g], number);
         word |= (code & kMask) << (16 * side + field * kLow<S>);
 #pragma unroll
         for (int i = 0; i < kOdd<S>; ++i) odd[i] |= (code >> (kLow<S> + i) & 1) << (side * kFields + field);

@@ -117,22 +117,7 @@ KVQ_HD constexpr float NonLinear(uint32_t code) {
   return static_cast<float>(static_cast<int8_t>(half >> (8 * (code % 8))));
 }
 
-// Of a whole number + 128, the entries of 0 ... 14 and 1 ... 15 around it: which the lower one is, and both, a byte each.
-struct Around {
-  uint32_t entries[256] = {};
-  constexpr Around() {
-    for (int number = -128; number < 128; ++number) {
-      uint32_t lower = 0;
-      while (lower < 14 && NonLinear(lower + 1) <= static_cast<float>(number)) ++lower;
-      const auto byte = [](uint32_t code) { return static_cast<uint32_t>(static_cast<uint8_t>(static_cast<int8_t>(NonLinear(code)))); };
-      entries[number + 128] = lower | byte(lower) << 8 | byte(lower + 1) << 16;
-    }
-  }
-};
-inline constexpr Around kAround;
 #ifdef __CUDACC__
-__device__ const Around kDeviceAround = kAround;
-
 // Middles between an entry and the next, from where on the next one is the nearer, are whole numbers of halves. So the code of y is
 // one of floor(2 y) + 256; of 32 cells of sixteen such numbers, one for each lane, none has more than one middle. To a number in
 // cell i is added what carries into the upper half from the cell's middle on, and there what the cells before have.
@@ -165,28 +150,26 @@ struct Iq4Nl {
 
   using Stored = Scale;
   static constexpr int kStored[] = {2};
+  static constexpr bool kPutsCodes = true;
   struct Fit {
     float inverse;
     Stored stored;
   };
 
-  // Of the two entries around v the nearer one, by the differences that ggml takes, and its number.
+  // The entry that is nearest to v, of two the upper one; the first for NaN. ggml compares v's distances from the entries around it,
+  // which are exact next to the middle of the two.
   struct Entry {
     uint32_t code;
     float value;
   };
   KVQ_HD static Entry Nearest(float v) {
-    if (!(v > NonLinear(0))) return {0, NonLinear(0)};
-    // Entries are whole numbers, so that those below v are those below its floor.
-    const auto floor = static_cast<uint32_t>(static_cast<int32_t>(Smaller(v, 127) + 128));
-#ifdef __CUDACC__
-    const uint32_t around = kDeviceAround.entries[floor];
-#else
-    const uint32_t around = kAround.entries[floor];
-#endif
-    const uint32_t lower = around & 0xFF;
-    const float below = static_cast<float>(static_cast<int8_t>(around >> 8)), above = static_cast<float>(static_cast<int8_t>(around >> 16));
-    return v - below < above - v ? Entry{lower, below} : Entry{lower + 1, above};
+    Entry entry{0, NonLinear(0)};
+    for (uint32_t i = 0; i < 15; ++i) {
+      const bool upper = v >= (NonLinear(i) + NonLinear(i + 1)) * 0.5f;
+      entry.code += upper ? 1 : 0;
+      entry.value += upper ? NonLinear(i + 1) - NonLinear(i) : 0;
+    }
+    return entry;
   }
   template <typename Numbers>
   KVQ_HD static auto FitGroup(const Numbers& x, int n) {
@@ -237,19 +220,27 @@ struct Iq4Nl {
 #endif
     {
 #ifdef __CUDACC__
-      constexpr int kSeen = 32 / plain::kLanes<Numbers>;  // of the group, by this thread
+      constexpr int kSeen = 32 / plain::kLanes<Numbers>;  // of the group, by this lane
 #else
       constexpr int kSeen = 32;
 #endif
       float of_x[kSeen], of_itself[kSeen];
+      uint32_t codes[kSeen];
 #ifdef __CUDACC__
 #pragma unroll
 #endif
       for (int i = 0; i < kSeen; ++i) {
-        const float v = plain::PartOf(x, i), weight = v * v, q = Nearest(inverse * v).value;
-        of_x[i] = weight * q * v, of_itself[i] = weight * q * q;
+        const float v = plain::PartOf(x, i), weight = v * v;
+        const Entry q = Nearest(inverse * v);
+        of_x[i] = weight * q.value * v, of_itself[i] = weight * q.value * q.value, codes[i] = q.code;
       }
       with_x = plain::SumOfTerms<Numbers>(of_x), with_itself = plain::SumOfTerms<Numbers>(of_itself);
+      if constexpr (requires { x.PutCode(0, 0u); }) {
+#ifdef __CUDACC__
+        __syncwarp();  // all lanes have their numbers
+#endif
+        for (int i = 0; i < kSeen; ++i) x.PutCode(i, codes[i]);
+      }
       return Fit{inverse, {zero ? uint16_t{0} : FloatToHalf(with_x / with_itself)}};
     }
   }

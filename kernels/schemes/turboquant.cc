@@ -167,10 +167,7 @@ struct Keys {
   }
   KVQ_HD static uint32_t Code(const Fit& fit, float y) {
     uint32_t code = 0;
-    for (uint32_t step = 1 << (kBits - 1); step > 0; step /= 2) {
-      const uint32_t upper = code + step;
-      code = y >= fit.middles[upper - 1] ? upper : code;
-    }
+    for (uint32_t i = 0; i < (1u << kBits) - 1; ++i) code += y >= fit.middles[i] ? 1 : 0;
     return code;
   }
 #ifdef __CUDACC__
