@@ -243,7 +243,7 @@ struct Ring {
       before = hidden / C::kTile;
     }
     const int all = (tokens + C::kTile - 1) / C::kTile - before;
-    const auto cut = [&](int i) { return before + static_cast<int>(static_cast<int64_t>(all) * i / splits); };
+    const auto cut = [&](int i) { return before + all / splits * i + all % splits * i / splits; };  // all i / splits, in 32 bits
     first = cut(split) + static_cast<int>(threadIdx.x) / 32, end = cut(split + 1);
     const int lane = threadIdx.x % 32;
     key_place = PlaceOf<K>(lane), value_place = PlaceOf<V>(lane);
@@ -339,6 +339,11 @@ struct Ring {
   }
 };
 
+template <class A, class B>
+inline constexpr bool kSame = false;
+template <class A>
+inline constexpr bool kSame<A, A> = true;
+
 // The newest token of a pair, by the block's last two warps, keys and values, each in the stage of its ring that Start leaves free.
 // Both go where they are stored; behind the block's next barrier its warps find them there, too.
 template <class C>
@@ -350,6 +355,14 @@ __device__ __forceinline__ void EncodeNewest(const DecodeAttentionArgs& args, in
     R::template Encode<kTurned>(room, static_cast<const uint32_t*>(newest) + static_cast<int64_t>(pair) * (C::kDim / 2),
                                 args.dtype == DType::kFloat16, turn, out, pair, &args.lengths[pair / static_cast<int>(out.heads)].encoded);
   };
+  if constexpr (C::kEncodesKeys && C::kEncodesValues && C::kTurnsKeys == C::kTurnsValues && kSame<typename C::K, typename C::V>) {
+    // One encoder's instructions for both: a multiprocessor holds those of a layer's kernels as long as they are few.
+    if (warp < C::kWarps - 2) return;
+    const bool keys = warp == C::kWarps - 1;
+    encode(keys ? args.newest_keys : args.newest_values, keys ? args.key_turn : args.value_turn, keys ? args.keys : args.values,
+           std::bool_constant<C::kTurnsKeys>(), static_cast<typename C::K*>(nullptr));
+    return;
+  }
   if constexpr (C::kEncodesKeys) {
     if (warp == C::kWarps - 1) {
       encode(args.newest_keys, args.key_turn, args.keys, std::bool_constant<C::kTurnsKeys>(), static_cast<typename C::K*>(nullptr));

@@ -270,7 +270,7 @@ struct Queries {
 // nullptr past the last head.
 template <class C>
 __device__ __forceinline__ const uint32_t* QueryRow(const DecodeAttentionArgs& args, int pair, int head) {
-  const int ratio = static_cast<int>(args.query_heads / args.keys.heads) / C::kParts;
+  const int ratio = static_cast<int>(args.query_heads) / static_cast<int>(args.keys.heads) / C::kParts;
   if (head >= ratio) return nullptr;
   return static_cast<const uint32_t*>(args.queries) +
          (static_cast<int64_t>(pair) * ratio + head) * (C::kDim / 2);

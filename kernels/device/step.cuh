@@ -83,14 +83,16 @@ __device__ __forceinline__ void LoadSum(const AddNormArgs& a, int64_t row, int64
     float more[kMaxSplits][kWide];
 #pragma unroll
     for (int split = 0; split < kMaxSplits; ++split) {  // all on their way at once
-      if (split < a.splits) LoadFloats(a.partial, split * a.rows * a.size + index, more[split]);
+      if (split >= a.splits) break;
+      LoadFloats(a.partial, split * a.rows * a.size + index, more[split]);
     }
 #pragma unroll
     for (int k = 0; k < kWide; ++k) delta[k] = more[0][k];
 #pragma unroll
     for (int split = 1; split < kMaxSplits; ++split) {
+      if (split >= a.splits) break;
 #pragma unroll
-      for (int k = 0; k < kWide; ++k) delta[k] += split < a.splits ? more[split][k] : 0;
+      for (int k = 0; k < kWide; ++k) delta[k] += more[split][k];
     }
   }
   if (a.bias != nullptr) {

@@ -169,9 +169,8 @@ __global__ void __launch_bounds__(128)
   const int dim = static_cast<int>(of.head_dim), half = dim / 2, all = heads + 2 * kv_heads;
   const int pairs = of.pairs();  // that turn (HeadsArgs::First)
   const int worked = kAppend ? all : heads + kv_heads;
-  const int64_t task = static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / 32;
-  if (task >= of.rows * worked) return;
-  const int row = static_cast<int>(task / worked), head = static_cast<int>(task % worked);
+  const int task = static_cast<int>(blockIdx.x * 4 + threadIdx.x / 32), row = task / worked, head = task % worked;
+  if (row >= of.rows) return;
   const int lane = threadIdx.x % 32;
   uint16_t* from = qkv + (static_cast<int64_t>(row) * all + head) * dim;
   uint16_t* to = kAppend ? Destination(a, row, head) : from;
