@@ -125,12 +125,19 @@ void CheckOne(const LatentCase& c) {
                            .lengths = reinterpret_cast<const SequenceLength*>(lengths.data_ptr())};
   const Tensor workspace = at::full({LatentAttentionWorkspace(*codecs[0], *codecs[1], args)}, 0xFF, lengths.options().dtype(at::kByte));
   args.workspace = workspace.data_ptr();
-  for (int launch = 0; launch < 2; ++launch) {  // a workspace serves again
+  // A workspace serves again; and early, behind a kernel that changes the lengths.
+  for (int launch = 0; launch < 3; ++launch) {
     out.fill_(NAN);
+    args.early = launch == 2;
+    if (const Tensor late = at::bitwise_and(lengths, 0x7FFFFFC0); args.early) {
+      lengths.sub_(late);
+      Synchronize(lengths.device());
+      lengths.add_(late);
+    }
     LatentAttention(*codecs[0], *codecs[1], args, nullptr);
     const Tensor error = (out.cpu().to(at::kDouble) - expected).abs();
     EXPECT_TRUE(error.le(allowed + 1e-30).all().item<bool>())
-        << LatentAttentionName(*codecs[0], *codecs[1], args) << ": " << (error / (allowed + 1e-30)).max().item<double>() << " of what is allowed";
+        << "launch " << launch << " of " << LatentAttentionName(*codecs[0], *codecs[1], args) << ": " << (error / (allowed + 1e-30)).max().item<double>() << " of what is allowed";
   }
 }
 
@@ -210,6 +217,60 @@ TEST(LatentAttentionGpu, AFewShapes) {
             {"q8_0", 16, 512, 64, {{3, 200, 40}, {0, 0, 5}}, at::kBFloat16, kMany},
             {"none+q8_0", 4, 512, 64, {{2, 70, 3}}, at::kHalf},
             {"none", 4, 16, 8, {{0, 100, 0}}, at::kHalf}});
+}
+
+// The newest token's latent is not there before the kernel before has written it, which begins early itself. That kernel is attention
+// over equal tokens, whose sum is the token to the bit: of 256 channels of float16, the bytes of 512 codes.
+TEST(LatentAttentionGpu, DoesNotReadTheNewestTokenEarly) {
+  KVQ_NEEDS_CUDA();
+  const c10::InferenceMode guard;
+  at::manual_seed(16);
+  const Codec& none = FindScheme("none").keys;
+  const auto options = at::TensorOptions(at::kHalf).device(at::kCUDA);
+  const Tensor slow = at::zeros({1 << 27}, options);
+  for (const char* name : {"none", "fp8-e4m3"}) {
+    const Codec& codec = FindScheme(name).keys;
+    for (const int64_t tokens : {1, 40, 64, 65, 300, 5000}) {
+      SCOPED_TRACE(StrCat(name, " tokens ", tokens));
+      const int64_t capacity = (tokens + 15) / 16 * 16;
+      const Tensor latents = at::randn({1, 1, capacity, 512}, options), rotary_keys = at::randn({1, 1, capacity, 64}, options);
+      const Tensor queries = at::randn({1, 16, 576}, options), out = at::empty({1, 16, 512}, options);
+      LatentAttentionArgs args{.dtype = DType::kFloat16, .batch = 1, .heads = 16, .rank = 512, .turned = 64, .queries = queries.data_ptr(),
+                               .out = out.data_ptr(), .scale = 0.05f, .capacity = capacity, .length = {0, static_cast<int32_t>(tokens), 0},
+                               .newest_is_encoded = codec.encode != nullptr};
+      EncodedTensors encoded;
+      args.latents.tokens = ViewOf(latents), args.rotary_keys.tokens = ViewOf(rotary_keys);
+      Tensor row = latents[0][0][tokens - 1];
+      if (codec.encode != nullptr) {
+        encoded = Encode(codec, {}, latents.cpu(), 1);
+        for (Tensor& plane : encoded.planes) plane = plane.cuda();
+        args.latents.codes = encoded.view();
+        row = encoded.planes[0].view({capacity, 512})[tokens - 1].view(at::kHalf);
+      }
+      const Tensor workspace = at::empty({LatentAttentionWorkspace(codec, none, args)}, options.dtype(at::kByte));
+      args.workspace = workspace.data_ptr();
+      LatentAttention(codec, none, args, nullptr);
+      const Tensor expected = out.cpu();
+      EXPECT_FALSE(expected.isnan().any().item<bool>());
+
+      constexpr int32_t kEqual = 1024;
+      const Tensor newest = row.clone(), no_keys = at::zeros({1, 1, kEqual, 64}, options), any = at::zeros({1, 1, row.size(0) + 64}, options);
+      LatentAttentionArgs writes{.dtype = DType::kFloat16, .batch = 1, .heads = 1, .rank = row.size(0), .turned = 64, .queries = any.data_ptr(),
+                                 .out = row.data_ptr(), .capacity = kEqual, .length = {0, kEqual, 0}};
+      writes.latents.tokens = ViewOf(newest.view({1, 1, 1, -1}).expand({1, 1, kEqual, -1})), writes.rotary_keys.tokens = ViewOf(no_keys);
+      const Tensor room = at::empty({LatentAttentionWorkspace(none, none, writes)}, options.dtype(at::kByte));
+      writes.workspace = room.data_ptr();
+      for (const bool early : {false, true, true}) {  // of which the first loads its kernels
+        args.early = early;
+        row.fill_(NAN), out.fill_(0);
+        for (int i = 0; i < 4; ++i) slow.add_(1);  // so that both are launched by the time that the first begins
+        LatentAttention(none, none, writes, nullptr);
+        LatentAttention(codec, none, args, nullptr);
+        EXPECT_TRUE(out.cpu().equal(expected)) << "early " << early;
+        EXPECT_TRUE(row.equal(newest));
+      }
+    }
+  }
 }
 
 // As a cache keeps them: what it hands to other backends, decoded, and what the kernel reads of its tensors.

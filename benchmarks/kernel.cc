@@ -227,7 +227,7 @@ Counters LatentsAttention(Session& session, const Cell& cell, benchmark::State& 
     job.out = at::empty({cell.batch, heads, 1, rank}, job.queries.options());
     job.args = {.dtype = DTypeOf(session.dtype()), .batch = cell.batch, .heads = heads, .rank = rank, .turned = turned,
                 .queries = job.queries.data_ptr(), .out = job.out.data_ptr(), .scale = static_cast<float>(scale), .capacity = cell.context,
-                .length = {0, static_cast<int32_t>(cell.context), 0}};
+                .length = {0, static_cast<int32_t>(cell.context), 0}, .early = true};
     for (size_t side = 0; side < 2; ++side) {
       const Codec& codec = *sides[side].codec;
       LatentSide& to = side == 0 ? job.args.latents : job.args.rotary_keys;

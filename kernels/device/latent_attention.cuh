@@ -11,7 +11,7 @@
 //   computed in: rows lie such that a lane's words (code_row.h) become its operands, and it writes them down for the values.
 // - An accumulator of sixteen heads is 16 x 512 float32, more than a warp's registers: each warp has an eighth of its channels.
 // - The tokens of a sequence are dealt to blocks; a second kernel adds what they leave, on as many multiprocessors as there are:
-//   sixteen heads of 132 blocks are 4 MB.
+//   sixteen heads of 132 blocks are 4 MB. Meanwhile the next launch's first tiles are on their way, where they may be (`early`).
 //
 // Lane 4 g + t throughout: g = 0..7, t = 0..3.
 #pragma once
@@ -249,22 +249,24 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) Kernel(const __grid_cons
   const int part = blockIdx.x % parts, split = blockIdx.x / parts % splits, b = blockIdx.x / parts / splits;
   const int first_head = part * C::kHeads, all_heads = static_cast<int>(args.heads), heads = min(all_heads - first_head, C::kHeads);
   const ptx::Shared base = ptx::SharedAddress(shared);
+  const auto length_now = [&]() -> SequenceLength {
+    if (args.lengths == nullptr) return args.length;
+    const SequenceLength* at = args.lengths + b;
+    return {__ldcg(&at->sinks), __ldcg(&at->encoded), __ldcg(&at->residual)};
+  };
+  // Of more heads, or of two blocks on a multiprocessor, registers are too few for what it takes.
+  const bool early = C::kBlocks == 1 && C::kHeadTiles == 1 && args.early;
   LaunchDependents();
-  WaitForPredecessors();
-  SequenceLength length = args.length;
-  if (const SequenceLength* at = args.lengths + b; args.lengths != nullptr) {
-    length = {__ldcg(&at->sinks), __ldcg(&at->encoded), __ldcg(&at->residual)};
-  }
+  if (!early) WaitForPredecessors();
+  SequenceLength length = length_now();
   if constexpr (C::kTurned % 16 != 0) {  // what fills up a row is 0
     for (int i = threadIdx.x; i < C::kScoresAt / 16; i += kThreads) reinterpret_cast<uint4*>(shared)[i] = {0, 0, 0, 0};
     __syncthreads();
   }
 
   // Tiles of encoded tokens, the equal share of this block; of sinks and residual, which are dealt in turn.
-  const int all = (length.encoded + C::kTile - 1) / C::kTile, sink_units = (length.sinks + C::kTile - 1) / C::kTile;
-  const int dense_units = C::kDense ? 0 : sink_units + (length.residual + C::kTile - 1) / C::kTile;
-  const auto cut = [&](int i) { return static_cast<int>(static_cast<int64_t>(all) * i / splits); };
-  const int first = cut(split), end = cut(split + 1);
+  const auto cut = [&](int i) { return static_cast<int>(static_cast<int64_t>((length.encoded + C::kTile - 1) / C::kTile) * i / splits); };
+  int first = cut(split), end = cut(split + 1);
   const auto copy_tile = [&](int tile) {
     const ptx::Shared to = base + (tile - first) % C::kStages * C::kStage;
     int sequence = b, thread = static_cast<int>(threadIdx.x);
@@ -272,6 +274,29 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) Kernel(const __grid_cons
     CopyStored<typename C::L, C::kRank, C::kTile>(args.latents, length, sequence, tile, to, thread);
     CopyStored<typename C::T, C::kTurned, C::kTile>(args.rotary_keys, length, sequence, tile, to + Up(C::L::kStored), thread);
   };
+  const auto start = [&] {
+#pragma unroll 1
+    for (int i = 0; i < C::kStages - 1; ++i) {
+      if (first + i < end) copy_tile(first + i);
+      ptx::CopyCommit();
+    }
+  };
+  // The newest token, of 16 bits or encoded within the step, is not there yet. It is in the last split's last tile.
+  const int newest = (length.encoded - 1) / C::kTile;
+  const bool starts_old = newest < first || newest >= min(end, first + C::kStages - 1);
+  bool started = early && ((!C::kDense && !args.newest_is_encoded) || starts_old);
+  if (started) start();
+  if (early) {
+    WaitForPredecessors();
+    if (const SequenceLength now = length_now(); now.sinks != length.sinks || now.encoded != length.encoded || now.residual != length.residual) {
+      length = now;  // a step began after we looked
+      ptx::CopyWait<0>();
+      first = cut(split), end = cut(split + 1), started = false;
+    }
+  }
+
+  const int sink_units = (length.sinks + C::kTile - 1) / C::kTile;
+  const int dense_units = C::kDense ? 0 : sink_units + (length.residual + C::kTile - 1) / C::kTile;
   // Returns how many tokens there are.
   const auto copy_dense = [&](int unit) {
     const bool sinks = unit < sink_units;
@@ -286,13 +311,11 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) Kernel(const __grid_cons
     return left;
   };
   int unit = split, dense_left = 0;
-  if (!C::kDense && unit < dense_units) dense_left = copy_dense(unit);
-  ptx::CopyCommit();
-#pragma unroll
-  for (int i = 0; i < C::kStages - 1; ++i) {
-    if (first + i < end) copy_tile(first + i);
+  if (!C::kDense && unit < dense_units) {
+    dense_left = copy_dense(unit);
     ptx::CopyCommit();
   }
+  if (!started) start();
 
   // Queries as left operands: rows of heads g and g + 8, channels 2 t, 2 t + 1 and 8 more of a step. 0 where there is none.
   const auto query = [&](int head, int channel) -> uint32_t {
@@ -582,7 +605,9 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) Kernel(const __grid_cons
 
   if constexpr (!C::kDense) {
     for (bool fetched = true; unit < dense_units; unit += splits, fetched = false) {
-      if (fetched) {
+      if (fetched && early) {
+        ptx::CopyWait<0>();
+      } else if (fetched) {
         ptx::CopyWait<C::kStages - 1>();
       } else {
         __syncthreads();  // the tile before is done with

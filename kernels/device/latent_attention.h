@@ -35,6 +35,8 @@ struct LatentAttentionArgs {
   // Sinks and residual are 0 where nothing is encoded on either side. [batch] in device memory, or null: all have `length`.
   const SequenceLength* lengths = nullptr;
   SequenceLength length;
+  // As DecodeAttentionArgs has them; the newest of `none` is that where neither side is encoded.
+  bool early = false, newest_is_encoded = false;
   // LatentAttentionWorkspace() bytes of device memory, 256-byte aligned, whatever is in them. Not to be shared by launches that
   // may overlap.
   void* workspace = nullptr;
