@@ -503,6 +503,7 @@ TEST(LatentAttention, TakesOneBlockAMultiprocessorForFewTokens) {
     EXPECT_EQ(of(kCards[3], scheme, 1, 32768), "1 x 8 warps x 2 x 64 tokens), 132 and 128") << scheme;
     EXPECT_EQ(of(kCards[3], scheme, 4, 32768), "1 x 8 warps x 2 x 64 tokens), 132 and 128") << scheme;
   }
+  EXPECT_EQ(of(kCards[3], "q4_0", 1, 32768), "1 x 8 warps x 3 x 64 tokens), 132 and 128") << "there is room for a third stage";
   EXPECT_EQ(of(kCards[3], "none", 8, 32768), "1 x 8 warps x 2 x 64 tokens), 128 and 256");
   EXPECT_EQ(of(kCards[3], "q8_0", 8, 32768), "2 x 8 warps x 3 x 32 tokens), 264 and 256");
   EXPECT_EQ(of(kCards[3], "none", 8, 131072), "2 x 8 warps x 2 x 32 tokens), 264 and 256");

@@ -104,7 +104,12 @@ Plan PlanOf(const Codec& latents, const Codec& rotary_keys, const LatentAttentio
   // for one of the next kernel's to wait): on an H200 one sequence of 32k tokens takes 23 us instead of 32 in 16 bits, 25 instead of 37
   // in q8_0; eight take 79 instead of 84 in 16 bits, but 116 instead of 105 in fp8.
   const bool few = args.batch * args.capacity <= (encodes[0] || encodes[1] ? kFewCodes : kFewNumbers) * CurrentDevice().multiprocessors;
-  if (args.heads <= 16 && few && arch >= 90) take(1, {{64, 2, 1}});
+  if (args.heads <= 16 && few && arch >= 90) {
+    // A third stage, where it leaves room for a block of the second kernel: else the next launch's tiles could not come early.
+    constexpr Tiling kThree = {64, 3, 1};
+    const bool fits = SharedBytes(latents, rotary_keys, args, 1, kThree) + kMergeShared + (8 << 10) <= of_all;
+    take(1, {fits ? kThree : Tiling{64, 2, 1}});
+  }
   if (args.heads <= 16) take(1, {{32, 3, 2}, {32, 2, 2}, {64, 3, 1}, {64, 2, 1}, {32, 3, 1}, {32, 2, 1}});
   if (args.heads > 32) take(4, {{64, 3, 1}, {64, 2, 1}, {32, 3, 1}, {32, 2, 1}});
   if (args.heads > 16) take(2, {{64, 3, 1}, {64, 2, 1}, {32, 3, 1}, {32, 2, 1}});
