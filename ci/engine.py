@@ -148,6 +148,9 @@ def knapsack(choices, budget):
     return picked[::-1]
 
 
+OWN_GROUP = 64  # of every scheme whose groups a spec can choose, as of the engines that have such
+
+
 class Engine:
     """What one engine stores and how it is told. `kind` is what of a per-layer assignment it can express:
       uniform               one type for keys and one for values, of all layers
@@ -231,6 +234,8 @@ class Engine:
                 raise Refused(f"no scheme '{scheme}' is known for {table.sides[side]}")
         if amax is not None and len(amax) != table.layers:
             raise Refused(f"the largest keys and values are of {len(amax)} layers, the model has {table.layers}")
+        if frame.group == OWN_GROUP:
+            frame = replace(frame, group=0)
         option, stored = self.nearest(assignment, frame, table, None)
         if cost is not None and stored != assignment:
             option, stored = self.nearest(assignment, frame, table, cost)

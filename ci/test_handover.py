@@ -24,7 +24,7 @@ import urllib.request
 import yaml
 
 import handover
-from engine import SCALES_GIVEN, SCALES_OF_ONE, Score, neutral, turned
+from engine import OWN_GROUP, SCALES_GIVEN, SCALES_OF_ONE, Score, neutral, turned
 from handover import ENGINES
 from specs import NONE, SIDES, Frame, Table, encodes, write_spec
 import testing
@@ -116,6 +116,7 @@ class HandOver(unittest.TestCase):
 
     def agrees(self, engine, asked, frame, made):
         """Nothing lost silently."""
+        frame = dataclasses.replace(frame, group=0) if frame.group == OWN_GROUP else frame
         self.assertEqual(engine.read(made.flags, made.files, table(), made.environment), (made.assignment, made.frame))
         again, of_it = handover.parse_spec(made.spec, len(asked))
         self.assertEqual(again, made.assignment)
@@ -152,7 +153,7 @@ class HandOver(unittest.TestCase):
             rotate = ("none", "hadamard", "hadamard:64", "signs", "hadamard:32")
             frame = Frame(residual=tuple(chance.choice((0, 32, 128)) for _ in "kv"), sinks=chance.choice((0, 0, 4)),
                           policy=chance.choice(("append", "append", "hf", "kivi")), rotate=(chance.choice(rotate), chance.choice(rotate)),
-                          group=chance.choice((0, 0, 32, 128)), prefill="stored")
+                          group=chance.choice((0, 0, 32, 64, 128)), prefill="stored")
             if frame.policy != "append" or chance.random() < .3:
                 frame = dataclasses.replace(frame, prefill="raw")
             cost = None
@@ -180,6 +181,8 @@ class HandOver(unittest.TestCase):
                 ("tensorrt-llm", "trtllm-nvfp4", "--extra_llm_api_options trtllm.yaml"),
                 ("lmdeploy", "lmdeploy-int4", "--backend pytorch --quant-policy 4"),
                 ("mlx", "mlx-4@residual=0@group=32", "--kv-bits 4 --kv-group-size 32 --quantized-kv-start 0"),
+                ("mlx", "mlx-4@residual=0@group=64", "--kv-bits 4 --kv-group-size 64 --quantized-kv-start 0"),
+                ("transformers", "int4-hqq@policy=hf@group=64", ""),
                 ("exllamav3", "exl3-6+exl3-3@residual=0", "-cq 6,3"), ("exllamav3", "none", ""),
                 ("transformers", "hf-hqq-4", ""), ("kvtuner", "int8-hqq+int2-hqq@policy=hf@layers=4-9:int4-hqq+int8-hqq", "")):
             with self.subTest(engine=engine, spec=spec):
@@ -187,6 +190,11 @@ class HandOver(unittest.TestCase):
                 self.assertEqual((shlex.join(made.flags), made.exact, made.environment), (words, True, {}))
         made = project("llama.cpp", "llamacpp-q4_0-unrotated")
         self.assertEqual((shlex.join(made.flags), made.environment), ("-ctk q4_0 -ctv q4_0 -fa on", {"LLAMA_ATTN_ROT_DISABLE": "1"}))
+
+    def test_groups_are_of_64_where_a_spec_says_nothing(self):
+        asked = [line.split() for line in handover.kvqbench("--help").splitlines() if "@group:" in line and "consecutive" in line]
+        self.assertEqual({words[words.index("consecutive") - 1] for words in asked}, {str(OWN_GROUP)})
+        self.assertGreaterEqual(len(asked), 8)
 
     def test_presets_hand_over_to_their_own_engine(self):
         own = {"llamacpp-": "llama.cpp", "vllm-": "vllm", "trtllm-": "tensorrt-llm", "sglang-": "sglang", "lmdeploy-": "lmdeploy",

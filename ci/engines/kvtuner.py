@@ -5,7 +5,7 @@ import re
 
 import yaml
 
-from engine import Engine, Option, Told, python_literals
+from engine import OWN_GROUP, Engine, Option, Told, python_literals
 from engines.transformers import Transformers
 from specs import Frame
 
@@ -30,7 +30,7 @@ class KvTuner(Engine):
 """KVTuner's cache, a layer at a time: model.generate(..., past_key_values=kv_cache(model))."""
 from flexible_quant.flexible_quantized_cache import FlexibleHQQQuantizedCache, FlexibleQuantizedCacheConfig
 
-Q_GROUP_SIZE = {frame.group or 64}
+Q_GROUP_SIZE = {frame.group or OWN_GROUP}
 RESIDUAL_LENGTH = {frame.residual[0]}
 
 
@@ -45,7 +45,7 @@ def kv_cache(model):
         assignment = [tuple(f"int{said[layer][f'nbits_{side}']}-hqq" for side in ("key", "value"))
                       for layer in range(table.layers)]
         group, residual = frame["Q_GROUP_SIZE"], frame["RESIDUAL_LENGTH"]
-        return assignment, Frame((residual, residual), policy="hf", prefill="raw", group=0 if group == 64 else group)
+        return assignment, Frame((residual, residual), policy="hf", prefill="raw", group=0 if group == OWN_GROUP else group)
 
     def habits(self, option, assignment, table):
         return ["the YAML says bits alone: how they are used stands in kvtuner_cache.py, for KVTuner's HQQ cache; its own "

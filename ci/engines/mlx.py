@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from engine import Engine, Option, Told, Words, neutral, preset_options, python_literals
+from engine import OWN_GROUP, Engine, Option, Told, Words, neutral, preset_options, python_literals
 from specs import NONE, Frame, Refused, encodes
 
 
@@ -17,7 +17,7 @@ class Mlx(Engine):
         return replace(option.frame, group=asked.group if asked.group in (32, 128) else 0)
 
     def tell(self, option, assignment, frame, table):
-        group, bits = frame.group or 64, {option.pair: int(option.word) for option in self.options(table) if option.word}
+        group, bits = frame.group or OWN_GROUP, {option.pair: int(option.word) for option in self.options(table) if option.word}
         if not any(encodes(assignment)):
             return Told()
         if len(set(assignment)) == 1:
@@ -44,7 +44,7 @@ def kv_cache():
         else:
             words = Words()
             words.add_argument("--kv-bits", type=int)
-            words.add_argument("--kv-group-size", type=int, default=64)
+            words.add_argument("--kv-group-size", type=int, default=OWN_GROUP)
             words.add_argument("--quantized-kv-start", type=int, default=5000)
             said = words.parse_args(flags)
             if said.kv_bits is not None and said.quantized_kv_start != 0:
@@ -53,7 +53,7 @@ def kv_cache():
         used = [options[str(bits) if bits else ""] for bits in layers]
         frame = next((option.frame for option in used if option.word), Frame())
         assignment = [option.pair for option in used]
-        return assignment, neutral(replace(frame, group=0 if group == 64 else group), encodes(assignment))
+        return assignment, neutral(replace(frame, group=0 if group == OWN_GROUP else group), encodes(assignment))
 
     def habits(self, option, assignment, table):
         if len(set(assignment)) == 1 and assignment[0] != NONE:

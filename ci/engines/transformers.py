@@ -4,7 +4,7 @@ import json
 import re
 from dataclasses import replace
 
-from engine import Engine, Option, Told, neutral, python_literals
+from engine import OWN_GROUP, Engine, Option, Told, neutral, python_literals
 from specs import NONE, Frame, encodes, refuse
 
 
@@ -18,7 +18,7 @@ class Transformers(Engine):
                   if self.name_of.match(scheme) and table.fits((scheme, scheme))), Option(NONE)]
 
     def frame(self, asked, option, assignment, table):
-        has = Frame(policy="hf", prefill="raw", group=asked.group if asked.group in (32, 64, 128) else 0)
+        has = Frame(policy="hf", prefill="raw", group=asked.group if asked.group in (32, 128) else 0)
         sides = encodes(assignment)
         # One number for keys and values; where every token was to be encoded as it comes, its default: without a residual it
         # would encode everything again at every second token.
@@ -38,7 +38,7 @@ class Transformers(Engine):
                                               f"axis_value={axis_value}")
 
     def tell(self, option, assignment, frame, table):
-        group, residual = frame.group or 64, frame.residual[0]
+        group, residual = frame.group or OWN_GROUP, frame.residual[0]
         if not any(encodes(assignment)):
             return Told(files={"cache_config.json": json.dumps({"cache_implementation": "dynamic"}) + "\n"},
                         snippet="model.generate(**inputs)")
@@ -73,7 +73,7 @@ def kv_cache():
             said = json.loads(files["cache_config.json"])
             if said["cache_implementation"] == "dynamic":
                 return [NONE] * table.layers, Frame()
-            config = {"backend": "quanto", "nbits": 4, "axis_key": 0, "axis_value": 0, "q_group_size": 64,
+            config = {"backend": "quanto", "nbits": 4, "axis_key": 0, "axis_value": 0, "q_group_size": OWN_GROUP,
                       "residual_length": 128} | said["cache_config"]
             layers = [(config["backend"], config["nbits"], config["axis_key"], config["axis_value"])] * table.layers
             group, residual = config["q_group_size"], config["residual_length"]
@@ -81,7 +81,7 @@ def kv_cache():
             said = python_literals(files["transformers_cache.py"])
             layers, group, residual = said["LAYERS"], said["Q_GROUP_SIZE"], said["RESIDUAL_LENGTH"]
         assignment = [NONE if layer is None else (self.scheme(*layer),) * 2 for layer in layers]
-        frame = Frame((residual, residual), policy="hf", prefill="raw", group=0 if group == 64 else group)
+        frame = Frame((residual, residual), policy="hf", prefill="raw", group=0 if group == OWN_GROUP else group)
         return assignment, neutral(frame, encodes(assignment))
 
     def habits(self, option, assignment, table):
