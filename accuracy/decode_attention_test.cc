@@ -439,6 +439,7 @@ void CheckNewest(const NewestCase& c) {
     const Codec& codec = *codecs[side];
     // Whole numbers, in which the largest magnitude is there several times, with both signs; and others.
     tokens[side] = at::cat({normal(capacity / 2), at::randint(-3, 4, {batch, kKvHeads, capacity / 2, c.head_dim}).to(c.dtype)}, 2);
+    tokens[side][1].select(1, counts[1].encoded - 1).narrow(1, 0, c.head_dim / 2).zero_();  // a newest one with groups of zeros
     if (codec.encode == nullptr) {
       tokens[side] = tokens[side].cuda();
       views[side]->batch = batch, views[side]->heads = kKvHeads, views[side]->head_dim = c.head_dim, views[side]->capacity = capacity;
@@ -446,7 +447,8 @@ void CheckNewest(const NewestCase& c) {
       views[side]->plane_stride[0] = tokens[side].stride(1) * 2;
       continue;
     }
-    const Rotation rotation = codec.turned ? Rotation() : c.rotation;
+    // Values are turned otherwise than keys: one encoder's instructions serve both.
+    const Rotation rotation = codec.turned || !c.rotation ? Rotation() : side == 0 ? c.rotation : Rotation{Rotation::kHadamard, 32};
     *params[side] = {.group_size = codec.default_group}, *turns[side] = TurnOf(codec, rotation, c.head_dim);
     const auto allocate = [&](at::Device device) {
       return AllocateEncoded(codec, *params[side], batch, kKvHeads, c.head_dim, capacity, codec.min_block_tokens, device);
@@ -558,6 +560,7 @@ TEST(DecodeAttentionGpu, EncodesTheNewestTokenOfAFewShapes) {  // under a saniti
   std::vector<NewestCase> cases;
   for (const char* spec : {"q8_0", "turboquant-k3+turboquant-v3", "none+iq4_nl", "exl3-4"}) cases.push_back({spec, 128});
   cases.push_back({"q4_0", 64, at::kBFloat16, {Rotation::kHadamard}, 7});
+  cases.push_back({"iq4_nl", 64});  // two groups, of a warp that has lanes for four
   CheckAllNewest(cases);
 }
 

@@ -213,6 +213,8 @@ Counters LatentsAttention(Session& session, const Cell& cell, benchmark::State& 
   const Codec &first = *sides[0].codec, &second = *sides[1].codec;
   if (!HasLatentAttention(first, second)) throw Skip(StrCat("no fused attention over latents as ", cell.spec, " stores them"));
   const double scale = config.layers.front().attention_scale;
+  const bool newest_is_encoded =  // as in a step
+      std::ranges::any_of(sides, [](const LayerSide& side) { return side.encodes() && side.rule->residual_length == 0; });
   struct Job {
     Tensor both, queries, out, workspace;
     std::array<EncodedTensors, 2> encoded;
@@ -227,7 +229,7 @@ Counters LatentsAttention(Session& session, const Cell& cell, benchmark::State& 
     job.out = at::empty({cell.batch, heads, 1, rank}, job.queries.options());
     job.args = {.dtype = DTypeOf(session.dtype()), .batch = cell.batch, .heads = heads, .rank = rank, .turned = turned,
                 .queries = job.queries.data_ptr(), .out = job.out.data_ptr(), .scale = static_cast<float>(scale), .capacity = cell.context,
-                .length = {0, static_cast<int32_t>(cell.context), 0}, .early = true};
+                .length = {0, static_cast<int32_t>(cell.context), 0}, .early = true, .newest_is_encoded = newest_is_encoded};
     for (size_t side = 0; side < 2; ++side) {
       const Codec& codec = *sides[side].codec;
       LatentSide& to = side == 0 ? job.args.latents : job.args.rotary_keys;
@@ -338,6 +340,8 @@ Counters Attention(Session& session, const Cell& cell, benchmark::State& state) 
     job.workspace = at::zeros({DecodeAttentionWorkspace(*codecs[0], *codecs[1], args)}, job.queries.options().dtype(at::kByte));
     args.workspace = job.workspace.data_ptr();
     args.early = true;
+    args.newest_is_encoded = (spec.keys.residual_length == 0 && codecs[0]->encode != nullptr) ||
+                             (spec.values.residual_length == 0 && codecs[1]->encode != nullptr);
     if (i == 0) {
       for (const AttentionSide& side : job.sides) {
         bytes += static_cast<double>(side.dense.defined() ? static_cast<int64_t>(side.dense.nbytes()) : side.encoded.nbytes());

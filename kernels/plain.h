@@ -48,7 +48,8 @@
 //
 //   kInOrder              true where FitGroup takes x[0], ..., x[n - 1] itself, not by Magnitude, Range, Total and SumInOrder alone:
 //                         then one lane has all of a group (without a word it does not compile)
-//   kPutsCodes            true where FitGroup of numbers in shared memory leaves their codes in their place (x.PutCode)
+//   kPutsCodes            true where FitGroup of numbers in shared memory leaves their codes in their place (x.PutCode), those that
+//                         Code would give; lanes may do so twice (ForEachByLanes), so all numbers are read, then __syncwarp()
 //
 // FitGroup may return another type for numbers in registers (kInRegisters), which Code knows, too: all lanes of a warp then call
 // both together, so that a table can lie in them (turboquant). Where numbers are there as they came, two in a word (kHasWords), it may
@@ -991,7 +992,7 @@ template <typename S>
 using BlockRoom = EncoderRoom<S, kTile, kTile / kSmallestGroup, kTile / kSmallestGroup>;
 
 // Calls work(i, first) for each i below `count` on kEach neighbouring lanes, `first` on the first of them; by whole warps, the last of
-// which may call it once more for what others do, without a first one.
+// which may call it once more for what others of the same warp do, without a first one.
 template <int kEach, typename Team, typename Work>
 __device__ __forceinline__ void ForEachByLanes(uint32_t count, const Team& team, const Work& work) {
   const uint32_t rank = static_cast<uint32_t>(team.rank), in_warp = rank % 32 / kEach;
@@ -1000,7 +1001,7 @@ __device__ __forceinline__ void ForEachByLanes(uint32_t count, const Team& team,
   }
 }
 
-// Encodes `tokens` tokens whose numbers lie in room.tile, to the slots from `slot` on.
+// Encodes `tokens` tokens whose numbers lie in room.tile, and do no longer after that, to the slots from `slot` on.
 template <typename S, typename Room, typename SplitBy, typename Team>
 __device__ __forceinline__ void EncodeTile(Room& room, uint32_t tokens, const KvView& out, const SplitBy& split, int64_t b, int64_t h,
                                            int64_t slot, const Team& team) {

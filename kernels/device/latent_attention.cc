@@ -101,13 +101,14 @@ Plan PlanOf(const Codec& latents, const Codec& rotary_keys, const LatentAttentio
     }
   };
   // A block of larger tiles, alone on a multiprocessor, takes longer for a token and less for a launch (beside two there are no registers
-  // for one of the next kernel's to wait): on an H200 one sequence of 32k tokens takes 23 us instead of 32 in 16 bits, 25 instead of 37
-  // in q8_0; eight take 79 instead of 84 in 16 bits, but 116 instead of 105 in fp8.
+  // for one of the next kernel's to wait): on an H200 one sequence of 32k tokens took 23 us instead of 32 in 16 bits, 25 instead of 37
+  // in q8_0; eight 79 instead of 84 in 16 bits, but 116 instead of 105 in fp8 (ci/baselines/h200-latents has today's).
   const bool few = args.batch * args.capacity <= (encodes[0] || encodes[1] ? kFewCodes : kFewNumbers) * CurrentDevice().multiprocessors;
   if (args.heads <= 16 && few && arch >= 90) {
     // A third stage, where it leaves room for a block of the second kernel: else the next launch's tiles could not come early.
     constexpr Tiling kThree = {64, 3, 1};
-    const bool fits = SharedBytes(latents, rotary_keys, args, 1, kThree) + kMergeShared + (8 << 10) <= of_all;
+    constexpr int64_t kBeside = 8 << 10;  // what the second kernel has beside (MergeKernel), and 1 KiB that each block takes
+    const bool fits = SharedBytes(latents, rotary_keys, args, 1, kThree) + kMergeShared + kBeside <= of_all;
     take(1, {fits ? kThree : Tiling{64, 2, 1}});
   }
   if (args.heads <= 16) take(1, {{32, 3, 2}, {32, 2, 2}, {64, 3, 1}, {64, 2, 1}, {32, 3, 1}, {32, 2, 1}});

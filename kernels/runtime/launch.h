@@ -45,8 +45,8 @@ struct KernelLaunch {
   int threads = 0;
   size_t shared_bytes = 0;  // dynamic
   // It may begin before its predecessor on the stream has ended, and calls WaitForPredecessors() (device/ptx.cuh) before it
-  // reads what they write, or writes what they read. (Decode attention reads its lengths before, and again after:
-  // device/attention.h, `early`.)
+  // reads what they write, or writes what they read. (Decode attention, of latents too, reads its lengths before, and
+  // again after, and copies old tokens before: `early` in device/attention.h.)
   bool early = true;
   int cluster = 1;  // so many neighbouring blocks run at the same time and see each other's shared memory; above 1 from sm_90 on
 };
