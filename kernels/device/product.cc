@@ -21,7 +21,7 @@ constexpr Shape kShapes[] = {{8, 12, 2}, {8, 8, 2}, {16, 8, 1}, {16, 4, 1}};
 ProductPlan Plan(const ProductArgs& a) {
   ProductPlan plan;
   if (a.rows < 1 || a.rows > 8 || a.in % kUnit != 0 || a.out % kTileRows != 0 || a.in > (1 << 24) ||
-      a.out > (1 << 24) || reinterpret_cast<uintptr_t>(a.weight) % 16 != 0) {
+      a.out > (1 << 22) || reinterpret_cast<uintptr_t>(a.weight) % 16 != 0) {
     return plan;
   }
   if (a.normalizes && (a.rows > 1 || a.in > kProductNormHeld * 8 * 8 * 32 || a.end == ProductEnd::kPartial ||
@@ -30,7 +30,6 @@ ProductPlan Plan(const ProductArgs& a) {
   }
   if (a.end == ProductEnd::kGate) {
     if (a.gate.size % 4 != 0 || a.out != 2 * a.gate.size) return plan;
-    plan.in_group = static_cast<int>(a.gate.size / 4), plan.group_rows = 0;
     plan.apart = static_cast<int>(a.gate.size);
   }
   if (a.end == ProductEnd::kActivate && a.out != a.gate.size) return plan;
@@ -39,9 +38,7 @@ ProductPlan Plan(const ProductArgs& a) {
     if (of.head_dim % 8 != 0 || of.turned % 8 != 0 || of.q_norm != nullptr || of.v_norm != nullptr ||
         a.out != (of.heads + 2 * of.kv_heads) * of.head_dim)
       return plan;
-    plan.in_group = static_cast<int>(of.head_dim / 8),
-    plan.group_rows = static_cast<int>(of.head_dim);
-    plan.turned = of.pairs() / 4;
+    plan.of_head = static_cast<int>(of.head_dim / 8), plan.turned = of.pairs() / 4;
   }
   plan.tiles = static_cast<int>(a.out / kTileRows);
   const int64_t units = a.in / kUnit;

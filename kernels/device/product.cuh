@@ -31,9 +31,9 @@ struct ProductPlan {
   int warps = 0, stages = 0;  // 0: these shapes cannot run
   int blocks_per_sm = 1;
   int tiles = 0, splits = 1;
-  int in_group = 1, group_rows = 8,
-      apart = 4;  // tile i begins at row i / in_group * group_rows + i % in_group * 4
-  int turned = 0;  // of heads: the first so many tiles have pairs that turn, the others the rest (HeadsArgs::First)
+  int apart = 4;
+  // Of heads: tiles of one, of which the first so many have pairs that turn, the others the rest (HeadsArgs::First).
+  int of_head = 1, turned = 0;
   int64_t x_bytes = 0, shared_bytes = 0;
 };
 // Bytes of sums: of two tiles, in float32.
@@ -58,20 +58,22 @@ __global__ void __launch_bounds__(kWarps * 32, kStages > 4 ? 2 : 1)
   float* sums = reinterpret_cast<float*>(x_shared + plan.x_bytes);
 
   // This block's split of the columns, and this warp's part of it, in units.
-  const int split = blockIdx.x % plan.splits, units = in / kUnit;
-  const int split_begin = units * split / plan.splits,
-            split_end = units * (split + 1) / plan.splits;
+  const int shift = __ffs(plan.splits) - 1, split = blockIdx.x & (plan.splits - 1), units = in / kUnit;
+  const int split_begin = (units * split) >> shift, split_end = (units * (split + 1)) >> shift;
   const int begin = split_begin + (split_end - split_begin) * warp / kWarps;
   const int end = split_begin + (split_end - split_begin) * (warp + 1) / kWarps;
-  const int first_tile = blockIdx.x / plan.splits, tile_step = gridDim.x / plan.splits;
+  const int first_tile = static_cast<int>(blockIdx.x) >> shift, tile_step = static_cast<int>(gridDim.x) >> shift;
+  const float in_head = ptx::Reciprocal(static_cast<float>(plan.of_head));
+  const auto head_of = [&](int tile) { return Quotient(tile, in_head); };
   const auto first_row = [&](int tile) {
-    const int i = tile % plan.in_group;
-    const int row = tile / plan.in_group * plan.group_rows + i * 4;
-    return kEnd == ProductEnd::kAppend && i >= plan.turned ? row + plan.turned * 4 : row;
+    if constexpr (kEnd == ProductEnd::kGate) return tile * 4;
+    if constexpr (kEnd != ProductEnd::kAppend) return tile * kTileRows;
+    const int head = head_of(tile), i = tile - head * plan.of_head;
+    return (head * plan.of_head + tile + (i < plan.turned ? 0 : plan.turned)) * 4;
   };
   const auto apart_of = [&](int tile) {
-    if (kEnd != ProductEnd::kAppend) return plan.apart;
-    return 4 * (tile % plan.in_group < plan.turned ? plan.turned : plan.in_group - plan.turned);
+    if constexpr (kEnd != ProductEnd::kAppend) return plan.apart;
+    return 4 * (tile - head_of(tile) * plan.of_head < plan.turned ? plan.turned : plan.of_head - plan.turned);
   };
 
   // ---- the stream of weights: lane l copies granule l % 8 of rows l / 8 and l / 8 + 4 of a unit.
@@ -145,10 +147,10 @@ __global__ void __launch_bounds__(kWarps * 32, kStages > 4 ? 2 : 1)
     WaitForPredecessors();
     const int eights = (split_end - split_begin) * kUnit / 8;
     const ptx::Shared place = ptx::SharedAddress(x_shared);
-    for (int i = threadIdx.x; i < rows * eights; i += kThreads) {
-      const int row = i / eights, column = split_begin * kUnit + i % eights * 8;
-      ptx::CopyAsync(place + PlaceOf(i % eights, row, rows) * 16,
-                     static_cast<const uint16_t*>(a.x) + static_cast<int64_t>(row) * in + column);
+#pragma unroll 1
+    for (int row = 0; row < rows; ++row) {
+      const uint16_t* from = static_cast<const uint16_t*>(a.x) + static_cast<int64_t>(row) * in + split_begin * kUnit;
+      for (int i = threadIdx.x; i < eights; i += kThreads) ptx::CopyAsync(place + PlaceOf(i, row, rows) * 16, from + i * 8);
     }
     ptx::CopyCommit();
     ptx::CopyWait<0>();
@@ -230,9 +232,9 @@ __global__ void __launch_bounds__(kWarps * 32, kStages > 4 ? 2 : 1)
         finish(at, first), finish(at + plan.apart, second);
       } else {
         const HeadsArgs& of = a.append.of;
-        const int head = tile / plan.in_group, i = tile % plan.in_group * 4 + t;
+        const int head = head_of(tile), i = (tile - head * plan.of_head) * 4 + t;
         if (head < of.heads + of.kv_heads && i < of.pairs()) {
-          const float2 turned = Turn(of, g, i, first, second);
+          const float2 turned = Turn(AngleOf(of, g, i), first, second);
           first = turned.x, second = turned.y;
         }
         uint16_t* out = Destination(a.append, g, head) + of.First(i);

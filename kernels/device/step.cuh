@@ -108,6 +108,10 @@ __device__ __forceinline__ void LoadSum(const AddNormArgs& a, int64_t row, int64
   }
 }
 
+// n / of, for n below 2^20, by Reciprocal(of): a division of whole numbers takes some hundred cycles, which weighs where a block
+// has few thousands.
+__device__ __forceinline__ int Quotient(int n, float reciprocal) { return static_cast<int>((static_cast<float>(n) + 0.5f) * reciprocal); }
+
 // The sum over a block's threads; `sums` has room for one a warp, and no other use.
 __device__ __forceinline__ float BlockSum(float x, float* sums) {
   x = WarpSum(x);
@@ -146,11 +150,13 @@ __device__ __forceinline__ uint16_t* Destination(const AppendArgs& a, int row, i
   return Destination(a.values, row, head - heads - kv_heads);
 }
 
-// (x1, x2) of the channels of pair i, turned by the row's position.
-__device__ __forceinline__ float2 Turn(const HeadsArgs& a, int row, int i, float x1, float x2) {
-  const int64_t at = row % static_cast<int>(a.positions) * a.pairs() + i;
-  const float cos = __ldcg(a.cos + at), sin = __ldcg(a.sin + at);
-  return {x1 * cos - x2 * sin, x2 * cos + x1 * sin};
+// The cosine and sine that the channels of pair i are turned by at the row's position, and (x1, x2) turned by them.
+__device__ __forceinline__ float2 AngleOf(const HeadsArgs& a, int row, int i) {
+  const int64_t at = (a.positions == 1 ? 0 : row % static_cast<int>(a.positions)) * a.pairs() + i;
+  return make_float2(__ldcg(a.cos + at), __ldcg(a.sin + at));
+}
+__device__ __forceinline__ float2 Turn(float2 angle, float x1, float x2) {
+  return make_float2(x1 * angle.x - x2 * angle.y, x2 * angle.x + x1 * angle.y);
 }
 
 __device__ __forceinline__ float Activated(Gate activation, float gate) {

@@ -163,7 +163,6 @@ template <bool kBFloat16, bool kAppend, int kSteps, bool kValueNorm>
 __global__ void __launch_bounds__(128)
     HeadsKernel(const __grid_constant__ AppendArgs a, uint16_t* qkv) {
   LaunchDependents();
-  WaitForPredecessors();
   const HeadsArgs& of = a.of;
   const int heads = static_cast<int>(of.heads), kv_heads = static_cast<int>(of.kv_heads);
   const int dim = static_cast<int>(of.head_dim), half = dim / 2, all = heads + 2 * kv_heads;
@@ -173,9 +172,45 @@ __global__ void __launch_bounds__(128)
   if (row >= of.rows) return;
   const int lane = threadIdx.x % 32;
   uint16_t* from = qkv + (static_cast<int64_t>(row) * all + head) * dim;
+  const float* norm = head < heads              ? of.q_norm
+                      : head < heads + kv_heads ? of.k_norm
+                      : kValueNorm              ? of.v_norm
+                                                : nullptr;
+  const bool turns = head < heads + kv_heads;
+  // All that is read is on its way before anything is waited for; weights before the predecessor's end.
+  float weight[kSteps][2][2] = {};  // [step, half, neighbour]
+  if (norm != nullptr) {
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      const int i = 2 * (lane + 32 * s);
+      if (i >= half) break;
+      const int first = i < pairs ? i : i + pairs, apart = i < pairs ? pairs : half - pairs;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) weight[s][k / 2][k % 2] = __ldcg(norm + k / 2 * apart + first + k % 2);
+    }
+  }
+  WaitForPredecessors();
+  float2 angle[kSteps][2] = {};
+  if (turns) {
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      const int i = 2 * (lane + 32 * s);
+      if (i >= pairs) break;
+      angle[s][0] = AngleOf(of, row, i), angle[s][1] = AngleOf(of, row, i + 1);
+    }
+  }
+  uint32_t words[kSteps][2] = {};
+#pragma unroll
+  for (int s = 0; s < kSteps; ++s) {
+    const int i = 2 * (lane + 32 * s);
+    if (i >= half) break;
+    const int first = i < pairs ? i : i + pairs, apart = i < pairs ? pairs : half - pairs;
+#pragma unroll
+    for (int part = 0; part < 2; ++part) words[s][part] = __ldcg(reinterpret_cast<const uint32_t*>(from + part * apart + first));
+  }
   uint16_t* to = kAppend ? Destination(a, row, head) : from;
 
-  float x[kSteps][2][2];  // [step, half, neighbour]
+  float x[kSteps][2][2];
   float squares = 0;
 #pragma unroll
   for (int s = 0; s < kSteps; ++s) {
@@ -184,7 +219,6 @@ __global__ void __launch_bounds__(128)
     const int first = i < pairs ? i : i + pairs, apart = i < pairs ? pairs : half - pairs;
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
-      const uint32_t word = __ldcg(reinterpret_cast<const uint32_t*>(from + part * apart + first));
       uint32_t bias = 0;
       if (of.bias != nullptr) {
         const uint16_t* biases =
@@ -193,17 +227,13 @@ __global__ void __launch_bounds__(128)
       }
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        x[s][part][k] = At<kBFloat16>(word, k);
+        x[s][part][k] = At<kBFloat16>(words[s][part], k);
         if (of.bias != nullptr)
           x[s][part][k] = Round<kBFloat16>(x[s][part][k] + At<kBFloat16>(bias, k));
         squares += x[s][part][k] * x[s][part][k];
       }
     }
   }
-  const float* norm = head < heads              ? of.q_norm
-                      : head < heads + kv_heads ? of.k_norm
-                      : kValueNorm              ? of.v_norm
-                                                : nullptr;
   const float inverse =
       norm == nullptr ? 0 : rsqrtf(WarpSum(squares) / static_cast<float>(dim) + of.eps);
 #pragma unroll
@@ -216,12 +246,11 @@ __global__ void __launch_bounds__(128)
       if (norm != nullptr) {
 #pragma unroll
         for (int part = 0; part < 2; ++part) {
-          x[s][part][k] =
-              Round<kBFloat16>(x[s][part][k] * inverse * __ldcg(norm + part * apart + first + k));
+          x[s][part][k] = Round<kBFloat16>(x[s][part][k] * inverse * weight[s][part][k]);
         }
       }
-      if (head < heads + kv_heads && i < pairs) {
-        const float2 turned = Turn(of, row, i + k, x[s][0][k], x[s][1][k]);
+      if (turns && i < pairs) {
+        const float2 turned = Turn(angle[s][k], x[s][0][k], x[s][1][k]);
         x[s][0][k] = turned.x, x[s][1][k] = turned.y;
       }
     }
