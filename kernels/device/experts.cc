@@ -12,48 +12,42 @@ namespace {
 
 using namespace step;
 
-// For so many tiles a block, of so many stages of `stage_bytes`, within `ring_bytes`; no stages where too few fit.
-BlockShape ShapeOf(int64_t tiles, int64_t of_tile, int64_t stage_bytes, int64_t ring_bytes) {
-  constexpr int64_t kFewestStages = 4, kMostStages = 6;
-  for (const int64_t most : {8, 4}) {  // warps
-    int64_t groups = 1, members = 0, slots = 0;
-    for (int64_t some = 1; some <= most; ++some) {
-      const int64_t taken = (tiles + some - 1) / some * some;
-      if (slots > 0 && taken > slots) continue;
-      groups = some, members = std::min(most / some, of_tile), slots = taken;
-    }
-    const int64_t stages = std::min(ring_bytes / (groups * members * stage_bytes), kMostStages);
-    if (stages >= kFewestStages) return {static_cast<int>(groups), static_cast<int>(groups * members), static_cast<int>(stages)};
-  }
-  return {};
-}
-
 struct ExpertsPlan {
-  BlockShape block;  // no stages: none of these
+  int warps = 0, groups = 1, stages = 0;  // no stages: none of these
   int64_t blocks = 0, shared_bytes = 0;
 };
 
-// For so many rows of x that share what is read: two blocks a multiprocessor, or of what else fits. None where sizes are no
+// For so many rows of x that share what is read: two blocks a multiprocessor, or one of what else fits. None where sizes are no
 // multiples of a unit.
 ExpertsPlan Plan(const ExpertsArgs& a, int64_t rows, bool down) {
-  ExpertsPlan plan;
-  if (a.hidden % kUnit != 0 || a.size % kUnit != 0 || a.hidden > (1 << 24) || a.size > (1 << 22)) return plan;
+  if (a.hidden % kUnit != 0 || a.size % kUnit != 0 || a.hidden > (1 << 18) || a.size > (1 << 18)) return {};
   constexpr int64_t kStatic = 11 << 10, kColumns = kDeep * kUnit;  // kStatic: of the kernel, the choice
+  constexpr int64_t kFewestStages = 4, kMostStages = 6;
   const int64_t tiles = down ? a.hidden / kTileRows : std::min(a.experts, rows * a.per_token) * (a.size / 4);
-  const int64_t stages = down ? a.per_token * ((a.size + kColumns - 1) / kColumns) : (a.hidden + kColumns - 1) / kColumns;
+  const int64_t of_tile = down ? a.per_token * ((a.size + kColumns - 1) / kColumns) : (a.hidden + kColumns - 1) / kColumns;
+  if (tiles >= 1 << 20) return {};  // Quotient
   const int64_t stage_bytes = ExpertStageBytes(static_cast<int>(rows));
   for (const int64_t blocks_per_sm : {2, 1}) {
     const int64_t room = std::min<int64_t>(CurrentDevice().block_shared, CurrentDevice().shared / blocks_per_sm - 1024) - kStatic;
     const int64_t blocks = std::min(CurrentDevice().multiprocessors * blocks_per_sm, tiles);
-    for (const int64_t rings : {80 << 10, 40 << 10}) {
-      const BlockShape shape = ShapeOf((tiles + blocks - 1) / blocks, stages, stage_bytes, rings);
-      plan.shared_bytes = std::max(shape.warps * shape.stages * stage_bytes + SumBytes(shape.warps, rows), 4 * rows * KeyPitch(a.experts));
-      if (shape.stages == 0 || plan.shared_bytes > room) continue;
-      plan.block = shape, plan.blocks = blocks;
-      return plan;
+    const int64_t of_block = (tiles + blocks - 1) / blocks;
+    for (const int64_t most : {8, 4}) {  // warps
+      // As many groups as make the last round full, and of these the most.
+      int64_t groups = 1, members = 0, slots = 0;
+      for (int64_t some = 1; some <= most; ++some) {
+        const int64_t taken = (of_block + some - 1) / some * some;
+        if (slots > 0 && taken > slots) continue;
+        groups = some, members = std::min(most / some, of_tile), slots = taken;
+      }
+      const int64_t warps = groups * members, sums = SumBytes(static_cast<int>(warps), rows);
+      const int64_t stages = std::min((room - sums) / (warps * stage_bytes), kMostStages);
+      const int64_t bytes = std::max(warps * stages * stage_bytes + sums,
+                                     ChoiceBytes(static_cast<int>(rows), static_cast<int>(a.experts), static_cast<int>(a.per_token)));
+      if (stages < kFewestStages || bytes > room) continue;
+      return {static_cast<int>(warps), static_cast<int>(groups), static_cast<int>(stages), blocks, bytes};
     }
   }
-  return plan;
+  return {};
 }
 
 void LaunchExperts(const ExpertsArgs& a, bool down, void* stream) {
@@ -63,7 +57,7 @@ void LaunchExperts(const ExpertsArgs& a, bool down, void* stream) {
   const std::vector<std::string> sources = {"kernels/device/experts.cuh"};
   const int64_t together = std::min<int64_t>(a.rows, kExpertRows);
   // Both or none, as the second takes over from the first.
-  if (Plan(a, together, false).block.stages == 0 || Plan(a, together, true).block.stages == 0) {
+  if (Plan(a, together, false).stages == 0 || Plan(a, together, true).stages == 0) {
     const int64_t outs = down ? a.hidden : a.per_token * a.size;
     const auto blocks = static_cast<unsigned>(std::min<int64_t>((outs + 7) / 8, 8 * CurrentDevice().multiprocessors));
     Launch("experts", {.instance = {sources, InstanceName("kvq::step::AnyExpertsKernel", bfloat16, down)},
@@ -73,10 +67,10 @@ void LaunchExperts(const ExpertsArgs& a, bool down, void* stream) {
   }
   for (int64_t row = 0; row < a.rows; row += kExpertRows) {
     const ExpertsPlan plan = Plan(a, std::min(a.rows - row, together), down);
-    Launch("experts", {.instance = {sources, InstanceName("kvq::step::ExpertsKernel", bfloat16, plan.block.stages, down)},
+    Launch("experts", {.instance = {sources, InstanceName("kvq::step::ExpertsKernel", bfloat16, plan.stages, down)},
                        .grid = static_cast<unsigned>(plan.blocks),
-                       .threads = plan.block.warps * 32, .shared_bytes = static_cast<size_t>(plan.shared_bytes)},
-           stream, a, row, plan.block.groups);
+                       .threads = plan.warps * 32, .shared_bytes = static_cast<size_t>(plan.shared_bytes)},
+           stream, a, row, plan.groups);
   }
 }
 

@@ -9,6 +9,8 @@
 // - A stage of a ring is 8 rows x 128 columns, two units of 64, whose addresses are one register and constants.
 // - Which weights these are, the logits say. Every block chooses for itself, which costs less than one more kernel: a key of 32
 //   bits for each logit, unique and in their order. Blocks of the second product do while the first one works.
+//   Blocks of the first product wait for the logits with nothing else to do: so no division of whole numbers is on the way from
+//   there to the first copy (Quotient), no rank by counting all others, and shares are left to the second product.
 // - An expert is read once for all tokens that chose it: the block's list has each once, and a product has all rows of x; what
 //   comes out for rows that did not choose it, nobody takes.
 // - Rows of x come through the ring, too, a stage's columns beside its weights: there may be more of them than shared memory
@@ -27,6 +29,7 @@ inline constexpr int kMostChosen = kExpertRows * kMostPerToken;
 
 // What a block knows of its rows' experts, in shared memory.
 struct ChosenExperts {
+  uint32_t best[kExpertRows][kMostPerToken];  // keys (KeyOf), the largest first
   int count;
   int expert[kMostChosen];                // each once
   float share[kMostChosen][kExpertRows];  // 0 of a row that did not choose it
@@ -34,16 +37,17 @@ struct ChosenExperts {
 };
 inline constexpr int kDeep = 2;  // units of a stage
 inline constexpr int kStageBytes = kDeep * kUnitBytes;
-// Of a block: groups of warps, warps in all, and the stages of each one's ring.
-struct BlockShape {
-  int groups = 0, warps = 0, stages = 0;
-};
 // Bytes of a stage, with its part of so many rows of x behind the weights: an odd number of 64s a row, so that two of them are in
 // different banks.
 inline constexpr int kExpertPitch = kDeep * kUnit * 2 + 64;
 KVQ_HD constexpr int ExpertStageBytes(int rows) { return (kStageBytes + rows * kExpertPitch + 127) / 128 * 128; }
-// Of a row of keys, of 32 bits (Choose).
-KVQ_HD constexpr int KeyPitch(int64_t experts) { return static_cast<int>((experts + 3) / 4 * 4); }
+
+// Of a row's experts a warp finds the largest of 32, whose largest are the row's: so many of these, and room for them and for a
+// row's keys, of 32 bits.
+KVQ_HD constexpr int Candidates(int experts, int per_token) { return ((experts + 31) / 32 * per_token + 3) / 4 * 4; }
+KVQ_HD constexpr int64_t ChoiceBytes(int rows, int experts, int per_token) {
+  return 4 * static_cast<int64_t>(rows) * (Candidates(experts, per_token) + (experts + 31) / 32 * 32);
+}
 
 #ifdef __CUDACC__
 
@@ -56,19 +60,11 @@ __device__ __forceinline__ int ReadPlace(int lane) { return lane / 4 * 128 + ((l
 
 // `units` of them from `from` on, the lane's place of the first; its other row is `apart` bytes from there.
 __device__ __forceinline__ void CopyStage(ptx::Shared place, const std::byte* from, int64_t apart, int units) {
-  const std::byte* other = from + apart;
-  if (units == kDeep) {
 #pragma unroll
-    for (int i = 0; i < kDeep; ++i) {
-      ptx::CopyAsync(place + i * kUnitBytes, from + i * kUnit * 2);
-      ptx::CopyAsync(place + i * kUnitBytes + kUnitBytes / 2, other + i * kUnit * 2);
-    }
-  } else {
-#pragma unroll 1
-    for (int i = 0; i < units; ++i) {
-      ptx::CopyAsync(place + i * kUnitBytes, from + i * kUnit * 2);
-      ptx::CopyAsync(place + i * kUnitBytes + kUnitBytes / 2, other + i * kUnit * 2);
-    }
+  for (int i = 0; i < kDeep; ++i) {
+    if (i >= units) break;
+    ptx::CopyAsync(place + i * kUnitBytes, from + i * kUnit * 2);
+    ptx::CopyAsync(place + i * kUnitBytes + kUnitBytes / 2, from + apart + i * kUnit * 2);
   }
 }
 
@@ -93,12 +89,9 @@ __device__ __forceinline__ void MultiplyUnit(ptx::Shared weight, ptx::Shared x, 
 }
 template <bool kBFloat16>
 __device__ __forceinline__ void MultiplyStage(ptx::Shared weight, ptx::Shared x, int units, float (&sum)[4][4]) {
-  if (units == kDeep) {
 #pragma unroll
-    for (int i = 0; i < kDeep; ++i) MultiplyUnit<kBFloat16>(weight + i * kUnitBytes, x + i * kUnit * 2, sum);
-  } else {
-#pragma unroll 1
-    for (int i = 0; i < units; ++i) MultiplyUnit<kBFloat16>(weight + i * kUnitBytes, x + i * kUnit * 2, sum);
+  for (int i = 0; i < kDeep; ++i) {
+    if (i < units) MultiplyUnit<kBFloat16>(weight + i * kUnitBytes, x + i * kUnit * 2, sum);
   }
 }
 // Lane (g, t) has row g of x times rows 2 t and 2 t + 1 of the tile.
@@ -115,93 +108,133 @@ __device__ __forceinline__ void SyncGroup(int group, int warps) {
   }
 }
 
-// A logit's place among its row's: larger for a larger one, and of equal ones for a smaller number; NaN above all.
+// A logit's place among its row's, above 0: larger for a larger one, and of equal ones for a smaller number; NaN above all.
 __device__ __forceinline__ uint32_t KeyOf(uint32_t bits, bool nan, int expert) {
   const uint32_t order = nan ? 0xFFFFu : bits & 0x8000u ? 0xFFFFu & ~bits : bits | 0x8000u;
-  return order << 16 | (0xFFFFu - static_cast<uint32_t>(expert));
+  return order << 16 | (0xFFFEu - static_cast<uint32_t>(expert));
+}
+__device__ __forceinline__ int ExpertOf(uint32_t key) { return static_cast<int>(0xFFFEu - (key & 0xFFFFu)); }
+template <bool kBFloat16>
+__device__ __forceinline__ float LogitOf(uint32_t key) {
+  const uint32_t order = key >> 16;
+  return At<kBFloat16>((order & 0x8000u ? order : ~order) & (order & 0x8000u ? 0x7FFFu : 0xFFFFu), 0);
+}
+// The bits of a sum of a logit and its bias, in 16 bits; -0 is 0.
+template <bool kBFloat16>
+__device__ __forceinline__ uint32_t WithBias(uint32_t bits, uint32_t bias) {
+  const float sum = At<kBFloat16>(bits, 0) + At<kBFloat16>(bias, 0);
+  return sum == 0.0f ? 0u : Pack<kBFloat16>(sum, 0) & 0xFFFFu;
 }
 
-// By all threads of a block, of rows `first` and on. A logit's rank is the number of larger keys, which a thread counts; `keys`
-// [rows, KeyPitch(experts)] is room that is free afterwards.
+// Which experts rows `first` and on have chosen, by all threads of a block. `room`: ChoiceBytes, free afterwards.
 template <bool kBFloat16>
-__device__ void Choose(const ExpertsArgs& a, int64_t first, int rows, uint32_t* keys, ChosenExperts& to) {
-  __shared__ uint32_t best[kExpertRows][kMostPerToken];
-  __shared__ float shares[kExpertRows][kMostPerToken];
+__device__ __forceinline__ void Choose(const ExpertsArgs& a, int64_t first, int rows, uint32_t* room, ChosenExperts& to) {
   __shared__ uint32_t seen[kMostExperts / 32];  // by any row
-  const int experts = static_cast<int>(a.experts), per_token = static_cast<int>(a.per_token), pitch = KeyPitch(experts);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, threads = blockDim.x;
-  const auto value = [](uint32_t key) {
-    const uint32_t order = key >> 16;
-    return At<kBFloat16>((order & 0x8000u ? order : ~order) & (order & 0x8000u ? 0x7FFFu : 0xFFFFu), 0);
-  };
-  for (int i = threadIdx.x; i < rows * pitch; i += threads) {
-    const int row = i / pitch, expert = i - row * pitch;
+  const int experts = static_cast<int>(a.experts), per_token = static_cast<int>(a.per_token);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, threads = blockDim.x;
+  const int chunks = (experts + 31) / 32, candidates = Candidates(experts, per_token);
+  const float of_chunks = ptx::Reciprocal(static_cast<float>(chunks)), of_candidates = ptx::Reciprocal(static_cast<float>(candidates));
+  uint32_t* keys = room + rows * candidates;
+#pragma unroll 1
+  for (int task = warp; task < rows * chunks; task += warps) {
+    const int row = Quotient(task, of_chunks), expert = (task - row * chunks) * 32 + lane;
     uint32_t key = 0;  // below all others
     if (expert < experts) {
-      uint32_t bits = __ldcg(static_cast<const uint16_t*>(a.logits) + (first + row) * experts + expert);
-      float x = At<kBFloat16>(bits, 0);
-      if (a.logit_bias != nullptr) {
-        bits = Pack<kBFloat16>(x + At<kBFloat16>(__ldcg(static_cast<const uint16_t*>(a.logit_bias) + expert), 0), 0) & 0xFFFFu;
-        x = At<kBFloat16>(bits, 0);
-      }
-      key = KeyOf(x == 0.0f ? 0u : bits, x != x, expert);  // -0 is 0
+      const uint32_t logit = __ldcg(static_cast<const uint16_t*>(a.logits) + (first + row) * experts + expert);
+      const uint32_t bias = a.logit_bias == nullptr ? 0u : __ldcg(static_cast<const uint16_t*>(a.logit_bias) + expert);
+      const uint32_t bits = WithBias<kBFloat16>(logit, bias);
+      const float x = At<kBFloat16>(bits, 0);
+      key = KeyOf(bits, x != x, expert);
     }
-    keys[i] = key;
+    keys[task * 32 + lane] = key;
   }
-  for (int i = threadIdx.x; i < kMostExperts / 32; i += threads) seen[i] = 0;
-  if (rows > 1) {
-    for (int i = threadIdx.x; i < rows * per_token * kExpertRows; i += threads) {
-      to.share[i / kExpertRows][i % kExpertRows] = 0;
-      to.place[i / kExpertRows][i % kExpertRows] = -1;
-    }
+  if (threadIdx.x < kMostExperts / 32) seen[threadIdx.x] = 0;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < rows * candidates; i += threads) room[i] = 0;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < rows * per_token * kExpertRows; i += threads) {
+    to.share[i / kExpertRows][i % kExpertRows] = 0;
+    to.place[i / kExpertRows][i % kExpertRows] = -1;
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < rows * experts; i += threads) {
-    const int row = i / experts, expert = i - row * experts;
-    const uint32_t key = keys[row * pitch + expert];
-    const uint4* others = reinterpret_cast<const uint4*>(keys + row * pitch);
-    int rank = 0;
-#pragma unroll 8
-    for (int k = 0; k < pitch / 4; ++k) {
+#pragma unroll 1
+  for (int task = warp; task < rows * chunks; task += warps) {
+    const uint32_t key = keys[task * 32 + lane];
+    uint32_t last = 0xFFFFFFFFu, own = 0;
+#pragma unroll 1
+    for (int rank = 0; rank < per_token; ++rank) {
+      last = __reduce_max_sync(0xFFFFFFFFu, key < last ? key : 0u);
+      if (lane == rank) own = last;
+    }
+    const int row = Quotient(task, of_chunks);
+    if (lane < per_token) room[row * candidates + (task - row * chunks) * per_token + lane] = own;
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (int i = threadIdx.x; i < rows * candidates; i += threads) {
+    const int row = Quotient(i, of_candidates);
+    const uint32_t key = room[i];
+    const uint4* others = reinterpret_cast<const uint4*>(room + row * candidates);
+    int above = 0, more = 0;
+#pragma unroll 4
+    for (int k = 0; k < candidates / 4; ++k) {
       const uint4 four = others[k];
-      rank += (four.x > key) + (four.y > key) + (four.z > key) + (four.w > key);
+      above += (four.x > key) + (four.y > key), more += (four.z > key) + (four.w > key);
     }
-    if (rank >= per_token) continue;
-    best[row][rank] = key;
-    atomicOr(&seen[expert / 32], 1u << expert % 32);
-  }
-  __syncthreads();
-  for (int row = warp; row < rows; row += threads / 32) {
-    const float largest = value(best[row][0]);
-    const float weight = lane < per_token ? expf(value(best[row][lane]) - largest) : 0.0f;
-    float sum = weight;
-    if (!a.normalized) {
-      sum = 0;
-      for (int e = lane; e < experts; e += 32) sum += expf(value(keys[row * pitch + e]) - largest);
-    }
-    sum = WarpSum(sum);
-    if (lane < per_token) shares[row][lane] = weight / sum;
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < rows * per_token; i += threads) {
-    const int row = i / per_token, rank = i - row * per_token;
-    const int expert = static_cast<int>(0xFFFFu - (best[row][rank] & 0xFFFFu));
-    int place = rank;
-    if (rows > 1) {  // each once, by number
-      place = __popc(seen[expert / 32] & ((1u << expert % 32) - 1));
-      for (int j = 0; j < expert / 32; ++j) place += __popc(seen[j]);
+    const int rank = above + more, expert = ExpertOf(key);
+    if (key == 0 || rank >= per_token) continue;
+    to.best[row][rank] = key;
+    if (rows == 1) {
+      to.expert[rank] = expert, to.place[rank][0] = static_cast<int>(first) * per_token + rank;
     } else {
-      for (int j = 1; j < kExpertRows; ++j) to.share[place][j] = 0, to.place[place][j] = -1;
+      atomicOr(&seen[expert / 32], 1u << expert % 32);
     }
-    to.expert[place] = expert;
-    to.share[place][row] = shares[row][rank];
-    to.place[place][row] = static_cast<int>(first + row) * per_token + rank;
+  }
+  if (threadIdx.x == 0) to.count = per_token;
+  __syncthreads();
+  if (rows == 1) return;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < rows * per_token; i += threads) {  // each once, by number
+    const int row = i / per_token, rank = i - row * per_token, expert = ExpertOf(to.best[row][rank]);
+    int place = __popc(seen[expert / 32] & ((1u << expert % 32) - 1));
+#pragma unroll 1
+    for (int j = 0; j < expert / 32; ++j) place += __popc(seen[j]);
+    to.expert[place] = expert, to.place[place][row] = static_cast<int>(first + row) * per_token + rank;
   }
   if (threadIdx.x == 0) {
-    to.count = 0;
-    for (const uint32_t word : seen) to.count += __popc(word);
+    int count = 0;
+#pragma unroll 1
+    for (int i = 0; i < kMostExperts / 32; ++i) count += __popc(seen[i]);
+    to.count = count;
   }
   __syncthreads();
+}
+
+// And their shares, which the second product alone needs. Who reads them waits for all threads before.
+template <bool kBFloat16>
+__device__ __forceinline__ void Share(const ExpertsArgs& a, int64_t first, int rows, ChosenExperts& to) {
+  const int experts = static_cast<int>(a.experts), per_token = static_cast<int>(a.per_token);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+#pragma unroll 1
+  for (int row = warp; row < rows; row += warps) {
+    const uint32_t key = to.best[row][min(lane, per_token - 1)];
+    const float largest = LogitOf<kBFloat16>(to.best[row][0]), weight = expf(LogitOf<kBFloat16>(key) - largest);
+    float sum = lane < per_token ? weight : 0.0f;
+    if (!a.normalized) {
+      sum = 0;
+#pragma unroll 1
+      for (int e = lane; e < experts; e += 32) {
+        const uint32_t bits = __ldcg(static_cast<const uint16_t*>(a.logits) + (first + row) * experts + e);
+        const uint32_t bias = a.logit_bias == nullptr ? 0u : __ldcg(static_cast<const uint16_t*>(a.logit_bias) + e);
+        sum += expf(At<kBFloat16>(WithBias<kBFloat16>(bits, bias), 0) - largest);
+      }
+    }
+    sum = WarpSum(sum);
+#pragma unroll 1
+    for (int i = 0; lane < per_token && i < to.count; ++i) {
+      if (to.expert[i] == ExpertOf(key)) to.share[i][row] = weight / sum;
+    }
+  }
 }
 
 // What was chosen, by one block.
@@ -213,170 +246,232 @@ __device__ __forceinline__ void Report(const ExpertsArgs& a, const ChosenExperts
   if (threadIdx.x == 0) atomicAdd(a.reads, static_cast<unsigned long long>(of.count));
 }
 
+// A warp's way through one of the two products: the tiles of its group, of each the stages from begin to end.
+// Tiles: of the first product [expert, 4 rows of the gate and 4 of the factor], of the second [8 rows], of all experts. Stages of
+// a tile: of a row's columns, or, second, [expert, columns].
+template <bool kDown>
+struct Way {
+  struct Place {
+    int left, expert, unit;  // stages left of the tile; expert (second product) and unit of the next one
+  };
+  int in, columns, of_row;  // columns: units of a row; of_row: stages
+  int members, member, group, first_tile, tile_step;
+  float in_expert, in_row;  // 1 / tiles of an expert, 1 / of_row
+  // What is known behind the choice.
+  int tiles, next_tile;  // next_tile: that is copied
+  Place first, to;       // at a tile's begin; where it copies
+  const std::byte *next, *next_x;  // next_x: of the first row of x that the lane copies
+
+  __device__ __forceinline__ Way(const ExpertsArgs& a, int groups) {
+    const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    in = static_cast<int>(kDown ? a.size : a.hidden), columns = in / kUnit, of_row = (columns + kDeep - 1) / kDeep;
+    in_expert = ptx::Reciprocal(static_cast<float>(a.size / 4)), in_row = ptx::Reciprocal(static_cast<float>(of_row));
+    members = Quotient(warps, ptx::Reciprocal(static_cast<float>(groups)));
+    group = Quotient(warp, ptx::Reciprocal(static_cast<float>(members))), member = warp - group * members;
+    first_tile = blockIdx.x + gridDim.x * group, tile_step = gridDim.x * groups;
+  }
+  __device__ __forceinline__ void Start(const ExpertsArgs& a, const ChosenExperts& chosen, int64_t first_row, int rows) {
+    tiles = static_cast<int>(kDown ? a.hidden / kTileRows : chosen.count * (a.size / 4)), next_tile = first_tile;
+    const int stages = kDown ? chosen.count * of_row : of_row;
+    const float part = ptx::Reciprocal(static_cast<float>(members));
+    const int begin = Quotient(stages * member, part);
+    first.left = Quotient(stages * (member + 1), part) - begin;
+    first.expert = kDown ? Quotient(begin, in_row) : 0;
+    first.unit = (begin - first.expert * of_row) * kDeep, to = first;
+    Aim(a, chosen, first_row, rows);
+  }
+  // Goes on; whether the expert's row, or the warp's part of it, has ended.
+  __device__ __forceinline__ bool GoOn(Place& at) const {
+    at.unit += kDeep;
+    const bool next_expert = at.unit >= columns;
+    if (next_expert) at.unit = 0, ++at.expert;
+    if (--at.left > 0) return next_expert;
+    at = first;
+    return true;
+  }
+  __device__ __forceinline__ bool copies() const { return next_tile < tiles; }
+  __device__ __forceinline__ int ExpertOfTile(int tile) const { return kDown ? 0 : Quotient(tile, in_expert); }
+  // Lanes have granules of 16 bytes of a row of x, and every second row. A row that did not choose the expert takes what another
+  // one has there.
+  static constexpr int kGranules = kDeep * kUnit / 8;
+  __device__ __forceinline__ const std::byte* OfX(const ExpertsArgs& a, const ChosenExperts& chosen, int64_t first_row, int row,
+                                                  const Place& at) const {
+    const int64_t from = kDown ? max(chosen.place[at.expert][row], 0) : first_row + row;
+    return static_cast<const std::byte*>(kDown ? a.gated : a.x) + (from * in + at.unit * kUnit) * 2 + threadIdx.x % kGranules * 16;
+  }
+  __device__ __forceinline__ bool HasX(const Place& at) const { return at.unit * 8 + static_cast<int>(threadIdx.x) % kGranules < columns * 8; }
+  __device__ __forceinline__ void Aim(const ExpertsArgs& a, const ChosenExperts& chosen, int64_t first_row, int rows) {
+    if (!copies()) return;
+    const int lane = threadIdx.x % 32, size = static_cast<int>(a.size), i = kDown ? to.expert : ExpertOfTile(next_tile);
+    const int64_t row = kDown ? static_cast<int64_t>(chosen.expert[i]) * a.hidden + next_tile * kTileRows
+                              : static_cast<int64_t>(chosen.expert[i]) * (2 * size) + (next_tile * 4 - i * size);
+    next = static_cast<const std::byte*>(kDown ? a.down : a.up) + ((row + lane / 8) * in + to.unit * kUnit) * 2 + lane % 8 * 16;
+    next_x = OfX(a, chosen, first_row, min(lane / kGranules, rows - 1), to);
+  }
+  // The next stage, its weights and, where they are there, rows of x; nothing behind the last.
+  __device__ __forceinline__ void Copy(const ExpertsArgs& a, const ChosenExperts& chosen, int64_t first_row, int rows, bool with_x,
+                                       ptx::Shared stage) {
+    if (!copies()) return;
+    const int lane = threadIdx.x % 32;
+    CopyStage(stage + CopyPlace(lane), next, (kDown ? 4 : a.size) * in * 2, columns - to.unit);
+    if (with_x && HasX(to)) {
+      const ptx::Shared place = stage + kStageBytes + lane % kGranules * 16;
+      int row = lane / kGranules;
+      if (row < rows) ptx::CopyAsync(place + row * kExpertPitch, next_x);
+#pragma unroll 1
+      for (row += 32 / kGranules; row < rows; row += 32 / kGranules) {
+        ptx::CopyAsync(place + row * kExpertPitch, OfX(a, chosen, first_row, row, to));
+      }
+    }
+    next += kDeep * kUnit * 2, next_x += kDeep * kUnit * 2;
+    const bool ends_tile = to.left == 1;
+    if (!GoOn(to)) return;
+    if (ends_tile) next_tile += tile_step;
+    Aim(a, chosen, first_row, rows);
+  }
+  // Rows of x of `count` stages from a tile's first one on, in `ring` from `stage` on.
+  __device__ __forceinline__ void CopyFirstX(const ExpertsArgs& a, const ChosenExperts& chosen, int64_t first_row, int rows, int count,
+                                             ptx::Shared stage, int stage_bytes, ptx::Shared ring_end, int ring_bytes) const {
+    const int lane = threadIdx.x % 32, begin = first.expert * of_row + first.unit / kDeep;
+    const float of_rows = ptx::Reciprocal(static_cast<float>(rows)), of_tile = ptx::Reciprocal(static_cast<float>(first.left));
+#pragma unroll 1
+    for (int task = lane / kGranules; task < count * rows; task += 32 / kGranules) {
+      const int i = Quotient(task, of_rows), row = task - i * rows;
+      const int number = begin + i - Quotient(i, of_tile) * first.left;  // all tiles have the same columns
+      const int expert = Quotient(number, in_row), unit = (number - expert * of_row) * kDeep;
+      const Place at = {0, expert, unit};
+      ptx::Shared place = stage + i * stage_bytes;
+      if (place >= ring_end) place -= ring_bytes;
+      if (HasX(at)) ptx::CopyAsync(place + kStageBytes + row * kExpertPitch + lane % kGranules * 16, OfX(a, chosen, first_row, row, at));
+    }
+    ptx::CopyCommit();
+  }
+};
+
+// What comes of a sum: lane (g, t) has row g of x times rows t and t + 4 of the tile.
+template <bool kBFloat16, bool kDown>
+__device__ __forceinline__ void EndTile(const ExpertsArgs& a, const ChosenExperts& chosen, const Way<kDown>& way, int64_t first_row, int tile,
+                                        float first, float second) {
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  if constexpr (kDown) {
+#pragma unroll 1
+    for (int i = 0; a.down_bias != nullptr && i < chosen.count; ++i) {
+      if (chosen.place[i][g] < 0) continue;
+      const uint16_t* bias = static_cast<const uint16_t*>(a.down_bias) + chosen.expert[i] * a.hidden + tile * kTileRows + t;
+      first = fmaf(chosen.share[i][g], At<kBFloat16>(__ldcg(bias), 0), first);
+      second = fmaf(chosen.share[i][g], At<kBFloat16>(__ldcg(bias + 4), 0), second);
+    }
+    float* out = a.partial + (first_row + g) * a.hidden + tile * kTileRows + t;
+    out[0] = first, out[4] = second;
+  } else {
+    const int expert = way.ExpertOfTile(tile), row = tile * 4 - expert * static_cast<int>(a.size) + t, place = chosen.place[expert][g];
+    if (place < 0) return;
+    if (a.up_bias != nullptr) {
+      const uint16_t* bias = static_cast<const uint16_t*>(a.up_bias) + chosen.expert[expert] * 2 * a.size + row;
+      first += At<kBFloat16>(__ldcg(bias), 0), second += At<kBFloat16>(__ldcg(bias + a.size), 0);
+    }
+    first = Round<kBFloat16>(first), second = Round<kBFloat16>(second);
+    static_cast<uint16_t*>(a.gated)[place * a.size + row] =
+        static_cast<uint16_t>(Pack<kBFloat16>(Gated<kBFloat16>(a.activation, first, second), 0));
+  }
+}
+
 // Rows `first_row` and on of x, eight at most.
 template <bool kBFloat16, int kStages, bool kDown>
 __global__ void __maxnreg__(112) ExpertsKernel(const __grid_constant__ ExpertsArgs a, int64_t first_row, int groups) {
   extern __shared__ __align__(128) std::byte shared[];
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int rows = static_cast<int>(min(a.rows - first_row, static_cast<int64_t>(kExpertRows)));
-  const int size = static_cast<int>(a.size), in = static_cast<int>(kDown ? a.size : a.hidden);
   const int stage_bytes = ExpertStageBytes(rows);
   const ptx::Shared ring = ptx::SharedAddress(shared) + warp * kStages * stage_bytes, ring_end = ring + kStages * stage_bytes;
   float* sums = reinterpret_cast<float*>(shared + warps * kStages * stage_bytes);
   __shared__ ChosenExperts chosen;
 
+  Way<kDown> way(a, groups);
   // The kernel behind the first product is the second, which is not to begin before the logits are there.
   if constexpr (!kDown) WaitForPredecessors();
   LaunchDependents();
   Choose<kBFloat16>(a, first_row, rows, reinterpret_cast<uint32_t*>(shared), chosen);
-
-  // Tiles: of the first product [expert, 4 rows of the gate and 4 of the factor], of the second [8 rows], of all experts.
-  // Stages of a tile: of a row's columns, or, second, [expert, columns]. This warp has those from begin to end.
-  const int of_expert = kDown ? 1 : size / 4, tiles = kDown ? static_cast<int>(a.hidden) / kTileRows : chosen.count * of_expert;
-  const int columns = in / kUnit, of_row = (columns + kDeep - 1) / kDeep;  // units and stages of a row
-  const int members = warps / groups, group = warp / members, member = warp % members;
-  const int stages = kDown ? chosen.count * of_row : of_row, begin = stages * member / members, end = stages * (member + 1) / members;
-  const int first_tile = blockIdx.x + gridDim.x * group, tile_step = gridDim.x * groups;
-  const int64_t apart_bytes = static_cast<int64_t>(kDown ? 4 : size) * in * 2;
-  const int first_expert = kDown ? begin / of_row : 0, first_unit = (begin - first_expert * of_row) * kDeep;
-
-  // Where a warp is in its tile, where it copies and where it multiplies.
-  struct Place {
-    int left, expert, unit;  // stages left; expert (second product) and unit of the next one
-    ptx::Shared stage;
-  };
-  const Place at_first = {end - begin, first_expert, first_unit, ring};
-  // Goes on; whether the expert's row, or the warp's part of it, has ended.
-  const auto go_on = [&](Place& at) {
-    at.stage = at.stage + stage_bytes == ring_end ? ring : at.stage + stage_bytes;
-    at.unit += kDeep;
-    const bool next = at.unit >= columns;
-    if (next) at.unit = 0, ++at.expert;
-    if (--at.left > 0) return next;
-    at.left = end - begin, at.expert = first_expert, at.unit = first_unit;
-    return true;
-  };
-  // Lanes have granules of 16 bytes of a row of x, and every second row. A row that did not choose the expert takes what another one has there.
-  const auto copy_x = [&](const Place& to) {
-    constexpr int kGranules = kDeep * kUnit / 8;
-    const int granule = lane % kGranules;
-    if (begin == end || to.unit * 8 + granule >= columns * 8) return;
-    for (int row = lane / kGranules; row < rows; row += 32 / kGranules) {
-      const int64_t from = kDown ? max(chosen.place[to.expert][row], 0) : first_row + row;
-      ptx::CopyAsync(to.stage + kStageBytes + row * kExpertPitch + granule * 16,
-                     static_cast<const uint16_t*>(kDown ? a.gated : a.x) + from * in + to.unit * kUnit + granule * 8);
-    }
-  };
-  Place to = at_first;
-  int next_tile = begin < end ? first_tile : tiles;
-  const std::byte* next = nullptr;
-  const auto aim = [&] {
-    if (next_tile >= tiles) return;
-    const int i = kDown ? to.expert : next_tile / of_expert;
-    const int64_t row = kDown ? chosen.expert[i] * a.hidden + next_tile * kTileRows
-                              : static_cast<int64_t>(chosen.expert[i]) * 2 * size + (next_tile - i * of_expert) * 4;
-    next = static_cast<const std::byte*>(kDown ? a.down : a.up) + ((row + lane / 8) * in + to.unit * kUnit) * 2 + lane % 8 * 16;
-  };
-  const auto fetch = [&] {  // nothing behind the last stage
-    if (next_tile >= tiles) return;
-    CopyStage(to.stage + CopyPlace(lane), next, apart_bytes, min(kDeep, columns - to.unit));
-    next += kDeep * kUnit * 2;
-    const bool ends_tile = to.left == 1;
-    if (!go_on(to)) return;
-    if (ends_tile) next_tile += tile_step;
-    aim();
-  };
-  const auto fetch_all = [&] {
-    if (next_tile < tiles) copy_x(to);
-    fetch();
-    ptx::CopyCommit();
-  };
-  aim();
   if constexpr (kDown) {
-#pragma unroll 1
-    for (int i = 0; i < kStages - 1; ++i) fetch();
-    WaitForPredecessors();
-    Place again = at_first;  // all tiles have the same columns
-#pragma unroll 1
-    for (int i = 0; i < kStages - 1; ++i) {
-      copy_x(again);
-      ptx::CopyCommit();
-      go_on(again);
-    }
-  } else {
-#pragma unroll 1
-    for (int i = 0; i < kStages - 1; ++i) fetch_all();
-    if (blockIdx.x == gridDim.x - 1) Report(a, chosen, rows);
+    Share<kBFloat16>(a, first_row, rows, chosen);
+    __syncthreads();
   }
+  way.Start(a, chosen, first_row, rows);
 
   // Lanes of rows that do not exist read the last one; nobody takes what comes out for them.
   const int x_place = kStageBytes + min(g, rows - 1) * kExpertPitch + t * 16;
-  Place at = at_first;
-  int turn = 0;
+  ptx::Shared copied = ring, read = ring;  // the next stage of each
+  const auto behind = [&](ptx::Shared stage) { return stage + stage_bytes == ring_end ? ring : stage + stage_bytes; };
+  auto at = way.first;
+  int tile = way.first_tile, turn = 0;
+  float sum[4][4] = {}, total[2] = {0, 0};
+  // The ring is filled first, by the second product with weights alone: its x is not there yet.
 #pragma unroll 1
-  for (int tile = first_tile; tile < tiles; tile += tile_step, ++turn) {
-    float sum[4][4] = {}, total[2] = {0, 0};
-#pragma unroll 1
-    for (int i = begin; i < end; ++i) {
+  for (int step = 1 - kStages; step < 0 || tile < way.tiles; ++step) {
+    if (step >= 0) {
+      if (kDown && step == 0) {
+        WaitForPredecessors();
+        way.CopyFirstX(a, chosen, first_row, rows, kStages - 1, read, stage_bytes, ring_end, kStages * stage_bytes);
+#pragma unroll
+        for (int i = 0; i < kStages - 2; ++i) ptx::CopyCommit();
+      }
       ptx::CopyWait<kStages - 2>();
       __syncwarp();
-      fetch_all();  // into the stage that all lanes have left
-      MultiplyStage<kBFloat16>(at.stage + ReadPlace(lane), at.stage + x_place, min(kDeep, columns - at.unit), sum);
-      const int expert = at.expert;
-      if (!go_on(at) || !kDown) continue;
-      if (chosen.place[expert][g] >= 0) {
-        const float share = chosen.share[expert][g];
-        const float2 all = SumOf(sum);
+    }
+    way.Copy(a, chosen, first_row, rows, !kDown || step >= 0, copied);  // into the stage that all lanes have left
+    copied = behind(copied);
+    ptx::CopyCommit();
+    if (step < 0) continue;
+    MultiplyStage<kBFloat16>(read + ReadPlace(lane), read + x_place, way.columns - at.unit, sum);
+    read = behind(read);
+    const int expert = at.expert;
+    const bool ends_tile = at.left == 1;
+    if (!way.GoOn(at)) continue;
+    const float2 all = SumOf(sum);
+#pragma unroll
+    for (int k = 0; k < 16; ++k) sum[k / 4][k % 4] = 0;
+    if constexpr (kDown) {
+      if (const float share = chosen.share[expert][g]; chosen.place[expert][g] >= 0) {
         total[0] = fmaf(share, all.x, total[0]), total[1] = fmaf(share, all.y, total[1]);
       }
-#pragma unroll
-      for (int k = 0; k < 16; ++k) sum[k / 4][k % 4] = 0;
-    }
-    if constexpr (!kDown) total[0] = SumOf(sum).x, total[1] = SumOf(sum).y;
-    float* tile_sums = sums + (turn % 2 * warps + group * members) * rows * kTileRows;
-    if (g < rows) {
-      *reinterpret_cast<float2*>(tile_sums + (member * rows + g) * kTileRows + 2 * t) = make_float2(total[0], total[1]);
-    }
-    SyncGroup(group, members);  // and the sums of the tile before last are free
-    // One warp finishes the tile while the others go on: lane (g, t) row g of x, rows t and t + 4 of the tile.
-    if (member != turn % members || g >= rows) continue;
-    float first = 0, second = 0;
-    for (int w = 0; w < members; ++w) {
-      first += tile_sums[(w * rows + g) * kTileRows + t];
-      second += tile_sums[(w * rows + g) * kTileRows + t + 4];
-    }
-    if constexpr (kDown) {
-      for (int i = 0; a.down_bias != nullptr && i < chosen.count; ++i) {
-        if (chosen.place[i][g] < 0) continue;
-        const uint16_t* bias = static_cast<const uint16_t*>(a.down_bias) + chosen.expert[i] * a.hidden + tile * kTileRows + t;
-        first = fmaf(chosen.share[i][g], At<kBFloat16>(__ldcg(bias), 0), first);
-        second = fmaf(chosen.share[i][g], At<kBFloat16>(__ldcg(bias + 4), 0), second);
-      }
-      float* out = a.partial + (first_row + g) * a.hidden + tile * kTileRows + t;
-      out[0] = first, out[4] = second;
+      if (!ends_tile) continue;
     } else {
-      const int expert = tile / of_expert, place = chosen.place[expert][g];
-      if (place < 0) continue;
-      if (a.up_bias != nullptr) {
-        const uint16_t* bias = static_cast<const uint16_t*>(a.up_bias) + chosen.expert[expert] * 2LL * size + (tile - expert * of_expert) * 4 + t;
-        first += At<kBFloat16>(__ldcg(bias), 0), second += At<kBFloat16>(__ldcg(bias + size), 0);
-      }
-      first = Round<kBFloat16>(first), second = Round<kBFloat16>(second);
-      static_cast<uint16_t*>(a.gated)[static_cast<int64_t>(place) * size + (tile - expert * of_expert) * 4 + t] =
-          static_cast<uint16_t>(Pack<kBFloat16>(Gated<kBFloat16>(a.activation, first, second), 0));
+      total[0] = all.x, total[1] = all.y;
     }
+    float* tile_sums = sums + (turn % 2 * warps + way.group * way.members) * rows * kTileRows;
+    if (g < rows) {
+      *reinterpret_cast<float2*>(tile_sums + (way.member * rows + g) * kTileRows + 2 * t) = make_float2(total[0], total[1]);
+    }
+    SyncGroup(way.group, way.members);  // and the sums of the tile before last are free
+    // One warp finishes the tile while the others go on.
+    if (way.member == turn % way.members && g < rows) {
+      float first = 0, second = 0;
+#pragma unroll 4
+      for (int w = 0; w < way.members; ++w) {
+        first += tile_sums[(w * rows + g) * kTileRows + t];
+        second += tile_sums[(w * rows + g) * kTileRows + t + 4];
+      }
+      EndTile<kBFloat16>(a, chosen, way, first_row, tile, first, second);
+    }
+    total[0] = total[1] = 0;
+    tile += way.tile_step, ++turn;
   }
+  if (!kDown && blockIdx.x == gridDim.x - 1) Report(a, chosen, rows);
 }
 
 // The same for any sizes and rows: a row of x a blockIdx.y, a warp an element of what comes out.
 template <bool kBFloat16, bool kDown>
 __global__ void __launch_bounds__(256) AnyExpertsKernel(const __grid_constant__ ExpertsArgs a) {
   __shared__ ChosenExperts chosen;
-  __shared__ __align__(16) uint32_t keys[kMostExperts];
+  __shared__ __align__(16) uint32_t room[ChoiceBytes(1, kMostExperts, kMostPerToken) / 4];
   if constexpr (!kDown) WaitForPredecessors();
   LaunchDependents();
   const int64_t row = blockIdx.y;
-  Choose<kBFloat16>(a, row, 1, keys, chosen);
+  Choose<kBFloat16>(a, row, 1, room, chosen);
+  if constexpr (kDown) {
+    Share<kBFloat16>(a, row, 1, chosen);
+    __syncthreads();
+  }
   if (!kDown && blockIdx.x == 0) Report(a, chosen, 1);
   if constexpr (kDown) WaitForPredecessors();
   const int lane = threadIdx.x % 32;
