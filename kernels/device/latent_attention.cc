@@ -33,11 +33,10 @@ int64_t Up(int64_t bytes) { return (bytes + 127) / 128 * 128; }
 
 // Bytes of a tile of one part of a token, as it is stored: Part::kStored.
 int64_t StoredBytes(const Codec& codec, const CodecParams& params, int64_t channels, int tokens) {
-  if (codec.planes == nullptr) return tokens * Padded(static_cast<int>(channels)) * 2;
+  if (codec.planes == nullptr) return tokens * NumberStride(static_cast<int>(channels), /*copied=*/true);
   int64_t bytes = 0;
   for (const Plane& plane : codec.planes(1, channels, params)) {
-    const int64_t stride = plane.bytes % 32 == 0 ? plane.bytes + 16 : plane.bytes;
-    bytes += (tokens * stride + 15) / 16 * 16;
+    bytes += (tokens * Stride(static_cast<int>(plane.bytes)) + 15) / 16 * 16;
   }
   return bytes;
 }
@@ -45,14 +44,15 @@ int64_t StoredBytes(const Codec& codec, const CodecParams& params, int64_t chann
 // Config::kSharedBytes.
 int64_t SharedBytes(const Codec& latents, const Codec& rotary_keys, const LatentAttentionArgs& args, int head_tiles,
                     const Tiling& tiling) {
-  const int64_t tokens = tiling.tokens, heads = 16 * head_tiles, rank = args.rank;
-  const int64_t turned = Padded(static_cast<int>(args.turned));
+  const int64_t tokens = tiling.tokens, heads = 16 * head_tiles;
+  const int rank = static_cast<int>(args.rank), turned = static_cast<int>(args.turned);
   const int64_t stage = Up(StoredBytes(latents, args.latents.params, rank, tiling.tokens)) +
                         Up(StoredBytes(rotary_keys, args.rotary_keys.params, args.turned, tiling.tokens));
-  const int64_t numbers = (latents.planes == nullptr ? 0 : Up(tokens * rank * 2)) +
-                          (rotary_keys.planes == nullptr ? 0 : Up(tokens * turned * 2));
-  const int64_t queries = head_tiles <= 2 ? 0 : heads * (rank + turned) * 2;
-  return tiling.stages * stage + numbers + kShares * heads * (tokens + 8) * 4 + heads * tokens * 2 + Up(heads * 8) + queries;
+  const int64_t numbers = (latents.planes == nullptr ? 0 : Up(tokens * NumberStride(rank))) +
+                          (rotary_keys.planes == nullptr ? 0 : Up(tokens * NumberStride(turned)));
+  const int64_t queries = head_tiles <= 2 ? 0 : heads * NumberStride(rank + Padded(turned));
+  return tiling.stages * stage + numbers + kShares * heads * (tokens + 8) * 4 + heads * NumberStride(tiling.tokens) +
+         Up(heads * 8) + queries;
 }
 
 // Blocks for each sequence and part of its heads: as many as run at a time, and no more than there are tiles.
@@ -134,14 +134,14 @@ void CheckArgs(const LatentAttentionArgs& args) {
   const auto aligned = [](const void* p, int64_t bytes, int64_t to) {
     return (static_cast<int64_t>(reinterpret_cast<uintptr_t>(p)) | bytes) % to == 0;
   };
-  bool all = aligned(args.queries, 0, 4) && aligned(args.out, 0, 8) && aligned(args.workspace, 0, 256);
+  bool all = aligned(args.queries, 0, 16) && aligned(args.out, 0, 8) && aligned(args.workspace, 0, 256);
   for (const LatentSide* side : {&args.latents, &args.rotary_keys}) {
     for (int p = 0; p < kMaxPlanes; ++p) all &= aligned(side->codes.planes[p], side->codes.plane_stride[p], 16);
     for (const DenseView* view : {&side->tokens, &side->sinks, &side->residual}) {
       all &= aligned(view->data, (view->batch_stride | view->token_stride) * 2, 16);
     }
   }
-  if (!all) throw InputError("attention over latents wants all rows and planes aligned to 16 bytes");
+  if (!all) throw InputError("attention over latents wants queries, rows and planes aligned to 16 bytes");
 }
 
 }  // namespace

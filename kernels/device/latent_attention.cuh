@@ -6,9 +6,10 @@
 //
 // - A tile of tokens is brought to shared memory by cp.async and read twice there: row by row as keys, and transposed, without the
 //   rotary part, as values. Heads are the rows of both products.
-// - Of the scores each of eight warps has a quarter of the channels and half of the tokens, so that its share of the queries stays
-//   in registers; the quarters are added in shared memory. Codes are decoded on the way, once, to 16-bit numbers of the type that is
-//   computed in: rows lie such that a lane's words (code_row.h) become its operands, and it writes them down for the values.
+// - Of the scores each of eight warps has a quarter of the channels and half of the tokens, so that its share of the queries, which
+//   come once a block, stays in registers; the quarters are added in shared memory. Codes are decoded on the way, once, to 16-bit
+//   numbers of the type that is computed in: rows lie such that a lane's words (code_row.h) become its operands, and it writes them
+//   down for the values.
 // - An accumulator of sixteen heads is 16 x 512 float32, more than a warp's registers: each warp has an eighth of its channels.
 // - The tokens of a sequence are dealt to blocks; a second kernel adds what they leave, on as many multiprocessors as there are:
 //   sixteen heads of 132 blocks are 4 MB. Meanwhile the next launch's first tiles are on their way, where they may be (`early`).
@@ -47,6 +48,14 @@ KVQ_HD inline Workspace LayOut(void* base, int64_t batch, int64_t splits, int64_
 
 // Channels of a row in shared memory: whole steps of a product.
 KVQ_HD constexpr int Padded(int channels) { return (channels + 15) / 16 * 16; }
+// Bytes from a row in shared memory to the next: an odd number of granules of 16 bytes, so that eight rows' reads of one granule are
+// in different banks; or no gap where rows are no granules.
+KVQ_HD constexpr int Stride(int bytes) { return bytes % 32 == 0 ? bytes + 16 : bytes; }
+// Rows of 16-bit numbers that are copied as they are have no gap where they are whole 128 bytes: copies to others take longer.
+KVQ_HD constexpr bool IsSwizzled(int channels, bool copied) { return copied && channels >= 64 && (channels & (channels - 1)) == 0; }
+KVQ_HD constexpr int NumberStride(int channels, bool copied = false) {
+  return IsSwizzled(channels, copied) ? channels * 2 : Stride(Padded(channels) * 2);
+}
 
 #ifdef __CUDACC__
 
@@ -59,34 +68,30 @@ using decode_attention::Row;
 
 __device__ constexpr int Up(int bytes) { return (bytes + 127) / 128 * 128; }
 
-// ---- rows of 16-bit numbers: granules of 16 bytes, in an order that keeps eight rows' reads of one granule in different banks
-
-template <int kChannels>
-__device__ __forceinline__ ptx::Shared GranuleAt(int row, int granule) {
-  constexpr int kGranules = Padded(kChannels) / 8;
-  constexpr int kSwizzled = std::min(kGranules & -kGranules, 8);  // a power of two that divides them
-  return row * (kGranules * 16) + ((granule ^ (row / (8 / kSwizzled) & (kSwizzled - 1))) << 4);
-}
-// Likewise of rows and granules that are a lane's own and more: `rows`, a multiple of 8, and `granules`, with no bit of the lane's.
-// `own` is GranuleAt of the lane's own, from a place on that is a multiple of 128, so that a lane keeps one register.
-template <int kChannels>
-__device__ __forceinline__ ptx::Shared Further(ptx::Shared own, int rows, int granules) {
-  return (own ^ (granules % 8 << 4)) + granules / 8 * 128 + rows * (Padded(kChannels) * 2);
-}
-// Whether rows are whole 128 bytes, as Further wants them.
-template <int kChannels>
-inline constexpr bool kWhole = Padded(kChannels) % 64 == 0;
-
-// ---- rows of codes: a token's bytes of each plane, an odd number of granules apart, or without gaps where they are no granules
-
-__device__ constexpr int Stride(int bytes) { return bytes % 32 == 0 ? bytes + 16 : bytes; }
+// Rows of 16-bit numbers: granules in their order; or where rows have no gap, in one that keeps eight rows' reads of one granule in
+// different banks.
+template <int kChannels, bool kCopied = false>
+struct Rows {
+  static constexpr bool kSwizzled = IsSwizzled(kChannels, kCopied);
+  static constexpr int kStride = NumberStride(kChannels, kCopied);
+  __device__ static constexpr int At(int row, int granule) {
+    return row * kStride + ((kSwizzled ? granule ^ row % 8 : granule) << 4);
+  }
+  // Likewise of rows and granules that are a lane's own and more, none with a bit of the lane's (of rows, the low three): `own` is At
+  // of the lane's own from a multiple of 128 on, so that a lane keeps one register.
+  __device__ static constexpr ptx::Shared Further(ptx::Shared own, int rows, int granules) {
+    if (!kSwizzled) return own + rows * kStride + granules * 16;
+    return (own ^ ((granules ^ rows) % 8 << 4)) + granules / 8 * 128 + rows * kStride;
+  }
+};
 
 // One part of a token, and a tile of it as it is stored.
 template <class Codec, int kDim, int kTile>
 struct Part : Row<Codec, kDim> {
   using R = Row<Codec, kDim>;
   static_assert(R::kTokens == 1 && !R::kNormed, "a token is read alone");
-  static constexpr int kNumbers = kTile * Padded(kDim) * 2;  // bytes of a tile of 16-bit numbers
+  using N = Rows<kDim, R::kDense>;
+  static constexpr int kNumbers = kTile * N::kStride;  // bytes of a tile of 16-bit numbers
   // Bytes of a token in plane p.
   __device__ static constexpr int Bytes(int p) { return p == 0 ? R::kRow : R::PlaneBytes(p - 1); }
   // Where plane p lies in a tile of codes.
@@ -111,9 +116,10 @@ struct Config {
   static constexpr int kLatentSteps = (kRank / 16 + kShares - 1) / kShares, kAllRotary = Padded(kTurned) / 16;
   static constexpr int kRotarySteps = (kAllRotary + kShares - 1) / kShares, kOwnSteps = kLatentSteps + kRotarySteps;
   static constexpr int kSteps = kRank / 16 + kAllRotary;
-  // Whether a lane finds all of its rows by Further.
-  static constexpr bool kEven = kWhole<kRank> && kWhole<kTurned> && (kLatentSteps & (kLatentSteps - 1)) == 0;
-  static_assert(kEven || (L::kDense && T::kDense), "shares of codes are whole words");
+  static constexpr bool kEven = kRank / 16 % kShares == 0 && kAllRotary % kShares == 0;  // all shares are of as many steps
+  static_assert(kEven || kDense, "shares of codes are whole words");
+  using Queries = Rows<kSteps * 16>;
+  using Weights = Rows<kTile>;
   static constexpr int kTokenTiles = kTile / 16;  // columns by eights of a warp's scores, those of half a tile
   static constexpr int kPairs = (kRank / 16 + kWarps - 1) / kWarps;  // of eights of a warp's channels of the output
   static constexpr bool kHoldsQueries = kHeadTiles <= 2;  // in registers
@@ -124,9 +130,16 @@ struct Config {
   static constexpr int kScoresAt = kNumbersAt + (L::kDense ? 0 : Up(L::kNumbers)) + (T::kDense ? 0 : Up(T::kNumbers));
   static constexpr int kScoreRow = kTile + 8;  // floats: lanes of a store in different banks
   static constexpr int kWeightsAt = kScoresAt + kShares * kHeads * kScoreRow * 4;
-  static constexpr int kReferencesAt = kWeightsAt + kHeads * kTile * 2;
-  static constexpr int kQueriesAt = kReferencesAt + Up(kHeads * 8);
-  static constexpr int kSharedBytes = kQueriesAt + (kHoldsQueries ? 0 : kHeads * kSteps * 32);
+  static constexpr int kReferencesAt = kWeightsAt + kHeads * Weights::kStride;
+  static constexpr int kBehind = kReferencesAt + Up(kHeads * 8), kQueryBytes = kHeads * Queries::kStride;
+  static constexpr int kSharedBytes = kBehind + (kHoldsQueries ? 0 : kQueryBytes);
+  // Queries that end in registers come to where scores and weights will be. Where tiles are small that is not enough, and they begin
+  // in what lies before, the room of decoded numbers or the last stage: what comes there is asked for when they are in registers.
+  static constexpr int kQueriesAt = kHoldsQueries ? kReferencesAt - kQueryBytes : kBehind;
+  static constexpr bool kQueriesAlone = kQueriesAt >= kScoresAt;
+  // Whether the last stage is asked for as soon as the kernel before has ended, while queries are on their way. Codes did not gain.
+  static constexpr bool kFills = kDense && kQueriesAlone;
+  static_assert(kQueriesAt >= kNumbersAt - kStage && kQueriesAt % 16 == 0);
   // Where dense tokens beside encoded ones are: of a part that is never encoded in the last stage, which waits for them.
   static constexpr int kDenseLatentsAt = L::kDense ? kNumbersAt - kStage : kNumbersAt;
   static constexpr int kDenseRotaryAt =
@@ -134,21 +147,17 @@ struct Config {
 };
 
 // Rows of a tile, from `rows` on, `stride` elements apart; zeros from row `left` on.
-template <int kChannels, int kTile>
+template <class N, int kChannels, int kTile>
 __device__ __forceinline__ void CopyNumbers(ptx::Shared to, const uint16_t* rows, int64_t stride, int left, int thread) {
   constexpr int kGranules = kChannels / 8, kStep = kThreads / kGranules;  // of a row; rows that the threads copy at a time
   const int first = thread / kGranules, granule = thread % kGranules;
-  const ptx::Shared own = GranuleAt<kChannels>(first, granule);
   const uint16_t* from = rows + first * stride + granule * 8;
+  to += N::At(first, granule);
 #pragma unroll
   for (int i = 0; i < (kTile + kStep - 1) / kStep; ++i) {
     const int row = first + i * kStep;
     if ((kTile % kStep != 0 || kThreads % kGranules != 0) && (row >= kTile || first >= kStep)) break;
-    // `first` and the rows further on have no bit in common where those are a power of two.
-    const ptx::Shared at = kWhole<kChannels> && kStep * kGranules == kThreads
-                               ? (own ^ (i * kStep % 8 << 4)) + i * kStep * (Padded(kChannels) * 2)
-                               : GranuleAt<kChannels>(row, granule);
-    ptx::CopyAsyncOrZero(to + at, from, row < left);
+    ptx::CopyAsyncOrZero(N::Further(to, i * kStep, 0), from, row < left);
     from += kStep * stride;
   }
 }
@@ -163,7 +172,7 @@ __device__ __forceinline__ void CopyStored(const LatentSide& side, const Sequenc
                                            int thread) {
   const int first = tile * kTile, left = length.encoded - first;
   if constexpr (P::kDense) {
-    CopyNumbers<kDim, kTile>(to, RowOf(side.tokens, b, length.sinks + first), side.tokens.token_stride, left, thread);
+    CopyNumbers<typename P::N, kDim, kTile>(to, RowOf(side.tokens, b, length.sinks + first), side.tokens.token_stride, left, thread);
   } else {
 #pragma unroll
     for (int p = 0; p <= P::kPlanesBehind; ++p) {
@@ -259,10 +268,11 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) Kernel(const __grid_cons
   LaunchDependents();
   if (!early) WaitForPredecessors();
   SequenceLength length = length_now();
-  if constexpr (C::kTurned % 16 != 0) {  // what fills up a row is 0
-    for (int i = threadIdx.x; i < C::kScoresAt / 16; i += kThreads) reinterpret_cast<uint4*>(shared)[i] = {0, 0, 0, 0};
+  const auto fill_up = [&](int from) {  // what fills up a row is 0
+    for (int at = from + threadIdx.x * 16; at < C::kScoresAt; at += kThreads * 16) *reinterpret_cast<uint4*>(shared + at) = {0, 0, 0, 0};
     __syncthreads();
-  }
+  };
+  if constexpr (C::kTurned % 16 != 0) fill_up(0);
 
   // Tiles of encoded tokens, the equal share of this block; of sinks and residual, which are dealt in turn.
   const auto cut = [&](int i) { return static_cast<int>(static_cast<int64_t>((length.encoded + C::kTile - 1) / C::kTile) * i / splits); };
@@ -274,20 +284,33 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) Kernel(const __grid_cons
     CopyStored<typename C::L, C::kRank, C::kTile>(args.latents, length, sequence, tile, to, thread);
     CopyStored<typename C::T, C::kTurned, C::kTile>(args.rotary_keys, length, sequence, tile, to + Up(C::L::kStored), thread);
   };
+  const auto fetch = [&](int tile) {
+    if (tile < end) copy_tile(tile);
+    ptx::CopyCommit();
+  };
   const auto start = [&] {
 #pragma unroll 1
-    for (int i = 0; i < C::kStages - 1; ++i) {
-      if (first + i < end) copy_tile(first + i);
-      ptx::CopyCommit();
-    }
+    for (int i = 0; i < C::kStages - 1; ++i) fetch(first + i);
   };
   // The newest token, of 16 bits or encoded within the step, is not there yet. It is in the last split's last tile.
   const int newest = (length.encoded - 1) / C::kTile;
   const bool starts_old = newest < first || newest >= min(end, first + C::kStages - 1);
   bool started = early && ((!C::kDense && !args.newest_is_encoded) || starts_old);
   if (started) start();
+  if (early) WaitForPredecessors();
+  // Queries: zeros where there is no head, and behind a row's end.
+  constexpr int kOfHead = 2 * C::kSteps;  // granules
+#pragma unroll
+  for (int i = 0; i < (C::kHeads * kOfHead + kThreads - 1) / kThreads; ++i) {
+    const int n = i * kThreads + static_cast<int>(threadIdx.x), head = n / kOfHead, granule = n % kOfHead;
+    if (C::kHeads * kOfHead % kThreads != 0 && head >= C::kHeads) break;
+    const int64_t row = static_cast<int64_t>(b) * all_heads + first_head + head;
+    const uint16_t* from = static_cast<const uint16_t*>(args.queries) + row * (C::kRank + C::kTurned) + granule * 8;
+    ptx::CopyAsyncOrZero(base + C::kQueriesAt + C::Queries::At(head, granule), from,
+                         head < heads && granule * 8 < C::kRank + C::kTurned);
+  }
+  ptx::CopyCommit();
   if (early) {
-    WaitForPredecessors();
     if (const SequenceLength now = length_now(); now.sinks != length.sinks || now.encoded != length.encoded || now.residual != length.residual) {
       length = now;  // a step began after we looked
       ptx::CopyWait<0>();
@@ -304,26 +327,19 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) Kernel(const __grid_cons
     const auto copy = [&]<class P, int kDim>(const LatentSide& side, ptx::Shared to, P*, std::integral_constant<int, kDim>) {
       const DenseView& view = P::kDense ? side.tokens : sinks ? side.sinks : side.residual;
       const int row = P::kDense && !sinks ? length.sinks + length.encoded + token : token;
-      CopyNumbers<kDim, C::kTile>(to, RowOf(view, b, row), view.token_stride, left, static_cast<int>(threadIdx.x));
+      CopyNumbers<typename P::N, kDim, C::kTile>(to, RowOf(view, b, row), view.token_stride, left, static_cast<int>(threadIdx.x));
     };
     copy(args.latents, base + C::kDenseLatentsAt, static_cast<typename C::L*>(nullptr), std::integral_constant<int, C::kRank>());
     copy(args.rotary_keys, base + C::kDenseRotaryAt, static_cast<typename C::T*>(nullptr), std::integral_constant<int, C::kTurned>());
     return left;
   };
   int unit = split, dense_left = 0;
-  if (!C::kDense && unit < dense_units) {
-    dense_left = copy_dense(unit);
-    ptx::CopyCommit();
-  }
+  const bool fetches = !C::kDense && C::kQueriesAlone && unit < dense_units;
+  if (fetches) dense_left = copy_dense(unit);
+  ptx::CopyCommit();
   if (!started) start();
+  if (C::kFills) fetch(first + C::kStages - 1);
 
-  // Queries as left operands: rows of heads g and g + 8, channels 2 t, 2 t + 1 and 8 more of a step. 0 where there is none.
-  const auto query = [&](int head, int channel) -> uint32_t {
-    if (head >= heads || channel >= C::kRank + C::kTurned) return 0;
-    const int64_t row = static_cast<int64_t>(b) * all_heads + first_head + head;
-    const uint16_t* at = static_cast<const uint16_t*>(args.queries) + row * (C::kRank + C::kTurned) + channel;
-    return __ldcg(reinterpret_cast<const uint32_t*>(at));
-  };
   // Number i of this warp's steps, those of the latent first; kSteps where it has none.
   const auto step_of = [&](int i) {
     const bool turns = i >= C::kLatentSteps;
@@ -331,23 +347,23 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) Kernel(const __grid_cons
     if (turns) return step < C::kAllRotary ? C::kRank / 16 + step : C::kSteps;
     return step < C::kRank / 16 ? step : C::kSteps;
   };
-  uint32_t q[C::kHoldsQueries ? C::kHeadTiles : 1][C::kHoldsQueries ? C::kOwnSteps : 1][4];
+  // As left operands: rows of heads g and g + 8, channels 2 t, 2 t + 1 and 8 more of a step.
+  uint32_t q[C::kHoldsQueries ? C::kHeadTiles : 1][C::kHoldsQueries ? C::kOwnSteps : 1][4] = {};
   if constexpr (C::kHoldsQueries) {
+    if (started) ptx::CopyWait<1>();
+    else ptx::CopyWait<C::kStages>();
+    __syncthreads();
 #pragma unroll
     for (int ht = 0; ht < C::kHeadTiles; ++ht) {
 #pragma unroll
       for (int i = 0; i < C::kOwnSteps; ++i) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          q[ht][i][j] = query(16 * ht + g + j % 2 * 8, 16 * step_of(i) + 2 * t + j / 2 * 8);
-        }
+        if (!C::kEven && step_of(i) == C::kSteps) continue;
+        ptx::LoadMatrices(base + C::kQueriesAt + C::Queries::At(16 * ht + lane % 16, 2 * step_of(i) + lane / 16), q[ht][i]);
       }
     }
-  } else {
-    for (int n = threadIdx.x; n < C::kHeads * C::kSteps * 8; n += kThreads) {
-      const int head = n / (C::kSteps * 8), pair = n % (C::kSteps * 8);
-      const ptx::Shared place = GranuleAt<C::kSteps * 16>(head, pair / 4) + pair % 4 * 4;
-      *reinterpret_cast<uint32_t*>(shared + C::kQueriesAt + place) = query(head, 2 * pair);
+    if constexpr (C::kTurned % 16 != 0 && !C::kQueriesAlone) {
+      __syncthreads();
+      fill_up(C::kNumbersAt - C::kStage);
     }
   }
 
@@ -380,10 +396,10 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) Kernel(const __grid_cons
       const int place = thread % 32, g = place / 4, t = place % 4, share = thread / 32 % kShares, half = thread / 32 / kShares;
       // Its rows of keys, of queries; and of codes its token, the first of eight by eight.
       const int key_row = half * (C::kTile / 2) + place / 16 * 8 + place % 8, key_side = place / 8 % 2;
-      const ptx::Shared own_key = GranuleAt<C::kRank>(key_row, 2 * share * C::kLatentSteps + key_side);
-      const ptx::Shared own_rotary = GranuleAt<C::kTurned>(key_row, 2 * share + key_side);
+      const ptx::Shared own_key = C::L::N::At(key_row, 2 * share * C::kLatentSteps + key_side);
+      const ptx::Shared own_rotary = C::T::N::At(key_row, 2 * share + key_side);
       const auto query_at = [&](int granule) {
-        return base + C::kQueriesAt + GranuleAt<C::kSteps * 16>(place % 16, granule + place / 16);
+        return base + C::kQueriesAt + C::Queries::At(place % 16, granule + place / 16);
       };
       const ptx::Shared own_query = query_at(2 * share * C::kLatentSteps), own_turned_query = query_at(C::kRank / 8 + 2 * share);
       const int coded_row = half * (C::kTile / 2) + g;
@@ -401,12 +417,10 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) Kernel(const __grid_cons
           if constexpr (C::kHoldsQueries) {
 #pragma unroll
             for (int j = 0; j < 4; ++j) a[j] = q[ht][i][j];
-          } else if constexpr (C::kEven && kWhole<C::kSteps * 16>) {
-            ptx::LoadMatrices(i < C::kLatentSteps ? Further<C::kSteps * 16>(own_query, 16 * ht, 2 * i)
-                                                  : Further<C::kSteps * 16>(own_turned_query, 16 * ht, 8 * (i - C::kLatentSteps)), a);
           } else {
-            const int row = 16 * ht + place % 16, granule = 2 * step_of(i) + place / 16;
-            ptx::LoadMatrices(base + C::kQueriesAt + GranuleAt<C::kSteps * 16>(row, granule), a);
+            const int turned = i - C::kLatentSteps;
+            ptx::LoadMatrices(turned < 0 ? C::Queries::Further(own_query, 16 * ht, 2 * i)
+                                         : C::Queries::Further(own_turned_query, 16 * ht, 2 * kShares * turned), a);
           }
 #pragma unroll
           for (int n = 0; n < C::kTokenTiles; ++n) {
@@ -421,15 +435,9 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) Kernel(const __grid_cons
         uint32_t k[C::kTokenTiles / 2][4];
 #pragma unroll
         for (int n = 0; n < C::kTokenTiles; n += 2) {
-          const bool turns = i >= C::kLatentSteps;
-          if constexpr (C::kEven) {
-            ptx::LoadMatrices(turns ? Further<C::kTurned>(rotary_keys + own_rotary, 8 * n, 8 * (i - C::kLatentSteps))
-                                    : Further<C::kRank>(latents + own_key, 8 * n, 2 * i), k[n / 2]);
-          } else {
-            const int row = key_row + 8 * n, granule = 2 * step_of(i) + key_side;
-            ptx::LoadMatrices(turns ? rotary_keys + GranuleAt<C::kTurned>(row, granule - C::kRank / 8)
-                                    : latents + GranuleAt<C::kRank>(row, granule), k[n / 2]);
-          }
+          const int turned = i - C::kLatentSteps;
+          ptx::LoadMatrices(turned < 0 ? C::L::N::Further(latents + own_key, 8 * n, 2 * i)
+                                       : C::T::N::Further(rotary_keys + own_rotary, 8 * n, 2 * kShares * turned), k[n / 2]);
         }
         multiply(i, [&](int n, int j) { return k[n / 2][n % 2 * 2 + j]; });
       };
@@ -437,7 +445,7 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) Kernel(const __grid_cons
         if constexpr (kLatentCodes) {
           using P = typename C::L;
           // Words of a chunk; a share's; that are read at once; and channels of a share.
-          constexpr int kMost = P::kBits == 4 && P::kOdd == 0 && C::kHoldsQueries ? 4 : 2;
+          constexpr int kMost = P::kBits == 4 && P::kOdd == 0 && C::kHeadTiles == 1 ? 4 : 2;
           constexpr int kWords = P::kRow / 16, kOwnWords = kWords / kShares, kVector = std::min(kOwnWords, kMost);
           constexpr int kChannels = C::kRank / kShares;
           constexpr int kFields = 16 / P::kBits, kRun = 128 / P::kBits;
@@ -445,7 +453,7 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) Kernel(const __grid_cons
           constexpr bool kEach = P::kGroup <= kRun;
           constexpr int kGroups = std::max((kEach ? kRun : kChannels) / P::kGroup, 1);
           static_assert(kWords % kShares == 0 && kOwnWords % kVector == 0 && (kChannels % P::kGroup == 0 || P::kGroup % kChannels == 0));
-          const ptx::Shared own_number = latents + GranuleAt<C::kRank>(coded_row, 2 * share * C::kLatentSteps) + 4 * t;
+          const ptx::Shared own_number = latents + C::L::N::At(coded_row, 2 * share * C::kLatentSteps) + 4 * t;
           GroupScale groups[C::kTokenTiles][kGroups];
           const auto look_up = [&](int n, int channel) {
 #pragma unroll
@@ -475,7 +483,7 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) Kernel(const __grid_cons
                                                coded_row + 8 * n < valid, numbers[n]);
 #pragma unroll
                 for (int field = 0; field < kFields; ++field) {
-                  ptx::StoreShared(Further<C::kRank>(own_number, 8 * n, (first + w) * kFields + field), numbers[n][field]);
+                  ptx::StoreShared(C::L::N::Further(own_number, 8 * n, (first + w) * kFields + field), numbers[n][field]);
                 }
               }
 #pragma unroll
@@ -556,7 +564,7 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) Kernel(const __grid_cons
       l[r] *= factor;
 #pragma unroll
       for (int i = 0; i < kOwn; ++i) x[i] = ptx::Exp2(x[i] - top), l[r] += x[i];
-      std::byte* to = shared + C::kWeightsAt + GranuleAt<C::kTile>(head, kOwn * lane / 8) + kOwn * lane % 8 * 2;
+      std::byte* to = shared + C::kWeightsAt + C::Weights::At(head, kOwn * lane / 8) + kOwn * lane % 8 * 2;
       const uint32_t pair = kBFloat16 ? ptx::PackBFloat16(x[0], x[kOwn - 1]) : ptx::PackHalf(x[0], x[kOwn - 1]);
       if constexpr (kOwn == 2) *reinterpret_cast<uint32_t*>(to) = pair;
       else *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(pair);
@@ -566,8 +574,8 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) Kernel(const __grid_cons
     static_assert(kOwn <= 2);
     __syncthreads();
 
-    const ptx::Shared own_value = latents + GranuleAt<C::kRank>(lane % 16, 2 * C::kPairs * warp + lane / 16);
-    const ptx::Shared own_weight = base + C::kWeightsAt + GranuleAt<C::kTile>(lane % 16, lane / 16);
+    const ptx::Shared own_value = latents + C::L::N::At(lane % 16, 2 * C::kPairs * warp + lane / 16);
+    const ptx::Shared own_weight = base + C::kWeightsAt + C::Weights::At(lane % 16, lane / 16);
 
 #pragma unroll
     for (int ht = 0; ht < C::kHeadTiles; ++ht) {
@@ -581,16 +589,14 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) Kernel(const __grid_cons
       uint32_t a[C::kHeadTiles][4];
 #pragma unroll
       for (int ht = 0; ht < C::kHeadTiles; ++ht) {
-        ptx::LoadMatrices(Further<C::kTile>(own_weight, 16 * ht, 2 * step), a[ht]);
+        ptx::LoadMatrices(C::Weights::Further(own_weight, 16 * ht, 2 * step), a[ht]);
       }
 #pragma unroll
       for (int p = 0; p < C::kPairs; ++p) {
         const int pair = warp * C::kPairs + p;
         if (C::kRank / 16 % kWarps != 0 && pair >= C::kRank / 16) break;
         uint32_t v[4];
-        ptx::LoadMatricesTransposed(kWhole<C::kRank> && 2 * C::kPairs % 8 == 0
-                                        ? Further<C::kRank>(own_value, 16 * step, 2 * p)
-                                        : latents + GranuleAt<C::kRank>(16 * step + lane % 16, 2 * pair + lane / 16), v);
+        ptx::LoadMatricesTransposed(C::L::N::Further(own_value, 16 * step, 2 * p), v);
 #pragma unroll
         for (int ht = 0; ht < C::kHeadTiles; ++ht) {
 #pragma unroll
@@ -604,7 +610,7 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) Kernel(const __grid_cons
   };
 
   if constexpr (!C::kDense) {
-    for (bool fetched = true; unit < dense_units; unit += splits, fetched = false) {
+    for (bool fetched = fetches; unit < dense_units; unit += splits, fetched = false) {
       if (fetched && early) {
         ptx::CopyWait<0>();
       } else if (fetched) {
@@ -620,10 +626,11 @@ __global__ void __launch_bounds__(kThreads, C::kBlocks) Kernel(const __grid_cons
     }
   }
   for (int tile = first; tile < end; ++tile) {
-    ptx::CopyWait<C::kStages - 2>();
+    const bool filled = C::kFills && tile == first;
+    if (filled) ptx::CopyWait<C::kStages - 1>();
+    else ptx::CopyWait<C::kStages - 2>();
     __syncthreads();  // the tile is there, and the one before is done with
-    if (tile + C::kStages - 1 < end) copy_tile(tile + C::kStages - 1);
-    ptx::CopyCommit();
+    if (!filled) fetch(tile + C::kStages - 1);
     const int stage = (tile - first) % C::kStages * C::kStage, valid = length.encoded - tile * C::kTile;
     attend(base + (C::L::kDense ? stage : C::kNumbersAt), base + stage + Up(C::L::kStored), shared + stage, valid,
            std::bool_constant<!C::L::kDense>(), std::bool_constant<!C::T::kDense>());

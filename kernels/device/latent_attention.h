@@ -27,7 +27,7 @@ struct LatentAttentionArgs {
   DType dtype = DType::kFloat16;         // of queries, out and all dense tokens: float16 or bfloat16
   int64_t batch = 0, heads = 0;
   int64_t rank = 0, turned = 0;          // channels of a latent and of a rotary key
-  const void* queries = nullptr;         // [batch, heads, rank + turned], contiguous
+  const void* queries = nullptr;         // [batch, heads, rank + turned], contiguous, aligned to 16 bytes
   void* out = nullptr;                   // [batch, heads, rank], likewise
   float scale = 1;                       // of the logits
   LatentSide latents, rotary_keys;
