@@ -106,6 +106,15 @@ KVQ_HD inline int32_t Nearest(float v) {
   return static_cast<int32_t>(v + copysignf(0.49999997f, v));
 }
 
+// Counts a threshold that v is not below.
+KVQ_HD inline void CountReached(float v, float threshold, uint32_t& count) {
+#ifdef __CUDA_ARCH__
+  asm("{.reg .pred p; setp.ge.f32 p, %1, %2; @p add.u32 %0, %0, 1;}" : "+r"(count) : "f"(v), "f"(threshold));
+#else
+  count += v >= threshold ? 1 : 0;
+#endif
+}
+
 // A code: v without its fraction, or the nearest whole number, half to even; from 0 to `most`, and 0 where v is NaN.
 KVQ_HD inline uint32_t Truncated(float v, float most) {
 #ifdef __CUDA_ARCH__
@@ -445,20 +454,26 @@ KVQ_HD inline float SumInOrder(const Numbers& x, int n, const Add& add) {
   return sum;
 }
 
-// The sum, in their order, of terms that were made of a group's numbers, of each thread's its own.
+// The sums, in their order, of two sorts of terms that were made of a group's numbers, of each thread's its own.
+struct TwoSums {
+  float first, second;
+};
 template <typename Numbers, int n>
-KVQ_HD inline float SumOfTerms(float (&terms)[n]) {
-  float sum = 0;
+KVQ_HD inline TwoSums SumsOfTerms(const float (&first)[n], const float (&second)[n]) {
+  TwoSums sums{0, 0};
 #ifdef __CUDACC__
-#pragma unroll 2
+#pragma unroll 1
   for (int lane = 0; lane < kLanes<Numbers>; ++lane) {
 #pragma unroll
-    for (int i = 0; i < n; ++i) sum += kLanes<Numbers> == 1 ? terms[i] : __shfl_sync(~0u, terms[i], lane, kLanes<Numbers>);
+    for (int i = 0; i < n; ++i) {
+      sums.first += kLanes<Numbers> == 1 ? first[i] : __shfl_sync(~0u, first[i], lane, kLanes<Numbers>);
+      sums.second += kLanes<Numbers> == 1 ? second[i] : __shfl_sync(~0u, second[i], lane, kLanes<Numbers>);
+    }
   }
 #else
-  for (int i = 0; i < n; ++i) sum += terms[i];
+  for (int i = 0; i < n; ++i) sums.first += first[i], sums.second += second[i];
 #endif
-  return sum;
+  return sums;
 }
 
 // The sum of squares, in their order. A float16's square is a float32, so that adding it and rounding once is the same.

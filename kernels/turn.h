@@ -89,6 +89,12 @@ KVQ_HD inline void Hadamard(Numbers&& x, int n, int block, const Team& team) {
 }
 
 #ifdef __CUDACC__
+// 1 / sqrtf(x) of a power of two, to the same bits: 2^-n or, between those, 1 / sqrtf(2) of it.
+__device__ __forceinline__ float InverseRootOfPower(int x) {
+  const int log = 31 - __clz(x);
+  return BitsFloat(static_cast<uint32_t>(127 - log / 2) << 23) * (log % 2 != 0 ? 0.70710677f : 1.0f);
+}
+
 // A warp that does so.
 struct Warp {
   static constexpr int size = 32;
@@ -111,17 +117,15 @@ struct Warp {
   template <int kEach, typename Numbers>
   __device__ __forceinline__ void Butterfly(Numbers&& x, int block) const {
     float v[kEach];  // numbers rank, rank + 32, ...
-    const float factor = 1 / sqrtf(static_cast<float>(block));
+    const float factor = InverseRootOfPower(block);
 #pragma unroll
     for (int i = 0; i < kEach; ++i) v[i] = x[rank + 32 * i] * factor;
+    const int in_lanes = block < 32 ? block : 32;
+#pragma unroll 1  // instructions that are seldom run take longer to be fetched than to run
+    for (int distance = 1; distance < in_lanes; distance *= 2) {
+      const float sign = (rank & distance) != 0 ? -1 : 1;  // the upper one has the difference
 #pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-      if (distance >= block) continue;
-#pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        const float other = __shfl_xor_sync(~0u, v[i], distance);
-        v[i] = (rank & distance) != 0 ? other - v[i] : v[i] + other;
-      }
+      for (int i = 0; i < kEach; ++i) v[i] = fmaf(v[i], sign, __shfl_xor_sync(~0u, v[i], distance));
     }
 #pragma unroll
     for (int distance = 1; distance < kEach; distance *= 2) {
@@ -181,7 +185,11 @@ __device__ const DeviceSigns kDeviceSigns = {{kKeepsSign[0], kKeepsSign[1], kKee
 
 template <typename Numbers>
 __device__ __forceinline__ void TurnSigns(Numbers&& x, int n, int lane) {
-  for (int i = lane; i < n; i += 32) x[i] = kDeviceSigns.keeps[i / 64] >> i % 64 & 1 ? x[i] : -x[i];
+#pragma unroll 1
+  for (int first = 0; first < n; first += 32) {
+    const int i = first + lane;
+    if (i < n) x[i] = kDeviceSigns.keeps[i / 64] >> i % 64 & 1 ? x[i] : -x[i];
+  }
   __syncwarp();
 }
 // A warp turns a token's n numbers in place, which its lanes see, and back.

@@ -75,7 +75,7 @@ struct PlainCodes {
       room.tile[plain::Padded(at)] = half ? ptx::HalfAt(words[i], 0) : ptx::BFloat16At(words[i], 0);
       room.tile[plain::Padded(at + 1)] = half ? ptx::HalfAt(words[i], 1) : ptx::BFloat16At(words[i], 1);
     }
-    if (slot < 0) return;
+    if (__any_sync(~0u, slot < 0)) return;
     __syncwarp();
     if constexpr (kTurned && !plain::kTurns<S>) TurnBy(turn, plain::SharedNumbersToTurn{room.tile, 0}, kDim, lane);
     plain::EncodeTile<S>(room, 1, out, plain::FixedSplit<kDim, kGroup, kBits>(), 0, pair, slot, plain::Warp{lane});

@@ -34,10 +34,11 @@ struct SharedNumbers {
 template <int kLanes_>
 inline constexpr int kLanes<SharedNumbers<kLanes_>> = kLanes_;
 
-// So many lanes: they divide every group, and every head_dim.
+// So many lanes for a token: they divide every head_dim, which codes of 4 bits and fewer have to fill rows of. And for a group.
 template <typename S>
-inline constexpr int kGroupLanes = kInOrder<S> ? 1 : S::kGroups[0] == 0 ? 16 : 8;
-inline constexpr int kVectorLanes = 8;
+inline constexpr int kTokenLanes = kRunChannels<kLow<S>> < 32 ? 16 : 32;
+template <typename S>
+inline constexpr int kGroupLanes = kInOrder<S> ? 1 : S::kGroups[0] == 0 ? kTokenLanes<S> : 8;
 
 // Who encodes tokens together: a block, or a warp (Warp).
 struct Block {
@@ -74,8 +75,9 @@ using BlockRoom = EncoderRoom<S, kTile, kTile / kSmallestGroup, kTile / kSmalles
 // which may call it once more for what others of the same warp do, without a first one.
 template <int kEach, typename Team, typename Work>
 __device__ __forceinline__ void ForEachByLanes(uint32_t count, const Team& team, const Work& work) {
-  const uint32_t rank = static_cast<uint32_t>(team.rank), in_warp = rank % 32 / kEach;
-  for (uint32_t i = rank / kEach; i - in_warp < count; i += team.size / kEach) {
+  const uint32_t rank = static_cast<uint32_t>(team.rank);
+  for (uint32_t of_warp = team.size == 32 ? 0 : rank / 32 * (32 / kEach); of_warp < count; of_warp += team.size / kEach) {
+    const uint32_t i = of_warp + rank % 32 / kEach;
     work(i < count ? i : count - 1, i < count && rank % kEach == 0);
   }
 }
@@ -89,8 +91,8 @@ __device__ __forceinline__ void EncodeTile(Room& room, uint32_t tokens, const Kv
   constexpr uint32_t kMask = (1u << kLow<S>) - 1;
   const uint32_t dim = split.head_dim.divisor, groups = split.groups.divisor, words = split.words.divisor;
   if constexpr (kHasVector<S>) {
-    ForEachByLanes<kVectorLanes>(tokens, team, [&](uint32_t t, bool first) {
-      const VectorFit<S> fit = FitVector<S>(SharedNumbers<kVectorLanes>(tile, t * dim, dim), static_cast<int>(dim));
+    ForEachByLanes<kTokenLanes<S>>(tokens, team, [&](uint32_t t, bool first) {
+      const VectorFit<S> fit = FitVector<S>(SharedNumbers<kTokenLanes<S>>(tile, t * dim, dim), static_cast<int>(dim));
       if (!first) return;
       room.vectors[t] = fit;
       StoreVector<S>(fit.stored, out, b, h, slot + t);
@@ -110,7 +112,7 @@ __device__ __forceinline__ void EncodeTile(Room& room, uint32_t tokens, const Kv
     const typename S::Fit fit =
         FitGroup<S>(SharedNumbers<kGroupLanes<S>>(tile, i * n, n), static_cast<int>(n), room.vectors[kHasVector<S> ? t : 0].stored);
     if (!first) return;
-    room.fits[i] = fit;
+    if constexpr (!kPutsCodes<S>) room.fits[i] = fit;
     Store<S>(fit.stored, out, b, h, slot + t, groups, g);
   });
   team.Sync();
@@ -249,7 +251,7 @@ __global__ void __launch_bounds__(kThreads) DecodeKernel(KvView in, int64_t firs
       tile[Padded(i)] = value_of(t, channel);
     }
     __syncthreads();
-    for (uint32_t t = threadIdx.x / 32; t < tokens; t += kThreads / 32) {
+    for (uint32_t t = ptx::WarpNumber(); t < tokens; t += kThreads / 32) {
       S::TurnBack(SharedNumbersToTurn{tile, t * dim}, static_cast<int>(dim), Warp{static_cast<int>(threadIdx.x % 32)});
     }
     __syncthreads();

@@ -60,6 +60,10 @@ __device__ __forceinline__ void ZeroShared16(Shared at) {
   asm volatile("st.shared.u16 [%0], %1;" ::"r"(at), "h"(static_cast<uint16_t>(0)) : "memory");
 }
 
+// Of this thread in its block. The compiler then knows that a warp's lanes have one number: where they branch by it they stay together,
+// and shuffles behind that need no code for lanes that came apart.
+__device__ __forceinline__ int WarpNumber() { return __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0); }
+
 // Waits until so many threads of the block have come to its barrier `id`, 1 to 15.
 __device__ __forceinline__ void SyncThreads(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");

@@ -165,10 +165,15 @@ struct Iq4Nl {
   KVQ_HD static Entry Nearest(float v) {
     Entry entry{0, NonLinear(0)};
     for (uint32_t i = 0; i < 15; ++i) {
-      const bool upper = v >= (NonLinear(i) + NonLinear(i + 1)) * 0.5f;
-      entry.code += upper ? 1 : 0;
-      entry.value += upper ? NonLinear(i + 1) - NonLinear(i) : 0;
+      const float middle = (NonLinear(i) + NonLinear(i + 1)) * 0.5f;
+      plain::CountReached(v, middle, entry.code);
+#ifndef __CUDA_ARCH__
+      entry.value += v >= middle ? NonLinear(i + 1) - NonLinear(i) : 0;
+#endif
     }
+#ifdef __CUDA_ARCH__
+    entry.value = NonLinear(entry.code);
+#endif
     return entry;
   }
   template <typename Numbers>
@@ -234,7 +239,8 @@ struct Iq4Nl {
         const Entry q = Nearest(inverse * v);
         of_x[i] = weight * q.value * v, of_itself[i] = weight * q.value * q.value, codes[i] = q.code;
       }
-      with_x = plain::SumOfTerms<Numbers>(of_x), with_itself = plain::SumOfTerms<Numbers>(of_itself);
+      const plain::TwoSums sums = plain::SumsOfTerms<Numbers>(of_x, of_itself);
+      with_x = sums.first, with_itself = sums.second;
       if constexpr (requires { x.PutCode(0, 0u); }) {
 #ifdef __CUDACC__
         __syncwarp();  // all lanes have their numbers

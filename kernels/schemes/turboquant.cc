@@ -101,6 +101,7 @@ struct Keys {
   static constexpr int kBits = kBits_;
   static constexpr int64_t kGroups[] = {0};
   static constexpr auto& kHeadDims = kTurnedHeadDims;
+  static constexpr bool kPutsCodes = true;
 
   struct Stored {};
   struct Vector {
@@ -153,7 +154,7 @@ struct Keys {
     plain::Hadamard(x, n, n, team);
   }
   template <typename Numbers>
-  KVQ_HD static auto FitGroup(const Numbers&, int n, const Vector&) {
+  KVQ_HD static auto FitGroup([[maybe_unused]] const Numbers& x, int n, const Vector&) {
 #ifdef __CUDACC__
     if constexpr (plain::kInRegisters<Numbers>) {
       return CellFit{LaneCells::Of(kDeviceCells<kBits>[TableOf(n)]), {}};
@@ -162,12 +163,19 @@ struct Keys {
     {
       Fit fit = {};
       for (uint32_t i = 0; i < (1u << kBits) - 1; ++i) fit.middles[i] = Middle<kBits>(AllCentroids(), TableOf(n), i);
+#ifdef __CUDACC__
+      if constexpr (requires { x.PutCode(0, 0u); }) {  // a lane its own, as a warp has one token
+        static_assert(plain::kLanes<Numbers> == 32);
+#pragma unroll 2
+        for (int i = 0; i < n / plain::kLanes<Numbers>; ++i) x.PutCode(i, Code(fit, x.Part(i)));
+      }
+#endif
       return fit;
     }
   }
   KVQ_HD static uint32_t Code(const Fit& fit, float y) {
     uint32_t code = 0;
-    for (uint32_t i = 0; i < (1u << kBits) - 1; ++i) code += y >= fit.middles[i] ? 1 : 0;
+    for (uint32_t i = 0; i < (1u << kBits) - 1; ++i) plain::CountReached(y, fit.middles[i], code);
     return code;
   }
 #ifdef __CUDACC__
