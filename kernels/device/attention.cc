@@ -148,7 +148,7 @@ Plan PlanTiles(const Codec& keys, const Codec& values, const DecodeAttentionArgs
                                              values.device.type(args.value_params, dim), dim, parts, head_tiles, warps, stages,
                                              tile, registers, plan.cluster, args.window > 0,
                                              turns_keys + 2 * turns_values + 4 * IsApart(args) + 8 * (args.softcap > 0) +
-                                                 16 * (args.newest_keys != nullptr) + 32 * (args.newest_values != nullptr)))};
+                                                 16 * (args.newest_keys != nullptr) + 32 * (args.newest_values != nullptr) + 64 * (args.dtype == DType::kBFloat16)))};
   plan.tile_text = StrCat(warps, " warps x ", stages, " x ", tile, " tokens");
   plan.threads = 32 * warps;
   plan.shared_bytes = shared_bytes(warps, stages, tile);

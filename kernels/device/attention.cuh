@@ -134,7 +134,7 @@ struct DenseTokens {
     hidden = HiddenTokens<C>(args, length) - first - (sinks ? 0 : length.sinks + length.encoded);
     // Past the last token, that one again: its weight will be 0.
     const int last = min(valid, 16) - 1;
-    const bool half = args.dtype == DType::kFloat16;
+    constexpr bool half = !C::kBFloat16;
     const auto row = [&]<class R>(const DenseView& view, const KvView& codes, int encoded, bool ring, int token, int granule, R*) {
       int at = first + min(token, last), coded = -1;
       if (!sinks) {
@@ -161,7 +161,6 @@ struct DenseTokens {
     }
     if constexpr (C::kEager) Fetch<4>(key_rows, keys), Fetch<8>(value_rows, values);
   }
-  template <bool kBFloat16>
   __device__ __forceinline__ void Attend(int g, const Queries<C>& q, float cap, Partial<C>& partial) const {
     Logits<C> x;
     // Fetched when they are wanted, not all at once: a barrier keeps their registers few.
@@ -169,11 +168,11 @@ struct DenseTokens {
       if (first) __syncwarp();
       return row[granule];
     };
-    LogitsOfDense<C, kBFloat16>(
+    LogitsOfDense<C>(
         q, [&](int i, int j) { return C::kEager ? keys[i][j] : fetch(key_rows[i], 4 * j, i == 0 && j % 2 == 0); }, x);
     CapLogits<C>(q, cap, x);
     Mask<C>(x, 0, valid, hidden, g);
-    AddDense<C, kBFloat16>(Factors<C>(q).of, x, partial, [&](int i, int j) {
+    AddDense<C>(Factors<C>(q).of, x, partial, [&](int i, int j) {
       const int row = i % 2 + i / 8 * 2;
       return C::kEager ? values[row][j] : fetch(value_rows[row], 8 * j, row == 0);
     });
@@ -191,6 +190,8 @@ struct Ring {
   using V = typename C::V;
   static constexpr int kKeyMeta = K::TileBehind(C::kTile) / 16, kAllMeta = kKeyMeta + V::TileBehind(C::kTile) / 16;
   static constexpr int kMetaCopies = (kAllMeta + 31) / 32;
+  static constexpr int kEncodesInstead = 288;  // tokens that are read in that time: an H200's clocks say 200 to 300
+  static constexpr bool kMayEncode = requires { typename K::Room; } || requires { typename V::Room; };
   // Granule n of those planes: whose it is, in which plane, what that has of a token, the place in it, and the tokens that share
   // it.
   struct Behind {
@@ -235,7 +236,7 @@ struct Ring {
   // Of the tiles of all encoded tokens that are in sight, the equal share of a block, and of that every kWarps-th for this
   // warp.
   __device__ __forceinline__ Ring(const DecodeAttentionArgs& args, int pair, const SequenceLength& length, int split,
-                                  int splits, ptx::Shared tiles)
+                                  int splits, int warp, ptx::Shared tiles)
       : tiles(tiles), tokens(length.encoded), hidden(0) {
     int before = 0;
     if constexpr (C::kWindow) {
@@ -243,8 +244,13 @@ struct Ring {
       before = hidden / C::kTile;
     }
     const int all = (tokens + C::kTile - 1) / C::kTile - before;
-    const auto cut = [&](int i) { return before + all / splits * i + all % splits * i / splits; };  // all i / splits, in 32 bits
-    first = cut(split) + static_cast<int>(threadIdx.x) / 32, end = cut(split + 1);
+    // The last block has the newest token, whatever else. As it encodes that (or would), it has so much less to read.
+    const int shared_out = all + (kMayEncode && args.newest_is_encoded ? kEncodesInstead / C::kTile : 0);
+    const auto cut = [&](int i) {
+      const int part = shared_out / splits * i + (shared_out % splits * i + splits - 1) / splits;  // of i / splits, in 32 bits
+      return before + (i == splits ? all : max(min(part, all - 1), 0));
+    };
+    first = cut(split) + warp, end = cut(split + 1);
     const int lane = threadIdx.x % 32;
     key_place = PlaceOf<K>(lane), value_place = PlaceOf<V>(lane);
     static_assert(C::kWarps * C::kTile % K::kTokens == 0);
@@ -309,19 +315,26 @@ struct Ring {
     ptx::CopyCommit();
   }
 
-  // Begins to copy as many tiles as the ring takes but one.
-  __device__ __forceinline__ void Start() {
+  // Begins to copy the warp's tiles from `begin` to `until`, which is kStages - 1 in the end: as many as the ring takes but one.
+  __device__ __forceinline__ void Start(int begin, int until) {
 #pragma unroll
-    for (int stage = 0; stage < C::kStages - 1; ++stage) Fetch(first + stage * C::kWarps, stage);
+    for (int stage = 0; stage < C::kStages - 1; ++stage) {
+      if (stage >= begin && stage < until) Fetch(first + stage * C::kWarps, stage);
+    }
   }
 
-  // Whether what Start copies is all older than the newest token.
-  __device__ __forceinline__ bool StartsOld() const {
-    const int newest = (tokens - 1) / C::kTile, ahead = newest - first;
-    return newest >= end || ahead < 0 || ahead % C::kWarps != 0 || ahead > (C::kStages - 2) * C::kWarps;
+  // How many of those there are before the one with the newest token.
+  __device__ __forceinline__ int StagesBeforeNewest() const {
+    const int newest = (tokens - 1) / C::kTile;
+    int before = C::kStages - 1;
+#pragma unroll
+    for (int stage = 0; stage < C::kStages - 1; ++stage) {
+      if (first + stage * C::kWarps == newest) before = stage;
+    }
+    return before;
   }
 
-  // After Start: calls attend(tile, tokens in it, hidden ones of them) for tiles first, first + kWarps, ... below end.
+  // After that: calls attend(tile, tokens in it, hidden ones of them) for tiles first, first + kWarps, ... below end.
   template <typename Attend>
   __device__ __forceinline__ void Stream(const Attend& attend) {
     ptx::Shared tile = tiles;
@@ -347,13 +360,12 @@ inline constexpr bool kSame<A, A> = true;
 // The newest token of a pair, by the block's last two warps, keys and values, each in the stage of its ring that Start leaves free.
 // Both go where they are stored; behind the block's next barrier its warps find them there, too.
 template <class C>
-__device__ __forceinline__ void EncodeNewest(const DecodeAttentionArgs& args, int pair, std::byte* shared) {
-  const int warp = static_cast<int>(threadIdx.x) / 32;
+__device__ __forceinline__ void EncodeNewest(const DecodeAttentionArgs& args, int pair, int warp, std::byte* shared) {
   const auto encode = [&]<class R, bool kTurned>(const void* newest, const Turn& turn, const KvView& out, std::bool_constant<kTurned>, R*) {
     static_assert(sizeof(typename R::Room) <= C::kTileBytes);
     auto& room = *reinterpret_cast<typename R::Room*>(shared + (warp * C::kStages + C::kStages - 1) * C::kTileBytes);
     R::template Encode<kTurned>(room, static_cast<const uint32_t*>(newest) + static_cast<int64_t>(pair) * (C::kDim / 2),
-                                args.dtype == DType::kFloat16, turn, out, pair, &args.lengths[pair / static_cast<int>(out.heads)].encoded);
+                                !C::kBFloat16, turn, out, pair, &args.lengths[pair / static_cast<int>(out.heads)].encoded);
   };
   if constexpr (C::kEncodesKeys && C::kEncodesValues && C::kTurnsKeys == C::kTurnsValues && kSame<typename C::K, typename C::V>) {
     // One encoder's instructions for both: a multiprocessor holds those of a layer's kernels as long as they are few.
@@ -379,7 +391,8 @@ template <class C>
 __global__ void __maxnreg__(C::kRegisters)
     Kernel(const __grid_constant__ DecodeAttentionArgs args, int splits, int combiners) {
   extern __shared__ __align__(128) std::byte shared[];
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = ptx::WarpNumber();
+  if constexpr (C::kCluster > 1) splits = C::kCluster;
   // A part of a pair's query heads counts as a pair of its own in the workspace.
   const int part = blockIdx.x / splits, split = blockIdx.x % splits, pair = part / C::kParts;
   const int heads = static_cast<int>(args.keys.heads), ratio = static_cast<int>(args.query_heads) / heads / C::kParts;
@@ -390,7 +403,7 @@ __global__ void __maxnreg__(C::kRegisters)
     sums = reinterpret_cast<float2*>(shared + C::kBlockSumsAt), outputs = reinterpret_cast<float*>(shared);
   }
   const auto ring_of = [&](const SequenceLength& of) {
-    return Ring<C>(args, pair, of, split, splits, ptx::SharedAddress(shared) + warp * C::kStages * C::kTileBytes);
+    return Ring<C>(args, pair, of, split, splits, warp, ptx::SharedAddress(shared) + warp * C::kStages * C::kTileBytes);
   };
   const auto length_now = [&] { return ReachOf<C>(args, pair / heads); };
   LaunchDependents();
@@ -398,19 +411,19 @@ __global__ void __maxnreg__(C::kRegisters)
   Reach length = length_now();
   Ring<C> ring = ring_of(length);
   // The newest token, of `none` or encoded within the step, is not there yet. It is in the last split's last tile.
-  bool started = (!C::kDense && !args.newest_is_encoded) || ring.StartsOld();
-  if (started) ring.Start();
+  int started = !C::kDense && !args.newest_is_encoded ? C::kStages - 1 : ring.StagesBeforeNewest();
+  ring.Start(0, started);
   if (args.early) WaitForPredecessors();
   const bool encodes = C::kEncodes && split == splits - 1;
   if constexpr (C::kEncodes) {
-    if (encodes) EncodeNewest<C>(args, pair, shared);
+    if (encodes) EncodeNewest<C>(args, pair, warp, shared);
   }
   Queries<C> q;
   if constexpr (C::K::kDense) {
     LoadQueriesForDense<C>(args, part, g, t, q);
   } else if constexpr (C::kTurnsKeys) {
     float* turned = reinterpret_cast<float*>(shared + C::kTurnedAt);
-    TurnQueries<C>(args, part, ratio, turned);
+    TurnQueries<C>(args, part, ratio, warp, turned);
     if constexpr (C::kEager) LoadTurnedQueries<C>(args, ratio, turned, g, t, q);
   } else if constexpr (C::kEager) {
     LoadQueries<C>(args, part, g, t, q);
@@ -428,25 +441,21 @@ __global__ void __maxnreg__(C::kRegisters)
                                       now.residual != length.residual || now.keys != length.keys || now.values != length.values) {
     length = now;  // a step began after we looked
     ptx::CopyWait<0>();
-    ring = ring_of(length), started = false;
+    ring = ring_of(length), started = 0;
     load_dense();
   }
   const int units = DenseTokens<C>::Units(length);
   const bool has_dense = unit < units;
   if ((C::kEager || !C::K::kDense) && has_dense) LoadQueriesForDense<C>(args, part, g, t, dense_q);
   if (encodes) __syncthreads();
-  if (!started) ring.Start();  // all that comes from memory is on its way before any of it is worked on
+  ring.Start(started, C::kStages - 1);  // all that comes from memory is on its way before any of it is worked on
 
   if (ring.first - warp < ring.end || split < units) {
     Partial<C> partial, dense;
     while (unit < units) {
       Partial<C>& of = C::V::kDense ? partial : dense;
       if constexpr (!C::kEager) tokens.Load(args, pair, length, unit, g, t);
-      if (args.dtype == DType::kBFloat16) {
-        tokens.template Attend<true>(g, C::K::kDense && !C::kEager ? q : dense_q, args.softcap, of);
-      } else {
-        tokens.template Attend<false>(g, C::K::kDense && !C::kEager ? q : dense_q, args.softcap, of);
-      }
+      tokens.Attend(g, C::K::kDense && !C::kEager ? q : dense_q, args.softcap, of);
       unit += C::kWarps * splits;
       if (C::kEager && unit < units) tokens.Load(args, pair, length, unit, g, t);
     }
@@ -460,26 +469,15 @@ __global__ void __maxnreg__(C::kRegisters)
       if constexpr (!C::kEager) LoadQueries<C>(args, part, g, t, q);
       PrepareQueries<C>(args, t, q);
     }
-    const auto stream = [&](auto bfloat16) {
-      ring.Stream([&](ptx::Shared tile, int valid, int hidden) {
-        AttendTile<C, decltype(bfloat16)::value>(tile, valid, hidden, g, t, q, args.softcap, partial);
-      });
-    };
-    if constexpr (!C::K::kDense && !C::V::kDense) {  // codes are multiplied as float16 whatever the queries are
-      stream(std::false_type());
-    } else if (args.dtype == DType::kBFloat16) {
-      stream(std::true_type());
-    } else {
-      stream(std::false_type());
-    }
-    Merge<C>(partial, !C::V::kDense && has_dense, dense, ratio, shared, sums, outputs);
+    ring.Stream([&](ptx::Shared tile, int valid, int hidden) { AttendTile<C>(tile, valid, hidden, g, t, q, args.softcap, partial); });
+    Merge<C>(partial, warp, !C::V::kDense && has_dense, dense, ratio, shared, sums, outputs);
   } else {  // no tokens: the weight 0, and so outputs that are numbers
     if constexpr (C::kCluster > 1) __syncthreads();  // the rings are done with
     if (threadIdx.x < ratio) sums[threadIdx.x] = {kNoReference, 0};
     for (int i = threadIdx.x; i < ratio * (C::kCluster > 1 ? C::kHeadStride : C::kDim); i += C::kThreads) outputs[i] = 0;
   }
   if constexpr (C::kCluster > 1) {
-    CombineInCluster<C>(args, part, split, ratio, shared);
+    CombineInCluster<C>(args, part, split, ratio, warp, shared);
     return;
   }
 

@@ -62,10 +62,10 @@ __device__ __forceinline__ void Shelve(const Partial<C>& dense, float* shelf, in
 // own shared memory: the first warp's rows and sums behind all warps'. `dense` is what a warp has of dense tokens beside those of
 // codes, where `has_dense`.
 template <class C>
-__device__ void Merge(const Partial<C>& partial, bool has_dense, const Partial<C>& dense, int ratio, std::byte* shared,
+__device__ void Merge(const Partial<C>& partial, int warp, bool has_dense, const Partial<C>& dense, int ratio, std::byte* shared,
                       float2* slot_sums, float* slot_outputs) {
   constexpr bool kCodes = !C::V::kDense;
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   float* outputs = reinterpret_cast<float*>(shared);  // [warp, head, kHeadStride]
   float2* sums = reinterpret_cast<float2*>(shared + C::kSumsAt);  // [warp, head]
   __syncthreads();  // the rings are done with
@@ -269,7 +269,7 @@ __device__ __forceinline__ void CombineLast(const DecodeAttentionArgs& args, int
 
 // The same where the blocks of a pair are a cluster: each combines some heads, from what Merge has left in all of them.
 template <class C>
-__device__ void CombineInCluster(const DecodeAttentionArgs& args, int pair, int rank, int ratio, std::byte* shared) {
+__device__ void CombineInCluster(const DecodeAttentionArgs& args, int pair, int rank, int ratio, int warp, std::byte* shared) {
   constexpr int kFours = C::kDim / 4, kParts = C::kThreads / kFours;  // of a row; threads that share the blocks of one
   constexpr int kFree = C::kHeads * C::kHeadStride * 4;               // behind the first warp's rows
   static_assert(kFree + C::kThreads * 16 + C::kDim * 4 <= C::kSumsAt && C::kCluster <= kMostCluster);
@@ -317,7 +317,7 @@ __device__ void CombineInCluster(const DecodeAttentionArgs& args, int pair, int 
       reinterpret_cast<float4*>(row)[column] = sum;
     }
     __syncthreads();
-    if (threadIdx.x >= 32) continue;
+    if (warp > 0) continue;
     if constexpr (C::kTurnsValues) TurnBack(args.value_turn, row, C::kDim, lane);
     for (int i = lane; i < C::kDim / 2; i += 32) {
       static_cast<uint32_t*>(args.out)[of_all * (C::kDim / 2) + i] =

@@ -63,6 +63,7 @@ struct Config {
   static constexpr bool kApart = (kFlags_ & 4) != 0;  // values have lengths of their own, or a ring
   static constexpr bool kCapped = (kFlags_ & 8) != 0;  // logits have a cap
   static constexpr bool kEncodesKeys = (kFlags_ & 16) != 0, kEncodesValues = (kFlags_ & 32) != 0;  // the newest token's
+  static constexpr bool kBFloat16 = (kFlags_ & 64) != 0;  // all that is dense, instead of float16
   static constexpr bool kEncodes = kEncodesKeys || kEncodesValues;
   using K = Row<Keys, kDim>;
   using V = Row<Values, kDim>;
@@ -317,7 +318,7 @@ __device__ void SumQueries(Queries<C>& q) {
 // 2^30, and less by the fields' shifts.
 template <class C>
 __device__ void PrepareQueries(const DecodeAttentionArgs& args, int t, Queries<C>& q) {
-  const bool half = args.dtype == DType::kFloat16;
+  constexpr bool half = !C::kBFloat16;
 #pragma unroll
   for (int ht = 0; ht < C::kHeadTiles; ++ht) {
     uint32_t top = 0;
@@ -372,14 +373,19 @@ __device__ void PrepareQueries(const DecodeAttentionArgs& args, int t, Queries<C
 // What a block's warps turn together, in float32 [head, channel] of shared memory, and what a warp takes of it: as
 // PrepareQueries, but for the sums.
 template <class C>
-__device__ void TurnQueries(const DecodeAttentionArgs& args, int pair, int ratio, float* turned) {
+__device__ void TurnQueries(const DecodeAttentionArgs& args, int pair, int ratio, int warp, float* turned) {
   const int lane = threadIdx.x % 32;
-  for (int head = static_cast<int>(threadIdx.x) / 32; head < ratio; head += C::kWarps) {
+#pragma unroll
+  for (int first_head = 0; first_head < C::kHeads; first_head += C::kWarps) {
+    const int head = first_head + warp;
+    if (head >= ratio) break;
     const uint32_t* row = QueryRow<C>(args, pair, head);
     float* to = turned + head * C::kDim;
-    for (int i = lane; i < C::kDim / 2; i += 32) {
+    constexpr bool half = !C::kBFloat16;
+#pragma unroll
+    for (int first = 0; first < C::kDim / 2; first += 32) {
+      const int i = first + lane;
       const uint32_t word = __ldcg(row + i);
-      const bool half = args.dtype == DType::kFloat16;
       to[2 * i] = half ? ptx::HalfAt(word, 0) : ptx::BFloat16At(word, 0);
       to[2 * i + 1] = half ? ptx::HalfAt(word, 1) : ptx::BFloat16At(word, 1);
     }
@@ -671,7 +677,7 @@ __device__ __forceinline__ void Mma(float (&d)[4], uint32_t a0, uint32_t a1, uin
 }
 
 // Of sixteen dense tokens. key(i, j) gives granule 4 j + t of token g + 8 i; any numbers where no token is.
-template <class C, bool kBFloat16, typename Key>
+template <class C, typename Key>
 __device__ __forceinline__ void LogitsOfDense(const Queries<C>& q, const Key& key, Logits<C>& x) {
 #pragma unroll
   for (int ht = 0; ht < C::kHeadTiles; ++ht) x[ht][0] = x[ht][1] = x[ht][2] = x[ht][3] = 0;
@@ -680,8 +686,8 @@ __device__ __forceinline__ void LogitsOfDense(const Queries<C>& q, const Key& ke
     const uint4 low = key(0, step / 2), high = key(1, step / 2);
 #pragma unroll
     for (int ht = 0; ht < C::kHeadTiles; ++ht) {
-      Mma<kBFloat16>(x[ht], low.x, high.x, low.y, high.y, q.b[ht][step]);
-      Mma<kBFloat16>(x[ht], low.z, high.z, low.w, high.w, q.b[ht][step + 1]);
+      Mma<C::kBFloat16>(x[ht], low.x, high.x, low.y, high.y, q.b[ht][step]);
+      Mma<C::kBFloat16>(x[ht], low.z, high.z, low.w, high.w, q.b[ht][step + 1]);
     }
   }
 }
@@ -749,7 +755,7 @@ __device__ __forceinline__ void AddCodes(ptx::Shared tile, int valid, int g, int
 
   // p s, of heads 2 t and 2 t + 1 in one word: of token 16 n + g, and 8 more.
   uint32_t weights[C::kHeadTiles][V::kGroups][kBlocks][2];
-  for (bool rebase = partial.m[0][0] == kNoReference;;) {  // all heads get their first reference together
+  for (bool rebase = __any_sync(~0u, partial.m[0][0] == kNoReference);;) {  // all heads get their first reference together
     if (rebase) {
 #pragma unroll
       for (int ht = 0; ht < C::kHeadTiles; ++ht) {
@@ -884,7 +890,7 @@ __device__ __forceinline__ void AddCodes(ptx::Shared tile, int valid, int g, int
 
 // Of sixteen dense tokens. value(i, j) gives granule 8 j + g of token 2 t + i, i = 0, 1, 8, 9; any numbers where no token
 // is.
-template <class C, bool kBFloat16, typename Value>
+template <class C, typename Value>
 __device__ __forceinline__ void AddDense(const float (&factor)[C::kHeadTiles][2], const Logits<C>& x, Partial<C>& partial,
                                          const Value& value) {
   uint32_t b[C::kHeadTiles][2];
@@ -905,7 +911,7 @@ __device__ __forceinline__ void AddDense(const float (&factor)[C::kHeadTiles][2]
         p[i] = ptx::Exp2(fmaf(x[ht][2 * half + i], factor[ht][i], -partial.m[ht][i]));
         partial.l[ht][i] += p[i];
       }
-      b[ht][half] = ptx::Transpose(kBFloat16 ? ptx::PackBFloat16(p[0], p[1]) : ptx::PackHalf(p[0], p[1]));
+      b[ht][half] = ptx::Transpose(C::kBFloat16 ? ptx::PackBFloat16(p[0], p[1]) : ptx::PackHalf(p[0], p[1]));
     }
   }
   // Channels 64 j + 8 g + 2 w and + 1 are rows g and g + 8 of step 4 j + w.
@@ -926,7 +932,7 @@ __device__ __forceinline__ void AddDense(const float (&factor)[C::kHeadTiles][2]
       }
 #pragma unroll
       for (int ht = 0; ht < C::kHeadTiles; ++ht) {
-        Mma<kBFloat16>(partial.o[ht][4 * j + w], a[0], a[1], a[2], a[3], b[ht]);
+        Mma<C::kBFloat16>(partial.o[ht][4 * j + w], a[0], a[1], a[2], a[3], b[ht]);
       }
     }
   }
@@ -934,7 +940,7 @@ __device__ __forceinline__ void AddDense(const float (&factor)[C::kHeadTiles][2]
 
 // ---- a whole tile in shared memory, of which `valid` tokens are there and the first `hidden` out of sight
 
-template <class C, bool kBFloat16>
+template <class C>
 __device__ __forceinline__ void AttendTile(ptx::Shared tile, int valid, int hidden, int g, int t, const Queries<C>& q,
                                            float cap, Partial<C>& partial) {
   const auto load = [](ptx::Shared at) {
@@ -947,7 +953,7 @@ __device__ __forceinline__ void AttendTile(ptx::Shared tile, int valid, int hidd
     const ptx::Shared keys = tile + g * C::K::kRow + (t ^ C::K::SwizzleOf(g)) * 16;
 #pragma unroll
     for (int n = 0; n < C::kTile / 16; ++n) {
-      LogitsOfDense<C, kBFloat16>(
+      LogitsOfDense<C>(
           q, [&](int i, int j) { return load((keys ^ j % 2 * 64) + j / 2 * 128 + (16 * n + 8 * i) * C::K::kRow); }, x[n]);
     }
   } else if constexpr (C::K::kTokens > 1) {
@@ -966,7 +972,7 @@ __device__ __forceinline__ void AttendTile(ptx::Shared tile, int valid, int hidd
     const ptx::Shared values = tile + C::kValuesAt + 2 * t * C::V::kRow + (g ^ C::V::SwizzleOf(2 * t)) * 16;
 #pragma unroll
     for (int n = 0; n < C::kTile / 16; ++n) {
-      AddDense<C, kBFloat16>(factors.of, x[n], partial, [&](int i, int j) {
+      AddDense<C>(factors.of, x[n], partial, [&](int i, int j) {
         return load((values ^ C::V::SwizzleOf(i % 2) * 16) + (16 * n + i) * C::V::kRow + 128 * j);
       });
     }
