@@ -190,7 +190,7 @@ struct Ring {
   using V = typename C::V;
   static constexpr int kKeyMeta = K::TileBehind(C::kTile) / 16, kAllMeta = kKeyMeta + V::TileBehind(C::kTile) / 16;
   static constexpr int kMetaCopies = (kAllMeta + 31) / 32;
-  static constexpr int kEncodesInstead = 288;  // tokens that are read in that time: an H200's clocks say 200 to 300
+  static constexpr int kEncodesInstead = 288;  // tokens; on an H200 50 of q8_0 and 200 of iq4_nl are read in that time
   static constexpr bool kMayEncode = requires { typename K::Room; } || requires { typename V::Room; };
   // Granule n of those planes: whose it is, in which plane, what that has of a token, the place in it, and the tokens that share
   // it.
