@@ -8,7 +8,7 @@
 #include "accuracy/mixture.h"
 #include "accuracy/relative_error.h"
 #include "fixtures/cache/codec_tensors.h"
-#include "kernels/device/step.h"
+#include "kernels/device/step.cuh"
 #include "kernels/runtime/captured_graph.h"
 #include "kernels/runtime/launch.h"
 #include "kernels/scheme.h"
@@ -52,6 +52,21 @@ void ExpectProductsEqualFloat64(const std::vector<std::pair<int64_t, int64_t>>& 
         Product(args, nullptr);
         EXPECT_LT(RelativeError(partial.sum(0), exact),
                   0x1p-24 * std::sqrt(static_cast<double>(in)));
+      }
+    }
+  }
+}
+
+// Around every multiple, by reciprocals that are off by as much as a card's may be.
+TEST(Step, QuotientsAreThoseOfWholeNumbers) {
+  for (int of = 1; of <= 6000; of = of < 300 ? of + 1 : of + 61) {
+    const float exact = 1.0f / static_cast<float>(of), below = std::nextafter(exact, 0.0f), above = std::nextafter(exact, 2.0f);
+    for (const float reciprocal : {std::nextafter(below, 0.0f), below, exact, above, std::nextafter(above, 2.0f)}) {
+      for (int multiple = 0; multiple < 1 << 20; multiple += of) {
+        for (const int n : {multiple - 1, multiple, multiple + of / 2}) {
+          if (n < 0 || n >= 1 << 20) continue;
+          ASSERT_EQ(step::Quotient(n, reciprocal), n / of) << n << " / " << of;
+        }
       }
     }
   }

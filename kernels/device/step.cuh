@@ -4,6 +4,14 @@
 
 #include "kernels/device/step.h"
 
+namespace kvq::step {
+
+// n / of, for n below 2^20, by ptx::Reciprocal(of), which is off by 2^-23 at most: a division of whole numbers takes some hundred
+// cycles, which weighs where a block has few thousands.
+KVQ_HD inline int Quotient(int n, float reciprocal) { return static_cast<int>((static_cast<float>(n) + 0.5f) * reciprocal); }
+
+}  // namespace kvq::step
+
 #ifdef __CUDACC__
 #include "kernels/device/ptx.cuh"
 
@@ -107,10 +115,6 @@ __device__ __forceinline__ void LoadSum(const AddNormArgs& a, int64_t row, int64
     x[k] = kDeltaAlone ? delta[k] : Round<kBFloat16>(x[k] + delta[k]);
   }
 }
-
-// n / of, for n below 2^20, by Reciprocal(of): a division of whole numbers takes some hundred cycles, which weighs where a block
-// has few thousands.
-__device__ __forceinline__ int Quotient(int n, float reciprocal) { return static_cast<int>((static_cast<float>(n) + 0.5f) * reciprocal); }
 
 // The sum over a block's threads; `sums` has room for one a warp, and no other use.
 __device__ __forceinline__ float BlockSum(float x, float* sums) {
