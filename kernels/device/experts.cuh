@@ -9,8 +9,8 @@
 // - A stage of a ring is 8 rows x 128 columns, two units of 64, whose addresses are one register and constants.
 // - Which weights these are, the logits say. Every block chooses for itself, which costs less than one more kernel: a key of 32
 //   bits for each logit, unique and in their order. Blocks of the second product do while the first one works.
-//   Blocks of the first product wait for the logits with nothing else to do: so no division of whole numbers is on the way from
-//   there to the first copy (Quotient), no rank by counting all others, and shares are left to the second product.
+//   Blocks of the first product wait for the logits with nothing else to do: so on the way from there to the first copy of one row
+//   no whole number is divided (Quotient), warps reduce all but a few candidates, and shares are left to the second product.
 // - An expert is read once for all tokens that chose it: the block's list has each once, and a product has all rows of x; what
 //   comes out for rows that did not choose it, nobody takes.
 // - Rows of x come through the ring, too, a stage's columns beside its weights: there may be more of them than shared memory

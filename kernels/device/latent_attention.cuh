@@ -51,7 +51,8 @@ KVQ_HD constexpr int Padded(int channels) { return (channels + 15) / 16 * 16; }
 // Bytes from a row in shared memory to the next: an odd number of granules of 16 bytes, so that eight rows' reads of one granule are
 // in different banks; or no gap where rows are no granules.
 KVQ_HD constexpr int Stride(int bytes) { return bytes % 32 == 0 ? bytes + 16 : bytes; }
-// Rows of 16-bit numbers that are copied as they are have no gap where they are whole 128 bytes: copies to others take longer.
+// Rows of 16-bit numbers that are copied as they are have no gap where they are 128 bytes times a power of two, as most are: copies to
+// others take longer.
 KVQ_HD constexpr bool IsSwizzled(int channels, bool copied) { return copied && channels >= 64 && (channels & (channels - 1)) == 0; }
 KVQ_HD constexpr int NumberStride(int channels, bool copied = false) {
   return IsSwizzled(channels, copied) ? channels * 2 : Stride(Padded(channels) * 2);
