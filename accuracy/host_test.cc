@@ -205,5 +205,29 @@ TEST(Host, AttentionEqualsFloat64OverDecodedTokens) {
   }
 }
 
+// Codes that are read as they lie (Codec::lines), and others, which their codec decodes.
+TEST(Host, AttentionOfEveryPlainScheme) {
+  if (!host::HasAvx2()) GTEST_SKIP() << host::kWantsAvx2;
+  const c10::InferenceMode guard;
+  at::manual_seed(8);
+  int read = 0;
+  for (const Scheme& scheme : Schemes()) {
+    if (scheme.keys.device.plain == nullptr || scheme.values.device.plain == nullptr || !scheme.refused.empty()) continue;
+    SCOPED_TRACE(scheme.name);
+    read += scheme.keys.lines != nullptr && scheme.values.lines != nullptr;
+    std::vector<int64_t> groups(scheme.keys.groups.begin(), scheme.keys.groups.end());
+    if (groups.empty()) groups.push_back(scheme.keys.default_group);
+    for (const int64_t group : groups) {
+      for (const int64_t dim : {64, 96, 128, 256}) {
+        CheckAttention(scheme.name, dim, group, 3, at::kFloat, {4, 257, 40}, 0);
+        CheckAttention(scheme.name, dim, group, 4, at::kBFloat16, {0, 520, 7}, 100);
+        CheckAttention(scheme.name + "+int4-hqq", dim, group, 2, at::kHalf, {0, 33, 1}, 0);
+        CheckAttention("none+" + scheme.name, dim, group, 1, at::kHalf, {3, 150, 0}, 0);
+      }
+    }
+  }
+  EXPECT_GE(read, 9);
+}
+
 }  // namespace
 }  // namespace kvq

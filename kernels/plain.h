@@ -806,6 +806,28 @@ void Decode(const CodecParams& params, const KvView& in, int64_t first_token, co
     StoreRow(values.data(), dim, out.dtype, Offset(out, row.b, row.h, row.t, 0), out.data);
   });
 }
+
+// Codec::lines, of codes that are numbers themselves and whole in their words.
+template <typename S>
+inline constexpr bool kHasLines = [] {
+  if constexpr (kHasElement<S>) return S::kElement == Element::kNumber && kOdd<S> == 0 && !kTurns<S> && !kHasVector<S> && !kNormed<S>;
+  else return false;
+}();
+template <typename S>
+KVQ_VECTOR void Lines(const CodecParams& params, const KvView& in, int64_t b, int64_t h, int64_t first, int64_t tokens, float* scales,
+                      float* shifts) {
+  const int64_t groups = in.head_dim / GroupOf(params, in.head_dim);
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t g = 0; g < groups; ++g) {
+      typename S::Stored stored;
+      Load<S>(in, b, h, first + t, groups, g, stored);
+      const Line line = S::LineOf(stored);
+      scales[t * groups + g] = line.scale;
+      if constexpr (kHasZero<S>) shifts[t * groups + g] = S::kZero == Zero::kOfCodes ? -line.zero * line.scale : -line.zero;
+      else shifts[t * groups + g] = 0;
+    }
+  }
+}
 #endif  // __CUDACC__
 
 // ---- the GPU: a block has some tokens of one head and keeps their numbers, or what decodes them, in shared memory. A thread
@@ -916,6 +938,7 @@ Codec MakeCodec() {
     if (kHasVector<S>) planes.push_back({"vector", sizeof(Vector<S>)});
     return planes;
   };
+  if constexpr (kHasLines<S>) codec.lines = Lines<S>;
   codec.encode = Encode<S>;
   codec.decode = Decode<S>;
   codec.encode_cuda = EncodeCuda<S>;

@@ -74,6 +74,10 @@ struct Codec {
   // Set where planes are codes in the rows of code_row.h, fp16 scales and fp16 zeros of groups along channels, which
   // attention on the host reads.
   std::optional<Zero> affine;
+  // Or where other scales lie beside such codes: number = scale code + shift, of `tokens` tokens of a head from slot `first` on,
+  // [tokens, groups] both.
+  void (*lines)(const CodecParams&, const KvView& in, int64_t b, int64_t h, int64_t first, int64_t tokens, float* scales,
+                float* shifts) = nullptr;
 
   // nmse on independent standard-normal values in the default groups, head_dim 128 (or as near as can be), which the tests
   // hold it to, both ways; by how much it may be off, as a share; and where the number comes from: not this code.

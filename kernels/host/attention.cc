@@ -24,6 +24,9 @@ struct Codes {
   int64_t dim = 0, words = 0, width = 0, groups = 0;  // of a token; of a vector
   const uint32_t* rows = nullptr;
   const uint16_t *scales = nullptr, *zeros = nullptr;
+  const Codec* lines = nullptr;  // that has them instead, of head 0 of such a view
+  CodecParams params;
+  KvView view;
   std::vector<int32_t> places;  // of each lane of words that are read together: the group of its first field
 };
 
@@ -121,6 +124,11 @@ struct Meta {
 };
 KVQ_AVX2 void LoadMeta(const Codes& c, int64_t first, int64_t n, Meta& meta) {
   const int64_t all = n * c.groups, next = (first + 2 * n) * c.groups;
+  if (c.lines != nullptr) {
+    c.lines->lines(c.params, c.view, 0, 0, first, n, meta.scales, meta.shifts);
+    Store(meta.scales + all, Zeros()), Store(meta.shifts + all, Zeros());
+    return;
+  }
   for (int64_t i = 0; i < all; i += 32) {
     __builtin_prefetch(c.scales + next + i, 0, 2), __builtin_prefetch(c.zeros + next + i, 0, 2);
   }
@@ -494,19 +502,28 @@ KVQ_AVX2 void Attend(std::vector<Head>& all, int64_t begin, int64_t end) {
 }
 #endif  // KVQ_HAS_AVX2
 
+int64_t GroupOf(const CodecParams& params, int64_t dim) { return params.group_size != 0 ? params.group_size : dim; }
 // Whether codes of one layout are read as they are; others their codec decodes, a block at a time.
-bool IsAffine(const Codec& codec) { return codec.planes != nullptr && codec.affine.has_value(); }
+bool IsAffine(const Codec& codec) { return codec.planes != nullptr && (codec.affine.has_value() || codec.lines != nullptr); }
 
 Codes CodesOf(const Codec& codec, const CodecParams& params, const KvView& view, int64_t pair) {
   Codes c;
-  c.bits = codec.bits, c.group = static_cast<int>(params.group_size), c.zero = *codec.affine, c.dim = view.head_dim;
-  c.words = c.dim * c.bits / 32, c.width = Width(c.bits, c.dim), c.groups = c.dim / params.group_size;
+  c.dim = view.head_dim, c.bits = codec.bits, c.group = static_cast<int>(GroupOf(params, c.dim));
+  c.words = c.dim * c.bits / 32, c.width = Width(c.bits, c.dim), c.groups = c.dim / c.group;
   const auto plane = [&](int p) { return view.planes[p] + pair * view.plane_stride[p]; };
   c.rows = reinterpret_cast<const uint32_t*>(plane(0));
-  c.scales = reinterpret_cast<const uint16_t*>(plane(1)), c.zeros = reinterpret_cast<const uint16_t*>(plane(2));
+  if (codec.affine) {
+    c.zero = *codec.affine;
+    c.scales = reinterpret_cast<const uint16_t*>(plane(1)), c.zeros = reinterpret_cast<const uint16_t*>(plane(2));
+  } else {
+    c.lines = &codec, c.params = params, c.view = view;
+    for (int p = 0; p < kMaxPlanes; ++p) {
+      if (view.planes[p] != nullptr) c.view.planes[p] = plane(p);
+    }
+  }
   for (int64_t lane = 0; lane < c.words / c.width * kLanes; ++lane) {
     const int64_t w = lane / kLanes * c.width + lane % c.width;
-    c.places.push_back(static_cast<int32_t>(w % (c.words / 4) * (128 / c.bits) / params.group_size));
+    c.places.push_back(static_cast<int32_t>(w % (c.words / 4) * (128 / c.bits) / c.group));
   }
   return c;
 }
@@ -563,7 +580,7 @@ void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttenti
     const SequenceLength& length = args.lengths[b];
     const auto values_of = static_cast<size_t>(heads * dim);
     std::vector<float> queries(static_cast<size_t>(together) * values_of), coded(coded_keys ? queries.size() : 0);
-    const int64_t groups = IsAffine(keys) ? dim / args.key_params.group_size : 0;
+    const int64_t group = GroupOf(args.key_params, dim), groups = IsAffine(keys) ? dim / group : 0;
     std::vector<float> query_sums(static_cast<size_t>(together * heads * groups));
     std::vector<float> in_order(static_cast<size_t>(together) * 2 * values_of);
     LoadRow(args.queries, args.dtype, first_pair * heads * dim, together * heads * dim, queries.data());
@@ -572,7 +589,7 @@ void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttenti
       std::vector<float> rotated(queries.begin() + head * dim, queries.begin() + (head + 1) * dim);
       Rotate(rules.key_rotation, dim, rotated.data());
       for (int64_t i = 0; groups > 0 && i < dim; ++i) {
-        query_sums[static_cast<size_t>(head * groups + i / args.key_params.group_size)] += rotated[static_cast<size_t>(i)];
+        query_sums[static_cast<size_t>(head * groups + i / group)] += rotated[static_cast<size_t>(i)];
       }
       for (int64_t i = 0; i < dim; ++i) {
         coded[static_cast<size_t>(head * dim + i)] = rotated[static_cast<size_t>(key_order.empty() ? i : key_order[static_cast<size_t>(i)])];
