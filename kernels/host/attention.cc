@@ -24,7 +24,7 @@ struct Codes {
   int64_t dim = 0, words = 0, width = 0, groups = 0;  // of a token; of a vector
   const uint32_t* rows = nullptr;
   const uint16_t *scales = nullptr, *zeros = nullptr;
-  const Codec* lines = nullptr;  // that has them instead, of head 0 of such a view
+  const Codec* lines = nullptr;  // whose Codec::lines has them instead, of a view that begins at this head
   CodecParams params;
   KvView view;
   std::vector<int32_t> places;  // of each lane of words that are read together: the group of its first field
