@@ -226,7 +226,7 @@ TEST(Host, AttentionOfEveryPlainScheme) {
       }
     }
   }
-  EXPECT_GE(read, 9);
+  EXPECT_GE(read, 9);  // llama.cpp's, vLLM's, LMDeploy's and MLX's among them: without Codec::lines all would pass, decoded
 }
 
 }  // namespace

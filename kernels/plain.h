@@ -755,10 +755,6 @@ KVQ_VECTOR void DecodeGroup(const Key<S>& key, const uint8_t* codes, int64_t n, 
   for (int64_t i = 0; i < n; ++i) x[i] = Value<S>(key, codes[i]);
 }
 
-inline int64_t GroupOf(const CodecParams& params, int64_t head_dim) {
-  return params.group_size != 0 ? params.group_size : head_dim;
-}
-
 template <typename S>
 void Encode(const CodecParams& params, const DenseView& x, int64_t first_token, const KvView& out) {
   const int64_t dim = x.head_dim, n = GroupOf(params, dim), groups = dim / n;

@@ -47,5 +47,9 @@ enum class Zero : uint8_t {
 struct CodecParams {
   int64_t group_size = 0;  // elements that share a scale
 };
+// Of a scheme that takes no size of groups, all channels.
+inline int64_t GroupOf(const CodecParams& params, int64_t head_dim) {
+  return params.group_size != 0 ? params.group_size : head_dim;
+}
 
 }  // namespace kvq

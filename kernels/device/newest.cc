@@ -14,7 +14,7 @@ plain::NewestSide SideOf(const NewestToken& token) {
   if (!EncodesNewest(codec)) throw std::logic_error("EncodeNewest takes plain schemes");
   if (token.x.head_dim > plain::kTile) throw InputError(codec.device.plain, ": a head_dim of ", token.x.head_dim, " is too large for a GPU");
   const int low = codec.bits == 8 ? 8 : codec.bits >= 4 ? 4 : 2;
-  return {token.x, token.out, plain::Split(token.x.head_dim, plain::GroupOf(token.params, token.x.head_dim), low), token.turn};
+  return {token.x, token.out, plain::Split(token.x.head_dim, GroupOf(token.params, token.x.head_dim), low), token.turn};
 }
 
 }  // namespace

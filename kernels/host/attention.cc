@@ -502,7 +502,6 @@ KVQ_AVX2 void Attend(std::vector<Head>& all, int64_t begin, int64_t end) {
 }
 #endif  // KVQ_HAS_AVX2
 
-int64_t GroupOf(const CodecParams& params, int64_t dim) { return params.group_size != 0 ? params.group_size : dim; }
 // Whether codes of one layout are read as they are; others their codec decodes, a block at a time.
 bool IsAffine(const Codec& codec) { return codec.planes != nullptr && (codec.affine.has_value() || codec.lines != nullptr); }
 
