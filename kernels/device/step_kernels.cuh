@@ -177,14 +177,21 @@ __global__ void __launch_bounds__(128)
                       : kValueNorm              ? of.v_norm
                                                 : nullptr;
   const bool turns = head < heads + kv_heads;
+  // The lane's pair of step s: HeadsArgs::First and Apart of it.
+  struct Pair {
+    int i, first, apart;
+  };
+  const auto pair_of = [&](int s) {
+    const int i = 2 * (lane + 32 * s);
+    return Pair{i, i < pairs ? i : i + pairs, i < pairs ? pairs : half - pairs};
+  };
   // All that is read is on its way before anything is waited for; weights before the predecessor's end.
   float weight[kSteps][2][2] = {};  // [step, half, neighbour]
   if (norm != nullptr) {
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
-      const int i = 2 * (lane + 32 * s);
+      const auto [i, first, apart] = pair_of(s);
       if (i >= half) break;
-      const int first = i < pairs ? i : i + pairs, apart = i < pairs ? pairs : half - pairs;
 #pragma unroll
       for (int k = 0; k < 4; ++k) weight[s][k / 2][k % 2] = __ldcg(norm + k / 2 * apart + first + k % 2);
     }
@@ -202,9 +209,8 @@ __global__ void __launch_bounds__(128)
   uint32_t words[kSteps][2] = {};
 #pragma unroll
   for (int s = 0; s < kSteps; ++s) {
-    const int i = 2 * (lane + 32 * s);
+    const auto [i, first, apart] = pair_of(s);
     if (i >= half) break;
-    const int first = i < pairs ? i : i + pairs, apart = i < pairs ? pairs : half - pairs;
 #pragma unroll
     for (int part = 0; part < 2; ++part) words[s][part] = __ldcg(reinterpret_cast<const uint32_t*>(from + part * apart + first));
   }
@@ -214,9 +220,8 @@ __global__ void __launch_bounds__(128)
   float squares = 0;
 #pragma unroll
   for (int s = 0; s < kSteps; ++s) {
-    const int i = 2 * (lane + 32 * s);
+    const auto [i, first, apart] = pair_of(s);
     if (i >= half) break;
-    const int first = i < pairs ? i : i + pairs, apart = i < pairs ? pairs : half - pairs;
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
       uint32_t bias = 0;
@@ -238,9 +243,8 @@ __global__ void __launch_bounds__(128)
       norm == nullptr ? 0 : rsqrtf(WarpSum(squares) / static_cast<float>(dim) + of.eps);
 #pragma unroll
   for (int s = 0; s < kSteps; ++s) {
-    const int i = 2 * (lane + 32 * s);
+    const auto [i, first, apart] = pair_of(s);
     if (i >= half) break;
-    const int first = i < pairs ? i : i + pairs, apart = i < pairs ? pairs : half - pairs;
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       if (norm != nullptr) {
