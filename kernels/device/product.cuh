@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kWarps * 32, kStages > 4 ? 2 : 1)
 #pragma unroll
       for (int k = 0; k < 8; ++k) squares += x[i][k] * x[i][k];
     }
-    const float inverse = InverseRms(squares, in, a.norm.eps, sums);
+    const float inverse = InverseRms<kWarps>(squares, in, a.norm.eps, sums);
 #pragma unroll
     for (int i = 0; i < kProductNormHeld; ++i) {
       const int at = (threadIdx.x + i * kThreads) * 8;

@@ -116,20 +116,28 @@ __device__ __forceinline__ void LoadSum(const AddNormArgs& a, int64_t row, int64
   }
 }
 
-// The sum over a block's threads; `sums` has room for one a warp, and no other use.
+// The sum over a block's threads; `sums` has room for one a warp, and no other use. kWarps: how many these are, where it is known.
+template <int kWarps = 0>
 __device__ __forceinline__ float BlockSum(float x, float* sums) {
   x = WarpSum(x);
   if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
   __syncthreads();
   x = 0;
-  for (int warp = 0; warp < blockDim.x / 32; ++warp) x += sums[warp];
+  if constexpr (kWarps > 0) {
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) x += sums[warp];
+  } else {
+    for (int warp = 0; warp < blockDim.x / 32; ++warp) x += sums[warp];
+  }
   return x;
 }
 
 // 1 / rms of a row from the squares that the threads of a block have added up; `sums` has room for
 // one a warp.
+template <int kWarps = 0>
 __device__ __forceinline__ float InverseRms(float squares, int64_t size, float eps, float* sums) {
-  return rsqrtf(BlockSum(squares, sums) / static_cast<float>(size) + eps);
+  const float of_size = ptx::Reciprocal(static_cast<float>(size));
+  return rsqrtf(BlockSum<kWarps>(squares, sums) * of_size + eps);
 }
 
 // ---- single elements of heads and gates

@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(128)
     }
   }
   const float inverse =
-      norm == nullptr ? 0 : rsqrtf(WarpSum(squares) / static_cast<float>(dim) + of.eps);
+      norm == nullptr ? 0 : rsqrtf(WarpSum(squares) * ptx::Reciprocal(static_cast<float>(dim)) + of.eps);
 #pragma unroll
   for (int s = 0; s < kSteps; ++s) {
     const auto [i, first, apart] = pair_of(s);
