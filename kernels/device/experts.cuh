@@ -37,9 +37,9 @@ struct ChosenExperts {
 };
 inline constexpr int kDeep = 2;  // units of a stage
 inline constexpr int kStageBytes = kDeep * kUnitBytes;
-// Bytes of a stage, with its part of so many rows of x behind the weights: an odd number of 64s a row, so that two of them are in
+// Bytes of a stage, with its part of so many rows of x behind the weights: an odd number of 16s a row, so that eight of them are in
 // different banks.
-inline constexpr int kExpertPitch = kDeep * kUnit * 2 + 64;
+inline constexpr int kExpertPitch = kDeep * kUnit * 2 + 16;
 KVQ_HD constexpr int ExpertStageBytes(int rows) { return (kStageBytes + rows * kExpertPitch + 127) / 128 * 128; }
 
 // Of a row's experts a warp finds the largest of 32, whose largest are the row's: so many of these, and room for them and for a
@@ -51,54 +51,23 @@ KVQ_HD constexpr int64_t ChoiceBytes(int rows, int experts, int per_token) {
 
 #ifdef __CUDACC__
 
-// ---- a stage: lane l copies granule l % 8 (of 16 bytes) of rows l / 8 and l / 8 + 4 of a unit. Granules of odd rows swap
-// halves, so that lanes (g, t) read without bank conflicts.
-
-__device__ __forceinline__ int SwapOf(int row) { return (row & 1) << 2; }
-__device__ __forceinline__ int CopyPlace(int lane) { return lane / 8 * 128 + ((lane % 8) ^ SwapOf(lane / 8)) * 16; }
-__device__ __forceinline__ int ReadPlace(int lane) { return lane / 4 * 128 + ((lane % 4) ^ SwapOf(lane / 4)) * 16; }
-
 // `units` of them from `from` on, the lane's place of the first; its other row is `apart` bytes from there.
 __device__ __forceinline__ void CopyStage(ptx::Shared place, const std::byte* from, int64_t apart, int units) {
 #pragma unroll
   for (int i = 0; i < kDeep; ++i) {
     if (i >= units) break;
     ptx::CopyAsync(place + i * kUnitBytes, from + i * kUnit * 2);
-    ptx::CopyAsync(place + i * kUnitBytes + kUnitBytes / 2, from + apart + i * kUnit * 2);
+    ptx::CopyAsync(OtherRow(place) + i * kUnitBytes, from + apart + i * kUnit * 2);
   }
 }
 
-// Adds to four parts of a sum. `weight`: the lane's place in the stage; `x`: in the row of x, at the stage's first column.
-template <bool kBFloat16>
-__device__ __forceinline__ void MultiplyUnit(ptx::Shared weight, ptx::Shared x, float (&sum)[4][4]) {
-#pragma unroll
-  for (int chunk = 0; chunk < 2; ++chunk) {
-    uint32_t w[4], of_x[4];
-    ptx::LoadShared(weight ^ chunk * 64, w);
-    ptx::LoadShared(x + chunk * 64, of_x);
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      float (&to)[4] = sum[2 * chunk + k];
-      if constexpr (kBFloat16) {
-        ptx::MmaBFloat16(to, of_x[2 * k], 0, of_x[2 * k + 1], 0, w[2 * k], w[2 * k + 1]);
-      } else {
-        ptx::MmaHalf(to, of_x[2 * k], 0, of_x[2 * k + 1], 0, w[2 * k], w[2 * k + 1]);
-      }
-    }
-  }
-}
 template <bool kBFloat16>
 __device__ __forceinline__ void MultiplyStage(ptx::Shared weight, ptx::Shared x, int units, float (&sum)[4][4]) {
 #pragma unroll
   for (int i = 0; i < kDeep; ++i) {
-    if (i < units) MultiplyUnit<kBFloat16>(weight + i * kUnitBytes, x + i * kUnit * 2, sum);
+    if (i < units) MultiplyUnit<kBFloat16>(weight + i * kUnitBytes, x + i * kUnit * 2, kUnit, sum);
   }
 }
-// Lane (g, t) has row g of x times rows 2 t and 2 t + 1 of the tile.
-__device__ __forceinline__ float2 SumOf(const float (&sum)[4][4]) {
-  return make_float2((sum[0][0] + sum[1][0]) + (sum[2][0] + sum[3][0]), (sum[0][1] + sum[1][1]) + (sum[2][1] + sum[3][1]));
-}
-
 // The warps of a group wait for each other; of groups of more than one there are at most four.
 __device__ __forceinline__ void SyncGroup(int group, int warps) {
   if (warps == 1) {
@@ -399,7 +368,7 @@ __global__ void __maxnreg__(112) ExpertsKernel(const __grid_constant__ ExpertsAr
   way.Start(a, chosen, first_row, rows);
 
   // Lanes of rows that do not exist read the last one; nobody takes what comes out for them.
-  const int x_place = kStageBytes + min(g, rows - 1) * kExpertPitch + t * 16;
+  const int x_place = kStageBytes + min(lane % 8, rows - 1) * kExpertPitch + MatrixOfX(lane) * 16;
   ptx::Shared copied = ring, read = ring;  // the next stage of each
   const auto behind = [&](ptx::Shared stage) { return stage + stage_bytes == ring_end ? ring : stage + stage_bytes; };
   auto at = way.first;

@@ -12,9 +12,10 @@
 // H200, 5 us of its memory's time, which is what the end of one product, the wait and the norm of
 // the next one's input take.
 //
-// In the product the rows of x are `a` (m16n8k16; rows 8 to 15 are zero) and the weight is `b`.
-// Which column is which k of an instruction does not matter as long as x and weight agree: lane (g,
-// t) takes columns 8 t to 8 t + 7 of 32, one access of 16 bytes, for two instructions.
+// In the product the rows of x are `a` (m16n8k16) and the weight is `b`. Both come as 8 x 8 matrices, four
+// at once, which are 32 columns. `a` has room for two times eight rows and there are eight of x: rows 0 to 7
+// are x's columns 0 to 15 of these, rows 8 to 15 its columns 16 to 31, so that what was loaded is an operand
+// as it is. Of the two instructions one's first rows count and the other's last.
 #pragma once
 
 #include "kernels/device/step.cuh"
@@ -41,9 +42,44 @@ KVQ_HD constexpr int64_t SumBytes(int warps, int64_t rows) { return 2 * warps * 
 
 #ifdef __CUDACC__
 
-// Elements 8 i to 8 i + 7 of a row of x, by where lanes read them: [32 columns, row, 32 of them].
+// ---- a unit in shared memory: rows of 128 bytes, whose granules of 16 bytes are swapped by the row, so that eight rows' are
+// in different banks. Lane l copies granule l % 8 of rows l / 8 and, OtherRow, l / 8 + 4, and says where row l % 8 of matrix l / 8
+// is, one of the first four; those of the last four are 64 bytes off, up or down.
+
+__device__ __forceinline__ int CopyPlace(int lane) { return lane / 8 * 128 + ((lane % 8) ^ (lane / 8)) * 16; }
+__device__ __forceinline__ ptx::Shared OtherRow(ptx::Shared place) { return (place ^ 64) + kUnitBytes / 2; }
+__device__ __forceinline__ int ReadPlace(int lane) { return lane % 8 * 128 + ((lane / 8) ^ (lane % 8)) * 16; }
+
+// Elements 8 i to 8 i + 7 of a row of x: [32 columns, row, 32 of them], swapped likewise.
 __device__ __forceinline__ int PlaceOf(int i, int row, int rows) {
-  return (i / 4 * rows + row) * 4 + i % 4;
+  return (i / 4 * rows + row) * 4 + (i % 4 ^ row / 2 % 4);
+}
+// Which of four matrices of x the lane says the place of: the second and third change places (MultiplyUnit).
+__device__ __forceinline__ int MatrixOfX(int lane) { return lane / 16 + lane / 8 % 2 * 2; }
+
+// Adds to four parts of a sum. `weight` and `x`: the places that the lane says, the latter's those of the next 32 columns `apart`
+// bytes behind.
+template <bool kBFloat16>
+__device__ __forceinline__ void MultiplyUnit(ptx::Shared weight, ptx::Shared x, int apart, float (&sum)[4][4]) {
+#pragma unroll
+  for (int chunk = 0; chunk < 2; ++chunk) {
+    uint32_t w[4], of_x[4];
+    ptx::LoadMatrices(weight ^ chunk * 64, w);
+    ptx::LoadMatrices(x + chunk * apart, of_x);
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      float (&to)[4] = sum[2 * chunk + k];
+      if constexpr (kBFloat16) {
+        ptx::MmaBFloat16(to, of_x[0], of_x[1], of_x[2], of_x[3], w[2 * k], w[2 * k + 1]);
+      } else {
+        ptx::MmaHalf(to, of_x[0], of_x[1], of_x[2], of_x[3], w[2 * k], w[2 * k + 1]);
+      }
+    }
+  }
+}
+// Lane (g, t) has row g of x times rows 2 t and 2 t + 1 of the tile.
+__device__ __forceinline__ float2 SumOf(const float (&sum)[4][4]) {
+  return make_float2((sum[0][0] + sum[1][2]) + (sum[2][0] + sum[3][2]), (sum[0][1] + sum[1][3]) + (sum[2][1] + sum[3][3]));
 }
 
 template <bool kBFloat16, int kWarps, int kStages, ProductEnd kEnd, bool kNormalizes>
@@ -76,11 +112,8 @@ __global__ void __launch_bounds__(kWarps * 32, kStages > 4 ? 2 : 1)
     return 4 * (tile - head_of(tile) * plan.of_head < plan.turned ? plan.turned : plan.of_head - plan.turned);
   };
 
-  // ---- the stream of weights: lane l copies granule l % 8 of rows l / 8 and l / 8 + 4 of a unit.
-  // Granules of odd rows swap halves, so that lanes (g, t) read without bank conflicts.
-  const auto swizzle = [](int row) { return (row & 1) << 2; };
-  const ptx::Shared copy_place = lane / 8 * 128 + ((lane % 8) ^ swizzle(lane / 8)) * 16;
-  const ptx::Shared read_place = ring + g * 128 + (t ^ swizzle(g)) * 16;
+  // ---- the stream of weights
+  const ptx::Shared copy_place = ring + CopyPlace(lane), read_place = ring + ReadPlace(lane);
   int64_t apart_bytes = static_cast<int64_t>(plan.apart) * in * 2;
   int next_tile = first_tile, next_unit = begin, next_stage = 0;
   const std::byte* next = nullptr;
@@ -92,9 +125,9 @@ __global__ void __launch_bounds__(kWarps * 32, kStages > 4 ? 2 : 1)
   };
   const auto fetch = [&] {  // an empty group behind the last unit
     if (next_tile < plan.tiles && begin < end) {
-      const ptx::Shared place = ring + next_stage * kUnitBytes + copy_place;
+      const ptx::Shared place = copy_place + next_stage * kUnitBytes;
       ptx::CopyAsync(place, next);
-      ptx::CopyAsync(place + kUnitBytes / 2, next + apart_bytes);
+      ptx::CopyAsync(OtherRow(place), next + apart_bytes);
       next += kUnit * 2;
       if (++next_unit == end) {
         next_unit = begin;
@@ -157,42 +190,25 @@ __global__ void __launch_bounds__(kWarps * 32, kStages > 4 ? 2 : 1)
   }
   __syncthreads();
   // Lanes of rows that do not exist read the last one; nobody reads what comes out for them.
-  const ptx::Shared x_place = ptx::SharedAddress(x_shared) + (begin - split_begin) * 2 * rows * 64 +
-                              min(g, rows - 1) * 64 + t * 16;
+  const ptx::Shared x_place =
+      ptx::SharedAddress(x_shared) + (begin - split_begin) * 2 * rows * 64 + PlaceOf(MatrixOfX(lane), min(lane % 8, rows - 1), rows) * 16;
 
   int stage = 0, turn = 0;
 #pragma unroll 1
   for (int tile = first_tile; tile < plan.tiles; tile += tile_step, ++turn) {
-    float sum[2][4] = {};
+    float sum[4][4] = {};
     ptx::Shared x_at = x_place;
 #pragma unroll 1
     for (int unit = begin; unit < end; ++unit) {
       ptx::CopyWait<kStages - 2>();
       __syncwarp();
       fetch();  // into the stage that all lanes have left
-      const ptx::Shared at = read_place + stage * kUnitBytes;
-#pragma unroll
-      for (int chunk = 0; chunk < 2; ++chunk, x_at += rows * 64) {
-        uint32_t weight[4], x[4];
-        ptx::LoadShared(at ^ chunk * 64, weight);
-        ptx::LoadShared(x_at, x);
-#pragma unroll
-        for (int k = 0; k < 4; k += 2) {
-          if constexpr (kBFloat16) {
-            ptx::MmaBFloat16(sum[chunk], x[k], 0, x[k + 1], 0, weight[k], weight[k + 1]);
-          } else {
-            ptx::MmaHalf(sum[chunk], x[k], 0, x[k + 1], 0, weight[k], weight[k + 1]);
-          }
-        }
-      }
+      MultiplyUnit<kBFloat16>(read_place + stage * kUnitBytes, x_at, rows * 64, sum);
+      x_at += 2 * rows * 64;
       stage = stage + 1 == kStages ? 0 : stage + 1;
     }
-    // Lane (g, t) has row g of x times rows 2 t and 2 t + 1 of the tile.
     float* tile_sums = sums + turn % 2 * kWarps * rows * kTileRows;
-    if (g < rows) {
-      *reinterpret_cast<float2*>(tile_sums + (warp * rows + g) * kTileRows + 2 * t) =
-          make_float2(sum[0][0] + sum[1][0], sum[0][1] + sum[1][1]);
-    }
+    if (g < rows) *reinterpret_cast<float2*>(tile_sums + (warp * rows + g) * kTileRows + 2 * t) = SumOf(sum);
     __syncthreads();  // and the sums of the tile before last are free
     // One warp finishes the tile while the others go on: lane (g, t) row g of x, rows t and t + 4
     // of the tile.
