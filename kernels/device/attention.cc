@@ -106,7 +106,7 @@ Plan PlanTiles(const Codec& keys, const Codec& values, const DecodeAttentionArgs
   const bool shelf = values.planes != nullptr && (dim > 128 || head_tiles > 1);  // Config::kShelf
   const auto shared_bytes = [&](int warps, int stages, int tile) {
     return std::max<int64_t>(warps * stages * tile_bytes(tile), up(merge_bytes(warps))) +
-           (shelf ? warps * 8 * head_tiles * dim * 4 : 0) + (turns_keys ? 8 * head_tiles * dim * 4 : 0);
+           (shelf ? warps * 8 * head_tiles * dim * 4 : 0) + 8 * head_tiles * (turns_keys ? dim : dim / 2) * 4;  // queries
   };
   int warps = 0, stages = 0;
   for (const auto& [with_warps, with_stages] : {std::pair(8, 3), std::pair(4, 3), std::pair(4, 2), std::pair(2, 3), std::pair(2, 2)}) {

@@ -190,7 +190,7 @@ struct Ring {
   using V = typename C::V;
   static constexpr int kKeyMeta = K::TileBehind(C::kTile) / 16, kAllMeta = kKeyMeta + V::TileBehind(C::kTile) / 16;
   static constexpr int kMetaCopies = (kAllMeta + 31) / 32;
-  static constexpr int kEncodesInstead = 288;  // tokens; on an H200 50 of q8_0 and 200 of iq4_nl are read in that time
+  static constexpr int kEncodesInstead = 160;  // tokens that are read in that time: on an H200 50 of q8_0, 200 of iq4_nl
   static constexpr bool kMayEncode = requires { typename K::Room; } || requires { typename V::Room; };
   // Granule n of those planes: whose it is, in which plane, what that has of a token, the place in it, and the tokens that share
   // it.
@@ -358,7 +358,7 @@ template <class A>
 inline constexpr bool kSame<A, A> = true;
 
 // The newest token of a pair, by the block's last two warps, keys and values, each in the stage of its ring that Start leaves free.
-// Both go where they are stored; behind the block's next barrier its warps find them there, too.
+// Both go where they are stored; behind the block's next barrier, that of the queries, its warps find them there, too.
 template <class C>
 __device__ __forceinline__ void EncodeNewest(const DecodeAttentionArgs& args, int pair, int warp, std::byte* shared) {
   const auto encode = [&]<class R, bool kTurned>(const void* newest, const Turn& turn, const KvView& out, std::bool_constant<kTurned>, R*) {
@@ -414,19 +414,20 @@ __global__ void __maxnreg__(C::kRegisters)
   int started = !C::kDense && !args.newest_is_encoded ? C::kStages - 1 : ring.StagesBeforeNewest();
   ring.Start(0, started);
   if (args.early) WaitForPredecessors();
-  const bool encodes = C::kEncodes && split == splits - 1;
+  const Reach now = length_now();  // asked for together with the queries, as each comes late
   if constexpr (C::kEncodes) {
-    if (encodes) EncodeNewest<C>(args, pair, warp, shared);
+    if (split == splits - 1) EncodeNewest<C>(args, pair, warp, shared);
   }
   Queries<C> q;
-  if constexpr (C::K::kDense) {
-    LoadQueriesForDense<C>(args, part, g, t, q);
-  } else if constexpr (C::kTurnsKeys) {
-    float* turned = reinterpret_cast<float*>(shared + C::kTurnedAt);
+  auto* const turned = reinterpret_cast<float*>(shared + C::kQueriesAt);
+  auto* const queries = reinterpret_cast<uint32_t*>(shared + C::kQueriesAt);
+  if constexpr (C::kTurnsKeys) {
     TurnQueries<C>(args, part, ratio, warp, turned);
     if constexpr (C::kEager) LoadTurnedQueries<C>(args, ratio, turned, g, t, q);
-  } else if constexpr (C::kEager) {
-    LoadQueries<C>(args, part, g, t, q);
+  } else {
+    StageQueries<C>(args, part, ratio, warp, queries);
+    if constexpr (C::K::kDense) LoadQueriesForDense<C>(args, part, ratio, queries, g, t, q);
+    else if constexpr (C::kEager) LoadQueries<C>(queries, g, t, q);
   }
   // The warps' sixteens of dense tokens are dealt to all blocks in turn, the last warps first, which may have a tile
   // less.
@@ -437,8 +438,8 @@ __global__ void __maxnreg__(C::kRegisters)
     if (C::kEager && unit < DenseTokens<C>::Units(length)) tokens.Load(args, pair, length, unit, g, t);
   };
   load_dense();
-  if (const Reach now = length_now(); now.sinks != length.sinks || now.encoded != length.encoded ||
-                                      now.residual != length.residual || now.keys != length.keys || now.values != length.values) {
+  if (now.sinks != length.sinks || now.encoded != length.encoded || now.residual != length.residual || now.keys != length.keys ||
+      now.values != length.values) {
     length = now;  // a step began after we looked
     ptx::CopyWait<0>();
     ring = ring_of(length), started = 0;
@@ -446,8 +447,7 @@ __global__ void __maxnreg__(C::kRegisters)
   }
   const int units = DenseTokens<C>::Units(length);
   const bool has_dense = unit < units;
-  if ((C::kEager || !C::K::kDense) && has_dense) LoadQueriesForDense<C>(args, part, g, t, dense_q);
-  if (encodes) __syncthreads();
+  if ((C::kEager || !C::K::kDense) && has_dense) LoadQueriesForDense<C>(args, part, ratio, queries, g, t, dense_q);
   ring.Start(started, C::kStages - 1);  // all that comes from memory is on its way before any of it is worked on
 
   if (ring.first - warp < ring.end || split < units) {
@@ -461,12 +461,10 @@ __global__ void __maxnreg__(C::kRegisters)
     }
     if (C::kShelf && has_dense) Shelve<C>(dense, ShelfOf<C>(shared, warp), g, t);
     if constexpr (C::kTurnsKeys) {
-      if constexpr (!C::kEager) {
-        LoadTurnedQueries<C>(args, ratio, reinterpret_cast<const float*>(shared + C::kTurnedAt), g, t, q);
-      }
+      if constexpr (!C::kEager) LoadTurnedQueries<C>(args, ratio, turned, g, t, q);
       SumQueries<C>(q);
     } else if constexpr (!C::K::kDense) {
-      if constexpr (!C::kEager) LoadQueries<C>(args, part, g, t, q);
+      if constexpr (!C::kEager) LoadQueries<C>(queries, g, t, q);
       PrepareQueries<C>(args, t, q);
     }
     ring.Stream([&](ptx::Shared tile, int valid, int hidden) { AttendTile<C>(tile, valid, hidden, g, t, q, args.softcap, partial); });
@@ -475,6 +473,7 @@ __global__ void __maxnreg__(C::kRegisters)
     if constexpr (C::kCluster > 1) __syncthreads();  // the rings are done with
     if (threadIdx.x < ratio) sums[threadIdx.x] = {kNoReference, 0};
     for (int i = threadIdx.x; i < ratio * (C::kCluster > 1 ? C::kHeadStride : C::kDim); i += C::kThreads) outputs[i] = 0;
+    if constexpr (C::kCluster > 1) __syncthreads();
   }
   if constexpr (C::kCluster > 1) {
     CombineInCluster<C>(args, part, split, ratio, warp, shared);

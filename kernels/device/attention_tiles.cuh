@@ -88,8 +88,9 @@ struct Config {
   static constexpr int kSumsAt = kWarps * kHeads * kHeadStride * 4, kBlockSumsAt = kSumsAt + kWarps * kHeads * 8;
   static constexpr int kMergeBytes = kBlockSumsAt + kHeads * 8;
   static constexpr int kShelfAt = std::max(kWarps * kStages * kTileBytes, (kMergeBytes + 127) / 128 * 128);
-  // Turned queries, float32 [head, channel].
-  static constexpr int kTurnedAt = kShelfAt + (kShelf ? kWarps * kHeads * kDim * 4 : 0);
+  // Queries: turned ones, float32 [head, channel], or words as they come, of a head in an order that keeps its readers in different banks.
+  static constexpr int kQueriesAt = kShelfAt + (kShelf ? kWarps * kHeads * kDim * 4 : 0);
+  __device__ static constexpr int QueryWord(int head, int word) { return head * (kDim / 2) + (word ^ head % 8 * 4); }
 };
 
 // Metadata of one token, of all groups.
@@ -270,25 +271,36 @@ struct Queries {
 
 // nullptr past the last head.
 template <class C>
-__device__ __forceinline__ const uint32_t* QueryRow(const DecodeAttentionArgs& args, int pair, int head) {
-  const int ratio = static_cast<int>(args.query_heads) / static_cast<int>(args.keys.heads) / C::kParts;
+__device__ __forceinline__ const uint32_t* QueryRow(const DecodeAttentionArgs& args, int pair, int ratio, int head) {
   if (head >= ratio) return nullptr;
   return static_cast<const uint32_t*>(args.queries) +
          (static_cast<int64_t>(pair) * ratio + head) * (C::kDim / 2);
 }
 
-// As they are, as products over codes want them: channels 2 t, 2 t + 1 of each half step.
+// A block's queries as they come, by a warp each to where all find them; zeros past the last head. They come while many other bytes are
+// on their way, and late to a warp that asks for all of them itself.
 template <class C>
-__device__ void LoadQueries(const DecodeAttentionArgs& args, int pair, int g, int t, Queries<C>& q) {
+__device__ void StageQueries(const DecodeAttentionArgs& args, int pair, int ratio, int warp, uint32_t* queries) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int first_head = 0; first_head < C::kHeads; first_head += C::kWarps) {
+    const uint32_t* row = QueryRow<C>(args, pair, ratio, first_head + warp);
+#pragma unroll
+    for (int first = 0; first < C::kDim / 2; first += 32) {
+      queries[C::QueryWord(first_head + warp, first + lane)] = row == nullptr ? 0 : __ldcg(row + first + lane);
+    }
+  }
+  __syncthreads();
+}
+// Of those, as products over codes want them: channels 2 t, 2 t + 1 of each half step.
+template <class C>
+__device__ void LoadQueries(const uint32_t* queries, int g, int t, Queries<C>& q) {
 #pragma unroll
   for (int ht = 0; ht < C::kHeadTiles; ++ht) {
-    const uint32_t* row = QueryRow<C>(args, pair, 8 * ht + g);
 #pragma unroll
     for (int step = 0; step < C::kSteps; ++step) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        q.b[ht][step][half] = row == nullptr ? 0 : __ldcg(row + 8 * step + 4 * half + t);
-      }
+      for (int half = 0; half < 2; ++half) q.b[ht][step][half] = queries[C::QueryWord(8 * ht + g, 8 * step + 4 * half + t)];
     }
   }
 }
@@ -379,7 +391,7 @@ __device__ void TurnQueries(const DecodeAttentionArgs& args, int pair, int ratio
   for (int first_head = 0; first_head < C::kHeads; first_head += C::kWarps) {
     const int head = first_head + warp;
     if (head >= ratio) break;
-    const uint32_t* row = QueryRow<C>(args, pair, head);
+    const uint32_t* row = QueryRow<C>(args, pair, ratio, head);
     float* to = turned + head * C::kDim;
     constexpr bool half = !C::kBFloat16;
 #pragma unroll
@@ -426,16 +438,19 @@ __device__ void LoadTurnedQueries(const DecodeAttentionArgs& args, int ratio, co
   }
 }
 
-// For dense tokens, whose lanes read 8 neighbouring channels at once, 32 j + 8 t + 0..7: steps 2 j and 2 j + 1.
+// For dense tokens, whose lanes read 8 neighbouring channels at once, 32 j + 8 t + 0..7: steps 2 j and 2 j + 1. From
+// `queries`, or, where those there are turned, from device memory.
 template <class C>
-__device__ void LoadQueriesForDense(const DecodeAttentionArgs& args, int pair, int g, int t, Queries<C>& q) {
+__device__ void LoadQueriesForDense(const DecodeAttentionArgs& args, int pair, int ratio, const uint32_t* queries, int g, int t,
+                                    Queries<C>& q) {
 #pragma unroll
   for (int ht = 0; ht < C::kHeadTiles; ++ht) {
-    const uint32_t* row = QueryRow<C>(args, pair, 8 * ht + g);
+    const uint32_t* row = QueryRow<C>(args, pair, ratio, 8 * ht + g);
 #pragma unroll
     for (int step = 0; step < C::kSteps; step += 2) {
       uint4 v = {0, 0, 0, 0};
-      if (row != nullptr) v = __ldcg(reinterpret_cast<const uint4*>(row + 8 * step + 4 * t));
+      if (!C::kTurnsKeys) v = *reinterpret_cast<const uint4*>(queries + C::QueryWord(8 * ht + g, 8 * step + 4 * t));
+      else if (row != nullptr) v = __ldcg(reinterpret_cast<const uint4*>(row + 8 * step + 4 * t));
       q.b[ht][step][0] = v.x, q.b[ht][step][1] = v.y;
       q.b[ht][step + 1][0] = v.z, q.b[ht][step + 1][1] = v.w;
     }

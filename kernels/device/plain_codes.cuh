@@ -102,13 +102,17 @@ struct PlainCodes {
       }
     } else if constexpr (kElement == plain::Element::kBytes) {
       constexpr TableBytes<S, kDim> kTable;
+      // In registers of each lane, which the 0 sees to: the compiler would copy them there for each word.
+      uint32_t table[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) table[i] = kTable.whole[i] ^ threadIdx.z;
       const uint32_t low = word & 0x77777777, high = word >> 3 & 0x11111111;
       uint32_t halves[2];  // four entries each
 #pragma unroll
       for (int side = 0; side < 2; ++side) {
         const uint32_t code = low >> 16 * side, mask = ptx::PickBytes(0xFF00, 0, high >> 16 * side);  // of the codes from 8 on
-        halves[side] = (ptx::PickBytes(kTable.whole[2], kTable.whole[3], code) & mask) |
-                       (ptx::PickBytes(kTable.whole[0], kTable.whole[1], code) & ~mask);
+        halves[side] = (ptx::PickBytes(table[2], table[3], code) & mask) |
+                       (ptx::PickBytes(table[0], table[1], code) & ~mask);
       }
 #pragma unroll
       for (int field = 0; field < 4; field += 2) {  // two fields' entries of both halves
@@ -116,8 +120,17 @@ struct PlainCodes {
         pairs[field] = four & 0x00FF00FF;
         pairs[field + 1] = ptx::PickBytes(four, 0, 0x4341);
       }
-    } else if constexpr (kBits == 4) {
-      Look(word, pairs[0], pairs[1], pairs[2], pairs[3]);
+    } else if constexpr (kBits == 4) {  // codes below 8 have the others' entries, the last one's first, and a sign
+      static_assert([] {
+        for (int code = 0; code < 8; ++code) {
+          if (S::TableEntry(code, kDim) != -S::TableEntry(15 - code, kDim)) return false;
+        }
+        return true;
+      }());
+      const uint32_t below = ~word;  // in fields' highest bits
+      Look((word ^ (below >> 3 & 0x11111111) * 7) & 0x77777777, pairs[0], pairs[1], pairs[2], pairs[3]);
+#pragma unroll
+      for (int field = 0; field < 4; ++field) pairs[field] |= below << (12 - 4 * field) & 0x80008000;
     } else {  // 2 bits and an odd one: fields 0, 2, 4, 6 of a half first, each with its odd bit above, then the others
 #pragma unroll
       for (int first = 0; first < 2; ++first) {
@@ -128,27 +141,18 @@ struct PlainCodes {
       }
     }
   }
-  // The table's entries of a word of eight codes of 4 bits: pairs of fields 0 to 3 of both halves.
+  // The table's last eight entries, of a word of eight numbers of them in 4 bits each: pairs of fields 0 to 3 of both halves.
   __device__ __forceinline__ static void Look(uint32_t word, uint32_t& pair0, uint32_t& pair1, uint32_t& pair2, uint32_t& pair3) {
     Entries((word & 0x0F0F) | (word >> 12 & 0xF0F0), pair0, pair2);
     Entries((word >> 4 & 0x0F0F) | (word >> 16 & 0xF0F0), pair1, pair3);
   }
-  // Of four codes, in the low 16 bits: the first two and the last two.
+  // Of four, in the low 16 bits: the first two and the last two.
   __device__ __forceinline__ static void Entries(uint32_t codes, uint32_t& first, uint32_t& last) {
     constexpr TableBytes<S, kDim> kTable;
+    constexpr int kLast = kTable.kWords - 2;
     uint32_t bytes[2];
-    if constexpr (S::kBits == 4) {
-      const uint32_t mask = ptx::PickBytes(0xFF00, 0, codes >> 3 & 0x1111);  // of the codes from 8 on
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint32_t low = ptx::PickBytes(kTable.bytes[i][0], kTable.bytes[i][1], codes & 0x7777);
-        const uint32_t high = ptx::PickBytes(kTable.bytes[i][2], kTable.bytes[i][3], codes & 0x7777);
-        bytes[i] = (high & mask) | (low & ~mask);
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) bytes[i] = ptx::PickBytes(kTable.bytes[i][0], kTable.bytes[i][1], codes);
-    }
+    for (int i = 0; i < 2; ++i) bytes[i] = ptx::PickBytes(kTable.bytes[i][kLast], kTable.bytes[i][kLast + 1], codes);
     first = ptx::PickBytes(bytes[0], bytes[1], 0x5140);
     last = ptx::PickBytes(bytes[0], bytes[1], 0x7362);
   }
