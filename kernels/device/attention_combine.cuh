@@ -267,7 +267,8 @@ __device__ __forceinline__ void CombineLast(const DecodeAttentionArgs& args, int
   if (seen == splits + combiners - 1) *counter = 0;  // of the last to have seen all
 }
 
-// The same where the blocks of a pair are a cluster: each combines some heads, from what Merge has left in all of them.
+// The same where the blocks of a pair are a cluster: each combines some heads, from what Merge has left in all of them. By threads that
+// have met since.
 template <class C>
 __device__ void CombineInCluster(const DecodeAttentionArgs& args, int pair, int rank, int ratio, int warp, std::byte* shared) {
   constexpr int kFours = C::kDim / 4, kParts = C::kThreads / kFours;  // of a row; threads that share the blocks of one
@@ -278,7 +279,9 @@ __device__ void CombineInCluster(const DecodeAttentionArgs& args, int pair, int 
   float4* shares = reinterpret_cast<float4*>(shared + kFree);
   float* row = reinterpret_cast<float*>(shares + C::kThreads);
   const int lane = threadIdx.x % 32, column = threadIdx.x % kFours, part = threadIdx.x / kFours;
-  ptx::SyncCluster();
+  ptx::ArriveInCluster(/*release=*/warp == 0);
+  ptx::WaitForCluster();
+  if (rank >= ratio) ptx::ArriveInCluster(/*release=*/false);
 #pragma unroll 1
   for (int head = rank; head < ratio; head += C::kCluster) {
     const float2 of = lane < C::kCluster ? *ptx::InBlock(sums + head, lane) : float2{kNoReference, 0};
@@ -290,11 +293,11 @@ __device__ void CombineInCluster(const DecodeAttentionArgs& args, int pair, int 
     }
     float m = of.x;
 #pragma unroll
-    for (int i = 16; i > 0; i /= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, i));
+    for (int i = kMostCluster / 2; i > 0; i /= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, i));
     const float factor = ptx::Exp2(of.x - m);
     float l = factor * of.y;
 #pragma unroll
-    for (int i = 16; i > 0; i /= 2) l += __shfl_xor_sync(~0u, l, i);
+    for (int i = kMostCluster / 2; i > 0; i /= 2) l += __shfl_xor_sync(~0u, l, i);
     const int64_t of_all = static_cast<int64_t>(pair) * ratio + head;  // of all sequences' query heads
     if (args.sink_logits != nullptr) l += ptx::Exp2(__ldcg(args.sink_logits + of_all % args.query_heads) * kLog2E - m);
     const float weight = l == 0 ? 0 : factor / l;
@@ -308,6 +311,7 @@ __device__ void CombineInCluster(const DecodeAttentionArgs& args, int pair, int 
     }
     shares[threadIdx.x] = sum;
     __syncthreads();
+    if (head + C::kCluster >= ratio) ptx::ArriveInCluster(/*release=*/false);  // all that is read of others has come
     if (part == 0) {
 #pragma unroll
       for (int other = 1; other < min(kParts, C::kCluster); ++other) {
@@ -324,7 +328,7 @@ __device__ void CombineInCluster(const DecodeAttentionArgs& args, int pair, int 
           args.dtype == DType::kFloat16 ? ptx::PackHalf(row[2 * i], row[2 * i + 1]) : ptx::PackBFloat16(row[2 * i], row[2 * i + 1]);
     }
   }
-  ptx::SyncCluster();  // nobody leaves while others read
+  ptx::WaitForCluster();  // nobody leaves while others read
 }
 
 #endif  // __CUDACC__

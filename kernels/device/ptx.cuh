@@ -160,10 +160,20 @@ __device__ __forceinline__ int LoadInOrder(const int* from) {
 
 // ---- clusters: blocks that run at the same time and see each other's shared memory, from sm_90 on
 
-// All threads of all blocks wait for each other, and see what the others wrote before.
-__device__ __forceinline__ void SyncCluster() {
+// All threads of all blocks arrive, and then wait for each other. Where one of a block's threads arrives with `release`, after these have
+// met, all see what that block wrote before; it waits for all that is on its way to device memory.
+__device__ __forceinline__ void ArriveInCluster(bool release) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");
+  if (release) {
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+  } else {
+    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+  }
+#endif
+}
+__device__ __forceinline__ void WaitForCluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 // Where another block of the cluster has what this one has at `p` in its shared memory.
