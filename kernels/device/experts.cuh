@@ -35,8 +35,6 @@ struct ChosenExperts {
   float share[kMostChosen][kExpertRows];  // 0 of a row that did not choose it
   int place[kMostChosen][kExpertRows];    // of the row in `gated`, [rows, per_token]; -1
 };
-inline constexpr int kDeep = 2;  // units of a stage
-inline constexpr int kStageBytes = kDeep * kUnitBytes;
 // Bytes of a stage, with its part of so many rows of x behind the weights: an odd number of 16s a row, so that eight of them are in
 // different banks.
 inline constexpr int kExpertPitch = kDeep * kUnit * 2 + 16;
@@ -51,23 +49,6 @@ KVQ_HD constexpr int64_t ChoiceBytes(int rows, int experts, int per_token) {
 
 #ifdef __CUDACC__
 
-// `units` of them from `from` on, the lane's place of the first; its other row is `apart` bytes from there.
-__device__ __forceinline__ void CopyStage(ptx::Shared place, const std::byte* from, int64_t apart, int units) {
-#pragma unroll
-  for (int i = 0; i < kDeep; ++i) {
-    if (i >= units) break;
-    ptx::CopyAsync(place + i * kUnitBytes, from + i * kUnit * 2);
-    ptx::CopyAsync(OtherRow(place) + i * kUnitBytes, from + apart + i * kUnit * 2);
-  }
-}
-
-template <bool kBFloat16>
-__device__ __forceinline__ void MultiplyStage(ptx::Shared weight, ptx::Shared x, int units, float (&sum)[4][4]) {
-#pragma unroll
-  for (int i = 0; i < kDeep; ++i) {
-    if (i < units) MultiplyUnit<kBFloat16>(weight + i * kUnitBytes, x + i * kUnit * 2, kUnit, sum);
-  }
-}
 // The warps of a group wait for each other; of groups of more than one there are at most four.
 __device__ __forceinline__ void SyncGroup(int group, int warps) {
   if (warps == 1) {
@@ -391,7 +372,7 @@ __global__ void __maxnreg__(112) ExpertsKernel(const __grid_constant__ ExpertsAr
     copied = behind(copied);
     ptx::CopyCommit();
     if (step < 0) continue;
-    MultiplyStage<kBFloat16>(read + ReadPlace(lane), read + x_place, way.columns - at.unit, sum);
+    MultiplyStage<kBFloat16>(read + ReadPlace(lane), read + x_place, kUnit, way.columns - at.unit, sum);
     read = behind(read);
     const int expert = at.expert;
     const bool ends_tile = at.left == 1;

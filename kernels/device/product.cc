@@ -16,7 +16,7 @@ using namespace step;
 struct Shape {
   int warps, stages, blocks_per_sm;
 };
-constexpr Shape kShapes[] = {{8, 12, 2}, {8, 8, 2}, {16, 8, 1}, {16, 4, 1}};
+constexpr Shape kShapes[] = {{8, 6, 2}, {8, 4, 2}, {16, 4, 1}, {16, 2, 1}};
 
 ProductPlan Plan(const ProductArgs& a) {
   ProductPlan plan;
@@ -52,7 +52,7 @@ ProductPlan Plan(const ProductArgs& a) {
       if (splits > 1 && (a.end != ProductEnd::kPartial || splits > units)) break;
       plan.x_bytes = (units + splits - 1) / splits * kUnit * 2 * a.rows;
       plan.shared_bytes =
-          shape.warps * shape.stages * kUnitBytes + plan.x_bytes + SumBytes(shape.warps, a.rows);
+          shape.warps * shape.stages * kStageBytes + plan.x_bytes + SumBytes(shape.warps, a.rows);
       if (plan.shared_bytes > room) continue;
       plan.warps = shape.warps, plan.stages = shape.stages,
       plan.blocks_per_sm = shape.blocks_per_sm;

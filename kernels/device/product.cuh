@@ -25,6 +25,8 @@ namespace kvq::step {
 
 inline constexpr int kTileRows = 8, kUnit = 64;  // columns
 inline constexpr int kUnitBytes = kTileRows * kUnit * 2;
+inline constexpr int kDeep = 2;  // units of a stage
+inline constexpr int kStageBytes = kDeep * kUnitBytes;
 inline constexpr int kProductNormHeld = 2;  // eights of a normalized row that a thread keeps: at most 4096 elements
 
 // How a block finds the rows of a tile, and what it keeps in shared memory: [rings | x | sums].
@@ -77,20 +79,37 @@ __device__ __forceinline__ void MultiplyUnit(ptx::Shared weight, ptx::Shared x, 
     }
   }
 }
+// A stage, or `units` of it where it ends a row, from `from` on, the lane's place of the first; its other row is `apart` bytes from there.
+__device__ __forceinline__ void CopyStage(ptx::Shared place, const std::byte* from, int64_t apart, int units) {
+#pragma unroll
+  for (int i = 0; i < kDeep; ++i) {
+    if (i >= units) break;
+    ptx::CopyAsync(place + i * kUnitBytes, from + i * kUnit * 2);
+    ptx::CopyAsync(OtherRow(place) + i * kUnitBytes, from + apart + i * kUnit * 2);
+  }
+}
+
+template <bool kBFloat16>
+__device__ __forceinline__ void MultiplyStage(ptx::Shared weight, ptx::Shared x, int apart, int units, float (&sum)[4][4]) {
+#pragma unroll
+  for (int i = 0; i < kDeep; ++i) {
+    if (i < units) MultiplyUnit<kBFloat16>(weight + i * kUnitBytes, x + i * 2 * apart, apart, sum);
+  }
+}
 // Lane (g, t) has row g of x times rows 2 t and 2 t + 1 of the tile.
 __device__ __forceinline__ float2 SumOf(const float (&sum)[4][4]) {
   return make_float2((sum[0][0] + sum[1][2]) + (sum[2][0] + sum[3][2]), (sum[0][1] + sum[1][3]) + (sum[2][1] + sum[3][3]));
 }
 
 template <bool kBFloat16, int kWarps, int kStages, ProductEnd kEnd, bool kNormalizes>
-__global__ void __launch_bounds__(kWarps * 32, kStages > 4 ? 2 : 1)
+__global__ void __launch_bounds__(kWarps * 32, kStages > 2 ? 2 : 1)
     ProductKernel(const __grid_constant__ ProductArgs a, const __grid_constant__ ProductPlan plan) {
   extern __shared__ __align__(128) std::byte shared[];
   constexpr int kThreads = kWarps * 32;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
   const int rows = static_cast<int>(a.rows), in = static_cast<int>(a.in);
-  const ptx::Shared ring = ptx::SharedAddress(shared) + warp * kStages * kUnitBytes;
-  std::byte* x_shared = shared + kWarps * kStages * kUnitBytes;
+  const ptx::Shared ring = ptx::SharedAddress(shared) + warp * kStages * kStageBytes;
+  std::byte* x_shared = shared + kWarps * kStages * kStageBytes;
   float* sums = reinterpret_cast<float*>(x_shared + plan.x_bytes);
 
   // This block's split of the columns, and this warp's part of it, in units.
@@ -123,13 +142,11 @@ __global__ void __launch_bounds__(kWarps * 32, kStages > 4 ? 2 : 1)
            lane % 8 * 16;
     if constexpr (kEnd == ProductEnd::kAppend) apart_bytes = static_cast<int64_t>(apart_of(next_tile)) * in * 2;
   };
-  const auto fetch = [&] {  // an empty group behind the last unit
+  const auto fetch = [&] {  // an empty group behind the last stage
     if (next_tile < plan.tiles && begin < end) {
-      const ptx::Shared place = copy_place + next_stage * kUnitBytes;
-      ptx::CopyAsync(place, next);
-      ptx::CopyAsync(OtherRow(place), next + apart_bytes);
-      next += kUnit * 2;
-      if (++next_unit == end) {
+      CopyStage(copy_place + next_stage * kStageBytes, next, apart_bytes, end - next_unit);
+      next += kDeep * kUnit * 2;
+      if ((next_unit += kDeep) >= end) {
         next_unit = begin;
         next_tile += tile_step;
         aim();
@@ -199,12 +216,12 @@ __global__ void __launch_bounds__(kWarps * 32, kStages > 4 ? 2 : 1)
     float sum[4][4] = {};
     ptx::Shared x_at = x_place;
 #pragma unroll 1
-    for (int unit = begin; unit < end; ++unit) {
+    for (int unit = begin; unit < end; unit += kDeep) {
       ptx::CopyWait<kStages - 2>();
       __syncwarp();
       fetch();  // into the stage that all lanes have left
-      MultiplyUnit<kBFloat16>(read_place + stage * kUnitBytes, x_at, rows * 64, sum);
-      x_at += 2 * rows * 64;
+      MultiplyStage<kBFloat16>(read_place + stage * kStageBytes, x_at, rows * 64, end - unit, sum);
+      x_at += 2 * kDeep * rows * 64;
       stage = stage + 1 == kStages ? 0 : stage + 1;
     }
     float* tile_sums = sums + turn % 2 * kWarps * rows * kTileRows;
