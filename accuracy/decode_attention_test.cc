@@ -6,6 +6,7 @@
 #include "fixtures/cache/spec.h"
 #include "fixtures/machine/device.h"
 #include "kernels/device/attention.h"
+#include "kernels/device/step.h"
 #include "kernels/error.h"
 #include "kernels/runtime/launch.h"
 
@@ -126,6 +127,33 @@ Side MakeSide(const Codec& codec, bool other_dense, const AttentionCase& c, cons
   return side;
 }
 
+void ExpectWithin(const Tensor& out, const Tensor& expected, const Tensor& allowed, int launch) {
+  const Tensor error = (out.cpu().to(at::kDouble) - expected).abs();
+  EXPECT_TRUE(error.le(allowed + 1e-30).all().item<bool>())
+      << "launch " << launch << ": " << (error / (allowed + 1e-30)).max().item<double>() << " of what is allowed";
+}
+
+// StartSteps writes `length` into all of `lengths`, some 20 us after it has let the next kernel begin: it waits for a row of kernels of
+// one small block, of which each begins early, too, and waits for the one before.
+void ChangeLengthsLate(const Tensor& lengths, SequenceLength length) {
+  const int64_t batch = lengths.numel() / 3;
+  const auto room = [&](int64_t bytes) { return at::zeros({bytes}, lengths.options().dtype(at::kByte)); };
+  static Tensor row, weight, tokens, others;  // that live as long as the kernels do
+  row = at::ones({8192}, lengths.options().dtype(at::kHalf)), weight = at::ones({8192}, lengths.options().dtype(at::kFloat));
+  tokens = room(batch * 8), others = room(64 + batch * 32);
+  std::byte* at = static_cast<std::byte*>(others.data_ptr());
+  StepState state;
+  state.tokens = static_cast<int64_t*>(tokens.data_ptr()), state.append = reinterpret_cast<SequenceLength*>(lengths.data_ptr());
+  state.step = reinterpret_cast<int32_t*>(at), state.best = reinterpret_cast<unsigned long long*>(at + 64);
+  state.arrived = reinterpret_cast<uint32_t*>(at + 64 + batch * 8), state.dense = reinterpret_cast<SequenceLength*>(at + 64 + batch * 12);
+  Synchronize(lengths.device());
+  for (int i = 0; i < 16; ++i) {
+    AddNorm({.dtype = DType::kFloat16, .rows = 1, .size = 8192, .x = row.data_ptr(), .weight = weight.data_ptr<float>(), .eps = 1,
+             .out = row.data_ptr()}, nullptr);
+  }
+  StartSteps(state, batch, static_cast<const int64_t*>(tokens.data_ptr()), {}, length, nullptr);
+}
+
 void Check(const AttentionCase& c) {
   SCOPED_TRACE(StrCat(c.spec, " head_dim ", c.head_dim, " group ", c.group, " ratio ", c.ratio, " lengths ",
                       c.lengths[0].sinks, "/", c.lengths[0].encoded, "/", c.lengths[0].residual, " of ",
@@ -219,10 +247,20 @@ void Check(const AttentionCase& c) {
   const Tensor workspace =
       at::zeros({DecodeAttentionWorkspace(key_codec, value_codec, args)}, on_gpu.options().dtype(at::kByte));
   args.workspace = workspace.data_ptr();
-  // A workspace serves again; and early, behind a kernel that changes the lengths.
-  for (int launch = 0; launch < 3; ++launch) {
+  // A workspace serves again; and early, behind a kernel that changes the lengths, at last one that lets attention begin before it does.
+  const bool alike = c.values_encoded.empty() && std::ranges::all_of(c.lengths, [&](const SequenceLength& of) {
+    return of.sinks == c.lengths[0].sinks && of.encoded == c.lengths[0].encoded && of.residual == c.lengths[0].residual;
+  });
+  for (int launch = 0; launch < (alike ? 4 : 3); ++launch) {
     out.fill_(NAN);
-    args.early = launch == 2;
+    args.early = launch >= 2;
+    if (launch == 3) {
+      lengths.copy_(at::bitwise_and(lengths, 0x7FFFFF80));
+      ChangeLengthsLate(lengths, c.lengths[0]);
+      DecodeAttention(key_codec, value_codec, args, nullptr);
+      ExpectWithin(out, expected, allowed, launch);
+      continue;
+    }
     const Tensor late = at::bitwise_and(lengths, 0x7FFFFF80), late_values = at::bitwise_and(of_values, 0x7FFFFF80);
     if (args.early) {  // keys' and values' lengths that do not fit together must not lead astray, either
       lengths.sub_(late), of_values.sub_(late_values);
@@ -230,9 +268,7 @@ void Check(const AttentionCase& c) {
       of_values.add_(late_values), lengths.add_(late);
     }
     DecodeAttention(key_codec, value_codec, args, nullptr);
-    const Tensor error = (out.cpu().to(at::kDouble) - expected).abs();
-    EXPECT_TRUE(error.le(allowed + 1e-30).all().item<bool>())
-        << "launch " << launch << ": " << (error / (allowed + 1e-30)).max().item<double>() << " of what is allowed";
+    ExpectWithin(out, expected, allowed, launch);
   }
 }
 
