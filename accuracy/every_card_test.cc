@@ -486,6 +486,25 @@ TEST(DecodeAttention, TakesSmallerTilesOnASmallerCard) {
   EXPECT_EQ(small, "fused_decode_16bit (sm_86: 4 warps x 3 x 16 tokens)");
 }
 
+TEST(Product, OfASmallMatrixHasBlocksForWhichThereIsNoRoomTwice) {
+  const auto of = [](const DeviceShape& card, int64_t in, int64_t out) {
+    ProductArgs args;
+    args.rows = 1, args.in = in, args.out = out, args.end = ProductEnd::kPartial;
+    return Gather(card, [&] { Product(args, nullptr); }).at(0);
+  };
+  // A100, H100 and B200; the others' blocks have no room for a second one of anything.
+  for (const DeviceShape& card : {kCards[0], kCards[3], kCards[4]}) {
+    const unsigned all = card.multiprocessors;
+    const KernelLaunch small = of(card, 2048, 2048), large = of(card, 4096, 14336), few = of(card, 2048, 128);
+    EXPECT_EQ(small.grid.x, all) << card.arch;
+    EXPECT_GT(2 * (small.shared_bytes + 1024), static_cast<size_t>(card.shared)) << card.arch;
+    EXPECT_LE(small.shared_bytes + 1024 + few.shared_bytes + 1024, static_cast<size_t>(card.shared)) << card.arch;
+    EXPECT_EQ(large.grid.x, 2 * all) << card.arch;
+    EXPECT_LE(2 * (large.shared_bytes + 1024), static_cast<size_t>(card.shared)) << card.arch;
+    EXPECT_EQ(few.grid.x, 16u) << card.arch;
+  }
+}
+
 TEST(LatentAttention, TakesOneBlockAMultiprocessorForFewTokens) {
   const auto of = [](const DeviceShape& card, const char* scheme, int64_t batch, int64_t tokens) {
     const Codec &latents = FindScheme(scheme).keys, &rotary_keys = FindScheme("none").values;
