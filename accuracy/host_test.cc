@@ -205,7 +205,7 @@ TEST(Host, AttentionEqualsFloat64OverDecodedTokens) {
   }
 }
 
-// Codes that are read as they lie (Codec::lines), and others, which their codec decodes.
+// Codes that are read as they lie (HostCodec::lines), and others, which their codec decodes.
 TEST(Host, AttentionOfEveryPlainScheme) {
   if (!host::HasAvx2()) GTEST_SKIP() << host::kWantsAvx2;
   const c10::InferenceMode guard;
@@ -214,7 +214,7 @@ TEST(Host, AttentionOfEveryPlainScheme) {
   for (const Scheme& scheme : Schemes()) {
     if (scheme.keys.device.plain == nullptr || scheme.values.device.plain == nullptr || !scheme.refused.empty()) continue;
     SCOPED_TRACE(scheme.name);
-    read += scheme.keys.lines != nullptr && scheme.values.lines != nullptr;
+    read += scheme.keys.host.lines != nullptr && scheme.values.host.lines != nullptr;
     std::vector<int64_t> groups(scheme.keys.groups.begin(), scheme.keys.groups.end());
     if (groups.empty()) groups.push_back(scheme.keys.default_group);
     for (const int64_t group : groups) {
@@ -226,7 +226,7 @@ TEST(Host, AttentionOfEveryPlainScheme) {
       }
     }
   }
-  EXPECT_GE(read, 9);  // llama.cpp's, vLLM's, LMDeploy's and MLX's among them: without Codec::lines all would pass, decoded
+  EXPECT_GE(read, 9);  // llama.cpp's, vLLM's, LMDeploy's and MLX's among them: without HostCodec::lines all would pass, decoded
 }
 
 }  // namespace

@@ -594,7 +594,7 @@ inline constexpr bool kTurns = [] {
 template <typename S>
 inline constexpr bool kOpens = requires { typename S::Opened; };
 
-enum class Element : uint8_t { kNumber, kE4M3, kE5M2, kE2M1, kTable, kBytes };
+using kvq::Element;
 enum class Signs : uint8_t { kNone, kOfNumbers };
 enum class ScaleByte : uint8_t { kNone, kE4M3, kE8M0 };
 struct Line {
@@ -803,25 +803,25 @@ void Decode(const CodecParams& params, const KvView& in, int64_t first_token, co
   });
 }
 
-// Codec::lines, of codes that are numbers themselves and whole in their words.
-template <typename S>
-inline constexpr bool kHasLines = [] {
-  if constexpr (kHasElement<S>) return S::kElement == Element::kNumber && kOdd<S> == 0 && !kTurns<S> && !kHasVector<S> && !kNormed<S>;
-  else return false;
-}();
+// HostCodec::lines.
 template <typename S>
 KVQ_VECTOR void Lines(const CodecParams& params, const KvView& in, int64_t b, int64_t h, int64_t first, int64_t tokens, float* scales,
                       float* shifts) {
   const int64_t groups = in.head_dim / GroupOf(params, in.head_dim);
-  for (int64_t t = 0; t < tokens; ++t) {
-    for (int64_t g = 0; g < groups; ++g) {
+  for (int64_t i = 0; i < tokens * groups; ++i) {  // which lie one behind the other
+    Line line;
+    if constexpr (kHasVector<S>) {
+      Vector<S> vector;
+      LoadVector<S>(in, b, h, first + i, vector);
+      line = S::LineOf(vector, static_cast<int>(in.head_dim));
+    } else {
       typename S::Stored stored;
-      Load<S>(in, b, h, first + t, groups, g, stored);
-      const Line line = S::LineOf(stored);
-      scales[t * groups + g] = line.scale;
-      if constexpr (kHasZero<S>) shifts[t * groups + g] = S::kZero == Zero::kOfCodes ? -line.zero * line.scale : -line.zero;
-      else shifts[t * groups + g] = 0;
+      Load<S>(in, b, h, first * groups + i, 1, 0, stored);
+      line = S::LineOf(stored);
     }
+    scales[i] = line.scale;
+    if constexpr (kHasZero<S>) shifts[i] = S::kZero == Zero::kOfCodes ? -line.zero * line.scale : -line.zero;
+    else shifts[i] = 0;
   }
 }
 #endif  // __CUDACC__
@@ -912,6 +912,8 @@ Codec MakeCodec() {
   if constexpr (kTurns<S> && kHasElement<S>) codec.turn_block = S::kTurnBlock;
   if constexpr (kHasElement<S>) {
     codec.device.label = S::kLabel, codec.device.keys_alone = kNormed<S>;
+    codec.host = {.lines = Lines<S>, .element = S::kElement, .normed = kNormed<S>};
+    if constexpr (requires { S::TableEntry(0, 0); }) codec.host.entry = S::TableEntry;
     codec.device.type = [](const CodecParams& params, int64_t head_dim) {
       return InstanceName("kvq::PlainCodes", S::kName, GroupOf(params, head_dim), head_dim);
     };
@@ -934,7 +936,6 @@ Codec MakeCodec() {
     if (kHasVector<S>) planes.push_back({"vector", sizeof(Vector<S>)});
     return planes;
   };
-  if constexpr (kHasLines<S>) codec.lines = Lines<S>;
   codec.encode = Encode<S>;
   codec.decode = Decode<S>;
   codec.encode_cuda = EncodeCuda<S>;

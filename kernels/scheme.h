@@ -31,6 +31,16 @@ struct DeviceCodec {
   const char* plain = nullptr;  // of a plain scheme its own name, by which EncodeNewest (device/newest.h) finds it
 };
 
+// How attention on the host reads the codes of a plain scheme as they lie (code_row.h).
+struct HostCodec {
+  // number = scale element + shift, of `tokens` tokens of a head from slot `first` on, [tokens, groups] both; null: it does not.
+  void (*lines)(const CodecParams&, const KvView& in, int64_t b, int64_t h, int64_t first, int64_t tokens, float* scales,
+                float* shifts) = nullptr;
+  Element element = Element::kNumber;                 // what a code is,
+  float (*entry)(int code, int head_dim) = nullptr;   // of 4 and 3 bits, where that is an entry of a table;
+  bool normed = false;                                // and whether a token's elements are divided by their norm
+};
+
 // How one side (keys or values) is encoded.
 struct Codec {
   int bits = 16;                // of a code
@@ -74,10 +84,8 @@ struct Codec {
   // Set where planes are codes in the rows of code_row.h, fp16 scales and fp16 zeros of groups along channels, which
   // attention on the host reads.
   std::optional<Zero> affine;
-  // Or where other scales lie beside such codes: number = scale code + shift, of `tokens` tokens of a head from slot `first` on,
-  // [tokens, groups] both.
-  void (*lines)(const CodecParams&, const KvView& in, int64_t b, int64_t h, int64_t first, int64_t tokens, float* scales,
-                float* shifts) = nullptr;
+  // Or where other codes or scales do.
+  HostCodec host;
 
   // nmse on independent standard-normal values in the default groups, head_dim 128 (or as near as can be), which the tests
   // hold it to, both ways; by how much it may be off, as a share; and where the number comes from: not this code.

@@ -43,6 +43,9 @@ enum class Zero : uint8_t {
   kOfValues,  // scale code - zero
 };
 
+// What a code is (kernels/plain.h): itself, a small float, an entry of a table.
+enum class Element : uint8_t { kNumber, kE4M3, kE5M2, kE2M1, kTable, kBytes };
+
 // What a spec may change about a scheme (`@group=32`).
 struct CodecParams {
   int64_t group_size = 0;  // elements that share a scale

@@ -8,44 +8,17 @@
 
 #include "kernels/error.h"
 #include "kernels/groups.h"
+#include "kernels/host/codes.h"
 #include "kernels/host/step.h"
 
 namespace kvq::host {
 namespace {
 
-constexpr int64_t kTileFloats = 2048, kMostTokens = 64;  // of a tile's keys: with the values half a first cache
 constexpr float kLog2E = 1.44269504f;
 using Logits = float[kMostTokens + 8];  // of a tile's tokens, with room for whole vectors
 
-// One head's codes, and how their words become channels (kernels/code_row.h).
-struct Codes {
-  int bits = 0, group = 0;
-  Zero zero = Zero::kOfCodes;
-  int64_t dim = 0, words = 0, width = 0, groups = 0;  // of a token; of a vector
-  const uint32_t* rows = nullptr;
-  const uint16_t *scales = nullptr, *zeros = nullptr;
-  const Codec* lines = nullptr;  // whose Codec::lines has them instead, of a view that begins at this head
-  CodecParams params;
-  KvView view;
-  std::vector<int32_t> places;  // of each lane of words that are read together: the group of its first field
-};
-
-// Words of a row that are decoded together.
-int64_t Width(int bits, int64_t dim) { return dim * bits / 32 % 8 == 0 ? 8 : 4; }
-
-// Channel of each number of a decoded row: of some words all fields, of each both sides, of each word.
-std::vector<int32_t> CodeOrder(int bits, int64_t dim) {
-  const int64_t words = dim * bits / 32, chunk_words = words / 4, run = 128 / bits, width = Width(bits, dim);
-  std::vector<int32_t> order;
-  for (int64_t first = 0; first < words; first += width) {
-    for (int64_t i = 0; i < 32 / bits; ++i) {
-      for (int64_t w = first; w < first + width; ++w) {
-        order.push_back(static_cast<int32_t>(w % chunk_words * run + i / 2 * 8 + w / chunk_words * 2 + i % 2));
-      }
-    }
-  }
-  return order;
-}
+// n numbers and room behind them for whole vectors.
+constexpr int64_t Lanes(int64_t n) { return (n + 7) / 8 * 8; }
 
 // Codes of any kind, which their codec decodes: a block at a time, for those of one head or, where groups span heads, of all.
 struct Block {
@@ -90,7 +63,7 @@ struct Segment {
 struct Head {
   int64_t dim, heads;  // query heads
   const float *queries, *coded_queries;  // times scale and log2 e, [heads, dim]; the second rotated, in the keys' order of codes
-  const float* sums;   // of the second, [heads, groups]
+  const float* sums;   // of the second, [heads, groups and room behind them]
   float softcap;       // 0: none
   float *m, *l;        // of each query head: the largest logit, the sum of exponentials
   float* by_order[2];  // the output, [heads, dim], of dense values and of encoded ones, which are rotated and may have an order
@@ -101,99 +74,49 @@ struct Head {
 };
 
 #if KVQ_HAS_AVX2
-// ---- tokens of a tile as float32, one behind the other
+// ---- tokens that are read as they are stored, or from a tile, some vectors of eight numbers from each load
 
-KVQ_AVX2 void Widen(const uint16_t* from, DType dtype, int64_t n, float* to) {
-  int64_t i = 0;
-  if (dtype == DType::kFloat16) {
-    for (; i + kLanes <= n; i += kLanes) Store(to + i, LoadHalf(from + i));
-  } else {
-    for (; i + kLanes <= n; i += kLanes) Store(to + i, LoadBFloat16(from + i));
-  }
-  for (; i < n; ++i) to[i] = LoadElement(from, dtype, i);
-}
+constexpr int kMostHeads = 3;  // query heads whose sums are in registers
 
-// ---- tokens that are read as they are stored, some vectors of eight numbers from each load
-
-constexpr int64_t kAhead = 4096;  // bytes, of codes half: what is fetched before its use; a core alone stops at each page
-constexpr int kMostHeads = 3;     // query heads whose sums are in registers
-
-// Scales of a tile's groups, and what is added to code times scale; zero behind them.
-struct Meta {
-  alignas(64) float scales[kTileFloats / 32 + 16], shifts[kTileFloats / 32 + 16];
-};
-KVQ_AVX2 void LoadMeta(const Codes& c, int64_t first, int64_t n, Meta& meta) {
-  const int64_t all = n * c.groups, next = (first + 2 * n) * c.groups;
-  if (c.lines != nullptr) {
-    c.lines->lines(c.params, c.view, 0, 0, first, n, meta.scales, meta.shifts);
-    Store(meta.scales + all, Zeros()), Store(meta.shifts + all, Zeros());
-    return;
-  }
-  for (int64_t i = 0; i < all; i += 32) {
-    __builtin_prefetch(c.scales + next + i, 0, 2), __builtin_prefetch(c.zeros + next + i, 0, 2);
-  }
-  Widen(c.scales + first * c.groups, DType::kFloat16, all, meta.scales);
-  Widen(c.zeros + first * c.groups, DType::kFloat16, all, meta.shifts);
-  // (code - z) s as code s - z s.
-  if (c.zero == Zero::kOfCodes) {
-    for (int64_t i = 0; i < all; ++i) meta.shifts[i] *= -meta.scales[i];
-  } else {
-    for (int64_t i = 0; i < all; ++i) meta.shifts[i] = -meta.shifts[i];
-  }
-  Store(meta.scales + all, Zeros()), Store(meta.shifts + all, Zeros());
-}
-
-// Codes in the order of CodeOrder, from kWidth words: eight, or four whose low halves are in the first four lanes and
-// whose high halves are in the others.
+// Codes that are numbers, in CodeOrder.
 template <int kBits, int kWidth, bool kOne>
 struct CodeReader {
   static constexpr bool kCodes = true, kOneGroup = kOne;
   static constexpr int kVectors = 32 / kBits * kWidth / 8;
   const Codes& c;
-  const uint32_t* rows;
+  int64_t first;
   const Meta& meta;
+  const uint32_t* rows = c.rows + first * c.words;
 
-  KVQ_AVX2_INLINE __m256i Read(int64_t t, int64_t i) const {
-    const uint32_t* from = rows + t * c.words + i * kWidth;
-    if constexpr (kWidth == 8) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-    const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-    return _mm256_srlv_epi32(both, _mm256_setr_epi32(0, 0, 0, 0, 16, 16, 16, 16));
-  }
+  KVQ_AVX2_INLINE __m256i Read(int64_t t, int64_t i) const { return LoadWords<kWidth>(rows + t * c.words + i * kWidth); }
   KVQ_AVX2_INLINE static Floats Number(__m256i codes, int v) {
-    const int shift = kWidth == 8 ? v / 2 * kBits + v % 2 * 16 : v * kBits;
-    return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(codes, shift), _mm256_set1_epi32((1 << kBits) - 1)));
+    const __m256i fields = _mm256_srli_epi32(codes, FieldOf<kBits, kWidth>(v) * kBits);
+    return _mm256_cvtepi32_ps(_mm256_and_si256(fields, _mm256_set1_epi32((1 << kBits) - 1)));
   }
-  // Of numbers of a token's groups those of vectors v and v + 1. There are some behind them.
-  KVQ_AVX2_INLINE Floats Places(const float* groups, int64_t i, int v) const {
-    const __m256i places = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(c.places.data() + i * kLanes));
-    groups += v * (kWidth == 8 ? 4 : 8) / c.group;
-    return c.groups <= kLanes ? _mm256_permutevar8x32_ps(Load(groups), places) : _mm256_i32gather_ps(groups, places, 4);
-  }
-  KVQ_AVX2_INLINE void Fetch(int64_t t) const {
-    const char* row = reinterpret_cast<const char*>(rows + t * c.words) + kAhead / 2;
-    __builtin_prefetch(row, 0, 2);
-    for (int64_t at = 64; at < c.words * 4; at += 64) __builtin_prefetch(row + at, 0, 2);
-  }
+  KVQ_AVX2_INLINE void Fetch(int64_t t) const { host::Fetch(c, first + t); }
 };
 
-// Rows of 16-bit numbers.
-template <bool kHalf>
+// Rows of numbers.
+template <DType kType>
 struct RowReader {
+  using T = std::conditional_t<kType == DType::kFloat32, float, uint16_t>;
   static constexpr bool kCodes = false, kOneGroup = false;
   static constexpr int kVectors = 2;
-  const uint16_t* rows;
-  int64_t stride, dim;
+  const T* rows;
+  int64_t stride, fetched;  // elements from token to token; those of a token that are not in a cache yet
 
-  KVQ_AVX2_INLINE const uint16_t* Read(int64_t t, int64_t i) const { return rows + t * stride + i * 2 * kLanes; }
-  KVQ_AVX2_INLINE static Floats Number(const uint16_t* from, int v) {
-    return kHalf ? LoadHalf(from + v * kLanes) : LoadBFloat16(from + v * kLanes);
+  KVQ_AVX2_INLINE const T* Read(int64_t t, int64_t i) const { return rows + t * stride + i * 2 * kLanes; }
+  KVQ_AVX2_INLINE static Floats Number(const T* from, int v) {
+    if constexpr (kType == DType::kFloat32) return Load(from + v * kLanes);
+    else return kType == DType::kFloat16 ? LoadHalf(from + v * kLanes) : LoadBFloat16(from + v * kLanes);
   }
   KVQ_AVX2_INLINE void Fetch(int64_t t) const {
-    for (int64_t i = 0; i < dim; i += 32) __builtin_prefetch(rows + t * stride + i + kAhead / 2, 0, 2);
+    constexpr int64_t kSize = sizeof(T);
+    for (int64_t i = 0; i < fetched; i += 64 / kSize) __builtin_prefetch(rows + t * stride + i + kAhead / kSize, 0, 2);
   }
 };
 
-// x[h][t]: logits of n tokens for some queries; `sums` of their numbers, [heads, groups].
+// x[h][t]: logits of n tokens for some queries; `sums` of their numbers, [heads, Lanes(groups)].
 template <int kHeads, typename R>
 KVQ_AVX2 void ReadDots(const R& r, const float* queries, const float* sums, int64_t n, int64_t dim, Logits* x) {
   constexpr bool kScales = R::kCodes && !R::kOneGroup;  // each vector has its own
@@ -201,6 +124,13 @@ KVQ_AVX2 void ReadDots(const R& r, const float* queries, const float* sums, int6
   for (int64_t t = 0; t < n; ++t) {
     Floats sum[2][kHeads];  // two, so that none waits long for the one before
     for (int h = 0; h < kHeads; ++h) sum[0][h] = sum[1][h] = Zeros();
+    if constexpr (kScales) {  // what lies behind a token's groups is of the next, times 0
+      for (int64_t g = 0; g < r.c.groups; g += kLanes) {
+        const Floats shift = Load(r.meta.shifts + t * r.c.groups + g);
+        for (int h = 0; h < kHeads; ++h) sum[0][h] = Fma(shift, Load(sums + h * Lanes(r.c.groups) + g), sum[0][h]);
+      }
+    }
+    [[maybe_unused]] Floats scale;
     const float* q = queries;
     r.Fetch(t);
     for (int64_t i = 0; i < dim / (R::kVectors * kLanes); ++i) {
@@ -209,7 +139,7 @@ KVQ_AVX2 void ReadDots(const R& r, const float* queries, const float* sums, int6
       for (int v = 0; v < R::kVectors; v += 2, q += 2 * kLanes) {
         const Floats numbers[2] = {R::Number(stored, v), R::Number(stored, v + 1)};
         if constexpr (kScales) {
-          const Floats scale = r.Places(r.meta.scales + t * r.c.groups, i, v);
+          if (v == 0 || r.c.steps[v / 2] != r.c.steps[v / 2 - 1]) scale = Places(r.c, r.meta.scales + t * r.c.groups, i, v);
           const Floats scaled[2] = {Multiply(numbers[0], scale), Multiply(numbers[1], scale)};
           for (int h = 0; h < kHeads; ++h) {
             for (int k = 0; k < 2; ++k) sum[k][h] = Fma(scaled[k], Load(q + h * dim + k * kLanes), sum[k][h]);
@@ -230,11 +160,8 @@ KVQ_AVX2 void ReadDots(const R& r, const float* queries, const float* sums, int6
     }
     if constexpr (R::kCodes && R::kOneGroup) {
       for (int64_t t = 0; t < n; t += kLanes) {
-        Store(x[h] + t, Fma(Load(x[h] + t), Load(r.meta.scales + t), Multiply(Load(r.meta.shifts + t), Set(sums[h]))));
-      }
-    } else if constexpr (R::kCodes) {
-      for (int64_t t = 0; t < n; ++t) {
-        for (int64_t g = 0; g < r.c.groups; ++g) x[h][t] += r.meta.shifts[t * r.c.groups + g] * sums[h * r.c.groups + g];
+        const Floats shifts = Multiply(Load(r.meta.shifts + t), Set(sums[h * kLanes]));
+        Store(x[h] + t, Fma(Load(x[h] + t), Load(r.meta.scales + t), shifts));
       }
     }
   }
@@ -278,7 +205,7 @@ KVQ_AVX2 void ReadWeighted(const R& r, const Logits* x, int64_t n, int64_t dim, 
         const auto stored = r.Read(t, i);
         Floats numbers[2] = {R::Number(stored, v), R::Number(stored, v + 1)};
         if constexpr (R::kCodes && !R::kOneGroup) {
-          const Floats scale = r.Places(r.meta.scales + t * r.c.groups, i, v);
+          const Floats scale = Places(r.c, r.meta.scales + t * r.c.groups, i, v);
           numbers[0] = Multiply(numbers[0], scale), numbers[1] = Multiply(numbers[1], scale);
         }
         for (int h = 0; h < kHeads; ++h) {
@@ -288,7 +215,7 @@ KVQ_AVX2 void ReadWeighted(const R& r, const Logits* x, int64_t n, int64_t dim, 
       }
       for (int h = 0; h < kHeads; ++h) {
         Floats added = Zeros();
-        if constexpr (R::kCodes) added = R::kOneGroup ? Set(shift[h][0]) : r.Places(shift[h], i, v);
+        if constexpr (R::kCodes) added = R::kOneGroup ? Set(shift[h][0]) : Places(r.c, shift[h], i, v);
         Store(out + h * dim, Add(sum[h][0], added)), Store(out + h * dim + kLanes, Add(sum[h][1], added));
       }
     }
@@ -296,56 +223,6 @@ KVQ_AVX2 void ReadWeighted(const R& r, const Logits* x, int64_t n, int64_t dim, 
 }
 
 // ---- a tile
-
-// logits[t] of n tokens for one query; rows of `dim` numbers.
-KVQ_AVX2 void Dots(const float* q, const float* keys, int64_t n, int64_t dim, float* logits) {
-  int64_t t = 0;
-  for (; t + 4 <= n; t += 4) {
-    const float* row = keys + t * dim;
-    Floats a = Zeros(), b = Zeros(), c = Zeros(), d = Zeros();
-    for (int64_t i = 0; i < dim; i += kLanes) {
-      const Floats x = Load(q + i);
-      a = Fma(x, Load(row + i), a), b = Fma(x, Load(row + dim + i), b);
-      c = Fma(x, Load(row + 2 * dim + i), c), d = Fma(x, Load(row + 3 * dim + i), d);
-    }
-    _mm_storeu_ps(logits + t, Sums(a, b, c, d));
-  }
-  for (; t < n; ++t) {
-    Floats a = Zeros();
-    for (int64_t i = 0; i < dim; i += kLanes) a = Fma(Load(q + i), Load(keys + t * dim + i), a);
-    logits[t] = Sum(a);
-  }
-}
-
-// out += sum over tokens of weights[t] values[t].
-KVQ_AVX2 void AddWeighted(const float* weights, const float* values, int64_t n, int64_t dim, float* out) {
-  constexpr int kHeld = 8;  // vectors of the output in registers
-  int64_t i = 0;
-  for (; i + kHeld * kLanes <= dim; i += kHeld * kLanes) {
-    Floats sum[kHeld];
-#pragma GCC unroll 8
-    for (int k = 0; k < kHeld; ++k) sum[k] = Load(out + i + k * kLanes);
-    for (int64_t t = 0; t < n; ++t) {
-      const Floats p = Set(weights[t]);
-      const float* row = values + t * dim + i;
-#pragma GCC unroll 8
-      for (int k = 0; k < kHeld; ++k) sum[k] = Fma(p, Load(row + k * kLanes), sum[k]);
-    }
-#pragma GCC unroll 8
-    for (int k = 0; k < kHeld; ++k) Store(out + i + k * kLanes, sum[k]);
-  }
-  for (; i < dim; i += 2 * kLanes) {
-    const bool two = i + kLanes < dim;
-    Floats first = Load(out + i), second = two ? Load(out + i + kLanes) : Zeros();
-    for (int64_t t = 0; t < n; ++t) {
-      const Floats p = Set(weights[t]);
-      first = Fma(p, Load(values + t * dim + i), first);
-      if (two) second = Fma(p, Load(values + t * dim + i + kLanes), second);
-    }
-    Store(out + i, first);
-    if (two) Store(out + i + kLanes, second);
-  }
-}
 
 // The largest of n logits; NaN where one is.
 KVQ_AVX2 float Largest(const float* x, int64_t n) {
@@ -383,7 +260,7 @@ KVQ_AVX2 void Cap(float* x, int64_t n, float cap) {
   for (int64_t t = 0; t < n; ++t) x[t] = top - 2 * top / (1 + Exp2(std::clamp(x[t] * (2 / cap), -125.0f, 125.0f)));
 }
 
-// What n tokens of a side are read by: numbers of 16 bits and codes as they are stored, all else as float32.
+// What n tokens of a side are read by: as they are stored, or float32 numbers made of them.
 struct Tile {
   const Source* source;
   const float* floats;
@@ -391,18 +268,19 @@ struct Tile {
   Meta meta;
 };
 
-// Calls work(reader) for tokens that have one; whether they have.
+// Calls work(reader).
 template <int kBits, int kWidth, typename Work>
 KVQ_AVX2 void WithCodes(const Tile& tile, const Work& work) {
   const Codes& c = *tile.source->codes;
-  const uint32_t* rows = c.rows + tile.first * c.words;
-  c.groups == 1 ? work(CodeReader<kBits, kWidth, true>{c, rows, tile.meta})
-                : work(CodeReader<kBits, kWidth, false>{c, rows, tile.meta});
+  c.groups == 1 ? work(CodeReader<kBits, kWidth, true>{c, tile.first, tile.meta})
+                : work(CodeReader<kBits, kWidth, false>{c, tile.first, tile.meta});
 }
 template <typename Work>
-KVQ_AVX2 bool WithReader(const Tile& tile, int64_t dim, const Work& work) {
-  if (tile.floats != nullptr) return false;
-  if (const Codes* c = tile.source->codes; c != nullptr) {
+KVQ_AVX2 void WithReader(const Tile& tile, int64_t dim, const Work& work) {
+  const Source& source = *tile.source;
+  if (tile.floats != nullptr) {
+    work(RowReader<DType::kFloat32>{tile.floats, dim, 0});
+  } else if (const Codes* c = source.codes; c != nullptr) {
     switch (c->bits * 16 + c->width) {
       case 8 * 16 + 8: WithCodes<8, 8>(tile, work); break;
       case 8 * 16 + 4: WithCodes<8, 4>(tile, work); break;
@@ -411,12 +289,15 @@ KVQ_AVX2 bool WithReader(const Tile& tile, int64_t dim, const Work& work) {
       case 2 * 16 + 8: WithCodes<2, 8>(tile, work); break;
       default: WithCodes<2, 4>(tile, work);
     }
-    return true;
+  } else {
+    const int64_t first = tile.first * source.stride;
+    const auto* rows = static_cast<const uint16_t*>(source.rows) + first;
+    switch (source.dtype) {
+      case DType::kFloat32: work(RowReader<DType::kFloat32>{static_cast<const float*>(source.rows) + first, source.stride, dim}); break;
+      case DType::kFloat16: work(RowReader<DType::kFloat16>{rows, source.stride, dim}); break;
+      case DType::kBFloat16: work(RowReader<DType::kBFloat16>{rows, source.stride, dim});
+    }
   }
-  const auto* rows = static_cast<const uint16_t*>(tile.source->rows) + tile.first * tile.source->stride;
-  tile.source->dtype == DType::kFloat16 ? work(RowReader<true>{rows, tile.source->stride, dim})
-                                        : work(RowReader<false>{rows, tile.source->stride, dim});
-  return true;
 }
 // work(count) with some query heads' number as a constant.
 template <typename Work>
@@ -430,15 +311,14 @@ KVQ_AVX2 void AttendTile(const Head& of, const Tile& keys, const Tile& values, i
   alignas(64) Logits x[kMostHeads];
   const int64_t dim = of.dim;
   const float* queries = keys.source->encoded() ? of.coded_queries : of.queries;
-  const int64_t groups = keys.source->codes != nullptr ? keys.source->codes->groups : 0;
+  const int64_t groups = keys.source->codes != nullptr ? Lanes(keys.source->codes->groups) : 0;
   for (int64_t head = 0, count; head < of.heads; head += count) {
     const int64_t left = of.heads - head;
     count = left == 4 ? 2 : std::min<int64_t>(left, kMostHeads);
     const float* q = queries + head * dim;
-    const bool read = WithReader(keys, dim, [&](const auto& reader) KVQ_AVX2 {
+    WithReader(keys, dim, [&](const auto& reader) KVQ_AVX2 {
       WithHeads(count, [&](auto some) KVQ_AVX2 { ReadDots<some>(reader, q, of.sums + head * groups, n, dim, x); });
     });
-    for (int64_t h = 0; !read && h < count; ++h) Dots(q + h * dim, keys.floats, n, dim, x[h]);
     for (int64_t h = 0; h < count; ++h) {
       float &m = of.m[head + h], &l = of.l[head + h];
       if (of.softcap > 0) Cap(x[h], n, of.softcap);
@@ -453,24 +333,26 @@ KVQ_AVX2 void AttendTile(const Head& of, const Tile& keys, const Tile& values, i
       l += Exponentials(x[h], n, m);
     }
     float* out = of.by_order[values.source->encoded()] + head * dim;
-    const bool added = WithReader(values, dim, [&](const auto& reader) KVQ_AVX2 {
+    WithReader(values, dim, [&](const auto& reader) KVQ_AVX2 {
       WithHeads(count, [&](auto some) KVQ_AVX2 { ReadWeighted<some>(reader, x, n, dim, out); });
     });
-    for (int64_t h = 0; !added && h < count; ++h) AddWeighted(x[h], values.floats, n, dim, out + h * dim);
   }
 }
 
-// n tokens of one side from token `at` of its segment on; those that no reader knows are at `floats`, or in `to`.
+// n tokens of one side from token `at` of its segment on; those that no reader knows as they are stored go to `to`.
 KVQ_AVX2 void Take(const Source& source, int64_t at, int64_t n, int64_t dim, float* to, Tile& tile) {
   tile.source = &source, tile.first = source.first + at, tile.floats = nullptr;
   if (source.block != nullptr) {
     tile.floats = source.block->Tokens(source.head, tile.first);
   } else if (source.codes != nullptr) {
     LoadMeta(*source.codes, tile.first, n, tile.meta);
-  } else if (source.dtype == DType::kFloat32 || source.ring > 0) {
+    if (source.codes->direct()) return;
+    Widen(*source.codes, tile.first, n, tile.meta, to);
+    tile.floats = to;
+  } else if (source.ring > 0) {
     tile.floats = to;
     for (int64_t t = 0; t < n; ++t) {
-      const int64_t token = tile.first + t, offset = (source.ring > 0 ? token % source.ring : token) * source.stride;
+      const int64_t offset = (tile.first + t) % source.ring * source.stride;
       if (source.dtype == DType::kFloat32) {
         memcpy(to + t * dim, static_cast<const float*>(source.rows) + offset, static_cast<size_t>(dim) * 4);
       } else {
@@ -502,29 +384,9 @@ KVQ_AVX2 void Attend(std::vector<Head>& all, int64_t begin, int64_t end) {
 }
 #endif  // KVQ_HAS_AVX2
 
-// Whether codes of one layout are read as they are; others their codec decodes, a block at a time.
-bool IsAffine(const Codec& codec) { return codec.planes != nullptr && (codec.affine.has_value() || codec.lines != nullptr); }
-
-Codes CodesOf(const Codec& codec, const CodecParams& params, const KvView& view, int64_t pair) {
-  Codes c;
-  c.dim = view.head_dim, c.bits = codec.bits, c.group = static_cast<int>(GroupOf(params, c.dim));
-  c.words = c.dim * c.bits / 32, c.width = Width(c.bits, c.dim), c.groups = c.dim / c.group;
-  const auto plane = [&](int p) { return view.planes[p] + pair * view.plane_stride[p]; };
-  c.rows = reinterpret_cast<const uint32_t*>(plane(0));
-  if (codec.affine) {
-    c.zero = *codec.affine;
-    c.scales = reinterpret_cast<const uint16_t*>(plane(1)), c.zeros = reinterpret_cast<const uint16_t*>(plane(2));
-  } else {
-    c.lines = &codec, c.params = params, c.view = view;
-    for (int p = 0; p < kMaxPlanes; ++p) {
-      if (view.planes[p] != nullptr) c.view.planes[p] = plane(p);
-    }
-  }
-  for (int64_t lane = 0; lane < c.words / c.width * kLanes; ++lane) {
-    const int64_t w = lane / kLanes * c.width + lane % c.width;
-    c.places.push_back(static_cast<int32_t>(w % (c.words / 4) * (128 / c.bits) / c.group));
-  }
-  return c;
+// How its scheme turned tokens whose codes are read as they lie.
+Rotation TurnOfCodes(const Codec& codec) {
+  return codec.turned && ReadsCodes(codec) ? Rotation{Rotation::kHadamard, codec.turn_block} : Rotation{};
 }
 
 Source SourceOf(const DenseView& view, int64_t b, int64_t h, int64_t first) {
@@ -535,7 +397,7 @@ Source SourceOf(const DenseView& view, int64_t b, int64_t h, int64_t first) {
 
 std::string Label(const Codec& codec) {
   if (codec.planes == nullptr) return "dense";
-  return IsAffine(codec) && codec.device.label != nullptr ? codec.device.label : StrCat("int", codec.bits, "_tiles");
+  return ReadsCodes(codec) && codec.device.label != nullptr ? codec.device.label : StrCat("int", codec.bits, "_tiles");
 }
 
 }  // namespace
@@ -553,8 +415,7 @@ void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttenti
   const int64_t pairs = args.keys.batch * kv_heads;
   const bool coded_keys = keys.planes != nullptr, coded_values = values.planes != nullptr;
   if (dim % 16 != 0 || dim > kTileFloats / 4) throw InputError("decode attention wants a head_dim that is a multiple of 16 up to 512, not ", dim);
-  const std::vector<int32_t> key_order = IsAffine(keys) ? CodeOrder(keys.bits, dim) : std::vector<int32_t>();
-  const std::vector<int32_t> value_order = IsAffine(values) ? CodeOrder(values.bits, dim) : std::vector<int32_t>();
+  const std::vector<int32_t> key_order = CodeOrder(keys, dim), value_order = CodeOrder(values, dim);
 
   // Pieces of equal work, as many and a few for each thread: one that is held up leaves the rest to others.
   constexpr int64_t kLeast = 64;  // tokens that are worth a piece
@@ -579,7 +440,7 @@ void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttenti
     const SequenceLength& length = args.lengths[b];
     const auto values_of = static_cast<size_t>(heads * dim);
     std::vector<float> queries(static_cast<size_t>(together) * values_of), coded(coded_keys ? queries.size() : 0);
-    const int64_t group = GroupOf(args.key_params, dim), groups = IsAffine(keys) ? dim / group : 0;
+    const int64_t group = GroupOf(args.key_params, dim), groups = ReadsCodes(keys) ? Lanes(dim / group) : 0;
     std::vector<float> query_sums(static_cast<size_t>(together * heads * groups));
     std::vector<float> in_order(static_cast<size_t>(together) * 2 * values_of);
     LoadRow(args.queries, args.dtype, first_pair * heads * dim, together * heads * dim, queries.data());
@@ -587,6 +448,7 @@ void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttenti
     for (int64_t head = 0; coded_keys && head < together * heads; ++head) {
       std::vector<float> rotated(queries.begin() + head * dim, queries.begin() + (head + 1) * dim);
       Rotate(rules.key_rotation, dim, rotated.data());
+      Rotate(TurnOfCodes(keys), dim, rotated.data());
       for (int64_t i = 0; groups > 0 && i < dim; ++i) {
         query_sums[static_cast<size_t>(head * groups + i / group)] += rotated[static_cast<size_t>(i)];
       }
@@ -600,7 +462,7 @@ void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttenti
     Block blocks[2];
     for (int side = 0; side < 2; ++side) {
       const auto& [codec, view] = sides[side];
-      if (codec->planes == nullptr || IsAffine(*codec)) continue;
+      if (codec->planes == nullptr || ReadsCodes(*codec)) continue;
       Block& block = blocks[side];
       block = {.codec = codec, .params = params[side], .view = *view, .tokens = view->block_tokens};
       // Tokens that are encoded one by one come a tile at a time.
@@ -625,7 +487,7 @@ void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttenti
         const auto& [codec, view] = sides[side];
         if (codec->planes == nullptr) {
           encoded[side] = {.rows = view->planes[0] + pair * view->plane_stride[0], .dtype = tokens, .stride = dim};
-        } else if (IsAffine(*codec)) {
+        } else if (ReadsCodes(*codec)) {
           Codes& own = codes[static_cast<size_t>(i)][static_cast<size_t>(side)];
           own = CodesOf(*codec, params[side], *view, pair);
           encoded[side].codes = &own;
@@ -682,6 +544,7 @@ void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttenti
         for (int64_t d = 0; d < dim; ++d) {
           decoded[static_cast<size_t>(value_order.empty() ? d : value_order[static_cast<size_t>(d)])] = own.by_order[1][head * dim + d];
         }
+        Unrotate(TurnOfCodes(values), dim, decoded.data());
         Unrotate(rules.value_rotation, dim, decoded.data());
         for (int64_t d = 0; d < dim; ++d) out[head * dim + d] += decoded[static_cast<size_t>(d)];
       }
