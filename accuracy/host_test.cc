@@ -226,7 +226,48 @@ TEST(Host, AttentionOfEveryPlainScheme) {
       }
     }
   }
-  EXPECT_GE(read, 9);  // llama.cpp's, vLLM's, LMDeploy's and MLX's among them: without HostCodec::lines all would pass, decoded
+  EXPECT_GE(read, 30);  // without HostCodec::lines all would pass, decoded
+}
+
+TEST(Host, AttentionGivesNanWhereATokenDecodesToIt) {
+  if (!host::HasAvx2()) GTEST_SKIP() << host::kWantsAvx2;
+  const c10::InferenceMode guard;
+  at::manual_seed(9);
+  const Codec& none = FindScheme("none").keys;
+  int read = 0;
+  for (const Scheme& scheme : Schemes()) {
+    const Codec& codec = scheme.values;
+    if (codec.host.lines == nullptr) continue;
+    for (const int64_t dim : {64, 80, 96, 128}) {
+      SCOPED_TRACE(scheme.name + " head_dim " + std::to_string(dim));
+      const CodecParams params{.group_size = codec.default_group};
+      try {
+        codec.planes(1, dim, params);
+      } catch (const InputError&) {
+        continue;  // a shape that the scheme refuses
+      }
+      Tensor keys = at::randn({1, 1, 48, dim}), values = at::randn({1, 1, 48, dim}), none_left = at::empty({1, 1, 0, dim});
+      values[0][0][5][41] = NAN;
+      const EncodedTensors encoded = Encode(codec, params, values, 1);
+      Tensor decoded = at::empty_like(values), queries = at::randn({1, 1, 2, dim}), out = at::empty_like(queries);
+      DecodeTensor(codec, params, encoded, 0, decoded);
+      KvView key_view;
+      key_view.batch = 1, key_view.heads = 1, key_view.head_dim = dim, key_view.capacity = 48;
+      key_view.planes[0] = static_cast<std::byte*>(keys.data_ptr()), key_view.plane_stride[0] = 48 * dim * 4;
+      const SequenceLength length{0, 48, 0};
+      const DenseView dense = ViewOf(none_left);
+      host::DecodeAttention(none, codec,
+                            {.dtype = DType::kFloat32, .query_heads = 2, .queries = queries.data_ptr(), .out = out.data_ptr(),
+                             .scale = 0.1f, .keys = key_view, .values = encoded.view(), .value_params = params, .sink_keys = dense,
+                             .sink_values = dense, .residual_keys = dense, .residual_values = dense, .lengths = &length},
+                            DType::kFloat32);
+      const Tensor expected = decoded.isnan().any(2, /*keepdim=*/true);
+      EXPECT_TRUE(expected.any().item<bool>());
+      EXPECT_TRUE(out.isnan().equal(expected.expand_as(out))) << out.isnan() << expected;
+      ++read;
+    }
+  }
+  EXPECT_GE(read, 90);
 }
 
 }  // namespace

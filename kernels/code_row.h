@@ -60,20 +60,27 @@ KVQ_VECTOR inline void PackRow(const uint8_t* codes, int64_t head_dim, uint8_t* 
   }
 }
 
+#ifndef __CUDACC__
 template <int kBits, typename T>
 KVQ_VECTOR inline void UnpackRow(const uint8_t* row, int64_t head_dim, T* codes) {
-  constexpr int kFields = 16 / kBits, kRun = kRunChannels<kBits>, kMask = (1 << kBits) - 1;
+  constexpr int kFields = 16 / kBits, kRun = kRunChannels<kBits>;
+  constexpr uint16_t kMask = (1 << kBits) - 1;
+  using Sides = uint16_t __attribute__((vector_size(16)));
+  typedef T Eight __attribute__((vector_size(8 * sizeof(T))));  // which an alias of what depends on T cannot say
   const int64_t words = head_dim / kRun;
   for (int64_t w = 0; w < words; ++w) {
-    uint16_t sides[8];
-    for (int chunk = 0; chunk < 4; ++chunk) memcpy(sides + 2 * chunk, row + (chunk * words + w) * 4, 4);
+    uint32_t of_chunks[4];
+    for (int chunk = 0; chunk < 4; ++chunk) memcpy(of_chunks + chunk, row + (chunk * words + w) * 4, 4);
+    Sides sides;
+    memcpy(&sides, of_chunks, sizeof sides);
+#pragma GCC unroll 8
     for (int field = 0; field < kFields; ++field) {
-      for (int i = 0; i < 8; ++i) {
-        codes[w * kRun + 8 * field + i] = static_cast<T>(sides[i] >> (field * kBits) & kMask);
-      }
+      const Eight eight = __builtin_convertvector(sides >> (field * kBits) & kMask, Eight);
+      memcpy(codes + w * kRun + 8 * field, &eight, sizeof eight);
     }
   }
 }
+#endif
 
 // The rows of the kOdd odd bits of codes whose low kLow bits lie in words: written from whole codes, and added to the low ones.
 template <int kLow, int kOdd>

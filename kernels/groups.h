@@ -9,6 +9,7 @@
 #include <span>
 #include <stdexcept>
 #include <string>
+#include <vector>
 #endif
 
 #include "kernels/half.h"
@@ -151,6 +152,23 @@ void ForEach(bool parallel, int64_t n, const Body& body) {
 #pragma omp parallel for schedule(static) if (parallel)
   for (int64_t i = 0; i < n; ++i) body(i);
 }
+
+// Whether there are enough numbers for threads to share: their start and end take as long as some thousands of them.
+inline bool AreMany(const DenseView& x) { return RowsOf(x) * x.head_dim > 4096; }
+
+// n numbers, on the stack where they are few.
+template <typename T>
+class Numbers {
+ public:
+  explicit Numbers(int64_t n) : many_(n > kFew ? n : 0) {}
+  T* data() { return many_.empty() ? few_ : many_.data(); }
+  T& operator[](int64_t i) { return data()[i]; }
+
+ private:
+  static constexpr int64_t kFew = 512;
+  alignas(64) T few_[kFew];
+  std::vector<T> many_;
+};
 
 // n elements from `offset` on as float32, and back in the array's type.
 KVQ_VECTOR inline void LoadRow(const void* data, DType dtype, int64_t offset, int64_t n, float* row) {

@@ -758,11 +758,11 @@ KVQ_VECTOR void DecodeGroup(const Key<S>& key, const uint8_t* codes, int64_t n, 
 template <typename S>
 void Encode(const CodecParams& params, const DenseView& x, int64_t first_token, const KvView& out) {
   const int64_t dim = x.head_dim, n = GroupOf(params, dim), groups = dim / n;
-  ForEach(/*parallel=*/true, RowsOf(x), [&](int64_t index) {
+  ForEach(/*parallel=*/AreMany(x), RowsOf(x), [&](int64_t index) {
     const Row row(x, index);
     const int64_t slot = first_token + row.t;
-    std::vector<float> values(dim);
-    std::vector<uint8_t> codes(dim);
+    Numbers<float> values(dim);
+    Numbers<uint8_t> codes(dim);
     LoadRow(x.data, x.dtype, Offset(x, row.b, row.h, row.t, 0), dim, values.data());
     const VectorFit<S> vector = FitVector<S>(values.data(), static_cast<int>(dim));
     StoreVector<S>(vector.stored, out, row.b, row.h, slot);
@@ -774,7 +774,7 @@ void Encode(const CodecParams& params, const DenseView& x, int64_t first_token, 
     }
     if constexpr (kOdd<S> > 0) {
       PackOddBits<kLow<S>, kOdd<S>>(codes.data(), dim, MetadataRow<uint8_t>(out, 1, kOdd<S> * dim / 8, row.b, row.h, slot));
-      for (uint8_t& code : codes) code &= (1 << kLow<S>) - 1;
+      for (int64_t i = 0; i < dim; ++i) codes[i] &= (1 << kLow<S>) - 1;
     }
     PackRow<kLow<S>>(codes.data(), dim, CodeRow<kLow<S>>(out, row.b, row.h, slot));
   });
@@ -783,11 +783,11 @@ void Encode(const CodecParams& params, const DenseView& x, int64_t first_token, 
 template <typename S>
 void Decode(const CodecParams& params, const KvView& in, int64_t first_token, const DenseView& out) {
   const int64_t dim = out.head_dim, n = GroupOf(params, dim), groups = dim / n;
-  ForEach(/*parallel=*/true, RowsOf(out), [&](int64_t index) {
+  ForEach(/*parallel=*/AreMany(out), RowsOf(out), [&](int64_t index) {
     const Row row(out, index);
     const int64_t slot = first_token + row.t;
-    std::vector<float> values(dim);
-    std::vector<uint8_t> codes(dim);
+    Numbers<float> values(dim);
+    Numbers<uint8_t> codes(dim);
     UnpackRow<kLow<S>>(CodeRow<kLow<S>>(in, row.b, row.h, slot), dim, codes.data());
     if constexpr (kOdd<S> > 0) {
       AddOddBits<kLow<S>, kOdd<S>>(MetadataRow<uint8_t>(in, 1, kOdd<S> * dim / 8, row.b, row.h, slot), dim, codes.data());

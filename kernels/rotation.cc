@@ -1,7 +1,6 @@
 #include "kernels/rotation.h"
 
 #include <array>
-#include <cmath>
 
 #include "kernels/error.h"
 #include "kernels/scheme.h"
@@ -16,16 +15,7 @@ constexpr std::array<float, kMostSigns> kSignsOf = [] {
 }();
 
 void Hadamard(int64_t block, int64_t dim, float* x) {
-  const float factor = 1 / std::sqrt(static_cast<float>(block));
-  for (int64_t i = 0; i < dim; ++i) x[i] *= factor;
-  for (int64_t h = 1; h < block; h *= 2) {
-    for (int64_t first = 0; first < dim; first += 2 * h) {
-      for (int64_t i = first; i < first + h; ++i) {
-        const float u = x[i], v = x[i + h];
-        x[i] = u + v, x[i + h] = u - v;
-      }
-    }
-  }
+  plain::Hadamard(x, static_cast<int>(dim), static_cast<int>(block), plain::Alone{});
 }
 
 void Sign(int64_t dim, float* x) {

@@ -22,14 +22,16 @@ KVQ_AVX2_INLINE __m256i Bits(uint32_t lane) { return _mm256_set1_epi32(static_ca
 
 template <int kBits>
 struct Number {
+  static constexpr bool kNormed = false;
   explicit Number(const Codes&) {}
   KVQ_AVX2_INLINE Floats Of(__m256i codes, int shift) const {
     return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(codes, shift), Bits((1 << kBits) - 1)));
   }
 };
 
-template <int kBits>
+template <int kBits, bool kNormed_>
 struct Entry {
+  static constexpr bool kNormed = kNormed_;  // a token's are divided by their norm
   Floats low, high;
   KVQ_AVX2_INLINE explicit Entry(const Codes& c) : low(Load(c.table)), high(Load(c.table + 8)) {}
   KVQ_AVX2_INLINE Floats Of(__m256i codes, int shift) const {
@@ -46,14 +48,19 @@ struct Small;
 template <int kExponentBits, int kMantissaBits, int kLargest, uint32_t kLargestCode, uint32_t kNan>
 struct Small<SmallFloat<kExponentBits, kMantissaBits, kLargest, kLargestCode, kNan>> {
   using Float = SmallFloat<kExponentBits, kMantissaBits, kLargest, kLargestCode, kNan>;
+  static constexpr bool kNormed = false;
   explicit Small(const Codes&) {}
   KVQ_AVX2_INLINE Floats Of(__m256i codes, int shift) const {
-    constexpr uint32_t kRest = 0x7Fu << Float::kDropped;
-    const __m256i below_sign = _mm256_srai_epi32(_mm256_slli_epi32(codes, 24 - shift), 24 - Float::kDropped);
-    const __m256i bits = _mm256_and_si256(below_sign, Bits(kRest | 0x80000000));
-    const __m256i broken = _mm256_cmpgt_epi32(_mm256_and_si256(bits, Bits(kRest)), Bits(kLargestCode << Float::kDropped));
-    const Floats numbers = Multiply(_mm256_castsi256_ps(bits), Set(BitsFloat((254u - Float::kBias) << 23)));
-    return _mm256_or_ps(numbers, _mm256_castsi256_ps(broken));
+    constexpr uint32_t kRebias = uint32_t{127 - Float::kBias} << 23, kSmallestNormal = uint32_t{128 - Float::kBias} << 23;
+    const __m256i top = _mm256_slli_epi32(codes, 24 - shift);
+    const __m256i rest = _mm256_and_si256(_mm256_srli_epi32(top, 24 - Float::kDropped), Bits(0x7Fu << Float::kDropped));
+    const __m256i broken = _mm256_cmpgt_epi32(rest, Bits(kLargestCode << Float::kDropped));
+    // Subnormal numbers, as if they were normal ones below the smallest, are twice too near to it: moving them away makes them right and
+    // all others larger. (There it is a multiplication, which takes some twenty cycles where a number is subnormal.)
+    const Floats normal = _mm256_castsi256_ps(_mm256_add_epi32(rest, Bits(kRebias)));
+    const Floats magnitudes = _mm256_min_ps(normal, Fma(normal, Set(2), Set(-BitsFloat(kSmallestNormal))));
+    const __m256i signs = _mm256_or_si256(_mm256_and_si256(top, Bits(0x80000000)), broken);
+    return _mm256_or_ps(magnitudes, _mm256_castsi256_ps(signs));
   }
 };
 
@@ -96,38 +103,38 @@ template <typename Element, int kLow, int kOdd, int kWidth>
 KVQ_AVX2 void WidenRows(const Codes& c, int64_t first, int64_t n, const Meta& meta, float* to) {
   constexpr int kVectors = 32 / kLow * kWidth / 8, kSets = kOdd > 0 ? 8 / kLow : 1, kOddBytes = kWidth * 4 / kLow;
   const Element element(c);
-  const bool normed = c.codec->host.normed;
+  const int64_t reads = c.words / kWidth, words_of_token = c.words, groups = c.groups, dim = c.dim;
+  const bool alike = c.steps[kVectors / 2 - 1] == 0;  // all vectors' scales of a read are
   for (int64_t t = 0; t < n; ++t) {
-    const uint32_t* row = c.rows + (first + t) * c.words;
-    const uint8_t* odd_row = c.odd + (first + t) * kOdd * c.dim / 8;
-    const float *scales = meta.scales + t * c.groups, *shifts = meta.shifts + t * c.groups;
+    const uint32_t* row = c.rows + (first + t) * words_of_token;
+    const uint8_t* odd_row = c.odd + (first + t) * kOdd * dim / 8;
+    const float *scales = meta.scales + t * groups, *shifts = meta.shifts + t * groups;
     float* const begin = to;
+    Floats squares = Zeros();
     Fetch(c, first + t);
-    for (int64_t i = 0; i < c.words / kWidth; ++i) {
+    for (int64_t i = 0; i < reads; ++i) {
       __m256i sets[kSets] = {LoadWords<kWidth>(row + i * kWidth)};
       if constexpr (kOdd > 0) {
         __m256i odd[kOdd];
-        for (int bit = 0; bit < kOdd; ++bit) odd[bit] = LoadOdd<kLow, kWidth>(odd_row + bit * c.dim / 8 + i * kOddBytes);
+        for (int bit = 0; bit < kOdd; ++bit) odd[bit] = LoadOdd<kLow, kWidth>(odd_row + bit * dim / 8 + i * kOddBytes);
         const __m256i words = sets[0];
 #pragma GCC unroll 4
         for (int set = 0; set < kSets; ++set) sets[set] = WithOdd<kLow, kOdd, kWidth>(words, odd, set);
       }
-      Floats scale = Set(1), shift = Zeros();
+      Floats scale, shift;
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v, to += kLanes) {
-        if (v % 2 == 0 && !normed && (v == 0 || c.steps[v / 2] != c.steps[v / 2 - 1])) {
-          scale = Places(c, scales, i, v), shift = Places(c, shifts, i, v);
-        }
+        if (!Element::kNormed && v % 2 == 0 && (v == 0 || !alike)) scale = Places(c, scales, i, v), shift = Places(c, shifts, i, v);
         const int field = FieldOf<kLow, kWidth>(v);
         const Floats numbers = kOdd > 0 ? element.Of(sets[field % kSets], field / kSets * 8) : element.Of(sets[0], field * kLow);
-        Store(to, Fma(numbers, scale, shift));
+        if constexpr (Element::kNormed) squares = Fma(numbers, numbers, squares);
+        Store(to, Element::kNormed ? numbers : Fma(numbers, scale, shift));
       }
     }
-    if (!normed) continue;
-    Floats sum = Zeros();
-    for (int64_t d = 0; d < c.dim; d += kLanes) sum = Fma(Load(begin + d), Load(begin + d), sum);
-    const Floats scale = Set(*scales / std::sqrt(Sum(sum)));
-    for (int64_t d = 0; d < c.dim; d += kLanes) Store(begin + d, Multiply(Load(begin + d), scale));
+    if constexpr (Element::kNormed) {
+      const Floats scale = Set(*scales / std::sqrt(Sum(squares)));
+      for (int64_t d = 0; d < dim; d += kLanes) Store(begin + d, Multiply(Load(begin + d), scale));
+    }
   }
 }
 template <typename Element, int kLow, int kOdd>
@@ -222,8 +229,11 @@ KVQ_AVX2 void Widen(const Codes& c, int64_t first, int64_t n, const Meta& meta, 
     switch (c.codec->host.element) {
       case Element::kE4M3: return RowsOf<Small<E4M3>, 8, 0>(c.width);
       case Element::kE5M2: return RowsOf<Small<E5M2>, 8, 0>(c.width);
-      case Element::kNumber: break;
-      default: return c.bits == 4 ? RowsOf<Entry<4>, 4, 0>(c.width) : RowsOf<Entry<3>, 2, 1>(c.width);
+      default: break;
+    }
+    if (c.codec->host.element != Element::kNumber) {
+      if (c.codec->host.normed) return c.bits == 4 ? RowsOf<Entry<4, true>, 4, 0>(c.width) : RowsOf<Entry<3, true>, 2, 1>(c.width);
+      return c.bits == 4 ? RowsOf<Entry<4, false>, 4, 0>(c.width) : RowsOf<Entry<3, false>, 2, 1>(c.width);
     }
     switch (c.bits) {
       case 7: return RowsOf<Number<7>, 4, 3>(c.width);

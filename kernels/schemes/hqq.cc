@@ -177,10 +177,8 @@ void DecodeBlock(const BlockShape& shape, const KvView& in, int64_t b, int64_t f
     const int64_t h = row / shape.tokens, t = row % shape.tokens;
     const uint8_t* packed = CodeRow<kBits>(in, b, h, first_slot + t);
     const int64_t offset = Offset(out, b, h, first + t, 0);
-    alignas(64) float few[256];
-    std::vector<float> many(shape.head_dim > 256 ? shape.head_dim : 0);
-    float* values = many.empty() ? few : many.data();
-    UnpackRow<kBits>(packed, shape.head_dim, values);
+    Numbers<float> values(shape.head_dim);
+    UnpackRow<kBits>(packed, shape.head_dim, values.data());
     const int64_t flat = row * shape.head_dim;
     for (int64_t d = 0; d < shape.head_dim;) {
       if (!shape.across) {
@@ -194,7 +192,7 @@ void DecodeBlock(const BlockShape& shape, const KvView& in, int64_t b, int64_t f
         d += run;
       }
     }
-    StoreRow(values, shape.head_dim, out.dtype, offset, out.data);
+    StoreRow(values.data(), shape.head_dim, out.dtype, offset, out.data);
   });
 }
 

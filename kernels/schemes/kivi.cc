@@ -173,17 +173,20 @@ void EncodeKeys(const CodecParams&, const DenseView& x, int64_t first_token, con
   });
 }
 
+// Codes become what Value gives.
+KVQ_VECTOR void DecodeRow(const uint16_t* scales, const uint16_t* minima, int64_t n, float* x) {
+  for (int64_t d = 0; d < n; ++d) x[d] = x[d] * HalfToFloat(scales[d]) + HalfToFloat(minima[d]);
+}
+
 template <int kBits>
 void DecodeKeys(const CodecParams&, const KvView& in, int64_t first_token, const DenseView& out) {
   const int64_t dim = out.head_dim;
-  ForEach(/*parallel=*/true, RowsOf(out), [&](int64_t index) {
+  ForEach(/*parallel=*/AreMany(out), RowsOf(out), [&](int64_t index) {
     const Row row(out, index);
     const int64_t slot = first_token + row.t;
-    const uint16_t *scales = OfGroup(in, 1, row.b, row.h, slot), *minima = OfGroup(in, 2, row.b, row.h, slot);
-    std::vector<float> values(dim);
-    std::vector<uint8_t> codes(dim);
-    UnpackRow<kBits>(CodeRow<kBits>(in, row.b, row.h, slot), dim, codes.data());
-    for (int64_t d = 0; d < dim; ++d) values[d] = Value({scales[d], minima[d]}, codes[d]);
+    Numbers<float> values(dim);
+    UnpackRow<kBits>(CodeRow<kBits>(in, row.b, row.h, slot), dim, values.data());
+    DecodeRow(OfGroup(in, 1, row.b, row.h, slot), OfGroup(in, 2, row.b, row.h, slot), dim, values.data());
     StoreRow(values.data(), dim, out.dtype, Offset(out, row.b, row.h, row.t, 0), out.data);
   });
 }

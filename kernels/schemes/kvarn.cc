@@ -209,16 +209,25 @@ void Encode(const CodecParams&, const DenseView& x, int64_t first_token, const K
   });
 }
 
+// Codes become what Value gives.
+template <bool kKeys>
+KVQ_VECTOR void DecodeRow(const uint16_t* scales, const uint16_t* lows, const uint16_t* factors, int64_t n, float* x) {
+  for (int64_t d = 0; d < n; ++d) {
+    const int64_t row = kKeys ? d : 0, column = kKeys ? 0 : d;
+    x[d] = (x[d] * HalfToFloat(scales[row]) + HalfToFloat(lows[row])) * HalfToFloat(factors[column]);
+  }
+}
+
 template <int kBits, bool kKeys>
 void Decode(const CodecParams&, const KvView& in, int64_t first_token, const DenseView& out) {
   const int64_t dim = out.head_dim;
-  ForEach(/*parallel=*/true, RowsOf(out), [&](int64_t index) {
+  ForEach(/*parallel=*/AreMany(out), RowsOf(out), [&](int64_t index) {
     const Row row(out, index);
     const int64_t slot = first_token + row.t;
-    std::vector<float> values(dim);
-    std::vector<uint8_t> codes(dim);
-    UnpackRow<kBits>(CodeRow<kBits>(in, row.b, row.h, slot), dim, codes.data());
-    for (int64_t d = 0; d < dim; ++d) values[d] = Value<kKeys>(in, row.b, row.h, slot, d, codes[d]);
+    Numbers<float> values(dim);
+    UnpackRow<kBits>(CodeRow<kBits>(in, row.b, row.h, slot), dim, values.data());
+    DecodeRow<kKeys>(Of(in, 1, kKeys, row.b, row.h, slot, 0), Of(in, 2, kKeys, row.b, row.h, slot, 0),
+                     Of(in, 3, !kKeys, row.b, row.h, slot, 0), dim, values.data());
     plain::Hadamard(values.data(), static_cast<int>(dim), static_cast<int>(dim), plain::Alone{});
     StoreRow(values.data(), dim, out.dtype, Offset(out, row.b, row.h, row.t, 0), out.data);
   });

@@ -106,7 +106,7 @@ template <int kBits, DType kType, int n>
 void DecodeRow(const KvView& in, int64_t slot, const DenseView& out, const Row& row) {
   const uint16_t* scales = MetadataRow(in, 1, in.head_dim / n, row.b, row.h, slot);
   const uint16_t* shifts = MetadataRow(in, 2, in.head_dim / n, row.b, row.h, slot);
-  std::vector<float> values(out.head_dim);
+  Numbers<float> values(out.head_dim);
   UnpackRow<kBits>(CodeRow<kBits>(in, row.b, row.h, slot), out.head_dim, values.data());
   for (int64_t g = 0; g < out.head_dim / n; ++g) {
     DecodeGroup<kType, n>(&values[g * n], HalfToFloat(scales[g]), HalfToFloat(shifts[g]));
@@ -117,7 +117,7 @@ void DecodeRow(const KvView& in, int64_t slot, const DenseView& out, const Row& 
 template <int kBits>
 void Encode(const CodecParams& params, const DenseView& x, int64_t first_token, const KvView& out) {
   WithTypeAndGroup(x.dtype, params.group_size, [&](auto type, auto group) {
-    ForEach(/*parallel=*/true, RowsOf(x), [&](int64_t index) {
+    ForEach(/*parallel=*/AreMany(x), RowsOf(x), [&](int64_t index) {
       const Row row(x, index);
       EncodeRow<kBits, type(), group()>(x, row, out, first_token + row.t);
     });
@@ -127,7 +127,7 @@ void Encode(const CodecParams& params, const DenseView& x, int64_t first_token, 
 template <int kBits>
 void Decode(const CodecParams& params, const KvView& in, int64_t first_token, const DenseView& out) {
   WithTypeAndGroup(out.dtype, params.group_size, [&](auto type, auto group) {
-    ForEach(/*parallel=*/true, RowsOf(out), [&](int64_t index) {
+    ForEach(/*parallel=*/AreMany(out), RowsOf(out), [&](int64_t index) {
       const Row row(out, index);
       DecodeRow<kBits, type(), group()>(in, first_token + row.t, out, row);
     });
