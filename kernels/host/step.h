@@ -29,8 +29,8 @@ void Product(const ProductArgs& args);
 
 // ---- attention, one query a sequence over tokens that are read as they are stored
 
-// Whether tokens of the pair can be read: dense ones, codes with fp16 scales and zeros (Codec::affine) as they are, and
-// others by their codec, a block at a time.
+// Whether tokens of the pair can be read: dense ones and codes of most schemes (kernels/host/codes.h) as they are, and others by
+// their codec, a block at a time.
 bool HasDecodeAttention(const Codec& keys, const Codec& values);
 // "host_decode_int4 (avx2)"
 std::string DecodeAttentionName(const Codec& keys, const Codec& values);
@@ -41,8 +41,8 @@ struct CacheRules {
 };
 
 // As DecodeAttention of kernels/device/attention.h, but that dense tokens are in the types of their views, those in plane
-// 0 in `tokens`. `args.workspace` is not used. Codes and 16-bit numbers are widened in registers, what only a codec reads is
-// decoded a block at a time.
+// 0 in `tokens`. `args.workspace` is not used. Codes and 16-bit numbers are widened in registers or a first cache, what only a
+// codec reads is decoded a block at a time. Of a scheme that turns tokens, queries are turned, and the output is turned back.
 void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttentionArgs& args, DType tokens,
                      const CacheRules& rules = {});
 

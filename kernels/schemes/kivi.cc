@@ -174,20 +174,25 @@ void EncodeKeys(const CodecParams&, const DenseView& x, int64_t first_token, con
 }
 
 // Codes become what Value gives.
-KVQ_VECTOR void DecodeRow(const uint16_t* scales, const uint16_t* minima, int64_t n, float* x) {
-  for (int64_t d = 0; d < n; ++d) x[d] = x[d] * HalfToFloat(scales[d]) + HalfToFloat(minima[d]);
+KVQ_VECTOR void DecodeRow(const float* scales, const float* minima, int64_t n, float* x) {
+  for (int64_t d = 0; d < n; ++d) x[d] = x[d] * scales[d] + minima[d];
 }
 
 template <int kBits>
 void DecodeKeys(const CodecParams&, const KvView& in, int64_t first_token, const DenseView& out) {
   const int64_t dim = out.head_dim;
-  ForEach(/*parallel=*/AreMany(out), RowsOf(out), [&](int64_t index) {
-    const Row row(out, index);
-    const int64_t slot = first_token + row.t;
-    Numbers<float> values(dim);
-    UnpackRow<kBits>(CodeRow<kBits>(in, row.b, row.h, slot), dim, values.data());
-    DecodeRow(OfGroup(in, 1, row.b, row.h, slot), OfGroup(in, 2, row.b, row.h, slot), dim, values.data());
-    StoreRow(values.data(), dim, out.dtype, Offset(out, row.b, row.h, row.t, 0), out.data);
+  const int64_t blocks = out.tokens / kGroup;
+  ForEach(/*parallel=*/AreMany(out), out.batch * out.heads * blocks, [&](int64_t index) {
+    const int64_t b = index / blocks / out.heads, h = index / blocks % out.heads, first = index % blocks * kGroup;
+    const int64_t slot = first_token + first;
+    Numbers<float> scales(dim), minima(dim), values(dim);
+    LoadRow(OfGroup(in, 1, b, h, slot), DType::kFloat16, 0, dim, scales.data());
+    LoadRow(OfGroup(in, 2, b, h, slot), DType::kFloat16, 0, dim, minima.data());
+    for (int64_t t = 0; t < kGroup; ++t) {
+      UnpackRow<kBits>(CodeRow<kBits>(in, b, h, slot + t), dim, values.data());
+      DecodeRow(scales.data(), minima.data(), dim, values.data());
+      StoreRow(values.data(), dim, out.dtype, Offset(out, b, h, first + t, 0), out.data);
+    }
   });
 }
 

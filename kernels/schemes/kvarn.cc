@@ -211,25 +211,32 @@ void Encode(const CodecParams&, const DenseView& x, int64_t first_token, const K
 
 // Codes become what Value gives.
 template <bool kKeys>
-KVQ_VECTOR void DecodeRow(const uint16_t* scales, const uint16_t* lows, const uint16_t* factors, int64_t n, float* x) {
+KVQ_VECTOR void DecodeRow(const float* scales, const float* lows, const float* factors, int64_t n, float* x) {
   for (int64_t d = 0; d < n; ++d) {
     const int64_t row = kKeys ? d : 0, column = kKeys ? 0 : d;
-    x[d] = (x[d] * HalfToFloat(scales[row]) + HalfToFloat(lows[row])) * HalfToFloat(factors[column]);
+    x[d] = (x[d] * scales[row] + lows[row]) * factors[column];
   }
 }
 
 template <int kBits, bool kKeys>
 void Decode(const CodecParams&, const KvView& in, int64_t first_token, const DenseView& out) {
   const int64_t dim = out.head_dim;
-  ForEach(/*parallel=*/AreMany(out), RowsOf(out), [&](int64_t index) {
-    const Row row(out, index);
-    const int64_t slot = first_token + row.t;
-    Numbers<float> values(dim);
-    UnpackRow<kBits>(CodeRow<kBits>(in, row.b, row.h, slot), dim, values.data());
-    DecodeRow<kKeys>(Of(in, 1, kKeys, row.b, row.h, slot, 0), Of(in, 2, kKeys, row.b, row.h, slot, 0),
-                     Of(in, 3, !kKeys, row.b, row.h, slot, 0), dim, values.data());
-    plain::Hadamard(values.data(), static_cast<int>(dim), static_cast<int>(dim), plain::Alone{});
-    StoreRow(values.data(), dim, out.dtype, Offset(out, row.b, row.h, row.t, 0), out.data);
+  const int64_t tiles = out.tokens / kTile;
+  ForEach(/*parallel=*/AreMany(out), out.batch * out.heads * tiles, [&](int64_t index) {
+    const int64_t b = index / tiles / out.heads, h = index / tiles % out.heads, first = index % tiles * kTile;
+    const int64_t slot = first_token + first;
+    const int64_t rows = kKeys ? dim : kTile, columns = kKeys ? kTile : dim;
+    Numbers<float> scales(rows), lows(rows), factors(columns), values(dim);
+    LoadRow(Of(in, 1, kKeys, b, h, slot, 0), DType::kFloat16, 0, rows, scales.data());
+    LoadRow(Of(in, 2, kKeys, b, h, slot, 0), DType::kFloat16, 0, rows, lows.data());
+    LoadRow(Of(in, 3, !kKeys, b, h, slot, 0), DType::kFloat16, 0, columns, factors.data());
+    for (int64_t t = 0; t < kTile; ++t) {
+      const int64_t row = kKeys ? 0 : t, column = kKeys ? t : 0;
+      UnpackRow<kBits>(CodeRow<kBits>(in, b, h, slot + t), dim, values.data());
+      DecodeRow<kKeys>(scales.data() + row, lows.data() + row, factors.data() + column, dim, values.data());
+      plain::Hadamard(values.data(), static_cast<int>(dim), static_cast<int>(dim), plain::Alone{});
+      StoreRow(values.data(), dim, out.dtype, Offset(out, b, h, first + t, 0), out.data);
+    }
   });
 }
 
