@@ -76,8 +76,8 @@ constexpr int64_t kKvHeads = 2, kSinks = 8, kResidual = 40;
 
 Side MakeSide(const Codec& codec, bool other_dense, int64_t group, int64_t dim, at::ScalarType type,
               const SequenceLength& length) {
-  const int64_t block = codec.block_wide ? 64 : 1;
-  const int64_t capacity = (length.encoded + 2 * 64 - 1) / 64 * 64;
+  const int64_t block = codec.block_wide ? std::max<int64_t>(64, codec.min_block_tokens) : 1;
+  const int64_t capacity = (length.encoded + 128) / 128 * 128;
   const auto normal = [&](int64_t tokens) { return at::randn({2, kKvHeads, tokens, dim}).to(type); };
   Side side;
   side.sinks = normal(kSinks), side.residual = normal(kResidual);
@@ -227,6 +227,21 @@ TEST(Host, AttentionOfEveryPlainScheme) {
     }
   }
   EXPECT_GE(read, 30);  // without HostCodec::lines all would pass, decoded
+}
+
+// Groups over tokens, which their codec decodes; kvarn's without turning them back.
+TEST(Host, AttentionOfBlocksOfTokens) {
+  if (!host::HasAvx2()) GTEST_SKIP() << host::kWantsAvx2;
+  const c10::InferenceMode guard;
+  at::manual_seed(10);
+  for (const auto& [scheme, group] : {std::pair<std::string, int64_t>("kivi-2", 32), {"kivi-4", 32}, {"kvarn-2", 0}, {"kvarn-4", 0}}) {
+    for (const int64_t dim : {64, 128, 256}) {
+      CheckAttention(scheme, dim, group, 3, at::kFloat, {4, 257, 40}, 0);
+      CheckAttention(scheme, dim, group, 4, at::kBFloat16, {0, 520, 7}, 100);
+      CheckAttention(scheme + "+none", dim, group, 2, at::kHalf, {0, 33, 1}, 0);
+      CheckAttention("none+" + scheme, dim, group, 1, at::kHalf, {3, 150, 0}, 0);
+    }
+  }
 }
 
 TEST(Host, AttentionGivesNanWhereATokenDecodesToIt) {

@@ -170,6 +170,18 @@ class Numbers {
   std::vector<T> many_;
 };
 
+// HostCodec::lines of fp16 scales in plane 1 and zeros in plane 2.
+template <Zero kZero>
+KVQ_VECTOR void HalfLines(const CodecParams& params, const KvView& in, int64_t b, int64_t h, int64_t first, int64_t tokens, float* scales,
+                          float* shifts) {
+  const int64_t groups = in.head_dim / GroupOf(params, in.head_dim);
+  const uint16_t *scale = MetadataRow(in, 1, groups, b, h, first), *zero = MetadataRow(in, 2, groups, b, h, first);
+  for (int64_t i = 0; i < tokens * groups; ++i) {
+    scales[i] = HalfToFloat(scale[i]);
+    shifts[i] = -HalfToFloat(zero[i]) * (kZero == Zero::kOfCodes ? scales[i] : 1);
+  }
+}
+
 // n elements from `offset` on as float32, and back in the array's type.
 KVQ_VECTOR inline void LoadRow(const void* data, DType dtype, int64_t offset, int64_t n, float* row) {
   if (dtype == DType::kFloat32) {

@@ -32,7 +32,8 @@
 //   TurnBack(x, n, team)  the way back, of what Value gave. A team is the threads that do so together; which of the numbers each
 //                         sees is the team's business (ForEachNumber, Hadamard, Butterflies)
 //
-// and, so that fused attention on a GPU reads it on tensor cores (kernels/device/plain_codes.cuh); without it none does:
+// and, so that fused attention reads it as it lies, on a GPU on tensor cores (kernels/device/plain_codes.cuh), on a CPU as
+// kernels/host/codes.cc says; without it none does on a GPU, and on a CPU its codec decodes:
 //
 //   kElement              what a code is: Element::kNumber, itself; kE4M3, kE5M2, kE2M1; kTable, TableEntry(code, head_dim);
 //                         kBytes, the same where entries are whole numbers below 256

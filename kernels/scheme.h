@@ -5,7 +5,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -31,14 +30,16 @@ struct DeviceCodec {
   const char* plain = nullptr;  // of a plain scheme its own name, by which EncodeNewest (device/newest.h) finds it
 };
 
-// How attention on the host reads the codes of a plain scheme as they lie (code_row.h).
+// How attention on the host reads codes that lie as code_row.h says: number = scale element + shift. Or how else.
 struct HostCodec {
-  // number = scale element + shift, of `tokens` tokens of a head from slot `first` on, [tokens, groups] both; null: it does not.
+  // Scales and shifts of `tokens` tokens of a head from slot `first` on, [tokens, groups] both.
   void (*lines)(const CodecParams&, const KvView& in, int64_t b, int64_t h, int64_t first, int64_t tokens, float* scales,
                 float* shifts) = nullptr;
-  Element element = Element::kNumber;                 // what a code is,
-  float (*entry)(int code, int head_dim) = nullptr;   // of 4 and 3 bits, where that is an entry of a table;
-  bool normed = false;                                // and whether a token's elements are divided by their norm
+  Element element = Element::kNumber;                // what a code is
+  float (*entry)(int code, int head_dim) = nullptr;  // of 4 and 3 bits, where that is an entry of a table
+  bool normed = false;                               // whether a token's elements are divided by their norm
+  // Where there are no lines: Codec::decode of a scheme that turns tokens, but for turning them back.
+  void (*decode_turned)(const CodecParams&, const KvView& in, int64_t first_token, const DenseView& out) = nullptr;
 };
 
 // How one side (keys or values) is encoded.
@@ -81,10 +82,6 @@ struct Codec {
 
   // What fused attention reads it with.
   DeviceCodec device;
-  // Set where planes are codes in the rows of code_row.h, fp16 scales and fp16 zeros of groups along channels, which
-  // attention on the host reads.
-  std::optional<Zero> affine;
-  // Or where other codes or scales do.
   HostCodec host;
 
   // nmse on independent standard-normal values in the default groups, head_dim 128 (or as near as can be), which the tests

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <cstring>
 #include <vector>
 
 #include "kernels/error.h"
@@ -36,7 +35,7 @@ struct Block {
       const int64_t n = std::min(tokens, view.capacity - begin);
       const DenseView out{.data = floats.data(), .batch = 1, .heads = view.heads, .tokens = n, .head_dim = dim,
                           .batch_stride = view.heads * tokens * dim, .head_stride = tokens * dim, .token_stride = dim};
-      codec->decode(params, view, begin, out);
+      (codec->host.decode_turned != nullptr ? codec->host.decode_turned : codec->decode)(params, view, begin, out);
       at = begin;
     }
     return floats.data() + (head * tokens + first - begin) * dim;
@@ -352,12 +351,7 @@ KVQ_AVX2 void Take(const Source& source, int64_t at, int64_t n, int64_t dim, flo
   } else if (source.ring > 0) {
     tile.floats = to;
     for (int64_t t = 0; t < n; ++t) {
-      const int64_t offset = (tile.first + t) % source.ring * source.stride;
-      if (source.dtype == DType::kFloat32) {
-        memcpy(to + t * dim, static_cast<const float*>(source.rows) + offset, static_cast<size_t>(dim) * 4);
-      } else {
-        Widen(static_cast<const uint16_t*>(source.rows) + offset, source.dtype, dim, to + t * dim);
-      }
+      LoadRow(source.rows, source.dtype, (tile.first + t) % source.ring * source.stride, dim, to + t * dim);
     }
   }
 }
@@ -384,9 +378,10 @@ KVQ_AVX2 void Attend(std::vector<Head>& all, int64_t begin, int64_t end) {
 }
 #endif  // KVQ_HAS_AVX2
 
-// How its scheme turned tokens whose codes are read as they lie.
+// How its scheme turned tokens that are read without being turned back.
 Rotation TurnOfCodes(const Codec& codec) {
-  return codec.turned && ReadsCodes(codec) ? Rotation{Rotation::kHadamard, codec.turn_block} : Rotation{};
+  const bool left = codec.host.lines != nullptr || codec.host.decode_turned != nullptr;
+  return codec.turned && left ? Rotation{Rotation::kHadamard, codec.turn_block} : Rotation{};
 }
 
 Source SourceOf(const DenseView& view, int64_t b, int64_t h, int64_t first) {

@@ -4,7 +4,6 @@
 #include <cmath>
 
 #include "kernels/code_row.h"
-#include "kernels/half.h"
 #include "kernels/small_float.h"
 
 namespace kvq::host {
@@ -145,7 +144,7 @@ auto RowsOf(int64_t width) {
 
 }  // namespace
 
-bool ReadsCodes(const Codec& codec) { return codec.planes != nullptr && (codec.affine.has_value() || codec.host.lines != nullptr); }
+bool ReadsCodes(const Codec& codec) { return codec.host.lines != nullptr; }
 
 Codes CodesOf(const Codec& codec, const CodecParams& params, const KvView& view, int64_t pair) {
   Codes c;
@@ -153,18 +152,13 @@ Codes CodesOf(const Codec& codec, const CodecParams& params, const KvView& view,
   c.words = c.dim * c.low_bits / 32, c.width = Width(c.low_bits, c.dim), c.groups = c.dim / c.group;
   const auto plane = [&](int p) { return view.planes[p] + pair * view.plane_stride[p]; };
   c.rows = reinterpret_cast<const uint32_t*>(plane(0));
-  if (codec.affine) {
-    c.zero = *codec.affine;
-    c.scales = reinterpret_cast<const uint16_t*>(plane(1)), c.zeros = reinterpret_cast<const uint16_t*>(plane(2));
-  } else {
-    c.codec = &codec, c.params = params, c.view = view;
-    for (int p = 0; p < kMaxPlanes; ++p) {
-      if (view.planes[p] != nullptr) c.view.planes[p] = plane(p);
-    }
-    if (c.bits > c.low_bits) c.odd = reinterpret_cast<const uint8_t*>(plane(1));
-    for (uint32_t code = 0; code < 1u << std::min(c.bits, 4); ++code) {
-      c.table[code] = codec.host.entry != nullptr ? codec.host.entry(static_cast<int>(code), static_cast<int>(c.dim)) : E2M1::Value(code);
-    }
+  c.host = codec.host, c.params = params, c.view = view;
+  for (int p = 0; p < kMaxPlanes; ++p) {
+    if (view.planes[p] != nullptr) c.view.planes[p] = plane(p);
+  }
+  if (c.bits > c.low_bits) c.odd = reinterpret_cast<const uint8_t*>(plane(1));
+  for (uint32_t code = 0; code < 1u << std::min(c.bits, 4); ++code) {
+    c.table[code] = c.host.entry != nullptr ? c.host.entry(static_cast<int>(code), static_cast<int>(c.dim)) : E2M1::Value(code);
   }
   const int64_t run = 128 / c.low_bits;  // channels of a word
   for (int64_t lane = 0; lane < c.words / c.width * 8; ++lane) {
@@ -193,46 +187,22 @@ std::vector<int32_t> CodeOrder(const Codec& codec, int64_t dim) {
 }
 
 #if KVQ_HAS_AVX2
-KVQ_AVX2 void Widen(const uint16_t* from, DType dtype, int64_t n, float* to) {
-  int64_t i = 0;
-  if (dtype == DType::kFloat16) {
-    for (; i + kLanes <= n; i += kLanes) Store(to + i, LoadHalf(from + i));
-  } else {
-    for (; i + kLanes <= n; i += kLanes) Store(to + i, LoadBFloat16(from + i));
-  }
-  for (; i < n; ++i) to[i] = LoadElement(from, dtype, i);
-}
-
 KVQ_AVX2 void LoadMeta(const Codes& c, int64_t first, int64_t n, Meta& meta) {
-  const int64_t all = n * c.groups, next = (first + 2 * n) * c.groups;
-  if (c.codec != nullptr) {
-    c.codec->host.lines(c.params, c.view, 0, 0, first, n, meta.scales, meta.shifts);
-  } else {
-    for (int64_t i = 0; i < all; i += 32) {
-      __builtin_prefetch(c.scales + next + i, 0, 2), __builtin_prefetch(c.zeros + next + i, 0, 2);
-    }
-    Widen(c.scales + first * c.groups, DType::kFloat16, all, meta.scales);
-    Widen(c.zeros + first * c.groups, DType::kFloat16, all, meta.shifts);
-    // (code - z) s as code s - z s.
-    if (c.zero == Zero::kOfCodes) {
-      for (int64_t i = 0; i < all; ++i) meta.shifts[i] *= -meta.scales[i];
-    } else {
-      for (int64_t i = 0; i < all; ++i) meta.shifts[i] = -meta.shifts[i];
-    }
-  }
+  c.host.lines(c.params, c.view, 0, 0, first, n, meta.scales, meta.shifts);
+  const int64_t all = n * c.groups;
   Store(meta.scales + all, Zeros()), Store(meta.shifts + all, Zeros());
 }
 
 KVQ_AVX2 void Widen(const Codes& c, int64_t first, int64_t n, const Meta& meta, float* to) {
   using Rows = void (*)(const Codes&, int64_t, int64_t, const Meta&, float*);
   const Rows rows = [&]() -> Rows {
-    switch (c.codec->host.element) {
+    switch (c.host.element) {
       case Element::kE4M3: return RowsOf<Small<E4M3>, 8, 0>(c.width);
       case Element::kE5M2: return RowsOf<Small<E5M2>, 8, 0>(c.width);
       default: break;
     }
-    if (c.codec->host.element != Element::kNumber) {
-      if (c.codec->host.normed) return c.bits == 4 ? RowsOf<Entry<4, true>, 4, 0>(c.width) : RowsOf<Entry<3, true>, 2, 1>(c.width);
+    if (c.host.element != Element::kNumber) {
+      if (c.host.normed) return c.bits == 4 ? RowsOf<Entry<4, true>, 4, 0>(c.width) : RowsOf<Entry<3, true>, 2, 1>(c.width);
       return c.bits == 4 ? RowsOf<Entry<4, false>, 4, 0>(c.width) : RowsOf<Entry<3, false>, 2, 1>(c.width);
     }
     switch (c.bits) {

@@ -1,6 +1,6 @@
-// Codes of one head as attention on the host reads them: as they lie (kernels/code_row.h), times their groups' scales. HQQ's and
-// quanto's (Codec::affine) and those of plain schemes (Codec::host). Codes that are whole numbers in words become numbers in
-// registers, again for each use; of others (odd bits, tables, small floats) some tokens at a time become float32 in a first cache.
+// Codes of one head as attention on the host reads them (HostCodec): as they lie (kernels/code_row.h), times their groups' scales.
+// Codes that are whole numbers in words become numbers in registers, again for each use; of others (odd bits, tables, small floats)
+// some tokens at a time become float32 in a first cache.
 #pragma once
 
 #include <cstdint>
@@ -17,20 +17,18 @@ inline constexpr int64_t kAhead = 4096;  // bytes, of codes half: what is fetche
 // One head's codes, and how their words become channels.
 struct Codes {
   int bits = 0, low_bits = 0, group = 0;  // of a code, and of it in words; channels of a group
-  Zero zero = Zero::kOfCodes;
   int64_t dim = 0, words = 0, width = 0, groups = 0;  // of a token; of a vector
   const uint32_t* rows = nullptr;
   const uint8_t* odd = nullptr;  // bits above those in words
-  const uint16_t *scales = nullptr, *zeros = nullptr;
-  const Codec* codec = nullptr;  // whose Codec::host has lines instead, of a view that begins at this head
+  HostCodec host;
   CodecParams params;
-  KvView view;
+  KvView view;  // that begins at this head
   std::vector<int32_t> places;  // of each lane of words that are read together: the group of its first field
   int32_t steps[8] = {};        // and by how many groups two vectors' fields are further on
   float table[16] = {};         // what a code is, where that is an entry
 
   // Whether they are numbers themselves, whole in their words.
-  bool direct() const { return codec == nullptr || (bits == low_bits && codec->host.element == Element::kNumber); }
+  bool direct() const { return bits == low_bits && host.element == Element::kNumber; }
 };
 
 // Whether a codec's codes can be read as they lie; others their codec decodes, a block at a time.
@@ -49,8 +47,7 @@ struct Meta {
 };
 void LoadMeta(const Codes& codes, int64_t first, int64_t n, Meta& meta);
 
-// Numbers of 16 bits as float32; and the codes of n tokens from `first` on, in CodeOrder, where they are not direct().
-void Widen(const uint16_t* from, DType dtype, int64_t n, float* to);
+// n tokens from `first` on as float32, in CodeOrder, where codes are not direct().
 void Widen(const Codes& codes, int64_t first, int64_t n, const Meta& meta, float* to);
 
 // What a lane's word, or of four words its half, has for vectors v and v + 1 of kWidth words' numbers, eight or four of them. Of four the

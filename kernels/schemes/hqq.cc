@@ -331,7 +331,7 @@ Codec MakeCodec() {
                       return InstanceName("kvq::AffineCodes", kBits, params.group_size, "kvq::Zero::kOfCodes");
                     }};
   }
-  if constexpr (!kAcross) codec.affine = Zero::kOfCodes;
+  if constexpr (!kAcross) codec.host.lines = HalfLines<Zero::kOfCodes>;
   codec.nmse = kBits == 8 ? 2.60e-5 : kBits == 4 ? 7.39e-3 : 0.1876;
   codec.nmse_source = "NumPy, from the package's formula";
   codec.golden = kAcross      ? (kBits == 4 ? "int4-hqq-kivi.json" : "int2-hqq-kivi.json")

@@ -218,7 +218,7 @@ KVQ_VECTOR void DecodeRow(const float* scales, const float* lows, const float* f
   }
 }
 
-template <int kBits, bool kKeys>
+template <int kBits, bool kKeys, bool kTurnsBack>
 void Decode(const CodecParams&, const KvView& in, int64_t first_token, const DenseView& out) {
   const int64_t dim = out.head_dim;
   const int64_t tiles = out.tokens / kTile;
@@ -234,7 +234,7 @@ void Decode(const CodecParams&, const KvView& in, int64_t first_token, const Den
       const int64_t row = kKeys ? 0 : t, column = kKeys ? t : 0;
       UnpackRow<kBits>(CodeRow<kBits>(in, b, h, slot + t), dim, values.data());
       DecodeRow<kKeys>(scales.data() + row, lows.data() + row, factors.data() + column, dim, values.data());
-      plain::Hadamard(values.data(), static_cast<int>(dim), static_cast<int>(dim), plain::Alone{});
+      if (kTurnsBack) plain::Hadamard(values.data(), static_cast<int>(dim), static_cast<int>(dim), plain::Alone{});
       StoreRow(values.data(), dim, out.dtype, Offset(out, b, h, first + t, 0), out.data);
     }
   });
@@ -281,7 +281,8 @@ Codec MakeCodec(double nmse, const char* golden) {
     return {codes, {"scales", 2}, {"minima", 2}, {"columns", head_dim * 2, kTile}};
   };
   codec.encode = Encode<kBits, kKeys>;
-  codec.decode = Decode<kBits, kKeys>;
+  codec.decode = Decode<kBits, kKeys, true>;
+  codec.host.decode_turned = Decode<kBits, kKeys, false>;
   codec.encode_cuda = EncodeCuda<kBits, kKeys>;
   codec.decode_cuda = DecodeCuda<kBits, kKeys>;
   codec.nmse = nmse;

@@ -181,7 +181,7 @@ Codec MakeCodec() {
   codec.device = {.label = kBits == 4 ? "int4_quanto" : "int2_quanto", .type = [](const CodecParams& params, int64_t) {
                     return InstanceName("kvq::AffineCodes", kBits, params.group_size, "kvq::Zero::kOfValues");
                   }};
-  codec.affine = Zero::kOfValues;
+  codec.host.lines = HalfLines<Zero::kOfValues>;
   codec.nmse = kBits == 4 ? 8.04e-3 : 0.2025;
   codec.nmse_source = "NumPy, from the formula above";
   codec.golden = kBits == 4 ? "int4-quanto.json" : "int2-quanto.json";
