@@ -62,7 +62,7 @@ Tensor Logits(const Tensor& queries, const Tensor& keys) {
   const int64_t n = queries.size(2), length = keys.size(2);
   return all.masked_fill(at::ones({n, length}, at::kBool).triu(length - n + 1), -INFINITY);
 }
-Tensor Weights(const Tensor& logits) { return at::softmax(logits * M_LN2, -1); }
+Tensor WeightsOf(const Tensor& logits) { return at::softmax(logits * M_LN2, -1); }
 
 // The sequence of one head that a scale of a block stands for: [.., tokens, 1].
 Tensor PerToken(const Tensor& scales, int64_t block, int64_t tokens) {
@@ -120,7 +120,7 @@ TEST(SageParity, CodesScalesAndOutputsAreThoseOfThePaper) {
     // float32 the sum of some 130 products and of as many weights adds a few u; in 16 bits weights below 2^-14 may
     // be off by 2^-25.
     const double u = Roundoff(values.scalar_type());
-    const Tensor bound = at::matmul(Weights(Logits(queries, keys)), PerQueryHead(values, queries).abs()) *
+    const Tensor bound = at::matmul(WeightsOf(Logits(queries, keys)), PerQueryHead(values, queries).abs()) *
                              (values.scalar_type() == at::kFloat ? 32 * u : 2 * u) * 1.5 +
                          0x1p-25 * static_cast<double>(keys.size(2)) * 4;
     const Tensor out = ours.out.to(at::kDouble).flatten(), allowed = bound.flatten();
@@ -145,7 +145,7 @@ TEST(Sage, ErrorIsWhatTheStepsOfTheCodesMakeIt) {
       SCOPED_TRACE(StrCat(type, " ", s.n, " of ", s.length, " dim ", s.head_dim));
       const auto [queries, keys, values] = Normal(s, type);
       const Result ours = Attend(queries, keys, values);
-      const Tensor weights = Weights(Logits(queries, keys)), v = PerQueryHead(values, queries);
+      const Tensor weights = WeightsOf(Logits(queries, keys)), v = PerQueryHead(values, queries);
       const Tensor exact = at::matmul(weights, v);
       const Tensor q = queries.to(at::kDouble) * (ScaleFor(queries) * M_LOG2E);
       const Tensor d_q = PerToken(ours.query_scales, kSageQueries, s.n);
@@ -181,7 +181,7 @@ TEST(Sage, AnOffsetOfKeysCostsNothingBecauseItIsTakenOff) {
   Tensor keys = plain.clone();
   keys.slice(3, 0, 64, 16) += 16;  // as the keys of many models have it
   const auto error = [&, queries = queries, values = values](const Tensor& out, const Tensor& of) {
-    const Tensor exact = at::matmul(Weights(Logits(queries, of)), PerQueryHead(values, queries));
+    const Tensor exact = at::matmul(WeightsOf(Logits(queries, of)), PerQueryHead(values, queries));
     return ((out.to(at::kDouble) - exact).norm() / exact.norm()).item<double>();
   };
   const double without = error(Attend(queries, plain, values).out, plain);
@@ -192,7 +192,7 @@ TEST(Sage, AnOffsetOfKeysCostsNothingBecauseItIsTakenOff) {
     const Tensor scale = blocks.abs().amax({3, 4}, true) / 127;
     return ((blocks / scale).round() * scale).view(x.sizes());
   };
-  const Tensor unsmoothed = at::matmul(Weights(Logits(rounded(queries, kSageQueries), rounded(keys, kSageKeys))),
+  const Tensor unsmoothed = at::matmul(WeightsOf(Logits(rounded(queries, kSageQueries), rounded(keys, kSageKeys))),
                                        PerQueryHead(values, queries));
   // d_k is some 20 / 127 instead of 4 / 127, of which the queries' steps have none: seen 3.4 times.
   EXPECT_GT(error(unsmoothed, keys), 2.5 * with);

@@ -12,6 +12,9 @@
 #include <vector>
 #endif
 
+#ifndef __CUDACC__
+#include "kernels/deal.h"
+#endif
 #include "kernels/half.h"
 #include "kernels/vector_math.h"
 #include "kernels/views.h"
@@ -149,8 +152,12 @@ inline bool IsWide(const DenseView& x) {
 // Runs body(i) for all i, on all threads where `parallel`.
 template <typename Body>
 void ForEach(bool parallel, int64_t n, const Body& body) {
-#pragma omp parallel for schedule(static) if (parallel)
-  for (int64_t i = 0; i < n; ++i) body(i);
+  constexpr int64_t kPieces = 64;
+  const int64_t piece = parallel ? (n + kPieces - 1) / kPieces : n;
+  if (piece == 0) return;
+  Deal((n + piece - 1) / piece, [&](int64_t p) {
+    for (int64_t i = p * piece; i < std::min(n, (p + 1) * piece); ++i) body(i);
+  });
 }
 
 // Whether there are enough numbers for threads to share: their start and end take as long as some thousands of them.

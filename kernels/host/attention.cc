@@ -429,8 +429,7 @@ void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttenti
   const auto sum_of = [&](int64_t pair, int64_t split) { return &sums[static_cast<size_t>((pair * splits + split) * 2 * heads)]; };
   const auto out_of = [&](int64_t pair, int64_t split) { return &outs[static_cast<size_t>((pair * splits + split) * heads * dim)]; };
 
-#pragma omp parallel for schedule(dynamic)
-  for (int64_t piece = 0; piece < rows * splits; ++piece) {
+  Deal(rows * splits, [&](int64_t piece) {
     const int64_t first_pair = piece / splits * together, split = piece % splits, b = first_pair / kv_heads;
     const SequenceLength& length = args.lengths[b];
     const auto values_of = static_cast<size_t>(heads * dim);
@@ -544,7 +543,7 @@ void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttenti
         for (int64_t d = 0; d < dim; ++d) out[head * dim + d] += decoded[static_cast<size_t>(d)];
       }
     }
-  }
+  });
 
   std::vector<float> row(static_cast<size_t>(dim));
   for (int64_t pair = 0; pair < pairs; ++pair) {

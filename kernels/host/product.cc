@@ -221,37 +221,25 @@ void Product(const ProductArgs& a) {
 #if KVQ_HAS_AVX2
   if (a.rows > kFew) {
     const int64_t groups = (a.out + kGroupOuts - 1) / kGroupOuts, parts = (a.rows + kManyRows - 1) / kManyRows;
-#pragma omp parallel
-    {
-      std::vector<float> panels(kPanels * kPanelInputs * kTileOuts), sums(kManyRows * kGroupOuts);
-#pragma omp for schedule(dynamic)
-      for (int64_t piece = 0; piece < groups * parts; ++piece) {
-        const int64_t first = piece / parts * kGroupOuts, outs = std::min<int64_t>(kGroupOuts, a.out - first);
-        const int64_t row = piece % parts * kManyRows, rows = std::min(kManyRows, a.rows - row);
-        with_weight([&](const auto* weight) {
-          Group(weight + first * a.in, outs, a.in, x + row * a.in, rows, panels.data(), sums.data());
-        });
-        for (int64_t r = 0; r < rows; ++r) {
-          StoreRow(&sums[r * kGroupOuts], outs, a.dtype, (row + r) * a.out + first, a.stored);
-        }
-      }
-    }
+    Deal(groups * parts, [&](int64_t piece) {
+      static thread_local std::vector<float> panels(kPanels * kPanelInputs * kTileOuts), sums(kManyRows * kGroupOuts);
+      const int64_t first = piece / parts * kGroupOuts, outs = std::min<int64_t>(kGroupOuts, a.out - first);
+      const int64_t row = piece % parts * kManyRows, rows = std::min(kManyRows, a.rows - row);
+      with_weight([&](const auto* weight) {
+        Group(weight + first * a.in, outs, a.in, x + row * a.in, rows, panels.data(), sums.data());
+      });
+      for (int64_t r = 0; r < rows; ++r) StoreRow(&sums[r * kGroupOuts], outs, a.dtype, (row + r) * a.out + first, a.stored);
+    });
     return;
   }
   // Small enough that a thread which is held up costs little more than its share, large enough to be worth fetching.
   constexpr int64_t kOuts = 48;
-#pragma omp parallel
-  {
-    std::vector<float> sums(static_cast<size_t>(a.rows * kOuts));
-#pragma omp for schedule(dynamic)
-    for (int64_t first = 0; first < a.out; first += kOuts) {
-      const int64_t outs = std::min(kOuts, a.out - first);
-      with_weight([&](const auto* weight) {
-        Rows(weight + first * a.in, outs, a.in, x, a.rows, sums.data(), kOuts);
-      });
-      for (int64_t r = 0; r < a.rows; ++r) StoreRow(&sums[r * kOuts], outs, a.dtype, r * a.out + first, a.stored);
-    }
-  }
+  Deal((a.out + kOuts - 1) / kOuts, [&](int64_t piece) {
+    float sums[kFew * kOuts];
+    const int64_t first = piece * kOuts, outs = std::min(kOuts, a.out - first);
+    with_weight([&](const auto* weight) { Rows(weight + first * a.in, outs, a.in, x, a.rows, sums, kOuts); });
+    for (int64_t r = 0; r < a.rows; ++r) StoreRow(&sums[r * kOuts], outs, a.dtype, r * a.out + first, a.stored);
+  });
 #else
   (void)x, (void)with_weight;
 #endif

@@ -204,11 +204,8 @@ BlockShape ShapeOf(const KvView& view, const CodecParams& params, bool across) {
 template <typename Work>
 void ForBlocks(int64_t batch, int64_t tokens, int64_t block_tokens, const Work& work) {
   const int64_t blocks = tokens / block_tokens, all = batch * blocks;
-  // One block: its rows and groups are spread. Not inside a region of one thread: OpenMP would start new
-  // threads for every loop in it.
-  if (all == 1) return work(0, 0, /*parallel=*/true);
-#pragma omp parallel for schedule(dynamic)
-  for (int64_t i = 0; i < all; ++i) work(i / blocks, i % blocks, /*parallel=*/false);
+  // One block: its rows and groups are spread.
+  Deal(all, [&](int64_t i) { work(i / blocks, i % blocks, /*parallel=*/all == 1); });
 }
 
 template <int kBits, bool kAcross>
