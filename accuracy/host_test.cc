@@ -214,11 +214,14 @@ TEST(Host, AttentionOfEveryPlainScheme) {
   for (const Scheme& scheme : Schemes()) {
     if (scheme.keys.device.plain == nullptr || scheme.values.device.plain == nullptr || !scheme.refused.empty()) continue;
     SCOPED_TRACE(scheme.name);
-    read += scheme.keys.host.lines != nullptr && scheme.values.host.lines != nullptr;
+    for (const Codec* codec : {&scheme.keys, &scheme.values}) {  // without it all would pass, decoded
+      EXPECT_EQ(codec->host.lines != nullptr, codec->device.label != nullptr);
+      read += codec->host.lines != nullptr;
+    }
     std::vector<int64_t> groups(scheme.keys.groups.begin(), scheme.keys.groups.end());
     if (groups.empty()) groups.push_back(scheme.keys.default_group);
     for (const int64_t group : groups) {
-      for (const int64_t dim : {64, 96, 128, 256}) {
+      for (const int64_t dim : {64, 80, 96, 128, 256, 512}) {
         CheckAttention(scheme.name, dim, group, 3, at::kFloat, {4, 257, 40}, 0);
         CheckAttention(scheme.name, dim, group, 4, at::kBFloat16, {0, 520, 7}, 100);
         CheckAttention(scheme.name + "+int4-hqq", dim, group, 2, at::kHalf, {0, 33, 1}, 0);
@@ -226,7 +229,7 @@ TEST(Host, AttentionOfEveryPlainScheme) {
       }
     }
   }
-  EXPECT_GE(read, 30);  // without HostCodec::lines all would pass, decoded
+  EXPECT_GE(read, 60);
 }
 
 // Groups over tokens, which their codec decodes; kvarn's without turning them back.
@@ -235,6 +238,7 @@ TEST(Host, AttentionOfBlocksOfTokens) {
   const c10::InferenceMode guard;
   at::manual_seed(10);
   for (const auto& [scheme, group] : {std::pair<std::string, int64_t>("kivi-2", 32), {"kivi-4", 32}, {"kvarn-2", 0}, {"kvarn-4", 0}}) {
+    EXPECT_EQ(FindScheme(scheme).keys.host.decode_turned != nullptr, FindScheme(scheme).keys.turned);
     for (const int64_t dim : {64, 128, 256}) {
       CheckAttention(scheme, dim, group, 3, at::kFloat, {4, 257, 40}, 0);
       CheckAttention(scheme, dim, group, 4, at::kBFloat16, {0, 520, 7}, 100);

@@ -902,6 +902,7 @@ Codec MakeCodec() {
   static_assert(kFirstStored<S> + kMembers<S> + kHasVector<S> <= kMaxPlanes);
   static constexpr std::span<const int64_t> kGroups = S::kGroups;
   constexpr bool kWhole = kGroups[0] == 0;
+  static_assert(std::ranges::all_of(S::kGroups, [](int64_t group) { return group == 0 || group >= kSmallestGroup; }));
   Codec codec;
   codec.bits = S::kBits;
   codec.default_group = kGroups[0];
@@ -912,6 +913,12 @@ Codec MakeCodec() {
   codec.device.source = S::kFile, codec.device.plain = S::kName;
   if constexpr (kTurns<S> && kHasElement<S>) codec.turn_block = S::kTurnBlock;
   if constexpr (kHasElement<S>) {
+    // What attention on a CPU has readers for (kernels/host/codes.cc), and where it finds scales.
+    constexpr bool kEntries = S::kElement == Element::kTable || S::kElement == Element::kBytes;
+    constexpr bool kByte = S::kElement == Element::kE4M3 || S::kElement == Element::kE5M2;
+    static_assert(kEntries ? S::kBits == 4 || S::kBits == 3 : kByte ? S::kBits == 8 : S::kElement != Element::kE2M1 || S::kBits == 4);
+    static_assert(kEntries || !kNormed<S>, "a row that is divided by its norm has entries");
+    static_assert(!kHasVector<S> || kWhole, "a vector is the scale of all channels");
     codec.device.label = S::kLabel, codec.device.keys_alone = kNormed<S>;
     codec.host = {.lines = Lines<S>, .element = S::kElement, .normed = kNormed<S>};
     if constexpr (requires { S::TableEntry(0, 0); }) codec.host.entry = S::TableEntry;

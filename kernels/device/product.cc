@@ -20,7 +20,8 @@ constexpr Shape kShapes[] = {{8, 6, 2}, {8, 4, 2}, {16, 4, 1}, {16, 2, 1}};
 
 // Of a small matrix, where kernels wait for each other more than for memory, a multiprocessor gets one of two blocks; beside it is one
 // of the next kernel, which fetches its weights while this one works. That takes blocks for which there is no room twice: else two come
-// to share a multiprocessor, others have none, and each kernel behind them finds it so. On an H200 a step of Qwen3-30B-A3B behind 4k
+// to share a multiprocessor, others have none, and each kernel behind them finds it so. (Where tiles are few, as a router's, others have
+// none anyway, and blocks are as small as they can be.) On an H200 a step of Qwen3-30B-A3B behind 4k
 // tokens takes 2.41 ms for 2.48 (ci/baselines/h200-families); larger matrices are slower so.
 void TakeOneBlock(const ProductArgs& a, ProductPlan& plan) {
   const DeviceShape& device = CurrentDevice();

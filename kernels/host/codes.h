@@ -41,7 +41,7 @@ Codes CodesOf(const Codec& codec, const CodecParams& params, const KvView& view,
 std::vector<int32_t> CodeOrder(const Codec& codec, int64_t dim);
 
 #if KVQ_HAS_AVX2
-// Scales of a tile's groups, and what is added to code times scale; zero behind them.
+// Scales of a tile's groups, and what is added to element times scale; zero behind them. Groups have 16 channels or more.
 struct Meta {
   alignas(64) float scales[kTileFloats / 16 + 16], shifts[kTileFloats / 16 + 16];
 };
@@ -50,8 +50,7 @@ void LoadMeta(const Codes& codes, int64_t first, int64_t n, Meta& meta);
 // n tokens from `first` on as float32, in CodeOrder, where codes are not direct().
 void Widen(const Codes& codes, int64_t first, int64_t n, const Meta& meta, float* to);
 
-// What a lane's word, or of four words its half, has for vectors v and v + 1 of kWidth words' numbers, eight or four of them. Of four the
-// low halves are in the first four lanes and the high halves in the others.
+// kWidth words, eight or four of them, as lanes. Of four the low halves are in the first four lanes and the high halves in the others.
 template <int kWidth>
 KVQ_AVX2_INLINE __m256i LoadWords(const uint32_t* from) {
   if constexpr (kWidth == 8) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
