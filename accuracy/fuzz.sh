@@ -31,7 +31,7 @@ checked=(-gline-tables-only -O1 -fsanitize=address,undefined -fno-sanitize-recov
 mapfile -t architectures < <(grep -l '^const RegisterArchitecture' "$root"/fixtures/architectures/*.cc)
 sources=("$root"/fixtures/{safetensors,model_config,cache/{spec,presets}}.cc
   "$root"/fixtures/tokenizer/{tokenizer,tokenizer_formats,tokenizer_stages,added_tokens,bpe,unicode}.cc
-  "${architectures[@]}" "$root"/kernels/{scheme.cc,rotation.cc,device/plain_encode.cc,schemes/*.cc} "$root/benchmarks/results_file.cc"
+  "${architectures[@]}" "$root"/kernels/{scheme.cc,rotation.cc,deal.cc,device/plain_encode.cc,schemes/*.cc} "$root/benchmarks/results_file.cc"
   "$root/accuracy/fuzz_loaders.cc")
 # A header or this script that has changed makes all of ours anew.
 mapfile -t headers < <(ls -t "$root"/*/*.{h,cuh} "$root"/*/*/*.{h,cuh} "$0" 2>/dev/null)

@@ -1,6 +1,8 @@
 #include "kernels/deal.h"
 
+#ifdef _OPENMP
 #include <omp.h>
+#endif
 
 #include <atomic>
 #include <mutex>
@@ -16,6 +18,15 @@ namespace {
 constexpr int kLooks = 2000;
 thread_local bool within = false;
 
+// As many as OpenMP would take; one within its regions, and where a build has none.
+int Threads() {
+#ifdef _OPENMP
+  return omp_in_parallel() ? 1 : omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
 void Pause() {
 #ifdef __x86_64__
   _mm_pause();
@@ -25,7 +36,7 @@ void Pause() {
 class Team {
  public:
   void Run(int64_t n, void (*run)(const void*, int64_t), const void* body) {
-    for (const int helpers = omp_get_max_threads() - 1; helpers_ < helpers; ++helpers_) std::thread([this] { Help(); }).detach();
+    for (const int helpers = Threads() - 1; helpers_ < helpers; ++helpers_) std::thread([this] { Help(); }).detach();
     run_ = run, body_ = body, n_ = n;
     unfinished_.store(static_cast<int32_t>(n), std::memory_order_relaxed);
     const uint64_t deal = (dealt_.load(std::memory_order_relaxed) >> 32) + 1;
@@ -80,7 +91,7 @@ void DealPieces(int64_t n, void (*run)(const void*, int64_t), const void* body) 
   static Team& team = *new Team;  // its threads never end
   static std::mutex dealing;
   std::unique_lock<std::mutex> lock(dealing, std::defer_lock);
-  if (n <= 1 || within || omp_get_max_threads() == 1 || omp_in_parallel() || !lock.try_lock()) {
+  if (n <= 1 || within || Threads() == 1 || !lock.try_lock()) {
     for (int64_t i = 0; i < n; ++i) run(body, i);
     return;
   }
