@@ -89,8 +89,7 @@ struct CodeReader {
 
   KVQ_AVX2_INLINE __m256i Read(int64_t t, int64_t i) const { return LoadWords<kWidth>(rows + t * c.words + i * kWidth); }
   KVQ_AVX2_INLINE static Floats Number(__m256i codes, int v) {
-    const __m256i fields = _mm256_srli_epi32(codes, FieldOf<kBits, kWidth>(v) * kBits);
-    return _mm256_cvtepi32_ps(_mm256_and_si256(fields, _mm256_set1_epi32((1 << kBits) - 1)));
+    return NumbersOf<kBits>(codes, FieldOf<kBits, kWidth>(v) * kBits);
   }
   KVQ_AVX2_INLINE void Fetch(int64_t t) const { host::Fetch(c, first + t); }
 };
@@ -379,9 +378,9 @@ KVQ_AVX2 void Attend(std::vector<Head>& all, int64_t begin, int64_t end) {
 #endif  // KVQ_HAS_AVX2
 
 // How its scheme turned tokens that are read without being turned back.
-Rotation TurnOfCodes(const Codec& codec) {
+Rotation TurnOfCodes(const Codec& codec, int64_t dim) {
   const bool left = codec.host.lines != nullptr || codec.host.decode_turned != nullptr;
-  return codec.turned && left ? Rotation{Rotation::kHadamard, codec.turn_block} : Rotation{};
+  return codec.turned && left ? Rotation{Rotation::kHadamard, TurnOf(codec, {}, dim).block} : Rotation{};
 }
 
 Source SourceOf(const DenseView& view, int64_t b, int64_t h, int64_t first) {
@@ -442,7 +441,7 @@ void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttenti
     for (int64_t head = 0; coded_keys && head < together * heads; ++head) {
       std::vector<float> rotated(queries.begin() + head * dim, queries.begin() + (head + 1) * dim);
       Rotate(rules.key_rotation, dim, rotated.data());
-      Rotate(TurnOfCodes(keys), dim, rotated.data());
+      Rotate(TurnOfCodes(keys, dim), dim, rotated.data());
       for (int64_t i = 0; groups > 0 && i < dim; ++i) {
         query_sums[static_cast<size_t>(head * groups + i / group)] += rotated[static_cast<size_t>(i)];
       }
@@ -538,7 +537,7 @@ void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttenti
         for (int64_t d = 0; d < dim; ++d) {
           decoded[static_cast<size_t>(value_order.empty() ? d : value_order[static_cast<size_t>(d)])] = own.by_order[1][head * dim + d];
         }
-        Unrotate(TurnOfCodes(values), dim, decoded.data());
+        Unrotate(TurnOfCodes(values, dim), dim, decoded.data());
         Unrotate(rules.value_rotation, dim, decoded.data());
         for (int64_t d = 0; d < dim; ++d) out[head * dim + d] += decoded[static_cast<size_t>(d)];
       }

@@ -23,9 +23,7 @@ template <int kBits>
 struct Number {
   static constexpr bool kNormed = false;
   explicit Number(const Codes&) {}
-  KVQ_AVX2_INLINE Floats Of(__m256i codes, int shift) const {
-    return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(codes, shift), Bits((1 << kBits) - 1)));
-  }
+  KVQ_AVX2_INLINE Floats Of(__m256i codes, int shift) const { return NumbersOf<kBits>(codes, shift); }
 };
 
 template <int kBits, bool kNormed_>

@@ -57,6 +57,11 @@ KVQ_AVX2_INLINE __m256i LoadWords(const uint32_t* from) {
   const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   return _mm256_srlv_epi32(both, _mm256_setr_epi32(0, 0, 0, 0, 16, 16, 16, 16));
 }
+// Codes that are numbers, of which the lowest bit is bit `shift` of their lanes.
+template <int kBits>
+KVQ_AVX2_INLINE Floats NumbersOf(__m256i codes, int shift) {
+  return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(codes, shift), _mm256_set1_epi32((1 << kBits) - 1)));
+}
 // The number of vector v's code in its lane's word: there are 32 / bits of eight words, 16 / bits of four.
 template <int kBits, int kWidth>
 constexpr int FieldOf(int v) {
