@@ -206,6 +206,7 @@ struct Way {
   };
   int in, columns, of_row;  // columns: units of a row; of_row: stages
   int members, member, group, first_tile, tile_step;
+  ptx::CachePolicy policy = ptx::ReadOnce();  // of weights
   float in_expert, in_row;  // 1 / tiles of an expert, 1 / of_row
   // What is known behind the choice.
   int tiles, next_tile;  // next_tile: that is copied
@@ -263,7 +264,7 @@ struct Way {
                                        ptx::Shared stage) {
     if (!copies()) return;
     const int lane = threadIdx.x % 32;
-    CopyStage(stage + CopyPlace(lane), next, (kDown ? 4 : a.size) * in * 2, columns - to.unit);
+    CopyStage(stage + CopyPlace(lane), next, (kDown ? 4 : a.size) * in * 2, columns - to.unit, policy);
     if (with_x && HasX(to)) {
       const ptx::Shared place = stage + kStageBytes + lane % kGranules * 16;
       int row = lane / kGranules;

@@ -80,12 +80,13 @@ __device__ __forceinline__ void MultiplyUnit(ptx::Shared weight, ptx::Shared x, 
   }
 }
 // A stage, or `units` of it where it ends a row, from `from` on, the lane's place of the first; its other row is `apart` bytes from there.
-__device__ __forceinline__ void CopyStage(ptx::Shared place, const std::byte* from, int64_t apart, int units) {
+__device__ __forceinline__ void CopyStage(ptx::Shared place, const std::byte* from, int64_t apart, int units,
+                                          ptx::CachePolicy policy) {
 #pragma unroll
   for (int i = 0; i < kDeep; ++i) {
     if (i >= units) break;
-    ptx::CopyAsync(place + i * kUnitBytes, from + i * kUnit * 2);
-    ptx::CopyAsync(OtherRow(place) + i * kUnitBytes, from + apart + i * kUnit * 2);
+    ptx::CopyAsync(place + i * kUnitBytes, from + i * kUnit * 2, policy);
+    ptx::CopyAsync(OtherRow(place) + i * kUnitBytes, from + apart + i * kUnit * 2, policy);
   }
 }
 
@@ -136,6 +137,7 @@ __global__ void __launch_bounds__(kWarps * 32, kStages > 2 ? 2 : 1)
   int64_t apart_bytes = static_cast<int64_t>(plan.apart) * in * 2;
   int next_tile = first_tile, next_unit = begin, next_stage = 0;
   const std::byte* next = nullptr;
+  const ptx::CachePolicy policy = ptx::ReadOnce();
   const auto aim = [&] {
     next = static_cast<const std::byte*>(a.weight) +
            (static_cast<int64_t>(first_row(next_tile) + lane / 8) * in + begin * kUnit) * 2 +
@@ -144,7 +146,7 @@ __global__ void __launch_bounds__(kWarps * 32, kStages > 2 ? 2 : 1)
   };
   const auto fetch = [&] {  // an empty group behind the last stage
     if (next_tile < plan.tiles && begin < end) {
-      CopyStage(copy_place + next_stage * kStageBytes, next, apart_bytes, end - next_unit);
+      CopyStage(copy_place + next_stage * kStageBytes, next, apart_bytes, end - next_unit, policy);
       next += kDeep * kUnit * 2;
       if ((next_unit += kDeep) >= end) {
         next_unit = begin;
