@@ -35,6 +35,16 @@ void TakeOneBlock(const ProductArgs& a, ProductPlan& plan) {
   }
 }
 
+// As many of a block's tiles end together as their sums find room.
+void HoldSums(const ProductArgs& a, ProductPlan& plan) {
+  const DeviceShape& device = CurrentDevice();
+  const int64_t room = std::min<int64_t>(device.block_shared, device.shared / plan.blocks_per_sm - 1024);
+  const int64_t blocks = int64_t{device.multiprocessors} * plan.blocks_per_sm / plan.splits, bytes = SumBytes(plan.warps, a.rows);
+  while (plan.held < kMostHeld && plan.held * blocks < plan.tiles && plan.shared_bytes + plan.held * bytes <= room) {
+    plan.shared_bytes += plan.held * bytes, plan.held *= 2;
+  }
+}
+
 ProductPlan Plan(const ProductArgs& a) {
   ProductPlan plan;
   if (a.rows < 1 || a.rows > 8 || a.in % kUnit != 0 || a.out % kTileRows != 0 || a.in > (1 << 24) ||
@@ -75,6 +85,7 @@ ProductPlan Plan(const ProductArgs& a) {
       plan.blocks_per_sm = shape.blocks_per_sm;
       plan.splits = splits;
       TakeOneBlock(a, plan);
+      HoldSums(a, plan);
       return plan;
     }
   }

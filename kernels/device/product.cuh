@@ -2,9 +2,10 @@
 // each read once, over memory bandwidth.
 //
 // A block works on tiles of eight rows of the weight, its warps side by side on pieces of the
-// columns; a sum over the warps ends a tile. A tile's rows are two times four neighbours, `apart`
-// rows from each other: so what belongs together, a gate and its factor or the two channels of a
-// rotated pair, is in one tile and one lane's hands.
+// columns. Sums over the warps end some tiles together: so warps seldom wait for each other, and each
+// finishes a tile. A tile's rows are two times four neighbours, `apart` rows from each other: so what
+// belongs together, a gate and its factor or the two channels of a rotated pair, is in one tile and
+// one lane's hands.
 //
 // Each warp has a ring of units, 8 rows x 64 columns, in shared memory, filled by its own cp.async
 // of 128 bytes a row: blocks fill the multiprocessors' shared memory with weights that are on their
@@ -34,13 +35,15 @@ struct ProductPlan {
   int warps = 0, stages = 0;  // 0: these shapes cannot run
   int blocks_per_sm = 1;
   int tiles = 0, splits = 1;
+  int held = 1;  // tiles that end together, up to kMostHeld
   int apart = 4;
   // Of heads: tiles of one, of which the first so many have pairs that turn, the others the rest (HeadsArgs::First).
   int of_head = 1, turned = 0;
   int64_t x_bytes = 0, shared_bytes = 0;
 };
-// Bytes of sums: of two tiles, in float32.
+// Bytes of two tiles' sums in float32: those of plan.held tiles are finished while the next ones come. Two times that many are kept.
 KVQ_HD constexpr int64_t SumBytes(int warps, int64_t rows) { return 2 * warps * rows * kTileRows * 4; }
+inline constexpr int kMostHeld = 8;  // as many as a block has warps
 
 #ifdef __CUDACC__
 
@@ -212,9 +215,9 @@ __global__ void __launch_bounds__(kWarps * 32, kStages > 2 ? 2 : 1)
   const ptx::Shared x_place =
       ptx::SharedAddress(x_shared) + (begin - split_begin) * 2 * rows * 64 + PlaceOf(MatrixOfX(lane), min(lane % 8, rows - 1), rows) * 16;
 
-  int stage = 0, turn = 0;
+  int stage = 0, turn = 0, held = 0, place = 0;  // held: tiles that have not ended; place: of two, where their sums are
 #pragma unroll 1
-  for (int tile = first_tile; tile < plan.tiles; tile += tile_step, ++turn) {
+  for (int streamed = first_tile; streamed < plan.tiles; streamed += tile_step, ++turn) {
     float sum[4][4] = {};
     ptx::Shared x_at = x_place;
 #pragma unroll 1
@@ -226,12 +229,18 @@ __global__ void __launch_bounds__(kWarps * 32, kStages > 2 ? 2 : 1)
       x_at += 2 * kDeep * rows * 64;
       stage = stage + 1 == kStages ? 0 : stage + 1;
     }
-    float* tile_sums = sums + turn % 2 * kWarps * rows * kTileRows;
-    if (g < rows) *reinterpret_cast<float2*>(tile_sums + (warp * rows + g) * kTileRows + 2 * t) = SumOf(sum);
-    __syncthreads();  // and the sums of the tile before last are free
-    // One warp finishes the tile while the others go on: lane (g, t) row g of x, rows t and t + 4
-    // of the tile.
-    if (warp != turn % kWarps || g >= rows) continue;
+    const int of_tile = kWarps * rows * kTileRows;
+    float* held_sums = sums + place * plan.held * of_tile;
+    if (g < rows) *reinterpret_cast<float2*>(held_sums + held * of_tile + (warp * rows + g) * kTileRows + 2 * t) = SumOf(sum);
+    if (++held < plan.held && streamed + tile_step < plan.tiles) continue;
+    __syncthreads();  // and the other place is free
+    // Each of so many warps finishes one while the others go on: lane (g, t) row g of x, rows t and t + 4 of the tile.
+    const int first_turn = turn + 1 - held, own = (warp - first_turn) & (kWarps - 1);
+    const bool finishes = own < held && g < rows;
+    place ^= 1, held = 0;
+    if (!finishes) continue;
+    const int tile = first_tile + (first_turn + own) * tile_step;
+    const float* tile_sums = held_sums + own * of_tile;
     float first = 0, second = 0;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
