@@ -26,8 +26,9 @@ template <int kBits>
 inline constexpr int kRunChannels = 128 / kBits;
 
 // Of codes of so many bits: those that lie in words.
+KVQ_HD constexpr int LowBits(int bits) { return bits == 8 ? 8 : bits >= 4 ? 4 : 2; }
 template <int kBits>
-inline constexpr int kLowBits = kBits == 8 ? 8 : kBits >= 4 ? 4 : 2;
+inline constexpr int kLowBits = LowBits(kBits);
 
 // Where a channel's code lies in its row: the word, and its lowest bit in it; and the way back. A chunk has `chunk_words`.
 struct WordPlace {

@@ -165,9 +165,9 @@ inline bool AreMany(const DenseView& x) { return RowsOf(x) * x.head_dim > 4096; 
 
 // n numbers, on the stack where they are few.
 template <typename T>
-class Numbers {
+class FewNumbers {
  public:
-  explicit Numbers(int64_t n) : many_(n > kFew ? n : 0) {}
+  explicit FewNumbers(int64_t n) : many_(n > kFew ? n : 0) {}
   T* data() { return many_.empty() ? few_ : many_.data(); }
   T& operator[](int64_t i) { return data()[i]; }
 

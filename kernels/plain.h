@@ -762,8 +762,8 @@ void Encode(const CodecParams& params, const DenseView& x, int64_t first_token, 
   ForEach(/*parallel=*/AreMany(x), RowsOf(x), [&](int64_t index) {
     const Row row(x, index);
     const int64_t slot = first_token + row.t;
-    Numbers<float> values(dim);
-    Numbers<uint8_t> codes(dim);
+    FewNumbers<float> values(dim);
+    FewNumbers<uint8_t> codes(dim);
     LoadRow(x.data, x.dtype, Offset(x, row.b, row.h, row.t, 0), dim, values.data());
     const VectorFit<S> vector = FitVector<S>(values.data(), static_cast<int>(dim));
     StoreVector<S>(vector.stored, out, row.b, row.h, slot);
@@ -787,8 +787,8 @@ void Decode(const CodecParams& params, const KvView& in, int64_t first_token, co
   ForEach(/*parallel=*/AreMany(out), RowsOf(out), [&](int64_t index) {
     const Row row(out, index);
     const int64_t slot = first_token + row.t;
-    Numbers<float> values(dim);
-    Numbers<uint8_t> codes(dim);
+    FewNumbers<float> values(dim);
+    FewNumbers<uint8_t> codes(dim);
     UnpackRow<kLow<S>>(CodeRow<kLow<S>>(in, row.b, row.h, slot), dim, codes.data());
     if constexpr (kOdd<S> > 0) {
       AddOddBits<kLow<S>, kOdd<S>>(MetadataRow<uint8_t>(in, 1, kOdd<S> * dim / 8, row.b, row.h, slot), dim, codes.data());

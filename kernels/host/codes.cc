@@ -9,8 +9,6 @@
 namespace kvq::host {
 namespace {
 
-int LowBits(int bits) { return bits == 8 ? 8 : bits >= 4 ? 4 : 2; }
-
 // Words of a row that are read together.
 int64_t Width(int low_bits, int64_t dim) { return dim * low_bits / 32 % 8 == 0 ? 8 : 4; }
 

@@ -177,7 +177,7 @@ void DecodeBlock(const BlockShape& shape, const KvView& in, int64_t b, int64_t f
     const int64_t h = row / shape.tokens, t = row % shape.tokens;
     const uint8_t* packed = CodeRow<kBits>(in, b, h, first_slot + t);
     const int64_t offset = Offset(out, b, h, first + t, 0);
-    Numbers<float> values(shape.head_dim);
+    FewNumbers<float> values(shape.head_dim);
     UnpackRow<kBits>(packed, shape.head_dim, values.data());
     const int64_t flat = row * shape.head_dim;
     for (int64_t d = 0; d < shape.head_dim;) {
@@ -327,8 +327,8 @@ Codec MakeCodec() {
                     .type = [](const CodecParams& params, int64_t) {
                       return InstanceName("kvq::AffineCodes", kBits, params.group_size, "kvq::Zero::kOfCodes");
                     }};
+    codec.host.lines = HalfLines<Zero::kOfCodes>;
   }
-  if constexpr (!kAcross) codec.host.lines = HalfLines<Zero::kOfCodes>;
   codec.nmse = kBits == 8 ? 2.60e-5 : kBits == 4 ? 7.39e-3 : 0.1876;
   codec.nmse_source = "NumPy, from the package's formula";
   codec.golden = kAcross      ? (kBits == 4 ? "int4-hqq-kivi.json" : "int2-hqq-kivi.json")

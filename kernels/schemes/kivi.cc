@@ -54,8 +54,9 @@ KVQ_HD inline uint32_t Code(const Fit& fit, float x) {
   const float steps = plain::AsHalf(fit.scale.Of(plain::AsHalf(plain::AsHalf(x) - fit.minimum)));
   return plain::RoundedToEven(steps, kMaxCode<kBits>);
 }
+KVQ_HD inline float Value(float code, float scale, float minimum) { return code * scale + minimum; }
 KVQ_HD inline float Value(const Affine& stored, uint32_t code) {
-  return static_cast<float>(code) * HalfToFloat(stored.scale) + HalfToFloat(stored.minimum);
+  return Value(static_cast<float>(code), HalfToFloat(stored.scale), HalfToFloat(stored.minimum));
 }
 
 #ifdef __CUDACC__
@@ -173,9 +174,8 @@ void EncodeKeys(const CodecParams&, const DenseView& x, int64_t first_token, con
   });
 }
 
-// Codes become what Value gives.
 KVQ_VECTOR void DecodeRow(const float* scales, const float* minima, int64_t n, float* x) {
-  for (int64_t d = 0; d < n; ++d) x[d] = x[d] * scales[d] + minima[d];
+  for (int64_t d = 0; d < n; ++d) x[d] = Value(x[d], scales[d], minima[d]);
 }
 
 template <int kBits>
@@ -185,7 +185,7 @@ void DecodeKeys(const CodecParams&, const KvView& in, int64_t first_token, const
   ForEach(/*parallel=*/AreMany(out), out.batch * out.heads * blocks, [&](int64_t index) {
     const int64_t b = index / blocks / out.heads, h = index / blocks % out.heads, first = index % blocks * kGroup;
     const int64_t slot = first_token + first;
-    Numbers<float> scales(dim), minima(dim), values(dim);
+    FewNumbers<float> scales(dim), minima(dim), values(dim);
     LoadRow(OfGroup(in, 1, b, h, slot), DType::kFloat16, 0, dim, scales.data());
     LoadRow(OfGroup(in, 2, b, h, slot), DType::kFloat16, 0, dim, minima.data());
     for (int64_t t = 0; t < kGroup; ++t) {

@@ -163,12 +163,8 @@ KVQ_HD inline uint16_t* Of(const KvView& view, int plane, bool of_channels, int6
                      : MetadataRow(view, plane, 1, b, h, slot);
 }
 
-template <bool kKeys>
-KVQ_HD inline float Value(const KvView& view, int64_t b, int64_t h, int64_t slot, int64_t channel, uint32_t code) {
-  const float scale = HalfToFloat(*Of(view, 1, kKeys, b, h, slot, channel));
-  const float low = HalfToFloat(*Of(view, 2, kKeys, b, h, slot, channel));
-  return (static_cast<float>(code) * scale + low) * HalfToFloat(*Of(view, 3, !kKeys, b, h, slot, channel));
-}
+// What a code becomes: `scale` and `low` are its row's, `factor` its column's.
+KVQ_HD inline float Value(float code, float scale, float low, float factor) { return (code * scale + low) * factor; }
 
 #ifndef __CUDACC__
 namespace {
@@ -209,12 +205,11 @@ void Encode(const CodecParams&, const DenseView& x, int64_t first_token, const K
   });
 }
 
-// Codes become what Value gives.
 template <bool kKeys>
 KVQ_VECTOR void DecodeRow(const float* scales, const float* lows, const float* factors, int64_t n, float* x) {
   for (int64_t d = 0; d < n; ++d) {
     const int64_t row = kKeys ? d : 0, column = kKeys ? 0 : d;
-    x[d] = (x[d] * scales[row] + lows[row]) * factors[column];
+    x[d] = Value(x[d], scales[row], lows[row], factors[column]);
   }
 }
 
@@ -226,7 +221,7 @@ void Decode(const CodecParams&, const KvView& in, int64_t first_token, const Den
     const int64_t b = index / tiles / out.heads, h = index / tiles % out.heads, first = index % tiles * kTile;
     const int64_t slot = first_token + first;
     const int64_t rows = kKeys ? dim : kTile, columns = kKeys ? kTile : dim;
-    Numbers<float> scales(rows), lows(rows), factors(columns), values(dim);
+    FewNumbers<float> scales(rows), lows(rows), factors(columns), values(dim);
     LoadRow(Of(in, 1, kKeys, b, h, slot, 0), DType::kFloat16, 0, rows, scales.data());
     LoadRow(Of(in, 2, kKeys, b, h, slot, 0), DType::kFloat16, 0, rows, lows.data());
     LoadRow(Of(in, 3, !kKeys, b, h, slot, 0), DType::kFloat16, 0, columns, factors.data());
@@ -377,7 +372,9 @@ __global__ void __launch_bounds__(256) DecodeKernel(KvView in, int64_t first_tok
     const int t = i / dim, d = i % dim;
     const WordPlace place = PlaceOf<kBits>(d, dim * kBits / 128);
     const uint32_t word = reinterpret_cast<const uint32_t*>(CodeRow<kBits>(in, b, h, slot + t))[place.word];
-    numbers[t * pitch + d] = Value<kKeys>(in, b, h, slot + t, d, word >> place.shift & ((1u << kBits) - 1));
+    const auto of = [&](int plane, bool of_channels) { return HalfToFloat(*Of(in, plane, of_channels, b, h, slot + t, d)); };
+    numbers[t * pitch + d] =
+        Value(static_cast<float>(word >> place.shift & ((1u << kBits) - 1)), of(1, kKeys), of(2, kKeys), of(3, !kKeys));
   }
   block.Sync();
   for (int t = block.rank / 32; t < kTokens; t += block.size / 32) {

@@ -106,7 +106,7 @@ template <int kBits, DType kType, int n>
 void DecodeRow(const KvView& in, int64_t slot, const DenseView& out, const Row& row) {
   const uint16_t* scales = MetadataRow(in, 1, in.head_dim / n, row.b, row.h, slot);
   const uint16_t* shifts = MetadataRow(in, 2, in.head_dim / n, row.b, row.h, slot);
-  Numbers<float> values(out.head_dim);
+  FewNumbers<float> values(out.head_dim);
   UnpackRow<kBits>(CodeRow<kBits>(in, row.b, row.h, slot), out.head_dim, values.data());
   for (int64_t g = 0; g < out.head_dim / n; ++g) {
     DecodeGroup<kType, n>(&values[g * n], HalfToFloat(scales[g]), HalfToFloat(shifts[g]));
