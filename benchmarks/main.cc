@@ -520,22 +520,26 @@ int Main(int argc, char** argv) {
   return failures == 0 ? 0 : 1;
 }
 
-}  // namespace
-}  // namespace kvq
-
-int main(int argc, char** argv) {
-  kvq::LimitSpinning(argv);
+int Guarded(int argc, char** argv) {
   try {
-    return kvq::Main(argc, argv);
-  } catch (const kvq::InputError& error) {
+    return Main(argc, argv);
+  } catch (const InputError& error) {
     std::fprintf(stderr, "kvqbench: %s\n", error.what());
     return 2;
   } catch (const std::filesystem::filesystem_error& error) {  // a path that cannot be followed
     std::fprintf(stderr, "kvqbench: %s: %s\n", error.path1().c_str(), error.code().message().c_str());
     return 2;
   } catch (const std::exception& error) {
-    const char* kind = kvq::IsOutOfMemory(error) ? "out of memory, and not in a benchmark" : "internal error";
+    const char* kind = IsOutOfMemory(error) ? "out of memory, and not in a benchmark" : "internal error";
     std::fprintf(stderr, "kvqbench: %s: %s\n", kind, error.what());
     return 1;
   }
+}
+
+}  // namespace
+}  // namespace kvq
+
+int main(int argc, char** argv) {
+  kvq::LimitSpinning(argv);
+  kvq::Leave(kvq::Guarded(argc, argv));
 }

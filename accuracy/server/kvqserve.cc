@@ -454,8 +454,8 @@ int Main(int argc, char** argv) {
 int main(int argc, char** argv) {
   kvq::LimitSpinning(argv);
   try {
-    return kvq::Main(argc, argv);
+    kvq::Leave(kvq::Main(argc, argv));
   } catch (...) {
-    return kvq::Failed();
+    kvq::Leave(kvq::Failed());
   }
 }
