@@ -1,6 +1,7 @@
 // Layers with a sliding window that keep it alone (@window-cache=window), against caches of all tokens: what attention reads, to the
 // bit; which tokens are kept, and in how many bytes; logits of the families that have windows; the command.
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 
 #include "accuracy/families.h"
 #include "accuracy/golden.h"
@@ -47,6 +48,8 @@ void ExpectSeen(const at::Tensor& all, const at::Tensor& kept, int64_t n, int64_
 TEST(WindowCache, ReadsWhatACacheOfAllTokensDoes) {
   constexpr int64_t kTokens = 71;
   const std::vector<std::vector<int64_t>> calls = {{71}, std::vector<int64_t>(71, 1), {30, 1, 1, 1, 38}, {3, 17, 9, 9, 2, 31}};
+  std::vector<std::pair<at::Tensor, at::Tensor>> numbers;
+  for (int64_t layer = 0; layer < 3; ++layer) numbers.emplace_back(Random(layer, kTokens, 1), Random(layer, kTokens, 7));
   for (const std::string& spec : kSpecs) {
     for (const int64_t window : {1, 2, 7, 8, 16, 40, 71, 100}) {
       const CacheShape shape = Shape(window);
@@ -57,7 +60,8 @@ TEST(WindowCache, ReadsWhatACacheOfAllTokensDoes) {
           int64_t at = 0;
           for (const int64_t n : calls[c]) {
             for (int64_t layer = 0; layer < 3; ++layer) {
-              const at::Tensor keys = Random(layer, kTokens, 1).narrow(2, at, n), values = Random(layer, kTokens, 7).narrow(2, at, n);
+              const auto& of_layer = numbers[static_cast<size_t>(layer)];
+              const at::Tensor keys = of_layer.first.narrow(2, at, n), values = of_layer.second.narrow(2, at, n);
               const auto of_all = all.Update(layer, keys, values);
               const at::Tensor all_keys = of_all.first.clone(), all_values = of_all.second.clone();
               const auto of_kept = kept.Update(layer, keys, values);
@@ -153,6 +157,7 @@ TEST(WindowCache, Gemma3sBytesAreWhatOneMultiplies) {
 // Logits of the families' tiny models that have windows, on heads of 64 channels, which schemes can encode.
 TEST(WindowCache, LogitsAreThoseOfACacheOfAllTokens) {
   const c10::InferenceMode guard;
+  const int threads = at::get_num_threads();
   std::set<std::string> families;
   for (const Family& family : Families()) {
     for (const auto& [name, says] : family.says["cases"].items()) {
@@ -172,6 +177,8 @@ TEST(WindowCache, LogitsAreThoseOfACacheOfAllTokens) {
                                      "turboquant-k4+turboquant-v4@residual=0@prefill=raw"}) {
         for (const char* backend : {"eager", "sdpa"}) {
           for (const int64_t chunk : {60, 11, 1}) {
+            // A token's work is too little for threads, which take as long to wake; caches that take token after token have them above.
+            at::set_num_threads(chunk == 1 ? 1 : threads);
             const auto logits = [&](const std::string& text) {
               KvCache cache(ParseSpec(text), shape, 60, at::kBFloat16, kCpu, at::kFloat);
               std::vector<at::Tensor> parts;
@@ -187,6 +194,7 @@ TEST(WindowCache, LogitsAreThoseOfACacheOfAllTokens) {
       }
     }
   }
+  at::set_num_threads(threads);
   EXPECT_GE(families.size(), 9u) << "families have tiny models whose windows hide something of 40 tokens";
 }
 

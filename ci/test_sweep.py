@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import unittest
@@ -408,4 +409,8 @@ class Slurm(Case):
 
 
 if __name__ == "__main__":
-    unittest.main()
+    if len(sys.argv) > 1 or NO_SLURM:
+        unittest.main()
+    with subprocess.Popen([sys.executable, __file__, "Slurm"]) as slurm:  # waits for half a minute: the others run beside it
+        others = unittest.main(argv=[__file__, "Grid"], exit=False).result.wasSuccessful()
+    sys.exit(slurm.returncode or not others)
