@@ -539,7 +539,8 @@ int Guarded(int argc, char** argv) {
 }  // namespace
 }  // namespace kvq
 
+[[gnu::section(".preinit_array"), gnu::used]] void (*const kBeforeAll)(int, char**, char**) = kvq::LimitSpinning;
+
 int main(int argc, char** argv) {
-  kvq::LimitSpinning(argv);
   kvq::Leave(kvq::Guarded(argc, argv));
 }

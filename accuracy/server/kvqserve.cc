@@ -451,8 +451,9 @@ int Main(int argc, char** argv) {
 }  // namespace
 }  // namespace kvq
 
+[[gnu::section(".preinit_array"), gnu::used]] void (*const kBeforeAll)(int, char**, char**) = kvq::LimitSpinning;
+
 int main(int argc, char** argv) {
-  kvq::LimitSpinning(argv);
   try {
     kvq::Leave(kvq::Main(argc, argv));
   } catch (...) {
