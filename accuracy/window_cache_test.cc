@@ -157,7 +157,10 @@ TEST(WindowCache, Gemma3sBytesAreWhatOneMultiplies) {
 // Logits of the families' tiny models that have windows, on heads of 64 channels, which schemes can encode.
 TEST(WindowCache, LogitsAreThoseOfACacheOfAllTokens) {
   const c10::InferenceMode guard;
-  const int threads = at::get_num_threads();
+  const struct Threads {
+    int all = at::get_num_threads();
+    ~Threads() { at::set_num_threads(all); }
+  } threads;
   std::set<std::string> families;
   for (const Family& family : Families()) {
     for (const auto& [name, says] : family.says["cases"].items()) {
@@ -178,7 +181,7 @@ TEST(WindowCache, LogitsAreThoseOfACacheOfAllTokens) {
         for (const char* backend : {"eager", "sdpa"}) {
           for (const int64_t chunk : {60, 11, 1}) {
             // A token's work is too little for threads, which take as long to wake; caches that take token after token have them above.
-            at::set_num_threads(chunk == 1 ? 1 : threads);
+            at::set_num_threads(chunk == 1 ? 1 : threads.all);
             const auto logits = [&](const std::string& text) {
               KvCache cache(ParseSpec(text), shape, 60, at::kBFloat16, kCpu, at::kFloat);
               std::vector<at::Tensor> parts;
@@ -194,7 +197,6 @@ TEST(WindowCache, LogitsAreThoseOfACacheOfAllTokens) {
       }
     }
   }
-  at::set_num_threads(threads);
   EXPECT_GE(families.size(), 9u) << "families have tiny models whose windows hide something of 40 tokens";
 }
 

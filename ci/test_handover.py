@@ -34,7 +34,7 @@ from testing import CACHE, ROOT
 PYTHON, MLX_PYTHON = (os.path.join(CACHE, venv, "bin", "python") for venv in ("parity-venv", "mlx-venv"))
 MODEL = os.path.join(CACHE, "models", "smollm2-135m")
 # mlx's wheel multiplies dense matrices by the reference's BLAS, whose sgemm_ takes fifty times as long as libtorch's, the build's own.
-TORCH = glob.glob(os.path.join(CACHE, "libtorch-*", "lib", "libtorch_cpu.so"))[:1]
+TORCH = sorted(glob.glob(os.path.join(CACHE, "libtorch-*", "lib", "libtorch_cpu.so")))[-1:]
 SERVER = os.environ.get("KVQ_SERVE_EXE", os.path.join(ROOT, "build", "release", "kvqserve"))
 command = testing.load("handover")
 
@@ -624,7 +624,7 @@ class MlxLm(unittest.TestCase):
                 jobs.append((folder, project("mlx", spec).flags, ids[:20]))
                 expected.append([[bits, group]] * 30)
             done = subprocess.run([MLX_PYTHON, "-c", MLX_RUNNER, MODEL, json.dumps(jobs)], capture_output=True, text=True, check=False,
-                                  env={**os.environ, "LD_PRELOAD": " ".join(TORCH)})
+                                  env={**os.environ, **{"LD_PRELOAD": path for path in TORCH}})
         self.assertEqual(done.returncode, 0, done.stderr[-2000:])
         theirs = [json.loads(line) for line in done.stdout.splitlines()]
         self.assertEqual([of["layers"] for of in theirs], expected)

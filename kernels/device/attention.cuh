@@ -270,7 +270,7 @@ struct Ring {
   template <bool kWhole>
   __device__ __forceinline__ void CopyTile(int tile, ptx::Shared to) const {
     const int lane = threadIdx.x % 32, left = tokens - tile * C::kTile;
-    // Of 16 bits they come quicker as what is read once; of codes the bytes are too few to notice, and the kernel is slower.
+    // Of 16 bits they come quicker as what is read once; of codes most do not.
     if constexpr (kWhole && C::kDense) to = ptx::OfLanes(to);
     const ptx::CachePolicy policy = ptx::ReadOnce();
     const auto copy = [&](ptx::Shared shared, const std::byte* global, int token) {

@@ -18,6 +18,16 @@ struct Shape {
 };
 constexpr Shape kShapes[] = {{8, 6, 2}, {8, 4, 2}, {16, 4, 1}, {16, 2, 1}};
 
+// As many of a block's tiles end together as their sums find room.
+void HoldSums(const ProductArgs& a, ProductPlan& plan) {
+  const DeviceShape& device = CurrentDevice();
+  const int64_t room = std::min<int64_t>(device.block_shared, device.shared / plan.blocks_per_sm - 1024);
+  const int64_t blocks = int64_t{device.multiprocessors} * plan.blocks_per_sm / plan.splits, bytes = SumBytes(plan.warps, a.rows);
+  while (plan.held < kMostHeld && plan.held * blocks < plan.tiles && plan.shared_bytes + plan.held * bytes <= room) {
+    plan.shared_bytes += plan.held * bytes, plan.held *= 2;
+  }
+}
+
 // Of a small matrix, where kernels wait for each other more than for memory, a multiprocessor gets one of two blocks; beside it is one
 // of the next kernel, which fetches its weights while this one works. That takes blocks for which there is no room twice: else two come
 // to share a multiprocessor, others have none, and each kernel behind them finds it so. (Where tiles are few, as a router's, others have
@@ -31,17 +41,8 @@ void TakeOneBlock(const ProductArgs& a, ProductPlan& plan) {
   if (plan.tiles <= device.multiprocessors && a.in <= 2 * kDeep * kUnit * plan.warps) {
     plan.shared_bytes -= plan.warps * (plan.stages - 3) * kStageBytes, plan.stages = 3;  // each is filled once
   } else {
+    HoldSums(a, plan);  // within the half
     plan.shared_bytes = std::max<int64_t>(plan.shared_bytes, device.shared / 2);
-  }
-}
-
-// As many of a block's tiles end together as their sums find room.
-void HoldSums(const ProductArgs& a, ProductPlan& plan) {
-  const DeviceShape& device = CurrentDevice();
-  const int64_t room = std::min<int64_t>(device.block_shared, device.shared / plan.blocks_per_sm - 1024);
-  const int64_t blocks = int64_t{device.multiprocessors} * plan.blocks_per_sm / plan.splits, bytes = SumBytes(plan.warps, a.rows);
-  while (plan.held < kMostHeld && plan.held * blocks < plan.tiles && plan.shared_bytes + plan.held * bytes <= room) {
-    plan.shared_bytes += plan.held * bytes, plan.held *= 2;
   }
 }
 

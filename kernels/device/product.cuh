@@ -43,7 +43,7 @@ struct ProductPlan {
 };
 // Bytes of two tiles' sums in float32: those of plan.held tiles are finished while the next ones come. Two times that many are kept.
 KVQ_HD constexpr int64_t SumBytes(int warps, int64_t rows) { return 2 * warps * rows * kTileRows * 4; }
-inline constexpr int kMostHeld = 8;  // as many as a block has warps
+inline constexpr int kMostHeld = 8;  // each is finished by a warp of its own
 
 #ifdef __CUDACC__
 
@@ -110,6 +110,7 @@ __global__ void __launch_bounds__(kWarps * 32, kStages > 2 ? 2 : 1)
     ProductKernel(const __grid_constant__ ProductArgs a, const __grid_constant__ ProductPlan plan) {
   extern __shared__ __align__(128) std::byte shared[];
   constexpr int kThreads = kWarps * 32;
+  static_assert((kWarps & (kWarps - 1)) == 0 && kMostHeld <= kWarps);
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
   const int rows = static_cast<int>(a.rows), in = static_cast<int>(a.in);
   const ptx::Shared ring = ptx::SharedAddress(shared) + warp * kStages * kStageBytes;
