@@ -152,8 +152,8 @@ Plan PlanTiles(const Codec& keys, const Codec& values, const DecodeAttentionArgs
   plan.tile_text = StrCat(warps, " warps x ", stages, " x ", tile, " tokens");
   plan.threads = 32 * warps;
   plan.shared_bytes = shared_bytes(warps, stages, tile);
-  // A cluster's blocks each have a multiprocessor of their own. Two of codes would find room on one, and then all wait for these: on an
-  // H200, behind 4k tokens of Mistral-7B, steps of codes gain half a per cent by it.
+  // A cluster's blocks each have a multiprocessor of their own. Two of codes would find room on one, and then all wait for these
+  // (ci/baselines/h200-encode, read_once).
   if (plan.cluster > 1) plan.shared_bytes = std::max<int64_t>(plan.shared_bytes, CurrentDevice().shared / 2);
   return plan;
 }

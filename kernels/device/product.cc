@@ -18,6 +18,24 @@ struct Shape {
 };
 constexpr Shape kShapes[] = {{8, 6, 2}, {8, 4, 2}, {16, 4, 1}, {16, 2, 1}};
 
+// Of a small matrix, where kernels wait for each other more than for memory, a multiprocessor gets one of two blocks; beside it is one
+// of the next kernel, which fetches its weights while this one works. That takes blocks for which there is no room twice: else two come
+// to share a multiprocessor, others have none, and each kernel behind them finds it so. (Where tiles are few, as a router's, others have
+// none anyway, and blocks are as small as they can be.) On an H200 a step of Qwen3-30B-A3B behind 4k
+// tokens takes 2.41 ms for 2.48 (ci/baselines/h200-families); larger matrices are slower so. Returns whether there is to be no room for
+// a second one.
+bool TakeOneBlock(const ProductArgs& a, ProductPlan& plan) {
+  const DeviceShape& device = CurrentDevice();
+  const int64_t bytes = a.out * a.in * 2, all_shared = int64_t{device.multiprocessors} * device.shared;
+  if (plan.blocks_per_sm != 2 || bytes > all_shared * 4 / 5) return false;
+  plan.blocks_per_sm = 1;
+  if (plan.tiles <= device.multiprocessors && a.in <= 2 * kDeep * kUnit * plan.warps) {
+    plan.shared_bytes -= plan.warps * (plan.stages - 3) * kStageBytes, plan.stages = 3;  // each is filled once
+    return false;
+  }
+  return true;
+}
+
 // As many of a block's tiles end together as their sums find room.
 void HoldSums(const ProductArgs& a, ProductPlan& plan) {
   const DeviceShape& device = CurrentDevice();
@@ -25,24 +43,6 @@ void HoldSums(const ProductArgs& a, ProductPlan& plan) {
   const int64_t blocks = int64_t{device.multiprocessors} * plan.blocks_per_sm / plan.splits, bytes = SumBytes(plan.warps, a.rows);
   while (plan.held < kMostHeld && plan.held * blocks < plan.tiles && plan.shared_bytes + plan.held * bytes <= room) {
     plan.shared_bytes += plan.held * bytes, plan.held *= 2;
-  }
-}
-
-// Of a small matrix, where kernels wait for each other more than for memory, a multiprocessor gets one of two blocks; beside it is one
-// of the next kernel, which fetches its weights while this one works. That takes blocks for which there is no room twice: else two come
-// to share a multiprocessor, others have none, and each kernel behind them finds it so. (Where tiles are few, as a router's, others have
-// none anyway, and blocks are as small as they can be.) On an H200 a step of Qwen3-30B-A3B behind 4k
-// tokens takes 2.41 ms for 2.48 (ci/baselines/h200-families); larger matrices are slower so.
-void TakeOneBlock(const ProductArgs& a, ProductPlan& plan) {
-  const DeviceShape& device = CurrentDevice();
-  const int64_t bytes = a.out * a.in * 2, all_shared = int64_t{device.multiprocessors} * device.shared;
-  if (plan.blocks_per_sm != 2 || bytes > all_shared * 4 / 5) return;
-  plan.blocks_per_sm = 1;
-  if (plan.tiles <= device.multiprocessors && a.in <= 2 * kDeep * kUnit * plan.warps) {
-    plan.shared_bytes -= plan.warps * (plan.stages - 3) * kStageBytes, plan.stages = 3;  // each is filled once
-  } else {
-    HoldSums(a, plan);  // within the half
-    plan.shared_bytes = std::max<int64_t>(plan.shared_bytes, device.shared / 2);
   }
 }
 
@@ -85,8 +85,9 @@ ProductPlan Plan(const ProductArgs& a) {
       plan.warps = shape.warps, plan.stages = shape.stages,
       plan.blocks_per_sm = shape.blocks_per_sm;
       plan.splits = splits;
-      TakeOneBlock(a, plan);
+      const bool alone = TakeOneBlock(a, plan);
       HoldSums(a, plan);
+      if (alone) plan.shared_bytes = std::max<int64_t>(plan.shared_bytes, CurrentDevice().shared / 2);
       return plan;
     }
   }
