@@ -14,7 +14,7 @@ namespace kvq {
 struct Mixture {
   int64_t rows, hidden, size, experts, per_token;
   bool normalized;
-  at::Tensor x, logits, up, down, gated, partial, chosen, reads;
+  at::Tensor x, logits, up, down, gated, partial, chosen, ranked, reads;
   at::Tensor logit_bias, up_bias, down_bias;  // undefined: none, and gates without a limit
 
   Mixture(int64_t rows, int64_t hidden, int64_t size, int64_t experts, int64_t per_token, bool normalized, at::TensorOptions options)
@@ -23,7 +23,7 @@ struct Mixture {
     up = at::randn({experts, 2 * size, hidden}, options) / std::sqrt(static_cast<double>(hidden));
     down = at::randn({experts, hidden, size}, options) / std::sqrt(static_cast<double>(size));
     gated = at::full({rows, per_token, size}, NAN, options), partial = at::full({rows, hidden}, NAN, options.dtype(at::kFloat));
-    chosen = at::full({rows, per_token}, -1, options.dtype(at::kInt)), reads = at::zeros({1}, options.dtype(at::kLong));
+    chosen = at::full({rows, per_token}, -1, options.dtype(at::kInt)), ranked = at::zeros_like(chosen), reads = at::zeros({1}, options.dtype(at::kLong));
   }
   // gpt-oss's biases, and its gates: of x of the same size some reach their limit, and some factors theirs.
   Mixture& WithBiases() {
@@ -51,6 +51,7 @@ struct Mixture {
             .gated = gated.data_ptr(),
             .partial = partial.data_ptr<float>(),
             .chosen = chosen.data_ptr<int32_t>(),
+            .ranked = reinterpret_cast<uint32_t*>(ranked.data_ptr<int32_t>()),
             .reads = reinterpret_cast<unsigned long long*>(reads.data_ptr<int64_t>())};
   }
   // transformers' Qwen3MoeSparseMoeBlock: a softmax over all, the largest of it, which are made to add up to one or are not. Of

@@ -7,10 +7,11 @@
 // - A block is some groups of warps. A group works on a tile, its warps side by side on pieces of the columns, and a sum over them
 //   ends the tile. There are as many groups as make the last round full.
 // - A stage of a ring is 8 rows x 128 columns, two units of 64, whose addresses are one register and constants.
-// - Which weights these are, the logits say. Every block chooses for itself, which costs less than one more kernel: a key of 32
-//   bits for each logit, unique and in their order. Blocks of the second product do while the first one works.
-//   Blocks of the first product wait for the logits with nothing else to do: so on the way from there to the first copy of one row
-//   no whole number is divided (Quotient), warps reduce all but a few candidates, and shares are left to the second product.
+// - Which weights these are, the logits say. Every block of the first product chooses for itself, which costs less than one more
+//   kernel: a key of 32 bits for each logit, unique and in their order. It waits for the logits with nothing else to do: so on the way
+//   from there to the first copy of one row no whole number is divided (Quotient), warps reduce all but a few candidates, and shares
+//   are left to the second product. One leaves the keys that it has chosen to that, whose blocks then ask for weights as soon as they
+//   find a place, when the first ones of the first product have ended.
 // - An expert is read once for all tokens that chose it: the block's list has each once, and a product has all rows of x; what
 //   comes out for rows that did not choose it, nobody takes.
 // - Rows of x come through the ring, too, a stage's columns beside its weights: there may be more of them than shared memory
@@ -76,10 +77,9 @@ __device__ __forceinline__ uint32_t WithBias(uint32_t bits, uint32_t bias) {
   return sum == 0.0f ? 0u : Pack<kBFloat16>(sum, 0) & 0xFFFFu;
 }
 
-// Which experts rows `first` and on have chosen, by all threads of a block. `room`: ChoiceBytes, free afterwards.
+// The keys of what rows `first` and on have chosen, by all threads of a block that meet behind it. `room`: ChoiceBytes, free then.
 template <bool kBFloat16>
-__device__ __forceinline__ void Choose(const ExpertsArgs& a, int64_t first, int rows, uint32_t* room, ChosenExperts& to) {
-  __shared__ uint32_t seen[kMostExperts / 32];  // by any row
+__device__ __forceinline__ void Rank(const ExpertsArgs& a, int64_t first, int rows, uint32_t* room, ChosenExperts& to) {
   const int experts = static_cast<int>(a.experts), per_token = static_cast<int>(a.per_token);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, threads = blockDim.x;
   const int chunks = (experts + 31) / 32, candidates = Candidates(experts, per_token);
@@ -98,14 +98,8 @@ __device__ __forceinline__ void Choose(const ExpertsArgs& a, int64_t first, int 
     }
     keys[task * 32 + lane] = key;
   }
-  if (threadIdx.x < kMostExperts / 32) seen[threadIdx.x] = 0;
 #pragma unroll 1
   for (int i = threadIdx.x; i < rows * candidates; i += threads) room[i] = 0;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < rows * per_token * kExpertRows; i += threads) {
-    to.share[i / kExpertRows][i % kExpertRows] = 0;
-    to.place[i / kExpertRows][i % kExpertRows] = -1;
-  }
   __syncthreads();
 #pragma unroll 1
   for (int task = warp; task < rows * chunks; task += warps) {
@@ -131,18 +125,31 @@ __device__ __forceinline__ void Choose(const ExpertsArgs& a, int64_t first, int 
       const uint4 four = others[k];
       above += (four.x > key) + (four.y > key), more += (four.z > key) + (four.w > key);
     }
-    const int rank = above + more, expert = ExpertOf(key);
-    if (key == 0 || rank >= per_token) continue;
-    to.best[row][rank] = key;
-    if (rows == 1) {
-      to.expert[rank] = expert, to.place[rank][0] = static_cast<int>(first) * per_token + rank;
-    } else {
-      atomicOr(&seen[expert / 32], 1u << expert % 32);
-    }
+    if (const int rank = above + more; key != 0 && rank < per_token) to.best[row][rank] = key;
+  }
+}
+
+// And from these, which experts they are. As all threads of a block have met, so have they behind it.
+__device__ __forceinline__ void List(const ExpertsArgs& a, int64_t first, int rows, ChosenExperts& to) {
+  __shared__ uint32_t seen[kMostExperts / 32];  // by any row
+  const int per_token = static_cast<int>(a.per_token), threads = blockDim.x;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < rows * per_token * kExpertRows; i += threads) {
+    const int rank = i / kExpertRows, row = i % kExpertRows;
+    to.share[rank][row] = 0;
+    to.place[rank][row] = rows == 1 && row == 0 ? static_cast<int>(first) * per_token + rank : -1;
+    if (rows == 1 && row == 0) to.expert[rank] = ExpertOf(to.best[0][rank]);
   }
   if (threadIdx.x == 0) to.count = per_token;
+  if (rows > 1 && threadIdx.x < kMostExperts / 32) seen[threadIdx.x] = 0;
   __syncthreads();
   if (rows == 1) return;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < rows * per_token; i += threads) {
+    const int row = i / per_token, expert = ExpertOf(to.best[row][i - row * per_token]);
+    atomicOr(&seen[expert / 32], 1u << expert % 32);
+  }
+  __syncthreads();
 #pragma unroll 1
   for (int i = threadIdx.x; i < rows * per_token; i += threads) {  // each once, by number
     const int row = i / per_token, rank = i - row * per_token, expert = ExpertOf(to.best[row][rank]);
@@ -158,6 +165,47 @@ __device__ __forceinline__ void Choose(const ExpertsArgs& a, int64_t first, int 
     to.count = count;
   }
   __syncthreads();
+}
+
+template <bool kBFloat16>
+__device__ __forceinline__ void Choose(const ExpertsArgs& a, int64_t first, int rows, uint32_t* room, ChosenExperts& to) {
+  Rank<kBFloat16>(a, first, rows, room, to);
+  __syncthreads();
+  List(a, first, rows, to);
+}
+
+// What was chosen, by so many threads of one block.
+__device__ __forceinline__ void Report(const ExpertsArgs& a, const ChosenExperts& of, int rows, int thread, int threads) {
+#pragma unroll 1
+  for (int i = thread; i < of.count * rows; i += threads) {
+    const int place = of.place[i / rows][i % rows];
+    if (place >= 0) a.chosen[place] = of.expert[i / rows];
+  }
+  if (thread == 0) atomicAdd(a.reads, static_cast<unsigned long long>(of.count));
+}
+
+// What another block has chosen.
+__device__ __forceinline__ void TakeChoice(const ExpertsArgs& a, int64_t first, int rows, ChosenExperts& to) {
+  const int per_token = static_cast<int>(a.per_token);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < rows * per_token; i += blockDim.x) {
+    to.best[i / per_token][i % per_token] = __ldcg(a.ranked + first * per_token + i);
+  }
+  __syncthreads();
+  List(a, first, rows, to);
+}
+// By a warp of the block whose choice it is, and the kernel behind this one may begin. Before it asks for weights: the fence would wait
+// for them, 4 us on an H200.
+__device__ __forceinline__ void LeaveChoice(const ExpertsArgs& a, int64_t first, int rows, const ChosenExperts& of) {
+  const int per_token = static_cast<int>(a.per_token), lane = threadIdx.x % 32;
+#pragma unroll 1
+  for (int i = lane; i < rows * per_token; i += 32) {
+    a.ranked[first * per_token + i] = of.best[i / per_token][i % per_token];
+  }
+  __threadfence();
+  __syncwarp();
+  LaunchDependents();
+  Report(a, of, rows, lane, 32);
 }
 
 // And their shares, which the second product alone needs. Who reads them waits for all threads before.
@@ -185,15 +233,6 @@ __device__ __forceinline__ void Share(const ExpertsArgs& a, int64_t first, int r
       if (to.expert[i] == ExpertOf(key)) to.share[i][row] = weight / sum;
     }
   }
-}
-
-// What was chosen, by one block.
-__device__ __forceinline__ void Report(const ExpertsArgs& a, const ChosenExperts& of, int rows) {
-  for (int i = threadIdx.x; i < of.count * rows; i += blockDim.x) {
-    const int place = of.place[i / rows][i % rows];
-    if (place >= 0) a.chosen[place] = of.expert[i / rows];
-  }
-  if (threadIdx.x == 0) atomicAdd(a.reads, static_cast<unsigned long long>(of.count));
 }
 
 // A warp's way through one of the two products: the tiles of its group, of each the stages from begin to end.
@@ -339,14 +378,23 @@ __global__ void __maxnreg__(112) ExpertsKernel(const __grid_constant__ ExpertsAr
   __shared__ ChosenExperts chosen;
 
   Way<kDown> way(a, groups);
-  // The kernel behind the first product is the second, which is not to begin before the logits are there.
-  if constexpr (!kDown) WaitForPredecessors();
-  LaunchDependents();
-  Choose<kBFloat16>(a, first_row, rows, reinterpret_cast<uint32_t*>(shared), chosen);
+  // The kernel behind the first product is the second, which is not to begin before one block has left its choice.
+  const bool leaves_choice = !kDown && blockIdx.x == gridDim.x - 1;
   if constexpr (kDown) {
-    Share<kBFloat16>(a, first_row, rows, chosen);
-    __syncthreads();
+    LaunchDependents();
+    TakeChoice(a, first_row, rows, chosen);
+  } else {
+    // Once on whatever is there, before it counts: its instructions have come then.
+#pragma unroll 1
+    for (int pass = 0; pass < 2; ++pass) {
+      if (pass == 1) {
+        WaitForPredecessors();
+        if (!leaves_choice) LaunchDependents();
+      }
+      Choose<kBFloat16>(a, first_row, rows, reinterpret_cast<uint32_t*>(shared), chosen);
+    }
   }
+  if (leaves_choice && warp == warps - 1) LeaveChoice(a, first_row, rows, chosen);
   way.Start(a, chosen, first_row, rows);
 
   // Lanes of rows that do not exist read the last one; nobody takes what comes out for them.
@@ -358,8 +406,15 @@ __global__ void __maxnreg__(112) ExpertsKernel(const __grid_constant__ ExpertsAr
   float sum[4][4] = {}, total[2] = {0, 0};
   // The ring is filled first, by the second product with weights alone: its x is not there yet.
 #pragma unroll 1
-  for (int step = 1 - kStages; step < 0 || tile < way.tiles; ++step) {
+  for (int step = 1 - kStages; step <= 0 || tile < way.tiles; ++step) {
     if (step >= 0) {
+      if (step == 0) {
+        if constexpr (kDown) {
+          Share<kBFloat16>(a, first_row, rows, chosen);
+          __syncthreads();
+        }
+        if (tile >= way.tiles) break;
+      }
       if (kDown && step == 0) {
         WaitForPredecessors();
         way.CopyFirstX(a, chosen, first_row, rows, kStages - 1, read, stage_bytes, ring_end, kStages * stage_bytes);
@@ -407,7 +462,6 @@ __global__ void __maxnreg__(112) ExpertsKernel(const __grid_constant__ ExpertsAr
     total[0] = total[1] = 0;
     tile += way.tile_step, ++turn;
   }
-  if (!kDown && blockIdx.x == gridDim.x - 1) Report(a, chosen, rows);
 }
 
 // The same for any sizes and rows: a row of x a blockIdx.y, a warp an element of what comes out.
@@ -423,7 +477,7 @@ __global__ void __launch_bounds__(256) AnyExpertsKernel(const __grid_constant__ 
     Share<kBFloat16>(a, row, 1, chosen);
     __syncthreads();
   }
-  if (!kDown && blockIdx.x == 0) Report(a, chosen, 1);
+  if (!kDown && blockIdx.x == 0) Report(a, chosen, 1, threadIdx.x, blockDim.x);
   if constexpr (kDown) WaitForPredecessors();
   const int lane = threadIdx.x % 32;
   const int64_t outs = kDown ? a.hidden : chosen.count * a.size;

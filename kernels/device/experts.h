@@ -30,6 +30,7 @@ struct ExpertsArgs {
   void* gated = nullptr;         // [rows, per_token, size]: from the one product to the other
   float* partial = nullptr;      // [rows, hidden], for AddNorm, of one split
   int32_t* chosen = nullptr;     // [rows, per_token]: the experts, by number
+  uint32_t* ranked = nullptr;    // [rows, per_token]: what the first product tells the second of them
   // Experts that were read are added: each once for all tokens, or, where sizes are odd or rows more than eight, for so many.
   unsigned long long* reads = nullptr;
 };
@@ -38,8 +39,8 @@ bool ExpertsFit(const ExpertsArgs& args);
 
 // `gated` of x, and `chosen`. Waits for what was launched before.
 void ExpertsUp(const ExpertsArgs& args, void* stream);
-// `partial` of `gated`; right behind ExpertsUp on the stream. It begins to read experts before that has ended: the
-// logits come from a kernel before it.
+// `partial` of `gated`; right behind ExpertsUp on the stream. It begins to read experts before that has ended, once all of its blocks
+// have begun and one has left `ranked`.
 void ExpertsDown(const ExpertsArgs& args, void* stream);
 
 }  // namespace kvq
