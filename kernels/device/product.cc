@@ -28,7 +28,7 @@ bool TakeOneBlock(const ProductArgs& a, ProductPlan& plan) {
   const DeviceShape& device = CurrentDevice();
   const int64_t bytes = a.out * a.in * 2, all_shared = int64_t{device.multiprocessors} * device.shared;
   if (plan.blocks_per_sm != 2 || bytes > all_shared * 4 / 5) return false;
-  plan.blocks_per_sm = 1;
+  plan.blocks_per_sm = 1, plan.paced = true;
   if (plan.tiles <= device.multiprocessors && a.in <= 2 * kDeep * kUnit * plan.warps) {
     plan.shared_bytes -= plan.warps * (plan.stages - 3) * kStageBytes, plan.stages = 3;  // each is filled once
     return false;

@@ -37,6 +37,9 @@ struct ProductPlan {
   int tiles = 0, splits = 1;
   int held = 1;  // tiles that end together, up to kMostHeld
   int apart = 4;
+  // Whether few stages are on their way at a time before the predecessor has ended: enough for the memory's rate, and what it and this
+  // block read then does not queue behind them.
+  bool paced = false;
   // Of heads: tiles of one, of which the first so many have pairs that turn, the others the rest (HeadsArgs::First).
   int of_head = 1, turned = 0;
   int64_t x_bytes = 0, shared_bytes = 0;
@@ -164,7 +167,10 @@ __global__ void __launch_bounds__(kWarps * 32, kStages > 2 ? 2 : 1)
   LaunchDependents();
   aim();
 #pragma unroll 1
-  for (int i = 0; i < kStages - 1; ++i) fetch();
+  for (int i = 0; i < kStages - 1; ++i) {
+    fetch();
+    if (plan.paced) ptx::CopyWait<2>();
+  }
 
   // ---- x
   if constexpr (kNormalizes) {
@@ -174,30 +180,36 @@ __global__ void __launch_bounds__(kWarps * 32, kStages > 2 ? 2 : 1)
       const int at = (threadIdx.x + i * kThreads) * 8;
       if (at < in) LoadFloats(a.norm.weight, at, weight[i]);
     }
-    WaitForPredecessors();
+    // A block of few tiles is there early: it does this once on whatever is there, so that its instructions have come.
+#pragma unroll 1
+    for (int pass = kStages == 3 ? 0 : 1; pass < 2; ++pass) {
+      if (pass == 1) WaitForPredecessors();
+      squares = 0;
 #pragma unroll
-    for (int i = 0; i < kProductNormHeld; ++i) {
-      const int at = (threadIdx.x + i * kThreads) * 8;
-      if (at < in) LoadSum<kBFloat16>(a.norm, 0, at, x[i]);
-    }
+      for (int i = 0; i < kProductNormHeld; ++i) {
+        const int at = (threadIdx.x + i * kThreads) * 8;
+        if (at < in) LoadSum<kBFloat16>(a.norm, 0, at, x[i]);
+      }
 #pragma unroll
-    for (int i = 0; i < kProductNormHeld; ++i) {
-      const int at = (threadIdx.x + i * kThreads) * 8;
-      if (at >= in) break;
-      const bool added = a.norm.delta != nullptr || a.norm.partial != nullptr;
-      if (added && blockIdx.x == 0) Store<kBFloat16>(a.norm.sum, at, x[i]);
+      for (int i = 0; i < kProductNormHeld; ++i) {
+        const int at = (threadIdx.x + i * kThreads) * 8;
+        if (at >= in) break;
+        const bool added = a.norm.delta != nullptr || a.norm.partial != nullptr;
+        if (added && blockIdx.x == 0 && pass == 1) Store<kBFloat16>(a.norm.sum, at, x[i]);
 #pragma unroll
-      for (int k = 0; k < 8; ++k) squares += x[i][k] * x[i][k];
-    }
-    const float inverse = InverseRms<kWarps>(squares, in, a.norm.eps, sums);
+        for (int k = 0; k < 8; ++k) squares += x[i][k] * x[i][k];
+      }
+      const float inverse = InverseRms<kWarps>(squares, in, a.norm.eps, sums);
 #pragma unroll
-    for (int i = 0; i < kProductNormHeld; ++i) {
-      const int at = (threadIdx.x + i * kThreads) * 8;
-      if (at >= in) break;
+      for (int i = 0; i < kProductNormHeld; ++i) {
+        const int at = (threadIdx.x + i * kThreads) * 8;
+        if (at >= in) break;
 #pragma unroll
-      for (int k = 0; k < 8; ++k) x[i][k] = x[i][k] * inverse * weight[i][k];
-      Store<kBFloat16>(x_shared, PlaceOf(at / 8, 0, 1) * 8, x[i]);
-      if (a.writes_normed && blockIdx.x == 0) Store<kBFloat16>(a.norm.out, at, x[i]);
+        for (int k = 0; k < 8; ++k) x[i][k] = x[i][k] * inverse * weight[i][k];
+        Store<kBFloat16>(x_shared, PlaceOf(at / 8, 0, 1) * 8, x[i]);
+        if (a.writes_normed && blockIdx.x == 0 && pass == 1) Store<kBFloat16>(a.norm.out, at, x[i]);
+      }
+      if (pass == 0) __syncthreads();
     }
   } else {
     WaitForPredecessors();
