@@ -600,6 +600,88 @@ TEST(DecodeAttentionGpu, EncodesTheNewestTokenOfAFewShapes) {  // under a saniti
   CheckAllNewest(cases);
 }
 
+// Heads that attention norms and turns itself are those of AppendHeads, and so is all that comes of them, bit for bit.
+TEST(DecodeAttentionGpu, MakesHeadsOfAFewShapes) {  // under a sanitizer
+  KVQ_NEEDS_CUDA();
+  const c10::InferenceMode guard;
+  at::manual_seed(23);
+  const Codec& codec = FindScheme("none").keys;
+  struct Case {
+    int64_t dim, ratio;
+    at::ScalarType dtype;
+    bool has_bias, norms_values;
+    int64_t turned;  // 0: all
+    int32_t window;
+  };
+  const std::vector<Case> cases = {{128, 8, at::kHalf, false, false, 0, 0}, {128, 4, at::kBFloat16, true, true, 64, 0},
+                                   {64, 1, at::kHalf, true, false, 0, 0},   {64, 16, at::kBFloat16, false, true, 32, 100},
+                                   {256, 2, at::kBFloat16, false, true, 0, 300}, {128, 24, at::kHalf, false, false, 0, 0},
+                                   {256, 8, at::kHalf, true, false, 128, 0}};
+  constexpr int64_t kCapacity = 2112;
+  const std::vector<SequenceLength> counts = {{0, 2100, 0}, {0, 1, 0}, {0, 129, 0}};
+  const auto batch = static_cast<int64_t>(counts.size());
+  const auto arguments = [&](const Case& c) {
+    DecodeAttentionArgs args;
+    args.dtype = DTypeOf(c.dtype), args.query_heads = kKvHeads * c.ratio, args.window = c.window, args.scale = 0.1f;
+    args.keys.batch = batch, args.keys.heads = kKvHeads, args.keys.head_dim = c.dim, args.keys.capacity = kCapacity;
+    args.values = args.keys;
+    return args;
+  };
+  Prepare([&] {
+    alignas(16) static const float there[4] = {};
+    for (const Case& c : cases) {
+      DecodeAttentionArgs args = arguments(c);
+      DecodeAttention(codec, codec, args, nullptr);
+      args.made_of = there;
+      DecodeAttention(codec, codec, args, nullptr);
+    }
+  });
+  for (const Case& c : cases) {
+    SCOPED_TRACE(StrCat("head_dim ", c.dim, ", ", c.ratio, " heads a KV head, window ", c.window, ", ", c.dtype));
+    const at::TensorOptions options = at::TensorOptions(c.dtype).device(at::kCUDA), floats = options.dtype(at::kFloat);
+    const int64_t heads = kKvHeads * c.ratio, all = heads + 2 * kKvHeads;
+    const Tensor made_of = at::randn({batch, all, c.dim}, options) * 3, bias = at::randn({all, c.dim}, options);
+    const Tensor q_norm = at::rand({c.dim}, floats), k_norm = at::rand({c.dim}, floats), v_norm = at::rand({c.dim}, floats);
+    const Tensor angles = at::randn({c.dim / 2}, floats), cos = angles.cos(), sin = angles.sin();
+    const Tensor queries = at::full({batch, heads, c.dim}, NAN, options), out = at::full_like(queries, NAN);
+    const Tensor before = at::randn({2, batch, kKvHeads, kCapacity, c.dim}, options);
+    const Tensor lengths = at::empty({batch, 3}, at::kInt);
+    std::memcpy(lengths.data_ptr(), counts.data(), counts.size() * sizeof counts[0]);
+    const Tensor there = lengths.cuda();
+    DecodeAttentionArgs args = arguments(c);
+    args.lengths = static_cast<const SequenceLength*>(there.data_ptr()), args.out = out.data_ptr();
+    args.heads = {.dtype = args.dtype, .rows = batch, .heads = heads, .kv_heads = kKvHeads, .head_dim = c.dim,
+                  .bias = c.has_bias ? bias.data_ptr() : nullptr, .q_norm = q_norm.data_ptr<float>(),
+                  .k_norm = k_norm.data_ptr<float>(), .eps = 1e-6f, .cos = cos.data_ptr<float>(), .sin = sin.data_ptr<float>(),
+                  .v_norm = c.norms_values ? v_norm.data_ptr<float>() : nullptr, .turned = c.turned};
+    const Tensor workspace = at::zeros({DecodeAttentionWorkspace(codec, codec, args)}, options.dtype(at::kByte));
+    args.workspace = workspace.data_ptr();
+    const auto read = [&](const Tensor& tokens, bool makes, bool early) {
+      for (const auto& [view, side] : {std::pair(&args.keys, tokens[0]), std::pair(&args.values, tokens[1])}) {
+        view->planes[0] = static_cast<std::byte*>(side.data_ptr()), view->plane_stride[0] = kCapacity * c.dim * 2;
+      }
+      args.early = early, args.queries = makes ? nullptr : queries.data_ptr(), args.made_of = makes ? made_of.data_ptr() : nullptr;
+      out.fill_(NAN);
+      DecodeAttention(codec, codec, args, nullptr);
+      return out.clone();
+    };
+    const Tensor appended = before.clone();
+    const auto token = [&](const Tensor& tokens) {
+      return NewToken{.sinks = {}, .tail = ViewOf(tokens), .dense = true, .lengths = args.lengths};
+    };
+    AppendHeads({.of = args.heads, .queries = queries.data_ptr(), .keys = token(appended[0]), .values = token(appended[1])},
+                made_of.data_ptr(), nullptr);
+    EXPECT_FALSE(appended.equal(before));
+    const Tensor expected = read(appended, false, false);
+    EXPECT_FALSE(expected.isnan().any().item<bool>());
+    for (const bool early : {false, true}) {
+      const Tensor found = before.clone();
+      EXPECT_TRUE(read(found, true, early).equal(expected)) << "early " << early;
+      EXPECT_TRUE(found.equal(appended)) << "early " << early;
+    }
+  }
+}
+
 // A token whose numbers are not finite makes what reads it NaN, also where its codes alone say so.
 TEST(DecodeAttentionGpu, WhatIsNotANumberStaysSo) {
   KVQ_NEEDS_CUDA();

@@ -68,7 +68,7 @@ class Collector {
 };
 
 void AddAttention(Collector& all, const std::string& spec, int64_t dim, int64_t group, int64_t ratio, int32_t window,
-                  DType dtype, bool apart = false, float cap = 0, bool encodes = false) {
+                  DType dtype, bool apart = false, float cap = 0, bool encodes = false, bool makes_heads = false) {
   const SchemePair pair = ParseSpec(spec).schemes;
   DecodeAttentionArgs args;
   args.dtype = dtype, args.window = window, args.values_in_ring = apart, args.softcap = cap;
@@ -95,6 +95,7 @@ void AddAttention(Collector& all, const std::string& spec, int64_t dim, int64_t 
     if (DecodeAttentionEncodes(keys, dim)) args.newest_keys = there;
     if (DecodeAttentionEncodes(values, dim)) args.newest_values = there;
   }
+  if (makes_heads) args.made_of = there;
   // Few tokens of eight KV heads are read by blocks in a cluster, many are not.
   for (const auto& [heads, capacity] : {std::pair<int64_t, int64_t>(8, 4096), {2, 32768}}) {
     args.query_heads = heads * ratio, args.keys.heads = args.values.heads = heads, args.keys.capacity = args.values.capacity = capacity;
@@ -269,6 +270,7 @@ TEST_P(EveryCard, TakesTheDefaultInstances) {
     for (const int32_t window : {0, 512}) AddAttention(all, spec, 256, 64, 2, window, DType::kFloat16, /*apart=*/false, /*cap=*/50);
   }
   for (const char* spec : {"kivi-4", "kivi-2"}) AddAttention(all, spec, 128, 32, 4, 0, DType::kFloat16, /*apart=*/true);
+  AddAttention(all, "none", 128, 0, 8, 0, DType::kFloat16, /*apart=*/false, /*cap=*/0, /*encodes=*/false, /*makes_heads=*/true);
   for (const Scheme& scheme : Schemes()) AddCodecs(all, scheme, DType::kFloat16, /*every_group=*/false);
   AddNewest(all, FindScheme("kivi-2").values);
   AddNewest(all, FindScheme("turboquant-v4").values);
@@ -315,6 +317,13 @@ TEST_P(EveryCardEveryInstance, Fits) {
     for (const int64_t dim : {64, 96, 128, 256}) {
       if (dim == 96 && std::string(spec) != "none" && std::string(spec) != "int4-hqq") continue;
       for (const int64_t ratio : {2, 16}) AddAttention(all, spec, dim, 32, ratio, 512, DType::kBFloat16, /*apart=*/false, /*cap=*/50);
+    }
+  }
+  for (const int64_t dim : {64, 128, 256}) {
+    for (const int64_t ratio : {1, 4, 16}) {
+      for (const int32_t window : {0, 512}) {
+        AddAttention(all, "none", dim, 0, ratio, window, DType::kBFloat16, /*apart=*/false, /*cap=*/0, /*encodes=*/false, /*makes_heads=*/true);
+      }
     }
   }
   const std::vector<std::string> schemes = FusedSchemes(/*plain=*/false);

@@ -413,6 +413,8 @@ TEST(StepGpu, DISABLED_TimesOfQwen3Moe) {
   const auto token = [&](const at::Tensor& tokens) {
     return NewToken{.sinks = {}, .tail = ViewOf(tokens), .dense = true, .lengths = static_cast<const SequenceLength*>(lengths.data_ptr())};
   };
+  const HeadsArgs heads = {.dtype = DType::kFloat16, .rows = 1, .heads = kHeads, .kv_heads = kKvHeads, .head_dim = kDim, .q_norm = ones.data_ptr<float>(),
+                           .k_norm = ones.data_ptr<float>(), .eps = 1e-6f, .cos = cos.data_ptr<float>(), .sin = sin.data_ptr<float>()};
   at::Tensor workspace;
   const auto run = [&](const std::string& kernel, const Weights& layer, void* stream) {
     if (kernel == "qkv") {
@@ -421,12 +423,11 @@ TEST(StepGpu, DISABLED_TimesOfQwen3Moe) {
       Product(args, stream);
     } else if (kernel == "heads") {
       AppendArgs args;
-      args.of = {.dtype = DType::kFloat16, .rows = 1, .heads = kHeads, .kv_heads = kKvHeads, .head_dim = kDim, .q_norm = ones.data_ptr<float>(),
-                 .k_norm = ones.data_ptr<float>(), .eps = 1e-6f, .cos = cos.data_ptr<float>(), .sin = sin.data_ptr<float>()};
-      args.queries = queries.data_ptr(), args.keys = token(layer.keys), args.values = token(layer.values);
+      args.of = heads, args.queries = queries.data_ptr(), args.keys = token(layer.keys), args.values = token(layer.values);
       AppendHeads(args, qkv.data_ptr(), stream);
-    } else if (kernel == "attention") {
+    } else if (kernel == "attention" || kernel == "heads+attention") {
       DecodeAttentionArgs args;
+      if (kernel != "attention") args.made_of = qkv.data_ptr(), args.heads = heads;
       args.query_heads = kHeads, args.queries = queries.data_ptr(), args.out = attended.data_ptr();
       args.scale = 0.088f, args.early = true, args.lengths = static_cast<const SequenceLength*>(lengths.data_ptr());
       for (const auto& [view, tokens] : {std::pair(&args.keys, &layer.keys), std::pair(&args.values, &layer.values)}) {
@@ -481,15 +482,17 @@ TEST(StepGpu, DISABLED_TimesOfQwen3Moe) {
       text += (text.empty() ? "" : " ") + kernel;
       bytes += kernel == "qkv" ? layer.qkv.nbytes() : kernel == "o" ? layer.o.nbytes() : kernel == "router" ? layer.router.nbytes()
                : kernel == "up" ? layer.mixture.up.nbytes() / 16 : kernel == "down" ? layer.mixture.down.nbytes() / 16
-               : kernel == "attention" ? 4 * kKvHeads * kDim * kTokens : 0;
+               : kernel.ends_with("attention") ? 4 * kKvHeads * kDim * kTokens : 0;
     }
     const double us = all[10] * 1e3 / kLayers;
     printf("%-44s %7.2f us a layer, %6.1f MB, %5.2f TB/s\n", text.c_str(), us, bytes / 1e6, bytes / us / 1e6);
   };
-  for (const char* kernel : {"qkv", "heads", "attention", "o", "router", "up", "down"}) time({kernel});
+  for (const char* kernel : {"qkv", "heads", "attention", "heads+attention", "o", "router", "up", "down"}) time({kernel});
   time({"qkv", "heads"}), time({"qkv", "heads", "attention"}), time({"qkv", "heads", "attention", "o"});
+  time({"qkv", "heads+attention"}), time({"qkv", "heads+attention", "o"});
   time({"o", "router"}), time({"router", "up"}), time({"up", "down"}), time({"o", "router", "up"}), time({"o", "router", "up", "down"});
   time({"down", "qkv"}), time({"qkv", "heads", "attention", "o", "router", "up", "down"});
+  time({"qkv", "heads+attention", "o", "router", "up", "down"});
   Check(cudaEventDestroy(begin), "event"), Check(cudaEventDestroy(end), "event"), Check(cudaStreamDestroy(stream), "stream");
 }
 

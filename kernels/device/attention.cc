@@ -104,9 +104,10 @@ Plan PlanTiles(const Codec& keys, const Codec& values, const DecodeAttentionArgs
   const int head_tiles = ratio / parts <= 8 ? 1 : 2;
   const auto merge_bytes = [&](int warps) { return 8 * head_tiles * (warps * (dim + 4 + 2) * 4 + 8); };
   const bool shelf = values.planes != nullptr && (dim > 128 || head_tiles > 1);  // Config::kShelf
+  const int64_t queries_bytes = 8 * head_tiles * (turns_keys ? dim : dim / 2) * 4 + (args.made_of != nullptr ? 2 * dim * 2 : 0);
   const auto shared_bytes = [&](int warps, int stages, int tile) {
     return std::max<int64_t>(warps * stages * tile_bytes(tile), up(merge_bytes(warps))) +
-           (shelf ? warps * 8 * head_tiles * dim * 4 : 0) + 8 * head_tiles * (turns_keys ? dim : dim / 2) * 4;  // queries
+           (shelf ? warps * 8 * head_tiles * dim * 4 : 0) + queries_bytes;
   };
   int warps = 0, stages = 0;
   for (const auto& [with_warps, with_stages] : {std::pair(8, 3), std::pair(4, 3), std::pair(4, 2), std::pair(2, 3), std::pair(2, 2)}) {
@@ -148,7 +149,8 @@ Plan PlanTiles(const Codec& keys, const Codec& values, const DecodeAttentionArgs
                                              values.device.type(args.value_params, dim), dim, parts, head_tiles, warps, stages,
                                              tile, registers, plan.cluster, args.window > 0,
                                              turns_keys + 2 * turns_values + 4 * IsApart(args) + 8 * (args.softcap > 0) +
-                                                 16 * (args.newest_keys != nullptr) + 32 * (args.newest_values != nullptr) + 64 * (args.dtype == DType::kBFloat16)))};
+                                                 16 * (args.newest_keys != nullptr) + 32 * (args.newest_values != nullptr) + 64 * (args.dtype == DType::kBFloat16) +
+                                                 128 * (args.made_of != nullptr)))};
   plan.tile_text = StrCat(warps, " warps x ", stages, " x ", tile, " tokens");
   plan.threads = 32 * warps;
   plan.shared_bytes = shared_bytes(warps, stages, tile);
@@ -204,13 +206,16 @@ void CheckArgs(const Codec& keys, const Codec& values, const DecodeAttentionArgs
   for (const DenseView* view : {&args.sink_keys, &args.sink_values, &args.residual_keys, &args.residual_values}) {
     all &= aligned(view->data, (view->batch_stride | view->head_stride | view->token_stride) * 2);
   }
-  all &= aligned(args.newest_keys, 0) && aligned(args.newest_values, 0);
+  all &= aligned(args.newest_keys, 0) && aligned(args.newest_values, 0) && aligned(args.made_of, 0);
   if (!all) throw InputError("decode attention wants all rows and planes aligned to 16 bytes");
   for (const auto& [codec, newest] : {std::pair(&keys, args.newest_keys), std::pair(&values, args.newest_values)}) {
     if (newest == nullptr) continue;
     if (!DecodeAttentionEncodes(*codec, args.keys.head_dim) || IsApart(args) || !args.newest_is_encoded) {
       throw std::logic_error("decode attention cannot encode the newest token");
     }
+  }
+  if (args.made_of != nullptr && (!DecodeAttentionMakesHeads(keys, values, args.keys.head_dim) || IsApart(args))) {
+    throw std::logic_error("decode attention cannot make heads");
   }
 }
 
@@ -221,6 +226,10 @@ bool HasDecodeAttention(const Codec& keys, const Codec& values) {
 }
 
 bool DecodeAttentionEncodes(const Codec& codec, int64_t head_dim) { return codec.device.plain != nullptr && HasTiles(head_dim); }
+
+bool DecodeAttentionMakesHeads(const Codec& keys, const Codec& values, int64_t head_dim) {
+  return keys.planes == nullptr && values.planes == nullptr && HasTiles(head_dim);
+}
 
 std::string DecodeAttentionName(const Codec& keys, const Codec& values, const DecodeAttentionArgs& args) {
   const std::string k = keys.device.label, v = values.device.label;

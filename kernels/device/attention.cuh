@@ -339,7 +339,7 @@ struct Ring {
     return before;
   }
 
-  // After that: calls attend(tile, tokens in it, hidden ones of them) for tiles first, first + kWarps, ... below end.
+  // After that: calls attend(tile, tokens in it, hidden ones of them, whether it has the newest) for tiles first, first + kWarps, ... below end.
   template <typename Attend>
   __device__ __forceinline__ void Stream(const Attend& attend) {
     ptx::Shared tile = tiles;
@@ -349,7 +349,8 @@ struct Ring {
       ptx::CopyWait<C::kStages - 2>();
       __syncwarp();  // all lanes' copies have arrived, and all lanes are done with the tile before
       Fetch(index + (C::kStages - 1) * C::kWarps, free);
-      attend(tile, min(tokens - index * C::kTile, C::kTile), C::kWindow ? max(hidden - index * C::kTile, 0) : 0);
+      const int left = tokens - index * C::kTile;
+      attend(tile, min(left, C::kTile), C::kWindow ? max(hidden - index * C::kTile, 0) : 0, left <= C::kTile);
       free = free + 1 == C::kStages ? 0 : free + 1;
       tile = tile + C::kTileBytes == tiles + C::kStages * C::kTileBytes ? tiles : tile + C::kTileBytes;
     }
@@ -410,13 +411,17 @@ __global__ void __maxnreg__(C::kRegisters)
   const auto ring_of = [&](const SequenceLength& of) {
     return Ring<C>(args, pair, of, split, splits, warp, ptx::SharedAddress(shared) + warp * C::kStages * C::kTileBytes);
   };
+  auto made_heads = [&] {
+    if constexpr (C::kMakesHeads) return MadeHeads<C>(args, pair, part, ratio, warp);
+    else return nullptr;
+  }();
   const auto length_now = [&] { return ReachOf<C>(args, pair / heads); };
   LaunchDependents();
   if (!args.early) WaitForPredecessors();
   Reach length = length_now();
   Ring<C> ring = ring_of(length);
   // The newest token, of `none` or encoded within the step, is not there yet. It is in the last split's last tile.
-  int started = !C::kDense && !args.newest_is_encoded ? C::kStages - 1 : ring.StagesBeforeNewest();
+  int started = C::kMakesHeads || (!C::kDense && !args.newest_is_encoded) ? C::kStages - 1 : ring.StagesBeforeNewest();
   ring.Start(0, started);
   if (args.early) WaitForPredecessors();
   const Reach now = length_now();  // asked for together with the queries, as each comes late
@@ -426,11 +431,13 @@ __global__ void __maxnreg__(C::kRegisters)
   Queries<C> q;
   auto* const turned = reinterpret_cast<float*>(shared + C::kQueriesAt);
   auto* const queries = reinterpret_cast<uint32_t*>(shared + C::kQueriesAt);
+  [[maybe_unused]] auto* const newest_rows = reinterpret_cast<uint32_t*>(shared + C::kNewestAt);
   if constexpr (C::kTurnsKeys) {
     TurnQueries<C>(args, part, ratio, warp, turned);
     if constexpr (C::kEager) LoadTurnedQueries<C>(args, ratio, turned, g, t, q);
   } else {
-    StageQueries<C>(args, part, ratio, warp, queries);
+    if constexpr (C::kMakesHeads) made_heads.Stage(ratio, warp, split == splits - 1, now.encoded, queries, newest_rows);
+    else StageQueries<C>(args, part, ratio, warp, queries);
     if constexpr (C::K::kDense) LoadQueriesForDense<C>(args, part, ratio, queries, g, t, q);
     else if constexpr (C::kEager) LoadQueries<C>(queries, g, t, q);
   }
@@ -472,7 +479,12 @@ __global__ void __maxnreg__(C::kRegisters)
       if constexpr (!C::kEager) LoadQueries<C>(queries, g, t, q);
       PrepareQueries<C>(args, t, q);
     }
-    ring.Stream([&](ptx::Shared tile, int valid, int hidden) { AttendTile<C>(tile, valid, hidden, g, t, q, args.softcap, partial); });
+    ring.Stream([&](ptx::Shared tile, int valid, int hidden, bool last) {
+      if constexpr (C::kMakesHeads) {
+        if (last) MadeHeads<C>::PutNewest(newest_rows, tile, valid - 1);
+      }
+      AttendTile<C>(tile, valid, hidden, g, t, q, args.softcap, partial);
+    });
     Merge<C>(partial, warp, !C::V::kDense && has_dense, dense, ratio, shared, sums, outputs);
   } else {  // no tokens: the weight 0, and so outputs that are numbers
     if constexpr (C::kCluster > 1) __syncthreads();  // the rings are done with

@@ -8,6 +8,7 @@
 #include <string>
 #endif
 
+#include "kernels/device/heads.h"
 #include "kernels/turn.h"
 #include "kernels/views.h"
 
@@ -69,6 +70,12 @@ struct DecodeAttentionArgs {
   // read as all others are. Of codecs and head_dims that DecodeAttentionEncodes knows, with newest_is_encoded and like lengths.
   const void *newest_keys = nullptr, *newest_values = nullptr;
 
+  // [batch, query_heads + 2 keys.heads, head_dim] in dtype, or null: queries, and the newest token's keys and values, as a product has left
+  // them. Each block norms and turns its queries by `heads`, and writes the newest token to where `lengths` says, before it reads it.
+  // Where DecodeAttentionMakesHeads; `queries` is not read then.
+  const void* made_of = nullptr;
+  HeadsArgs heads;
+
   // DecodeAttentionWorkspace() bytes of device memory, 256-byte aligned, all zero before the first launch; launches leave it fit
   // for the next. Not to be shared by launches that may overlap.
   void* workspace = nullptr;
@@ -82,6 +89,9 @@ bool HasDecodeAttention(const Codec& keys, const Codec& values);
 
 // Whether it encodes the newest token of a side with this codec.
 bool DecodeAttentionEncodes(const Codec& codec, int64_t head_dim);
+
+// Whether it makes heads of what a product leaves.
+bool DecodeAttentionMakesHeads(const Codec& keys, const Codec& values, int64_t head_dim);
 
 // The kernel that these shapes get on the current device, and what it was compiled for, in words for results:
 // "fused_decode_int8+int4 (sm_90: 8 warps x 3 x 32 tokens)".

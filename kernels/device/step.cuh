@@ -171,6 +171,92 @@ __device__ __forceinline__ float2 Turn(float2 angle, float x1, float x2) {
   return make_float2(x1 * angle.x - x2 * angle.y, x2 * angle.x + x1 * angle.y);
 }
 
+// A head of up to 128 kSteps channels, to be normed and turned by a warp: each lane has two neighbouring pairs a step. All that does not
+// come from the predecessor is read, and worked out, before its end: behind it a whole step waits.
+template <bool kBFloat16, int kSteps>
+struct HeadOfWarp {
+  bool has_norm, has_bias, has[kSteps], turns[kSteps];
+  int first[kSteps], second[kSteps];  // channels: the first of each pair, of two neighbouring pairs; HeadsArgs::First and Apart
+  const float *cos[kSteps], *sin[kSteps];
+  float2 weight[kSteps][2] = {};  // [step, half]
+  uint32_t bias[kSteps][2] = {};
+  float2 cosines[kSteps] = {}, sines[kSteps] = {};
+  uint32_t words[kSteps][2] = {};
+
+  // Head `head` of queries, keys and values, in row `row`; `norm`: or null.
+  __device__ __forceinline__ HeadOfWarp(const HeadsArgs& of, const float* norm, int row, int head)
+      : has_norm(norm != nullptr), has_bias(of.bias != nullptr) {
+    const int pairs = of.pairs(), dim = static_cast<int>(of.head_dim);
+    const bool value = head >= static_cast<int>(of.heads + of.kv_heads);
+    const int position = of.positions == 1 ? 0 : row % static_cast<int>(of.positions);
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      const int i = 2 * (static_cast<int>(threadIdx.x) % 32 + 32 * s);
+      has[s] = i < dim / 2, turns[s] = i < pairs && !value;
+      first[s] = i < pairs ? i : i + pairs, second[s] = first[s] + (i < pairs ? pairs : dim / 2 - pairs);
+      cos[s] = of.cos + position * pairs + i, sin[s] = of.sin + position * pairs + i;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int at = half == 0 ? first[s] : second[s];
+        if (has[s] && has_norm) weight[s][half] = __ldcg(reinterpret_cast<const float2*>(norm + at));
+        if (has[s] && has_bias) {
+          bias[s][half] = __ldcg(reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(of.bias) + head * dim + at));
+        }
+      }
+    }
+  }
+  // What lies at `from`.
+  __device__ __forceinline__ void Load(const uint16_t* from) {
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      if (has[s]) {
+        words[s][0] = __ldcg(reinterpret_cast<const uint32_t*>(from + first[s]));
+        words[s][1] = __ldcg(reinterpret_cast<const uint32_t*>(from + second[s]));
+      }
+      if (turns[s]) {
+        cosines[s] = __ldcg(reinterpret_cast<const float2*>(cos[s]));
+        sines[s] = __ldcg(reinterpret_cast<const float2*>(sin[s]));
+      }
+    }
+  }
+  // Calls put(channel, word) for all pairs of neighbours.
+  template <typename Put>
+  __device__ __forceinline__ void Finish(int64_t head_dim, float eps, const Put& put) {
+    float x[kSteps][2][2], squares = 0;
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          x[s][half][k] = At<kBFloat16>(words[s][half], k);
+          if (has_bias) x[s][half][k] = Round<kBFloat16>(x[s][half][k] + At<kBFloat16>(bias[s][half], k));
+          squares += x[s][half][k] * x[s][half][k];  // 0 of channels that are not there
+        }
+      }
+    }
+    const float inverse = has_norm ? rsqrtf(WarpSum(squares) * ptx::Reciprocal(static_cast<float>(head_dim)) + eps) : 0.0f;
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      if (has_norm) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          x[s][half][0] = Round<kBFloat16>(x[s][half][0] * inverse * weight[s][half].x);
+          x[s][half][1] = Round<kBFloat16>(x[s][half][1] * inverse * weight[s][half].y);
+        }
+      }
+      if (turns[s]) {
+        const float2 one = Turn({cosines[s].x, sines[s].x}, x[s][0][0], x[s][1][0]);
+        const float2 other = Turn({cosines[s].y, sines[s].y}, x[s][0][1], x[s][1][1]);
+        x[s][0][0] = one.x, x[s][1][0] = one.y, x[s][0][1] = other.x, x[s][1][1] = other.y;
+      }
+      if (!has[s]) continue;
+      put(first[s], Pack<kBFloat16>(x[s][0][0], x[s][0][1]));
+      put(second[s], Pack<kBFloat16>(x[s][1][0], x[s][1][1]));
+    }
+  }
+};
+
 __device__ __forceinline__ float Activated(Gate activation, float gate) {
   if (activation == Gate::kClamped) gate = gate > 7.0f ? 7.0f : gate;  // NaN stays
   if (activation != Gate::kGeluTanh) return gate / (1.0f + expf(activation == Gate::kClamped ? -1.702f * gate : -gate));

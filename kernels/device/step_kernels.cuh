@@ -158,112 +158,26 @@ __global__ void __launch_bounds__(kNormThreads, kHeld == 1 ? 2 : 1)
 
 // ---- heads
 
-// A warp a head, each lane two neighbouring pairs at a time, kSteps times: heads of up to 128 kSteps channels.
+// A warp a head: of up to 128 kSteps channels.
 template <bool kBFloat16, bool kAppend, int kSteps, bool kValueNorm>
 __global__ void __launch_bounds__(128)
     HeadsKernel(const __grid_constant__ AppendArgs a, uint16_t* qkv) {
   LaunchDependents();
   const HeadsArgs& of = a.of;
-  const int heads = static_cast<int>(of.heads), kv_heads = static_cast<int>(of.kv_heads);
-  const int dim = static_cast<int>(of.head_dim), half = dim / 2, all = heads + 2 * kv_heads;
-  const int pairs = of.pairs();  // that turn (HeadsArgs::First)
+  const int heads = static_cast<int>(of.heads), kv_heads = static_cast<int>(of.kv_heads), all = heads + 2 * kv_heads;
   const int worked = kAppend ? all : heads + kv_heads;
   const int task = static_cast<int>(blockIdx.x * 4 + threadIdx.x / 32), row = task / worked, head = task % worked;
   if (row >= of.rows) return;
-  const int lane = threadIdx.x % 32;
-  uint16_t* from = qkv + (static_cast<int64_t>(row) * all + head) * dim;
+  uint16_t* from = qkv + (static_cast<int64_t>(row) * all + head) * of.head_dim;
   const float* norm = head < heads              ? of.q_norm
                       : head < heads + kv_heads ? of.k_norm
                       : kValueNorm              ? of.v_norm
                                                 : nullptr;
-  const bool turns = head < heads + kv_heads;
-  // The lane's pair of step s: HeadsArgs::First and Apart of it.
-  struct Pair {
-    int i, first, apart;
-  };
-  const auto pair_of = [&](int s) {
-    const int i = 2 * (lane + 32 * s);
-    return Pair{i, i < pairs ? i : i + pairs, i < pairs ? pairs : half - pairs};
-  };
-  // All that is read is on its way before anything is waited for; weights before the predecessor's end.
-  float weight[kSteps][2][2] = {};  // [step, half, neighbour]
-  if (norm != nullptr) {
-#pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
-      const auto [i, first, apart] = pair_of(s);
-      if (i >= half) break;
-#pragma unroll
-      for (int k = 0; k < 4; ++k) weight[s][k / 2][k % 2] = __ldcg(norm + k / 2 * apart + first + k % 2);
-    }
-  }
+  HeadOfWarp<kBFloat16, kSteps> in_hand(of, norm, row, head);
   WaitForPredecessors();
-  float2 angle[kSteps][2] = {};
-  if (turns) {
-#pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
-      const int i = 2 * (lane + 32 * s);
-      if (i >= pairs) break;
-      angle[s][0] = AngleOf(of, row, i), angle[s][1] = AngleOf(of, row, i + 1);
-    }
-  }
-  uint32_t words[kSteps][2] = {};
-#pragma unroll
-  for (int s = 0; s < kSteps; ++s) {
-    const auto [i, first, apart] = pair_of(s);
-    if (i >= half) break;
-#pragma unroll
-    for (int part = 0; part < 2; ++part) words[s][part] = __ldcg(reinterpret_cast<const uint32_t*>(from + part * apart + first));
-  }
+  in_hand.Load(from);
   uint16_t* to = kAppend ? Destination(a, row, head) : from;
-
-  float x[kSteps][2][2];
-  float squares = 0;
-#pragma unroll
-  for (int s = 0; s < kSteps; ++s) {
-    const auto [i, first, apart] = pair_of(s);
-    if (i >= half) break;
-#pragma unroll
-    for (int part = 0; part < 2; ++part) {
-      uint32_t bias = 0;
-      if (of.bias != nullptr) {
-        const uint16_t* biases =
-            static_cast<const uint16_t*>(of.bias) + head * dim + part * apart + first;
-        bias = __ldcg(reinterpret_cast<const uint32_t*>(biases));
-      }
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        x[s][part][k] = At<kBFloat16>(words[s][part], k);
-        if (of.bias != nullptr)
-          x[s][part][k] = Round<kBFloat16>(x[s][part][k] + At<kBFloat16>(bias, k));
-        squares += x[s][part][k] * x[s][part][k];
-      }
-    }
-  }
-  const float inverse =
-      norm == nullptr ? 0 : rsqrtf(WarpSum(squares) * ptx::Reciprocal(static_cast<float>(dim)) + of.eps);
-#pragma unroll
-  for (int s = 0; s < kSteps; ++s) {
-    const auto [i, first, apart] = pair_of(s);
-    if (i >= half) break;
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      if (norm != nullptr) {
-#pragma unroll
-        for (int part = 0; part < 2; ++part) {
-          x[s][part][k] = Round<kBFloat16>(x[s][part][k] * inverse * weight[s][part][k]);
-        }
-      }
-      if (turns && i < pairs) {
-        const float2 turned = Turn(angle[s][k], x[s][0][k], x[s][1][k]);
-        x[s][0][k] = turned.x, x[s][1][k] = turned.y;
-      }
-    }
-#pragma unroll
-    for (int part = 0; part < 2; ++part) {
-      *reinterpret_cast<uint32_t*>(to + part * apart + first) =
-          Pack<kBFloat16>(x[s][part][0], x[s][part][1]);
-    }
-  }
+  in_hand.Finish(of.head_dim, of.eps, [&](int channel, uint32_t word) { *reinterpret_cast<uint32_t*>(to + channel) = word; });
 }
 
 // ---- the gate
