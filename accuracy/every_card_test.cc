@@ -67,11 +67,17 @@ class Collector {
   Launches launches_;
 };
 
+struct AttentionKind {
+  bool apart = false;  // values have a ring
+  float cap = 0;
+  bool encodes = false, makes_heads = false;  // the newest token's
+  bool clusters = true;                       // those of few tokens, too
+};
 void AddAttention(Collector& all, const std::string& spec, int64_t dim, int64_t group, int64_t ratio, int32_t window,
-                  DType dtype, bool apart = false, float cap = 0, bool encodes = false, bool makes_heads = false) {
+                  DType dtype, const AttentionKind& kind = {}) {
   const SchemePair pair = ParseSpec(spec).schemes;
   DecodeAttentionArgs args;
-  args.dtype = dtype, args.window = window, args.values_in_ring = apart, args.softcap = cap;
+  args.dtype = dtype, args.window = window, args.values_in_ring = kind.apart, args.softcap = kind.cap;
   args.keys.batch = 1, args.keys.head_dim = dim;
   args.values = args.keys;
   const Codec &keys = pair.keys->keys, &values = pair.values->values;
@@ -90,14 +96,15 @@ void AddAttention(Collector& all, const std::string& spec, int64_t dim, int64_t 
     }
   }
   alignas(16) static const float there[4] = {};  // looked at, but not behind
-  if (encodes) {
+  if (kind.encodes) {
     args.newest_is_encoded = true;
     if (DecodeAttentionEncodes(keys, dim)) args.newest_keys = there;
     if (DecodeAttentionEncodes(values, dim)) args.newest_values = there;
   }
-  if (makes_heads) args.made_of = there;
+  if (kind.makes_heads) args.made_of = there;
   // Few tokens of eight KV heads are read by blocks in a cluster, many are not.
   for (const auto& [heads, capacity] : {std::pair<int64_t, int64_t>(8, 4096), {2, 32768}}) {
+    if (capacity == 4096 && !kind.clusters) continue;
     args.query_heads = heads * ratio, args.keys.heads = args.values.heads = heads, args.keys.capacity = args.values.capacity = capacity;
     all.Add([&] { DecodeAttention(keys, values, args, nullptr); });
   }
@@ -248,18 +255,26 @@ void ExpectFits(const DeviceShape& card, const Launches& launches) {
 
 class EveryCard : public testing::TestWithParam<DeviceShape> {};
 
+// What is compiled by default is what differs from card to card; EveryCardEveryInstance takes all for each of the six.
+// sm_86 and sm_90, whose blocks have the least and the most shared memory, take all that a run with default flags uses; sm_80, sm_100 and
+// sm_120 what has tiles, for heads of 128 channels: encoding and decoding by themselves take 168 of a thread's 255 registers at most,
+// on every card. sm_89 runs what sm_86 does, but for what the test behind these takes.
+bool TakesAll(int arch) { return arch == 86 || arch == 90; }
+
 // What a run with default flags and the schemes' own groups uses.
 TEST_P(EveryCard, TakesTheDefaultInstances) {
   KVQ_NEEDS_NVRTC();
+  const int arch = GetParam().arch;
   Collector all(GetParam());
   for (const std::string& spec : FusedSchemes(/*plain=*/false)) {
-    for (const int64_t dim : {64, 128}) AddAttention(all, spec, dim, 64, 4, 0, DType::kFloat16);
+    if (TakesAll(arch)) AddAttention(all, spec, 64, 64, 4, 0, DType::kFloat16);
+    AddAttention(all, spec, 128, 64, 4, 0, DType::kFloat16);
   }
-  if (GetParam().arch == 90) {  // they are many; EveryInstance takes them for all cards
+  if (arch == 90) {  // they are many
     std::vector<std::string> plain = FusedSchemes(/*plain=*/true);
     plain.insert(plain.end(), {"turboquant-k4+turboquant-v4", "turboquant-k3+turboquant-v3"});
-    for (const std::string& spec : plain) {
-      AddAttention(all, spec, 128, 0, 4, 0, DType::kFloat16, /*apart=*/false, /*cap=*/0, /*encodes=*/true);
+    for (const std::string& spec : plain) {  // blocks of a cluster, which read fewer tokens, are EveryInstance's
+      AddAttention(all, spec, 128, 0, 4, 0, DType::kFloat16, {.encodes = true, .clusters = false});
     }
   }
   AddAttention(all, "int8-hqq+int4-hqq", 128, 64, 4, 0, DType::kFloat16);
@@ -267,16 +282,18 @@ TEST_P(EveryCard, TakesTheDefaultInstances) {
   AddAttention(all, "int4-hqq", 256, 64, 4, 512, DType::kFloat16);
   AddAttention(all, "int4-hqq", 512, 64, 4, 0, DType::kFloat16);
   for (const char* spec : {"none", "int4-hqq"}) {  // Gemma 2's
-    for (const int32_t window : {0, 512}) AddAttention(all, spec, 256, 64, 2, window, DType::kFloat16, /*apart=*/false, /*cap=*/50);
+    for (const int32_t window : {0, 512}) AddAttention(all, spec, 256, 64, 2, window, DType::kFloat16, {.cap = 50});
   }
-  for (const char* spec : {"kivi-4", "kivi-2"}) AddAttention(all, spec, 128, 32, 4, 0, DType::kFloat16, /*apart=*/true);
-  AddAttention(all, "none", 128, 0, 8, 0, DType::kFloat16, /*apart=*/false, /*cap=*/0, /*encodes=*/false, /*makes_heads=*/true);
-  for (const Scheme& scheme : Schemes()) AddCodecs(all, scheme, DType::kFloat16, /*every_group=*/false);
-  AddNewest(all, FindScheme("kivi-2").values);
-  AddNewest(all, FindScheme("turboquant-v4").values);
+  for (const char* spec : {"kivi-4", "kivi-2"}) AddAttention(all, spec, 128, 32, 4, 0, DType::kFloat16, {.apart = true});
+  AddAttention(all, "none", 128, 0, 8, 0, DType::kFloat16, {.makes_heads = true});
   AddSteps(all, DType::kFloat16);
   AddSage(all, DType::kFloat16, 128);
-  all.Add([] { StreamingRead(nullptr, kStreamingReadBytes, nullptr, nullptr); });
+  if (TakesAll(arch)) {
+    for (const Scheme& scheme : Schemes()) AddCodecs(all, scheme, DType::kFloat16, /*every_group=*/false);
+    AddNewest(all, FindScheme("kivi-2").values);
+    AddNewest(all, FindScheme("turboquant-v4").values);
+    all.Add([] { StreamingRead(nullptr, kStreamingReadBytes, nullptr, nullptr); });
+  }
   EXPECT_GT(all.launches().size(), 40u);
   ExpectFits(GetParam(), all.launches());
 }
@@ -295,6 +312,17 @@ TEST_P(EveryCard, TakesLatents) {
   ExpectFits(GetParam(), all.launches());
 }
 
+TEST(EightBitFloats, AreEncodedByAnInstructionOfSm89) {
+  KVQ_NEEDS_NVRTC();
+  const DeviceShape& card = kCards[2];
+  Collector all(card);
+  for (const char* scheme : {"fp8-e4m3", "fp8-e5m2", "fp8-e4m3-token", "mxfp8", "mxfp8-rceil", "nvfp4", "nvfp4-4over6"}) {
+    AddCodecs(all, FindScheme(scheme), DType::kFloat16, /*every_group=*/false);
+  }
+  EXPECT_EQ(all.launches().size(), 14u);
+  ExpectFits(card, all.launches());
+}
+
 class EveryCardEveryInstance : public testing::TestWithParam<DeviceShape> {};
 
 TEST_P(EveryCardEveryInstance, Fits) {
@@ -302,27 +330,27 @@ TEST_P(EveryCardEveryInstance, Fits) {
   Collector all(GetParam());
   for (const std::string& spec : FusedSchemes(/*plain=*/true)) {
     for (const bool encodes : {false, true}) {
-      for (const int64_t dim : {64, 128, 256}) AddAttention(all, spec, dim, 0, 4, 0, DType::kFloat16, /*apart=*/false, /*cap=*/0, encodes);
-      AddAttention(all, spec, 128, 0, 16, 512, DType::kFloat16, /*apart=*/false, /*cap=*/0, encodes);
+      for (const int64_t dim : {64, 128, 256}) AddAttention(all, spec, dim, 0, 4, 0, DType::kFloat16, {.encodes = encodes});
+      AddAttention(all, spec, 128, 0, 16, 512, DType::kFloat16, {.encodes = encodes});
     }
     AddAttention(all, spec, 96, 0, 3, 0, DType::kBFloat16);
   }
   // Where keys and values have unlike lengths: what dense tokens are read beside does not change what they need.
   for (const char* spec : {"kivi-4", "kivi-2", "int4-hqq", "int8-hqq+none", "none+int2-quanto", "q8_0+q4_0", "q5_1", "kivi-2+q8_0"}) {
     for (const int64_t dim : {64, 128, 256}) {
-      for (const int64_t ratio : {4, 16}) AddAttention(all, spec, dim, 64, ratio, dim == 64 ? 512 : 0, DType::kBFloat16, /*apart=*/true);
+      for (const int64_t ratio : {4, 16}) AddAttention(all, spec, dim, 64, ratio, dim == 64 ? 512 : 0, DType::kBFloat16, {.apart = true});
     }
   }
   for (const char* spec : {"none", "int4-hqq", "int8-hqq+none", "none+int2-quanto", "q8_0", "kivi-2", "turboquant-k4+turboquant-v4"}) {
     for (const int64_t dim : {64, 96, 128, 256}) {
       if (dim == 96 && std::string(spec) != "none" && std::string(spec) != "int4-hqq") continue;
-      for (const int64_t ratio : {2, 16}) AddAttention(all, spec, dim, 32, ratio, 512, DType::kBFloat16, /*apart=*/false, /*cap=*/50);
+      for (const int64_t ratio : {2, 16}) AddAttention(all, spec, dim, 32, ratio, 512, DType::kBFloat16, {.cap = 50});
     }
   }
   for (const int64_t dim : {64, 128, 256}) {
     for (const int64_t ratio : {1, 4, 16}) {
       for (const int32_t window : {0, 512}) {
-        AddAttention(all, "none", dim, 0, ratio, window, DType::kBFloat16, /*apart=*/false, /*cap=*/0, /*encodes=*/false, /*makes_heads=*/true);
+        AddAttention(all, "none", dim, 0, ratio, window, DType::kBFloat16, {.makes_heads = true});
       }
     }
   }
@@ -374,7 +402,7 @@ TEST_P(EveryCardEveryInstance, FitsLatents) {
 }
 
 const auto kNames = [](const testing::TestParamInfo<DeviceShape>& info) { return StrCat("sm_", info.param.arch); };
-INSTANTIATE_TEST_SUITE_P(Cards, EveryCard, testing::ValuesIn(kCards), kNames);
+INSTANTIATE_TEST_SUITE_P(Cards, EveryCard, testing::Values(kCards[0], kCards[1], kCards[3], kCards[4], kCards[5]), kNames);
 INSTANTIATE_TEST_SUITE_P(Cards, EveryCardEveryInstance, testing::ValuesIn(kCards), kNames);
 
 // ---- the folder of compiled kernels

@@ -46,30 +46,39 @@ void ExpectSeen(const at::Tensor& all, const at::Tensor& kept, int64_t n, int64_
 }
 
 TEST(WindowCache, ReadsWhatACacheOfAllTokensDoes) {
+  const c10::InferenceMode guard;
   constexpr int64_t kTokens = 71;
   const std::vector<std::vector<int64_t>> calls = {{71}, std::vector<int64_t>(71, 1), {30, 1, 1, 1, 38}, {3, 17, 9, 9, 2, 31}};
   std::vector<std::pair<at::Tensor, at::Tensor>> numbers;
   for (int64_t layer = 0; layer < 3; ++layer) numbers.emplace_back(Random(layer, kTokens, 1), Random(layer, kTokens, 7));
   for (const std::string& spec : kSpecs) {
-    for (const int64_t window : {1, 2, 7, 8, 16, 40, 71, 100}) {
-      const CacheShape shape = Shape(window);
-      for (const auto& [stored, read] : {std::pair(at::kFloat, at::kFloat), std::pair(at::kBFloat16, at::kFloat)}) {
-        for (size_t c = 0; c < calls.size(); ++c) {
-          SCOPED_TRACE(StrCat(spec, ", window ", window, ", stored in ", stored, ", calls ", c));
-          KvCache all(ParseSpec(spec), shape, kTokens, stored, kCpu, read), kept(ParseSpec(Windowed(spec)), shape, kTokens, stored, kCpu, read);
+    for (const auto& [stored, read] : {std::pair(at::kFloat, at::kFloat), std::pair(at::kBFloat16, at::kFloat)}) {
+      for (size_t c = 0; c < calls.size(); ++c) {
+        const auto feed = [&](KvCache& cache, const std::function<void(int64_t layer, int64_t n, const at::Tensor& keys, const at::Tensor& values)>& see) {
           int64_t at = 0;
           for (const int64_t n : calls[c]) {
             for (int64_t layer = 0; layer < 3; ++layer) {
               const auto& of_layer = numbers[static_cast<size_t>(layer)];
-              const at::Tensor keys = of_layer.first.narrow(2, at, n), values = of_layer.second.narrow(2, at, n);
-              const auto of_all = all.Update(layer, keys, values);
-              const at::Tensor all_keys = of_all.first.clone(), all_values = of_all.second.clone();
-              const auto of_kept = kept.Update(layer, keys, values);
-              ExpectSeen(all_keys, of_kept.first, n, shape.layers[static_cast<size_t>(layer)].window);
-              ExpectSeen(all_values, of_kept.second, n, shape.layers[static_cast<size_t>(layer)].window);
+              const auto seen = cache.Update(layer, of_layer.first.narrow(2, at, n), of_layer.second.narrow(2, at, n));
+              see(layer, n, seen.first, seen.second);
             }
             at += n;
           }
+        };
+        // Of a cache of all tokens windows change nothing: it is filled once for all of them.
+        KvCache all(ParseSpec(spec), Shape(0), kTokens, stored, kCpu, read);
+        std::vector<std::pair<at::Tensor, at::Tensor>> of_all;
+        feed(all, [&](int64_t, int64_t, const at::Tensor& keys, const at::Tensor& values) { of_all.emplace_back(keys.clone(), values.clone()); });
+        for (const int64_t window : {1, 2, 7, 8, 16, 40, 71, 100}) {
+          SCOPED_TRACE(StrCat(spec, ", window ", window, ", stored in ", stored, ", calls ", c));
+          const CacheShape shape = Shape(window);
+          KvCache kept(ParseSpec(Windowed(spec)), shape, kTokens, stored, kCpu, read);
+          size_t i = 0;
+          feed(kept, [&](int64_t layer, int64_t n, const at::Tensor& keys, const at::Tensor& values) {
+            const auto& [all_keys, all_values] = of_all[i++];
+            ExpectSeen(all_keys, keys, n, shape.layers[static_cast<size_t>(layer)].window);
+            ExpectSeen(all_values, values, n, shape.layers[static_cast<size_t>(layer)].window);
+          });
           if (HasFailure()) return;
         }
       }
@@ -162,6 +171,7 @@ TEST(WindowCache, LogitsAreThoseOfACacheOfAllTokens) {
     ~Threads() { at::set_num_threads(all); }
   } threads;
   std::set<std::string> families;
+  size_t turn = 0;
   for (const Family& family : Families()) {
     for (const auto& [name, says] : family.says["cases"].items()) {
       ModelConfig config = LoadModelConfig(GoldenPath("models/" + name));
@@ -178,8 +188,11 @@ TEST(WindowCache, LogitsAreThoseOfACacheOfAllTokens) {
       for (const std::string full : {"none", "llamacpp-q8_0", "llamacpp-q4_0", "vllm-fp8", "none+q4_0@residual=0", "int4-hqq@residual=8",
                                      "int2-hqq-kivi@residual=16@sinks=2", "kivi-2@policy=kivi@residual=32",
                                      "turboquant-k4+turboquant-v4@residual=0@prefill=raw"}) {
+        ++turn;
         for (const char* backend : {"eager", "sdpa"}) {
           for (const int64_t chunk : {60, 11, 1}) {
+            // Token after token, which takes longest, by one of them in turn: both are handed the same keys and values.
+            if (chunk == 1 && (turn % 2 == 0) != (backend == std::string("eager"))) continue;
             // A token's work is too little for threads, which take as long to wake; caches that take token after token have them above.
             at::set_num_threads(chunk == 1 ? 1 : threads.all);
             const auto logits = [&](const std::string& text) {
@@ -202,6 +215,7 @@ TEST(WindowCache, LogitsAreThoseOfACacheOfAllTokens) {
 
 // Back behind tokens that have pushed others out, again and again.
 TEST(WindowCache, GoesBackToWhereItWas) {
+  const c10::InferenceMode guard;
   constexpr int64_t kTokens = 71;
   for (const std::string& spec : kSpecs) {
     for (const int64_t window : {2, 8, 16}) {
