@@ -4,12 +4,31 @@
 #include "kernels/error.h"
 
 namespace kvq {
+namespace {
+
+constexpr size_t kMostLogits = size_t{1} << 30;  // bytes: six windows of 1,024 tokens and 49,152 words take 600 MB
+
+// The unquantized model's logits of positions [from, to) of windows side by side, of which `window` is the first one's beginning. A CPU
+// takes a quarter as long for SmolLM2's as for its layers, so they are kept, in the type that the head computes in: what it says is exact there.
+at::Tensor ReferenceLogits(const Work& work, int64_t window, const at::Tensor& reference, int64_t from, int64_t to) {
+  if (const auto kept = work.reference_logits.find({window, from, to}); kept != work.reference_logits.end()) return kept->second.to(at::kFloat);
+  const at::Tensor logits = work.model.Logits(reference.narrow(1, from, to - from));
+  if (!logits.is_cpu()) return logits;
+  const at::Tensor kept = logits.to(work.model.dtype());
+  size_t bytes = kept.nbytes();
+  for (const auto& [of, others] : work.reference_logits) bytes += others.nbytes();
+  if (bytes <= kMostLogits && kept.to(at::kFloat).equal(logits)) work.reference_logits[{window, from, to}] = kept;
+  return logits;
+}
+
+}  // namespace
 
 Work WorkOf(Session& session, const Cell& cell, const std::string& what) {
   const Tokenizer& tokenizer = session.tokenizer(cell.model);
   const std::string key = StrCat(what, cell.model, "/", cell.backend, "/", cell.context, "/", cell.batch);
   const Model& model = session.model(cell.model);
-  Work work{key, model, FindBackend(cell.backend), session.corpus_ids(cell.model), {}, session.window_states(key)};
+  Session::WindowStates& states = session.window_states(key);
+  Work work{key, model, FindBackend(cell.backend), session.corpus_ids(cell.model), {}, states.hidden, states.logits};
   if (tokenizer.adds_bos()) work.bos.push_back(*tokenizer.bos_id());
   return work;
 }
@@ -70,7 +89,7 @@ void CompareLogits(const Work& work, const Spec& spec, const std::vector<Window>
                    const int64_t from = std::max(begin, first);
                    const int64_t to = std::min(begin + hidden.size(1), length - 1);
                    if (from >= to) return;
-                   use(work.model.Logits(reference.narrow(1, from, to - from)),
+                   use(ReferenceLogits(work, windows[0].begin, reference, from, to),
                        work.model.Logits(hidden.narrow(1, from - begin, to - from)),
                        ids.narrow(1, from + 1, to - from).to(hidden.device()));
                  });

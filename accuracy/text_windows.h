@@ -2,7 +2,9 @@
 // unquantized model's predictions beside the quantized one's, made in calls as decoding would.
 #pragma once
 
+#include <array>
 #include <functional>
+#include <map>
 #include <string>
 #include <utility>
 #include <vector>
@@ -21,9 +23,9 @@ struct Work {
   const Backend& backend;
   std::vector<int32_t> text;  // the corpus in tokens
   std::vector<int32_t> bos;   // before every window: empty, or the BOS id
-  // Of the unquantized model over whole windows, by their first token: the same for all specs, and small where logits
-  // are not.
+  // Of the unquantized model, the same for all specs (Session::WindowStates). Logits are kept as long as they are few.
   std::map<int64_t, at::Tensor>& reference_states;
+  std::map<std::array<int64_t, 3>, at::Tensor>& reference_logits;
 };
 
 // `what` begins the key, for measurements that keep something else than perplexity does.

@@ -16,6 +16,7 @@
 #include <sstream>
 
 #include "accuracy/samples.h"
+#include "benchmarks/commit.h"
 #include "benchmarks/json_reporter.h"
 #include "benchmarks/options.h"
 #include "benchmarks/progress.h"
@@ -221,7 +222,7 @@ std::vector<std::pair<const Measurement*, Cell>> Cells(const CommandLine& line) 
 void AddContext(Session& session, const std::vector<std::string>& benchmark_flags) {
   const Options& o = session.options();
   benchmark::AddCustomContext("kvqbench_build", KVQ_BUILD_TYPE);
-  benchmark::AddCustomContext("kvqbench_commit", KVQ_COMMIT);
+  benchmark::AddCustomContext("kvqbench_commit", Commit());
   benchmark::AddCustomContext("kvqbench_sha256", Sha256File("/proc/self/exe"));
   std::string flags;
   for (const std::string& flag : benchmark_flags) flags += (flags.empty() ? "" : " ") + flag;

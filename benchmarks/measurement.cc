@@ -190,7 +190,7 @@ const std::vector<std::pair<at::Tensor, at::Tensor>>& Session::captured_cache(co
   return captured_.second;
 }
 
-std::map<int64_t, at::Tensor>& Session::window_states(const std::string& key) {
+Session::WindowStates& Session::window_states(const std::string& key) {
   if (window_states_.first != key) window_states_ = {key, {}};
   return window_states_.second;
 }

@@ -4,6 +4,7 @@
 
 #include <benchmark/benchmark.h>
 
+#include <array>
 #include <functional>
 #include <map>
 #include <memory>
@@ -94,9 +95,13 @@ class Session {
   // [batch, kv_heads, context, head_dim], as a cache stores dense ones.
   const std::vector<std::pair<at::Tensor, at::Tensor>>& captured_cache(const Cell& cell);
 
-  // Hidden states of the unquantized model over whole windows of a text, by a window's first token. `key` says what
-  // they depend on: under another one they are gone.
-  std::map<int64_t, at::Tensor>& window_states(const std::string& key);
+  // What the unquantized model makes of a text's windows, for all specs.
+  struct WindowStates {
+    std::map<int64_t, at::Tensor> hidden;  // over whole windows, by a window's first token
+    std::map<std::array<int64_t, 3>, at::Tensor> logits;  // of some of its positions, by a window's first token, the first and the last
+  };
+  // `key` says what they depend on: under another one they are gone.
+  WindowStates& window_states(const std::string& key);
 
   void DropCapturedCache() { captured_ = {}; }
 
@@ -142,7 +147,7 @@ class Session {
   std::optional<Corpus> corpus_;
   std::pair<std::string, std::vector<int32_t>> ids_;
   std::pair<std::string, std::vector<std::pair<at::Tensor, at::Tensor>>> captured_;
-  std::pair<std::string, std::map<int64_t, at::Tensor>> window_states_;
+  std::pair<std::string, WindowStates> window_states_;
   bool used_ = false;  // by a cell, since there was nothing
   std::vector<std::unique_ptr<Nvml>> nvml_;
   std::vector<std::unique_ptr<GpuWatch>> watches_;

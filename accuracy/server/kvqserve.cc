@@ -26,6 +26,7 @@
 #include "accuracy/server/description.h"
 #include "accuracy/server/flags.h"
 #include "accuracy/server/jobs.h"
+#include "benchmarks/commit.h"
 #include "benchmarks/options.h"
 #include "fixtures/machine/host_load.h"
 #include "fixtures/machine/host_memory.h"
@@ -90,7 +91,7 @@ class App {
     served_.other_name = flags_.model;
     served_.vocab = model.config().vocab_size;
     served_.tokenizer = &tokenizer;
-    description_ = Describe(files, spec, model, slots_.front().engine, flags_, session_.device().is_cuda(), KVQ_COMMIT, served_);
+    description_ = Describe(files, spec, model, slots_.front().engine, flags_, session_.device().is_cuda(), Commit(), served_);
     ready_ = true;
     std::cerr << "kvqserve: ready: " << served_.kv.dump() << std::endl;
     for (;;) {

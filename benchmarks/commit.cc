@@ -1,0 +1,7 @@
+#include "benchmarks/commit.h"
+
+namespace kvq {
+
+const char* Commit() { return KVQ_COMMIT; }
+
+}  // namespace kvq
