@@ -306,6 +306,28 @@ TEST_F(Kvqbench, SameSeedSameNumbers) {
   EXPECT_EQ(first.size(), 2u);
 }
 
+// A spec is scored against logits of the unquantized model that the spec before it has left.
+TEST_F(Kvqbench, ASpecsScoresAreThoseThatItHasAlone) {
+  WidenHeads(dir_ / "tiny");
+  const std::string spec = "int4-hqq@residual=16";
+  const auto scores = [&](const std::string& specs, const std::string& type) {
+    const Outcome outcome = Execute(StrCat(Tiny(), " --schemes=", specs, " --contexts=64 --windows=2 --dtype=", type,
+                                           " --benchmark_filter='perplexity/.*/", spec, "/|perplexity/.*/none' --benchmark_format=json"));
+    EXPECT_EQ(outcome.code, 0) << outcome.err;
+    for (const auto& [name, run] : ByName(outcome.out)) {
+      if (name.find("/" + spec + "/") == std::string::npos) continue;
+      return StrCat(run["ppl"], " ", run["ppl_reference"], " ", run["kld_nats"], " ", run["kld_nats_hi"], " ", run["top1_agreement"]);
+    }
+    return outcome.out;
+  };
+  for (const char* type : {"bfloat16", "float32"}) {
+    const std::string alone = scores(spec, type);
+    EXPECT_EQ(std::count(alone.begin(), alone.end(), ' '), 4) << alone;
+    EXPECT_EQ(scores("none@residual=16," + spec, type), alone) << type;
+    EXPECT_EQ(scores("none," + spec, type), alone) << type << ", in other calls";
+  }
+}
+
 // The study's protocol with nothing quantized is the reference itself.
 TEST_F(Kvqbench, StudyProtocolOfNoneIsTheReference) {
   const auto runs = ByName(Execute(Tiny() + " --schemes=none --contexts=64 --windows=3 --protocol=study --dtype=float32 "
