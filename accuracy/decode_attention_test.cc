@@ -612,19 +612,20 @@ TEST(DecodeAttentionGpu, MakesHeadsOfAFewShapes) {  // under a sanitizer
     bool has_bias, norms_values;
     int64_t turned;  // 0: all
     int32_t window;
+    int32_t tokens = 2100;  // of the first sequence: blocks in clusters, of many they are not
   };
   const std::vector<Case> cases = {{128, 8, at::kHalf, false, false, 0, 0}, {128, 4, at::kBFloat16, true, true, 64, 0},
                                    {64, 1, at::kHalf, true, false, 0, 0},   {64, 16, at::kBFloat16, false, true, 32, 100},
                                    {256, 2, at::kBFloat16, false, true, 0, 300}, {128, 24, at::kHalf, false, false, 0, 0},
-                                   {256, 8, at::kHalf, true, false, 128, 0}};
-  constexpr int64_t kCapacity = 2112;
-  const std::vector<SequenceLength> counts = {{0, 2100, 0}, {0, 1, 0}, {0, 129, 0}};
-  const auto batch = static_cast<int64_t>(counts.size());
+                                   {256, 8, at::kHalf, true, false, 128, 0}, {128, 8, at::kHalf, false, false, 0, 0, 9000}};
+  constexpr int64_t batch = 3;
   const auto arguments = [&](const Case& c) {
     DecodeAttentionArgs args;
     args.dtype = DTypeOf(c.dtype), args.query_heads = kKvHeads * c.ratio, args.window = c.window, args.scale = 0.1f;
-    args.keys.batch = batch, args.keys.heads = kKvHeads, args.keys.head_dim = c.dim, args.keys.capacity = kCapacity;
+    args.keys.batch = batch, args.keys.heads = kKvHeads, args.keys.head_dim = c.dim, args.keys.capacity = c.tokens + 12;
     args.values = args.keys;
+    args.heads = {.dtype = args.dtype, .rows = batch, .heads = args.query_heads, .kv_heads = kKvHeads, .head_dim = c.dim, .eps = 1e-6f,
+                  .turned = c.turned};
     return args;
   };
   Prepare([&] {
@@ -644,21 +645,19 @@ TEST(DecodeAttentionGpu, MakesHeadsOfAFewShapes) {  // under a sanitizer
     const Tensor q_norm = at::rand({c.dim}, floats), k_norm = at::rand({c.dim}, floats), v_norm = at::rand({c.dim}, floats);
     const Tensor angles = at::randn({c.dim / 2}, floats), cos = angles.cos(), sin = angles.sin();
     const Tensor queries = at::full({batch, heads, c.dim}, NAN, options), out = at::full_like(queries, NAN);
-    const Tensor before = at::randn({2, batch, kKvHeads, kCapacity, c.dim}, options);
-    const Tensor lengths = at::empty({batch, 3}, at::kInt);
-    std::memcpy(lengths.data_ptr(), counts.data(), counts.size() * sizeof counts[0]);
-    const Tensor there = lengths.cuda();
     DecodeAttentionArgs args = arguments(c);
+    const Tensor before = at::randn({2, batch, kKvHeads, args.keys.capacity, c.dim}, options);
+    const Tensor there = at::tensor({0, c.tokens, 0, 0, 1, 0, 0, 129, 0}, at::kInt).cuda();
     args.lengths = static_cast<const SequenceLength*>(there.data_ptr()), args.out = out.data_ptr();
-    args.heads = {.dtype = args.dtype, .rows = batch, .heads = heads, .kv_heads = kKvHeads, .head_dim = c.dim,
-                  .bias = c.has_bias ? bias.data_ptr() : nullptr, .q_norm = q_norm.data_ptr<float>(),
-                  .k_norm = k_norm.data_ptr<float>(), .eps = 1e-6f, .cos = cos.data_ptr<float>(), .sin = sin.data_ptr<float>(),
-                  .v_norm = c.norms_values ? v_norm.data_ptr<float>() : nullptr, .turned = c.turned};
+    args.heads.bias = c.has_bias ? bias.data_ptr() : nullptr, args.heads.cos = cos.data_ptr<float>(), args.heads.sin = sin.data_ptr<float>();
+    args.heads.q_norm = q_norm.data_ptr<float>(), args.heads.k_norm = k_norm.data_ptr<float>();
+    args.heads.v_norm = c.norms_values ? v_norm.data_ptr<float>() : nullptr;
+    args.made_of = made_of.data_ptr();
     const Tensor workspace = at::zeros({DecodeAttentionWorkspace(codec, codec, args)}, options.dtype(at::kByte));
     args.workspace = workspace.data_ptr();
     const auto read = [&](const Tensor& tokens, bool makes, bool early) {
       for (const auto& [view, side] : {std::pair(&args.keys, tokens[0]), std::pair(&args.values, tokens[1])}) {
-        view->planes[0] = static_cast<std::byte*>(side.data_ptr()), view->plane_stride[0] = kCapacity * c.dim * 2;
+        view->planes[0] = static_cast<std::byte*>(side.data_ptr()), view->plane_stride[0] = view->capacity * c.dim * 2;
       }
       args.early = early, args.queries = makes ? nullptr : queries.data_ptr(), args.made_of = makes ? made_of.data_ptr() : nullptr;
       out.fill_(NAN);

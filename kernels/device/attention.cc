@@ -89,7 +89,7 @@ int Splits(int64_t all_pairs, int64_t tokens, int tile, int warps, int64_t tile_
 // 40 KB an SM; with some 110 KB in flight a call is fastest, with twice that warps get their data so unevenly that the
 // last one is late (seen on an H200).
 Plan PlanTiles(const Codec& keys, const Codec& values, const DecodeAttentionArgs& args, int64_t ratio) {
-  constexpr int64_t kInFlight = 112 << 10, kStatic = 1 << 10;
+  constexpr int64_t kInFlight = 112 << 10, kStatic = 512;
   const int64_t dim = args.keys.head_dim, room = CurrentDevice().block_shared - kStatic;
   const auto up = [](int64_t bytes) { return (bytes + 127) / 128 * 128; };
   const auto tile_bytes = [&](int tile) {
@@ -214,8 +214,10 @@ void CheckArgs(const Codec& keys, const Codec& values, const DecodeAttentionArgs
       throw std::logic_error("decode attention cannot encode the newest token");
     }
   }
-  if (args.made_of != nullptr && (!DecodeAttentionMakesHeads(keys, values, args.keys.head_dim) || IsApart(args))) {
-    throw std::logic_error("decode attention cannot make heads");
+  const HeadsArgs& of = args.heads;
+  if (args.made_of != nullptr && (!DecodeAttentionMakesHeads(keys, values, args.keys.head_dim) || IsApart(args) ||
+                                  of.heads != args.query_heads || of.kv_heads != args.keys.heads || of.head_dim != args.keys.head_dim)) {
+    throw std::logic_error("decode attention cannot make these heads");
   }
 }
 

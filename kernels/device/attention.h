@@ -71,7 +71,7 @@ struct DecodeAttentionArgs {
   const void *newest_keys = nullptr, *newest_values = nullptr;
 
   // [batch, query_heads + 2 keys.heads, head_dim] in dtype, or null: queries, and the newest token's keys and values, as a product has left
-  // them. Each block norms and turns its queries by `heads`, and writes the newest token to where `lengths` says, before it reads it.
+  // them. Each block norms and turns its queries by `heads`, and the newest token, which one of each part writes to where `lengths` says.
   // Where DecodeAttentionMakesHeads; `queries` is not read then.
   const void* made_of = nullptr;
   HeadsArgs heads;

@@ -295,7 +295,20 @@ __device__ void StageQueries(const DecodeAttentionArgs& args, int pair, int rati
   }
   __syncthreads();
 }
-// The same of what a product has left, each head normed and turned by a warp. The newest token's keys and values are, too, by the last
+// Of those, as products over codes want them: channels 2 t, 2 t + 1 of each half step.
+template <class C>
+__device__ void LoadQueries(const uint32_t* queries, int g, int t, Queries<C>& q) {
+#pragma unroll
+  for (int ht = 0; ht < C::kHeadTiles; ++ht) {
+#pragma unroll
+    for (int step = 0; step < C::kSteps; ++step) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) q.b[ht][step][half] = queries[C::QueryWord(8 * ht + g, 8 * step + 4 * half + t)];
+    }
+  }
+}
+
+// As StageQueries, of what a product has left, each head normed and turned by a warp. The newest token's keys and values are, too, by the last
 // two warps of each block; they go to where they are stored, by a block that `appends` them, and to shared memory, from where they come
 // into the tile that has been fetched without them.
 template <class C>
@@ -370,18 +383,6 @@ struct MadeHeads {
     __syncwarp();
   }
 };
-// Of those, as products over codes want them: channels 2 t, 2 t + 1 of each half step.
-template <class C>
-__device__ void LoadQueries(const uint32_t* queries, int g, int t, Queries<C>& q) {
-#pragma unroll
-  for (int ht = 0; ht < C::kHeadTiles; ++ht) {
-#pragma unroll
-    for (int step = 0; step < C::kSteps; ++step) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) q.b[ht][step][half] = queries[C::QueryWord(8 * ht + g, 8 * step + 4 * half + t)];
-    }
-  }
-}
 
 // The sums over a group's channels: products with codes that are all 1.
 template <class C>

@@ -184,7 +184,7 @@ __device__ __forceinline__ void Report(const ExpertsArgs& a, const ChosenExperts
   if (thread == 0) atomicAdd(a.reads, static_cast<unsigned long long>(of.count));
 }
 
-// What another block has chosen.
+// What another block has chosen, which it has left behind a fence, and let this kernel begin: so it is there, though no wait says so.
 __device__ __forceinline__ void TakeChoice(const ExpertsArgs& a, int64_t first, int rows, ChosenExperts& to) {
   const int per_token = static_cast<int>(a.per_token);
 #pragma unroll 1

@@ -18,7 +18,7 @@ struct HeadsArgs {
   float eps = 0;
   const float *cos = nullptr, *sin = nullptr;        // [positions, turned / 2]
   int64_t positions = 1;                             // row r is at position r % positions
-  const float* v_norm = nullptr;                     // [head_dim], or null: of AppendHeads
+  const float* v_norm = nullptr;                     // [head_dim], or null: of AppendHeads and attention
   int64_t turned = 0;                                // channels, the others stay; 0: all
 
   KVQ_HD int pairs() const { return static_cast<int>((turned == 0 ? head_dim : turned) / 2); }
