@@ -295,7 +295,8 @@ TEST_F(KvqbenchGpu, CompilesAKernelOnce) {
 
 TEST_F(Kvqbench, SameSeedSameNumbers) {
   const std::string arguments = Tiny() + " --schemes=none --contexts=64 --windows=2 --dtype=float32 --benchmark_filter='perplexity|needle' --benchmark_format=json";
-  const auto first = ByName(Execute(arguments).out), second = ByName(Execute(arguments).out);
+  const std::string threads = "export OMP_NUM_THREADS=2;";
+  const auto first = ByName(Execute(arguments, threads).out), second = ByName(Execute(arguments, threads).out);
   for (const auto& [name, run] : first) {
     for (const auto& [key, value] : run.items()) {
       if (key.find("time") == std::string::npos && key.find("per_s") == std::string::npos && key != "elapsed_s") {

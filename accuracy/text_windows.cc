@@ -13,7 +13,8 @@ constexpr size_t kMostLogits = size_t{1} << 30;  // bytes: six windows of 1,024 
 at::Tensor ReferenceLogits(const Work& work, int64_t window, const at::Tensor& reference, int64_t from, int64_t to) {
   if (const auto kept = work.reference_logits.find({window, from, to}); kept != work.reference_logits.end()) return kept->second.to(at::kFloat);
   const at::Tensor logits = work.model.Logits(reference.narrow(1, from, to - from));
-  if (!logits.is_cpu()) return logits;
+  const ModelConfig& c = work.model.config();
+  if (!logits.is_cpu() || c.logit_divisor != 1 || c.logit_softcap > 0) return logits;  // the latter work in float32
   const at::Tensor kept = logits.to(work.model.dtype());
   size_t bytes = kept.nbytes();
   for (const auto& [of, others] : work.reference_logits) bytes += others.nbytes();

@@ -166,10 +166,6 @@ TEST(WindowCache, Gemma3sBytesAreWhatOneMultiplies) {
 // Logits of the families' tiny models that have windows, on heads of 64 channels, which schemes can encode.
 TEST(WindowCache, LogitsAreThoseOfACacheOfAllTokens) {
   const c10::InferenceMode guard;
-  const struct Threads {
-    int all = at::get_num_threads();
-    ~Threads() { at::set_num_threads(all); }
-  } threads;
   std::set<std::string> families;
   size_t turn = 0;
   for (const Family& family : Families()) {
@@ -193,8 +189,6 @@ TEST(WindowCache, LogitsAreThoseOfACacheOfAllTokens) {
           for (const int64_t chunk : {60, 11, 1}) {
             // Token after token, which takes longest, by one of them in turn: both are handed the same keys and values.
             if (chunk == 1 && (turn % 2 == 0) != (backend == std::string("eager"))) continue;
-            // A token's work is too little for threads, which take as long to wake; caches that take token after token have them above.
-            at::set_num_threads(chunk == 1 ? 1 : threads.all);
             const auto logits = [&](const std::string& text) {
               KvCache cache(ParseSpec(text), shape, 60, at::kBFloat16, kCpu, at::kFloat);
               std::vector<at::Tensor> parts;
