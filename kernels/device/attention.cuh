@@ -27,6 +27,7 @@
 
 #include "kernels/device/attention_combine.cuh"
 #ifdef __CUDACC__
+#include "kernels/device/attention_heads.cuh"
 #include "kernels/device/attention_tiles.cuh"
 #include "kernels/groups.h"
 #endif
