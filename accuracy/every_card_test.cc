@@ -258,8 +258,8 @@ class EveryCard : public testing::TestWithParam<DeviceShape> {};
 
 // What is compiled by default is what differs from card to card; EveryCardEveryInstance takes all for each of the six.
 // sm_86 and sm_90, whose blocks have the least and the most shared memory, take all that a run with default flags uses. sm_80, sm_100 and
-// sm_120 take of attention no heads of 64 channels, and no encoding and decoding by themselves, which take 168 of a thread's 255 registers
-// at most, on every card. sm_89 runs what sm_86 does, latents among it, but for what the test behind these takes.
+// sm_120 take of attention no heads of 64 channels, and no encoding and decoding by themselves, which are far from all of a thread's
+// registers. sm_89 runs what sm_86 does, latents among it, but for what the test behind these takes.
 bool TakesAll(int arch) { return arch == 86 || arch == 90; }
 
 // What a run with default flags and the schemes' own groups uses.
