@@ -489,16 +489,22 @@ __global__ void __maxnreg__(C::kRegisters)
     Merge<C>(partial, warp, !C::V::kDense && has_dense, dense, ratio, shared, sums, outputs);
   } else {  // no tokens: the weight 0, and so outputs that are numbers
     if constexpr (C::kCluster > 1) __syncthreads();  // the rings are done with
-    if (threadIdx.x < ratio) sums[threadIdx.x] = {kNoReference, 0};
-    for (int i = threadIdx.x; i < ratio * (C::kCluster > 1 ? C::kHeadStride : C::kDim); i += C::kThreads) outputs[i] = 0;
-    if constexpr (C::kCluster > 1) __syncthreads();
+    if constexpr (C::kCluster > 1) {
+      if (threadIdx.x < ratio) sums[threadIdx.x] = {kNoReference, 0};
+      for (int i = threadIdx.x; i < ratio * C::kHeadStride; i += C::kThreads) outputs[i] = 0;
+      __syncthreads();
+    } else {
+      if (threadIdx.x < ratio) Leave(sums + threadIdx.x, {kNoReference, 0});
+#pragma unroll 1
+      for (int i = threadIdx.x; i < ratio * C::kDim / 4; i += C::kThreads) Leave(reinterpret_cast<float4*>(outputs) + i, {0, 0, 0, 0});
+    }
   }
   if constexpr (C::kCluster > 1) {
     CombineInCluster<C>(args, part, split, ratio, warp, shared);
     return;
   }
 
-  CombineLast<C>(args, part, splits, combiners, ratio, shared, workspace);
+  CombineSlots<C>(args, part, split, splits, combiners, ratio, shared, workspace);
 }
 
 #endif  // __CUDACC__

@@ -236,8 +236,7 @@ __global__ void __launch_bounds__(C::kThreads, 2) AnyKernel(const __grid_constan
   using V = typename C::V;
   __shared__ __align__(16) float outputs[C::kWarps][C::kHeads][C::kDim];
   __shared__ float2 sums[C::kWarps][C::kHeads];
-  // For Combine: [head, slot] weights, then shares of threads.
-  __shared__ __align__(16) std::byte combine[C::kHeads * kMostSplits * 4 + C::kThreads * 16];
+  __shared__ __align__(16) std::byte combine[C::kHeads * kMostSplits * 4];  // for Combine
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int part = blockIdx.x / splits, split = blockIdx.x % splits;  // part: kHeads query heads of a sequence
   const int heads = static_cast<int>(args.keys.heads), parts = static_cast<int>(args.query_heads) / heads / C::kHeads;
@@ -312,20 +311,24 @@ __global__ void __launch_bounds__(C::kThreads, 2) AnyKernel(const __grid_constan
   const Workspace workspace = LayOut(args.workspace, pairs, splits, C::kHeads, C::kDim);
   float2* slot_sums = static_cast<float2*>(workspace.sums) + static_cast<int64_t>(part) * splits * C::kHeads;
   float* slot_outputs = workspace.outputs + static_cast<int64_t>(part) * splits * C::kHeads * C::kDim;
-  for (int i = threadIdx.x; i < C::kHeads * C::kDim; i += C::kThreads) {
-    const int head = i / C::kDim, channel = i % C::kDim;
-    float m = kNoReference, l = 0, sum = 0;
+  for (int i = threadIdx.x; i < C::kHeads * (C::kDim / 4); i += C::kThreads) {
+    const int head = i / (C::kDim / 4), channel = i % (C::kDim / 4) * 4;
+    float m = kNoReference, l = 0;
+    float4 sum = {0, 0, 0, 0};
 #pragma unroll
     for (int w = 0; w < C::kWarps; ++w) m = fmaxf(m, sums[w][head].x);
 #pragma unroll
     for (int w = 0; w < C::kWarps; ++w) {
       const float factor = ptx::Exp2(sums[w][head].x - m);
-      l = fmaf(factor, sums[w][head].y, l), sum = fmaf(factor, outputs[w][head][channel], sum);
+      const float4 x = *reinterpret_cast<const float4*>(&outputs[w][head][channel]);
+      l = fmaf(factor, sums[w][head].y, l);
+      sum.x = fmaf(factor, x.x, sum.x), sum.y = fmaf(factor, x.y, sum.y);
+      sum.z = fmaf(factor, x.z, sum.z), sum.w = fmaf(factor, x.w, sum.w);
     }
-    slot_outputs[static_cast<int64_t>(split) * C::kHeads * C::kDim + i] = sum;
-    if (channel == 0) slot_sums[split * C::kHeads + head] = {m, l};
+    Leave(reinterpret_cast<float4*>(slot_outputs + (split * C::kHeads + head) * C::kDim + channel), sum);
+    if (channel == 0) Leave(slot_sums + split * C::kHeads + head, {m, l});
   }
-  CombineLast<C>(args, part, splits, combiners, C::kHeads, combine, workspace);
+  CombineSlots<C>(args, part, split, splits, combiners, C::kHeads, combine, workspace);
 }
 
 }  // namespace kvq::decode_attention

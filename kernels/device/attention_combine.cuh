@@ -15,7 +15,8 @@ inline constexpr uint32_t kBrokenBits = 0x80808080;  // of a codec's Broken
 
 // Where the kernel keeps what blocks tell each other, per KV head of a sequence ("pair"): a counter of blocks
 // that have finished; then per slot and query head m and the sum l of 2^(logit - m); then sums of 2^(logit - m) v.
-// A slot is what a block leaves.
+// A slot is what a block leaves. Until then, and again when it has been taken, it is zero, all of its bits: no number that is
+// left is that (Leave), so each says itself whether it has come, and to wait for one takes no more than to read it.
 struct Workspace {
   int* counters;
   void* sums;      // float2 [pair, slot, head]
@@ -32,6 +33,16 @@ KVQ_HD inline Workspace LayOut(void* base, int64_t pairs, int64_t slots, int64_t
 }
 
 #ifdef __CUDACC__
+
+// Into a slot.
+__device__ __forceinline__ float Left(float x) { return __float_as_uint(x) == 0 ? -0.0f : x; }
+__device__ __forceinline__ void Leave(float4* to, const float4& x) { ptx::StoreSeen(to, {Left(x.x), Left(x.y), Left(x.z), Left(x.w)}); }
+__device__ __forceinline__ void Leave(float2* to, const float2& x) { ptx::StoreSeen(to, {Left(x.x), Left(x.y)}); }
+// The smallest of some numbers' bits: 0 where one has not come.
+__device__ __forceinline__ uint32_t LeastBits(const float2& x) { return min(__float_as_uint(x.x), __float_as_uint(x.y)); }
+__device__ __forceinline__ uint32_t LeastBits(const float4& x) {
+  return min(LeastBits(make_float2(x.x, x.y)), LeastBits(make_float2(x.z, x.w)));
+}
 
 // A warp's sums of dense tokens in shared memory, [head, channel].
 template <class C>
@@ -139,88 +150,118 @@ __device__ void Merge(const Partial<C>& partial, int warp, bool has_dense, const
       sum.x = fmaf(factor, x.x, sum.x), sum.y = fmaf(factor, x.y, sum.y);
       sum.z = fmaf(factor, x.z, sum.z), sum.w = fmaf(factor, x.w, sum.w);
     }
-    *reinterpret_cast<float4*>(slot_outputs + head * (C::kCluster > 1 ? C::kHeadStride : C::kDim) + channel) = sum;
-    if (channel == 0) slot_sums[head] = {m, l};
+    auto* const to = reinterpret_cast<float4*>(slot_outputs + head * (C::kCluster > 1 ? C::kHeadStride : C::kDim) + channel);
+    if constexpr (C::kCluster > 1) {
+      *to = sum;
+      if (channel == 0) slot_sums[head] = {m, l};
+    } else {
+      Leave(to, sum);
+      if (channel == 0) Leave(slot_sums + head, {m, l});
+    }
   }
   __syncthreads();  // before the memory is used again
 }
 
-// So many heads of a pair from `first_head` on: the sum over all slots, divided by the sum of weights. Everything is read by as many
-// loads at a time as registers hold: here latency is all there is.
+// So many heads of a pair from `first_head` on: the sum over all slots, as they come, divided by the sum of weights. Here latency is all
+// there is: what is read is asked for at once; and each instruction stands once, as those that come late for the first time are late by
+// more than what they do (on an H200 some 0.1 us for a kilobyte of them).
 template <class C>
 __device__ void Combine(const DecodeAttentionArgs& args, int pair, int slots, int ratio, int first_head, int heads, std::byte* shared,
-                        const float2* sums, const float* outputs) {
-  constexpr int kBatch = 16;
-  constexpr int kMostSlots = (kMostSplits + 31) / 32 * 32;
+                        float2* sums, float* outputs) {
+  constexpr int kFours = C::kDim / 4, kBatch = 5, kSums = (kMostSplits + 31) / 32;
   float* weights = reinterpret_cast<float*>(shared);  // [head, slot]
-  float4* shares = reinterpret_cast<float4*>(shared + (heads * slots * 4 + 15) / 16 * 16);
-  float4* turned = shares + C::kThreads;  // [head, channel], where outputs are turned back
+  float4* turned = reinterpret_cast<float4*>(shared + (heads * slots * 4 + 15) / 16 * 16);  // [head, channel], where outputs are turned back
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  // Four channels of a head a thread; where there are threads to spare, they share the slots among them.
-  const int columns = heads * (C::kDim / 4), of_slot = ratio * (C::kDim / 4), before = first_head * (C::kDim / 4);
-  const int parts = max(C::kThreads / columns, 1);
-  const int part = threadIdx.x / min(columns, C::kThreads);
-  for (int first = 0; first < columns; first += C::kThreads) {
-    const int column = first + static_cast<int>(threadIdx.x) % min(columns, C::kThreads);
-    const bool works = column < columns && part < parts;
+  // Four channels of a head are a column. Where there are lanes to spare, 2^spare of them share the slots of one.
+  const int columns = heads * kFours, of_slot = ratio * kFours, before = first_head * kFours;
+  int spare = 0;
+#pragma unroll 1
+  while (spare < 4 && columns << (spare + 1) <= C::kThreads) ++spare;
+  const int across = 32 >> spare, part = lane >> (5 - spare);
+  bool weighed = false;
+#pragma unroll 1
+  for (int first = 0; first < columns; first += C::kThreads >> spare) {
+    const int column = first + warp * across + (lane & (across - 1));
     float4 sum = {0, 0, 0, 0};
-    for (int start = part; start - part < slots; start += kBatch * parts) {
+#pragma unroll 1
+    for (int start = part; start - part < slots; start += kBatch << spare) {
+      float4* const from = reinterpret_cast<float4*>(outputs) + start * of_slot + before + column;
+      const auto has = [&](int i) { return column < columns && start + (i << spare) < slots; };
       float4 x[kBatch];
 #pragma unroll
+      for (int i = 0; i < kBatch; ++i) x[i].x = x[i].y = x[i].z = x[i].w = has(i) ? 0.0f : 1.0f;
+      // A warp a head, a lane a slot; and all of x meanwhile.
+      int head = weighed ? heads : warp;
+#pragma unroll 1
+      do {
+        float2 of[kSums];
+        float2* const from_sums = sums + lane * ratio + first_head + head;
+        const auto has_slot = [&](int i) { return head < heads && lane + 32 * i < slots; };
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) of[i] = has_slot(i) ? float2{0, 0} : float2{kNoReference, -0.0f};
+        uint32_t least;
+#pragma unroll 1
+        do {
+          least = ~0u;
+#pragma unroll
+          for (int i = 0; i < kBatch; ++i) {
+            const uint32_t of_x = LeastBits(x[i]);
+            ptx::LoadSeen(from + (i << spare) * of_slot, of_x == 0, x[i]);
+            least = min(least, of_x);
+          }
+#pragma unroll
+          for (int i = 0; i < kSums; ++i) {
+            const uint32_t of_sum = LeastBits(of[i]);
+            ptx::LoadSeen(from_sums + 32 * i * ratio, of_sum == 0, of[i]);
+            least = min(least, of_sum);
+          }
+        } while (least == 0);
+        if (head >= heads) break;
+        float m = kNoReference, l = 0;
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) {
+          if (has_slot(i)) from_sums[32 * i * ratio] = {0, 0};
+          m = fmaxf(m, of[i].x);
+        }
+#pragma unroll 1
+        for (int i = 16; i > 0; i /= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, i));
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) {
+          of[i].x = ptx::Exp2(of[i].x - m);
+          l = fmaf(of[i].x, of[i].y, l);
+        }
+#pragma unroll 1
+        for (int i = 16; i > 0; i /= 2) l += __shfl_xor_sync(~0u, l, i);
+        if (args.sink_logits != nullptr) {
+          const int of_all = pair * ratio + first_head + head;  // of all sequences' query heads
+          l += ptx::Exp2(__ldcg(args.sink_logits + of_all % static_cast<int>(args.query_heads)) * kLog2E - m);
+        }
+        const float scale = l == 0 ? 0 : ptx::Reciprocal(l);
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) {
+          if (has_slot(i)) weights[head * slots + lane + 32 * i] = of[i].x * scale;
+        }
+      } while ((head += C::kWarps) < heads);
+      if (!weighed) __syncthreads();
+      weighed = true;
+#pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        if (works && start + i * parts < slots) {
-          x[i] = __ldcg(reinterpret_cast<const float4*>(outputs) + (start + i * parts) * of_slot + before + column);
-        }
-      }
-      if (first == 0 && start == part) {
-        for (int head = warp; head < heads; head += C::kWarps) {
-          float2 of[kMostSlots / 32];
-          float m = kNoReference, l = 0;
-#pragma unroll
-          for (int i = 0; i < kMostSlots / 32; ++i) {
-            const int slot = lane + 32 * i;
-            of[i] = slot < slots ? __ldcg(&sums[slot * ratio + first_head + head]) : float2{kNoReference, 0};
-          }
-#pragma unroll
-          for (int i = 0; i < kMostSlots / 32; ++i) m = fmaxf(m, of[i].x);
-          for (int i = 16; i > 0; i /= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, i));
-#pragma unroll
-          for (int i = 0; i < kMostSlots / 32; ++i) {
-            of[i].x = ptx::Exp2(of[i].x - m);
-            l = fmaf(of[i].x, of[i].y, l);
-          }
-          for (int i = 16; i > 0; i /= 2) l += __shfl_xor_sync(~0u, l, i);
-          if (args.sink_logits != nullptr) {
-            const int64_t of_all = static_cast<int64_t>(pair) * ratio + first_head + head;  // of all sequences' query heads
-            l += ptx::Exp2(__ldcg(args.sink_logits + of_all % args.query_heads) * kLog2E - m);
-          }
-          const float scale = l == 0 ? 0 : 1 / l;
-#pragma unroll
-          for (int i = 0; i < kMostSlots / 32; ++i) {
-            if (lane + 32 * i < slots) weights[head * slots + lane + 32 * i] = of[i].x * scale;
-          }
-        }
-        __syncthreads();
-      }
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        if (works && start + i * parts < slots) {
-          const float weight = weights[column / (C::kDim / 4) * slots + start + i * parts];
-          sum.x = fmaf(weight, x[i].x, sum.x), sum.y = fmaf(weight, x[i].y, sum.y);
-          sum.z = fmaf(weight, x[i].z, sum.z), sum.w = fmaf(weight, x[i].w, sum.w);
-        }
+        if (!has(i)) continue;
+        from[(i << spare) * of_slot] = {0, 0, 0, 0};
+        const float weight = weights[column / kFours * slots + start + (i << spare)];
+        sum.x = fmaf(weight, x[i].x, sum.x), sum.y = fmaf(weight, x[i].y, sum.y);
+        sum.z = fmaf(weight, x[i].z, sum.z), sum.w = fmaf(weight, x[i].w, sum.w);
       }
     }
-    if (parts > 1) {
-      shares[threadIdx.x] = sum;
-      __syncthreads();
-      for (int other = 1; part == 0 && other < parts; ++other) {
-        const float4 x = shares[other * columns + column];
-        sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
-      }
+#pragma unroll 1
+    for (int i = 16; i >= across; i /= 2) {
+      sum.x += __shfl_xor_sync(~0u, sum.x, i), sum.y += __shfl_xor_sync(~0u, sum.y, i);
+      sum.z += __shfl_xor_sync(~0u, sum.z, i), sum.w += __shfl_xor_sync(~0u, sum.w, i);
     }
-    if (C::kTurnsValues && works && part == 0) turned[column] = sum;
-    if (!C::kTurnsValues && works && part == 0) {
+    if (column >= columns || part > 0) continue;
+    if constexpr (C::kTurnsValues) {
+      turned[column] = sum;
+    } else {
       const bool half = args.dtype == DType::kFloat16;
       const uint2 packed = {half ? ptx::PackHalf(sum.x, sum.y) : ptx::PackBFloat16(sum.x, sum.y),
                             half ? ptx::PackHalf(sum.z, sum.w) : ptx::PackBFloat16(sum.z, sum.w)};
@@ -240,31 +281,28 @@ __device__ void Combine(const DecodeAttentionArgs& args, int pair, int slots, in
   }
 }
 
-// By every block when it has written its slot: the last `combiners` of a pair share its heads. They find all slots written when all
-// have come. More than one of them wait for each other, so that all blocks have to run at once.
+// By every block when it has left its slot: the first `combiners` of a pair share its heads, so that all blocks have to run at once; or, of
+// one, the last that comes has them all.
 template <class C>
-__device__ __forceinline__ void CombineLast(const DecodeAttentionArgs& args, int pair, int splits, int combiners, int ratio,
-                                            std::byte* shared, const Workspace& workspace) {
-  __shared__ int before;
-  int* counter = &workspace.counters[pair];
-  __syncthreads();
-  if (threadIdx.x == 0) before = ptx::AddInOrder(counter, 1);
-  __syncthreads();
-  const int number = before - (splits - combiners);
-  if (number < 0) return;
-  if (combiners > 1) {
+__device__ __forceinline__ void CombineSlots(const DecodeAttentionArgs& args, int pair, int split, int splits, int combiners, int ratio,
+                                             std::byte* shared, const Workspace& workspace) {
+  if (combiners == 1) {
+    __shared__ bool last;
+    __syncthreads();
     if (threadIdx.x == 0) {
-      while (ptx::LoadInOrder(counter) < splits) {
-      }
+      last = ptx::AddInOrder(&workspace.counters[pair], 1) == splits - 1;
+      if (last) workspace.counters[pair] = 0;
     }
     __syncthreads();
+    if (!last) return;
+    split = 0;
+  } else if (split >= combiners) {
+    return;
   }
-  const int seen = threadIdx.x == 0 ? atomicAdd(counter, 1) : 0;
-  const int each = (ratio + combiners - 1) / combiners, first_head = number * each;
+  const int each = (ratio + combiners - 1) / combiners, first_head = split * each;
   const int64_t slots = static_cast<int64_t>(pair) * splits * ratio;
   Combine<C>(args, pair, splits, ratio, first_head, min(each, ratio - first_head), shared,
-             static_cast<const float2*>(workspace.sums) + slots, workspace.outputs + slots * C::kDim);
-  if (seen == splits + combiners - 1) *counter = 0;  // of the last to have seen all
+             static_cast<float2*>(workspace.sums) + slots, workspace.outputs + slots * C::kDim);
 }
 
 // The same where the blocks of a pair are a cluster: each combines some heads, from what Merge has left in all of them. By threads that

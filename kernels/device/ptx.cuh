@@ -172,11 +172,25 @@ __device__ __forceinline__ int AddInOrder(int* to, int x) {
   return before;
 }
 
-// Such a number, and what was written by those who added to it.
-__device__ __forceinline__ int LoadInOrder(const int* from) {
-  int x;
-  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
-  return x;
+// Numbers in global memory by which one block waits for another: each is seen as a whole, once it is seen, and says nothing of others.
+__device__ __forceinline__ void StoreSeen(float4* to, const float4& x) {
+  asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(to), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w) : "memory");
+}
+__device__ __forceinline__ void StoreSeen(float2* to, const float2& x) {
+  asm volatile("st.relaxed.gpu.global.v2.f32 [%0], {%1,%2};" ::"l"(to), "f"(x.x), "f"(x.y) : "memory");
+}
+// Only where `wanted`, and without a branch: so that several are on their way at once.
+__device__ __forceinline__ void LoadSeen(const float4* from, bool wanted, float4& x) {
+  asm volatile("{.reg .pred p; setp.ne.s32 p, %5, 0; @p ld.relaxed.gpu.global.v4.f32 {%0,%1,%2,%3}, [%4];}"
+               : "+f"(x.x), "+f"(x.y), "+f"(x.z), "+f"(x.w)
+               : "l"(from), "r"(static_cast<int>(wanted))
+               : "memory");
+}
+__device__ __forceinline__ void LoadSeen(const float2* from, bool wanted, float2& x) {
+  asm volatile("{.reg .pred p; setp.ne.s32 p, %3, 0; @p ld.relaxed.gpu.global.v2.f32 {%0,%1}, [%2];}"
+               : "+f"(x.x), "+f"(x.y)
+               : "l"(from), "r"(static_cast<int>(wanted))
+               : "memory");
 }
 
 // ---- clusters: blocks that run at the same time and see each other's shared memory, from sm_90 on
