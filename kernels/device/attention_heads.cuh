@@ -44,7 +44,7 @@ struct MadeHeads {
   // `encoded`: tokens, with the newest.
   __device__ __forceinline__ void Stage(int ratio, int warp, bool appends, int encoded, uint32_t* queries, uint32_t* rows) {
     if (warp < ratio) query.Load(query_at);
-    if (of_newest) newest.Load(newest_at);
+    if (of_newest && appends) newest.Load(newest_at);
     const auto put_query = [&](int head) {
       return [=](int channel, uint32_t word) { queries[C::QueryWord(head, channel / 2)] = word; };
     };
@@ -61,11 +61,11 @@ struct MadeHeads {
         more.Finish(C::kDim, args.heads.eps, put_query(head));
       }
     }
-    if (of_newest) {
+    if (of_newest && appends) {
       uint32_t* const to = append_to + static_cast<int64_t>(max(encoded - 1, 0)) * kRowWords;
       newest.Finish(C::kDim, args.heads.eps, [&](int channel, uint32_t word) {
         rows[(of_keys ? 0 : kRowWords) + channel / 2] = word;
-        if (appends && encoded > 0) to[channel / 2] = word;
+        if (encoded > 0) to[channel / 2] = word;
       });
     }
     __syncthreads();

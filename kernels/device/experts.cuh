@@ -167,8 +167,58 @@ __device__ __forceinline__ void List(const ExpertsArgs& a, int64_t first, int ro
   __syncthreads();
 }
 
+// The same of one row of up to kFewExperts, whole words of them, in which one warp chooses.
+inline constexpr int kFewExperts = 128;
+__device__ __forceinline__ bool IsOneOfFew(const ExpertsArgs& a, int rows) { return rows == 1 && a.experts <= kFewExperts && a.experts % 2 == 0; }
+// What the first threads have chosen, as all of a block know it behind a barrier.
+__device__ __forceinline__ void ListRow(const ExpertsArgs& a, int64_t row, uint32_t key, ChosenExperts& to) {
+  const int rank = threadIdx.x, per_token = static_cast<int>(a.per_token);
+  if (rank < per_token) {
+    to.best[0][rank] = key, to.expert[rank] = ExpertOf(key);
+    to.place[rank][0] = static_cast<int>(row) * per_token + rank;
+    if (rank == 0) to.count = per_token;
+  }
+  __syncthreads();
+}
+template <bool kBFloat16>
+__device__ __forceinline__ void ChooseOfFew(const ExpertsArgs& a, int64_t row, ChosenExperts& to) {
+  constexpr int kWords = kFewExperts / 64;  // a lane
+  const int experts = static_cast<int>(a.experts), lane = threadIdx.x % 32;
+  const uint32_t* logits = reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(a.logits) + row * experts);
+  uint32_t own = 0;
+  if (threadIdx.x < 32) {
+    uint32_t words[kWords], biases[kWords], keys[2 * kWords];
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      const int word = lane + 32 * i;
+      const bool has = 2 * word < experts;
+      words[i] = has ? __ldcg(logits + word) : 0;
+      biases[i] = has && a.logit_bias != nullptr ? __ldcg(static_cast<const uint32_t*>(a.logit_bias) + word) : 0;
+    }
+#pragma unroll
+    for (int k = 0; k < 2 * kWords; ++k) {
+      const int expert = 2 * (lane + 32 * (k / 2)) + k % 2;
+      const uint32_t bits = WithBias<kBFloat16>(words[k / 2] >> 16 * (k % 2) & 0xFFFFu, biases[k / 2] >> 16 * (k % 2) & 0xFFFFu);
+      const float x = At<kBFloat16>(bits, 0);
+      keys[k] = expert < experts ? KeyOf(bits, x != x, expert) : 0;  // 0 is below all others
+    }
+#pragma unroll 1
+    for (int rank = 0; rank < static_cast<int>(a.per_token); ++rank) {
+      uint32_t best = keys[0];
+#pragma unroll
+      for (int k = 1; k < 2 * kWords; ++k) best = max(best, keys[k]);
+      best = __reduce_max_sync(0xFFFFFFFFu, best);
+      if (lane == rank) own = best;
+#pragma unroll
+      for (int k = 0; k < 2 * kWords; ++k) keys[k] = keys[k] == best ? 0 : keys[k];
+    }
+  }
+  ListRow(a, row, own, to);
+}
+
 template <bool kBFloat16>
 __device__ __forceinline__ void Choose(const ExpertsArgs& a, int64_t first, int rows, uint32_t* room, ChosenExperts& to) {
+  if (IsOneOfFew(a, rows)) return ChooseOfFew<kBFloat16>(a, first, to);
   Rank<kBFloat16>(a, first, rows, room, to);
   __syncthreads();
   List(a, first, rows, to);
@@ -187,6 +237,10 @@ __device__ __forceinline__ void Report(const ExpertsArgs& a, const ChosenExperts
 // What another block has chosen, which it has left behind a fence, and let this kernel begin: so it is there, though no wait says so.
 __device__ __forceinline__ void TakeChoice(const ExpertsArgs& a, int64_t first, int rows, ChosenExperts& to) {
   const int per_token = static_cast<int>(a.per_token);
+  if (rows == 1) {
+    const int rank = threadIdx.x;
+    return ListRow(a, first, rank < per_token ? __ldcg(a.ranked + first * per_token + rank) : 0, to);
+  }
 #pragma unroll 1
   for (int i = threadIdx.x; i < rows * per_token; i += blockDim.x) {
     to.best[i / per_token][i % per_token] = __ldcg(a.ranked + first * per_token + i);
@@ -378,24 +432,27 @@ __global__ void __maxnreg__(112) ExpertsKernel(const __grid_constant__ ExpertsAr
   __shared__ ChosenExperts chosen;
 
   Way<kDown> way(a, groups);
-  // The kernel behind the first product is the second, which is not to begin before one block has left its choice.
-  const bool leaves_choice = !kDown && blockIdx.x == gridDim.x - 1;
+  // The kernel behind the first product is the second, which is not to begin before one block has left its choice: the first of those with
+  // fewest tiles. The last ones find room only when the router's blocks have left.
+  const int blocks = static_cast<int>(gridDim.x), late = blocks - static_cast<int>(a.experts) / kTileRows;
+  const bool leaves_choice = !kDown && static_cast<int>(blockIdx.x) == static_cast<int>(a.per_token * (a.size / 4)) % blocks;
   if constexpr (kDown) {
     LaunchDependents();
     TakeChoice(a, first_row, rows, chosen);
+    way.Start(a, chosen, first_row, rows);
   } else {
-    // Once on whatever is there, before it counts: its instructions have come then.
+    // Once on whatever is there, before it counts, where there is time: its instructions have come then.
 #pragma unroll 1
-    for (int pass = 0; pass < 2; ++pass) {
+    for (int pass = static_cast<int>(blockIdx.x) < late ? 0 : 1; pass < 2; ++pass) {
       if (pass == 1) {
         WaitForPredecessors();
         if (!leaves_choice) LaunchDependents();
       }
       Choose<kBFloat16>(a, first_row, rows, reinterpret_cast<uint32_t*>(shared), chosen);
+      if (pass == 1 && leaves_choice && warp == warps - 1) LeaveChoice(a, first_row, rows, chosen);
+      way.Start(a, chosen, first_row, rows);
     }
   }
-  if (leaves_choice && warp == warps - 1) LeaveChoice(a, first_row, rows, chosen);
-  way.Start(a, chosen, first_row, rows);
 
   // Lanes of rows that do not exist read the last one; nobody takes what comes out for them.
   const int x_place = kStageBytes + min(lane % 8, rows - 1) * kExpertPitch + MatrixOfX(lane) * 16;

@@ -52,7 +52,7 @@ ProductPlan Plan(const ProductArgs& a) {
       a.out > (1 << 22) || reinterpret_cast<uintptr_t>(a.weight) % 16 != 0) {
     return plan;
   }
-  if (a.normalizes && (a.rows > 1 || a.in > kProductNormHeld * 8 * 8 * 32 || a.end == ProductEnd::kPartial ||
+  if (a.normalizes && (a.rows > 1 || a.in > kMostNormHeld * 8 * 8 * 32 || a.end == ProductEnd::kPartial ||
                        a.norm.shift != nullptr)) {
     return plan;
   }
@@ -103,11 +103,11 @@ void Product(const ProductArgs& a, void* stream) {
   const ProductPlan plan = Plan(a);
   if (plan.stages == 0) throw std::runtime_error("a product of shapes that ProductFits refuses");
   const int room = CurrentDevice().multiprocessors * plan.blocks_per_sm / plan.splits;
+  const int held = a.normalizes ? static_cast<int>((a.in + plan.warps * 32 * 8 - 1) / (plan.warps * 32 * 8)) : 0;
   const std::string end = StrCat("kvq::ProductEnd(", static_cast<int>(a.end), ")");
   Launch("product",
          {.instance = {{"kernels/device/product.cuh"},
-                       InstanceName("kvq::step::ProductKernel", a.dtype == DType::kBFloat16, plan.warps, plan.stages, end,
-                                    a.normalizes)},
+                       InstanceName("kvq::step::ProductKernel", a.dtype == DType::kBFloat16, plan.warps, plan.stages, end, held)},
           .grid = static_cast<unsigned>(std::min(room, plan.tiles) * plan.splits),
           .threads = plan.warps * 32,
           .shared_bytes = static_cast<size_t>(plan.shared_bytes)},

@@ -28,7 +28,7 @@ inline constexpr int kTileRows = 8, kUnit = 64;  // columns
 inline constexpr int kUnitBytes = kTileRows * kUnit * 2;
 inline constexpr int kDeep = 2;  // units of a stage
 inline constexpr int kStageBytes = kDeep * kUnitBytes;
-inline constexpr int kProductNormHeld = 2;  // eights of a normalized row that a thread keeps: at most 4096 elements
+inline constexpr int kMostNormHeld = 2;  // eights of a normalized row that a thread keeps: at most 4096 elements
 
 // How a block finds the rows of a tile, and what it keeps in shared memory: [rings | x | sums].
 struct ProductPlan {
@@ -108,7 +108,8 @@ __device__ __forceinline__ float2 SumOf(const float (&sum)[4][4]) {
   return make_float2((sum[0][0] + sum[1][2]) + (sum[2][0] + sum[3][2]), (sum[0][1] + sum[1][3]) + (sum[2][1] + sum[3][3]));
 }
 
-template <bool kBFloat16, int kWarps, int kStages, ProductEnd kEnd, bool kNormalizes>
+// kHeld: eights of a row of x that a thread norms; 0 where there is no norm.
+template <bool kBFloat16, int kWarps, int kStages, ProductEnd kEnd, int kHeld>
 __global__ void __launch_bounds__(kWarps * 32, kStages > 2 ? 2 : 1)
     ProductKernel(const __grid_constant__ ProductArgs a, const __grid_constant__ ProductPlan plan) {
   extern __shared__ __align__(128) std::byte shared[];
@@ -166,17 +167,18 @@ __global__ void __launch_bounds__(kWarps * 32, kStages > 2 ? 2 : 1)
   };
   LaunchDependents();
   aim();
+  const int later = kHeld > 0 && kStages > 4 && plan.paced ? kStages - 4 : 0;
 #pragma unroll 1
-  for (int i = 0; i < kStages - 1; ++i) {
+  for (int i = 0; i < kStages - 1 - later; ++i) {
     fetch();
     if (plan.paced) ptx::CopyWait<2>();
   }
 
   // ---- x
-  if constexpr (kNormalizes) {
-    float weight[kProductNormHeld][8], x[kProductNormHeld][8], squares = 0;
+  if constexpr (kHeld > 0) {
+    float weight[kHeld][8], x[kHeld][8], squares = 0;
 #pragma unroll
-    for (int i = 0; i < kProductNormHeld; ++i) {
+    for (int i = 0; i < kHeld; ++i) {
       const int at = (threadIdx.x + i * kThreads) * 8;
       if (at < in) LoadFloats(a.norm.weight, at, weight[i]);
     }
@@ -186,12 +188,12 @@ __global__ void __launch_bounds__(kWarps * 32, kStages > 2 ? 2 : 1)
       if (pass == 1) WaitForPredecessors();
       squares = 0;
 #pragma unroll
-      for (int i = 0; i < kProductNormHeld; ++i) {
+      for (int i = 0; i < kHeld; ++i) {
         const int at = (threadIdx.x + i * kThreads) * 8;
         if (at < in) LoadSum<kBFloat16>(a.norm, 0, at, x[i]);
       }
 #pragma unroll
-      for (int i = 0; i < kProductNormHeld; ++i) {
+      for (int i = 0; i < kHeld; ++i) {
         const int at = (threadIdx.x + i * kThreads) * 8;
         if (at >= in) break;
         const bool added = a.norm.delta != nullptr || a.norm.partial != nullptr;
@@ -201,7 +203,7 @@ __global__ void __launch_bounds__(kWarps * 32, kStages > 2 ? 2 : 1)
       }
       const float inverse = InverseRms<kWarps>(squares, in, a.norm.eps, sums);
 #pragma unroll
-      for (int i = 0; i < kProductNormHeld; ++i) {
+      for (int i = 0; i < kHeld; ++i) {
         const int at = (threadIdx.x + i * kThreads) * 8;
         if (at >= in) break;
 #pragma unroll
@@ -218,11 +220,14 @@ __global__ void __launch_bounds__(kWarps * 32, kStages > 2 ? 2 : 1)
 #pragma unroll 1
     for (int row = 0; row < rows; ++row) {
       const uint16_t* from = static_cast<const uint16_t*>(a.x) + static_cast<int64_t>(row) * in + split_begin * kUnit;
+#pragma unroll 1
       for (int i = threadIdx.x; i < eights; i += kThreads) ptx::CopyAsync(place + PlaceOf(i, row, rows) * 16, from + i * 8);
     }
     ptx::CopyCommit();
     ptx::CopyWait<0>();
   }
+#pragma unroll 1
+  for (int i = 0; i < later; ++i) fetch();
   __syncthreads();
   // Lanes of rows that do not exist read the last one; nobody reads what comes out for them.
   const ptx::Shared x_place =
