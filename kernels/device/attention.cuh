@@ -423,7 +423,10 @@ __global__ void __maxnreg__(C::kRegisters)
   Ring<C> ring = ring_of(length);
   // The newest token, of `none` or encoded within the step, is not there yet. It is in the last split's last tile.
   int started = C::kMakesHeads || (!C::kDense && !args.newest_is_encoded) ? C::kStages - 1 : ring.StagesBeforeNewest();
-  ring.Start(0, started);
+  // Of 16 bits so many stages are asked for ahead of the queries, the rest right behind them: these come in their turn.
+  constexpr int kAhead = C::kDense ? 1 : C::kStages - 1;
+  ring.Start(0, min(kAhead, started));
+  const auto ask_on = [&] { ring.Start(kAhead, started); };
   if (args.early) WaitForPredecessors();
   const Reach now = length_now();  // asked for together with the queries, as each comes late
   if constexpr (C::kEncodes) {
@@ -434,11 +437,12 @@ __global__ void __maxnreg__(C::kRegisters)
   auto* const queries = reinterpret_cast<uint32_t*>(shared + C::kQueriesAt);
   [[maybe_unused]] auto* const newest_rows = reinterpret_cast<uint32_t*>(shared + C::kNewestAt);
   if constexpr (C::kTurnsKeys) {
+    ask_on();
     TurnQueries<C>(args, part, ratio, warp, turned);
     if constexpr (C::kEager) LoadTurnedQueries<C>(args, ratio, turned, g, t, q);
   } else {
-    if constexpr (C::kMakesHeads) made_heads.Stage(ratio, warp, split == splits - 1, now.encoded, queries, newest_rows);
-    else StageQueries<C>(args, part, ratio, warp, queries);
+    if constexpr (C::kMakesHeads) made_heads.Stage(ratio, warp, split == splits - 1, now.encoded, queries, newest_rows, ask_on);
+    else StageQueries<C>(args, part, ratio, warp, queries, ask_on);
     if constexpr (C::K::kDense) LoadQueriesForDense<C>(args, part, ratio, queries, g, t, q);
     else if constexpr (C::kEager) LoadQueries<C>(queries, g, t, q);
   }

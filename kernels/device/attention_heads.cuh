@@ -41,10 +41,13 @@ struct MadeHeads {
     return static_cast<const uint16_t*>(args.made_of) + (sequence * all + head) * C::kDim;
   }
 
-  // `encoded`: tokens, with the newest.
-  __device__ __forceinline__ void Stage(int ratio, int warp, bool appends, int encoded, uint32_t* queries, uint32_t* rows) {
+  // `encoded`: tokens, with the newest. `meanwhile` is called when all that is read has been asked for.
+  template <typename Meanwhile>
+  __device__ __forceinline__ void Stage(int ratio, int warp, bool appends, int encoded, uint32_t* queries, uint32_t* rows,
+                                        const Meanwhile& meanwhile) {
     if (warp < ratio) query.Load(query_at);
     if (of_newest && appends) newest.Load(newest_at);
+    meanwhile();
     const auto put_query = [&](int head) {
       return [=](int channel, uint32_t word) { queries[C::QueryWord(head, channel / 2)] = word; };
     };

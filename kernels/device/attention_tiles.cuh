@@ -280,17 +280,23 @@ __device__ __forceinline__ const uint32_t* QueryRow(const DecodeAttentionArgs& a
 }
 
 // A block's queries as they come, by a warp each to where all find them; zeros past the last head. They come while many other bytes are
-// on their way, and late to a warp that asks for all of them itself.
-template <class C>
-__device__ void StageQueries(const DecodeAttentionArgs& args, int pair, int ratio, int warp, uint32_t* queries) {
+// on their way, and late to a warp that asks for all of them itself. `meanwhile` is called when they have been asked for.
+template <class C, typename Meanwhile>
+__device__ void StageQueries(const DecodeAttentionArgs& args, int pair, int ratio, int warp, uint32_t* queries, const Meanwhile& meanwhile) {
+  constexpr int kRounds = (C::kHeads + C::kWarps - 1) / C::kWarps, kWords = C::kDim / 64;
   const int lane = threadIdx.x % 32;
+  uint32_t words[kRounds][kWords];
 #pragma unroll
-  for (int first_head = 0; first_head < C::kHeads; first_head += C::kWarps) {
-    const uint32_t* row = QueryRow<C>(args, pair, ratio, first_head + warp);
+  for (int round = 0; round < kRounds; ++round) {
+    const uint32_t* row = QueryRow<C>(args, pair, ratio, round * C::kWarps + warp);
 #pragma unroll
-    for (int first = 0; first < C::kDim / 2; first += 32) {
-      queries[C::QueryWord(first_head + warp, first + lane)] = row == nullptr ? 0 : __ldcg(row + first + lane);
-    }
+    for (int i = 0; i < kWords; ++i) words[round][i] = row == nullptr ? 0 : __ldcg(row + 32 * i + lane);
+  }
+  meanwhile();
+#pragma unroll
+  for (int round = 0; round < kRounds; ++round) {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) queries[C::QueryWord(round * C::kWarps + warp, 32 * i + lane)] = words[round][i];
   }
   __syncthreads();
 }
