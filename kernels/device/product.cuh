@@ -167,9 +167,8 @@ __global__ void __launch_bounds__(kWarps * 32, kStages > 2 ? 2 : 1)
   };
   LaunchDependents();
   aim();
-  const int later = kHeld > 0 && kStages > 4 && plan.paced ? kStages - 4 : 0;
 #pragma unroll 1
-  for (int i = 0; i < kStages - 1 - later; ++i) {
+  for (int i = 0; i < kStages - 1; ++i) {
     fetch();
     if (plan.paced) ptx::CopyWait<2>();
   }
@@ -226,8 +225,6 @@ __global__ void __launch_bounds__(kWarps * 32, kStages > 2 ? 2 : 1)
     ptx::CopyCommit();
     ptx::CopyWait<0>();
   }
-#pragma unroll 1
-  for (int i = 0; i < later; ++i) fetch();
   __syncthreads();
   // Lanes of rows that do not exist read the last one; nobody reads what comes out for them.
   const ptx::Shared x_place =
