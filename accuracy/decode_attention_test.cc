@@ -270,6 +270,7 @@ void Check(const AttentionCase& c) {
     DecodeAttention(key_codec, value_codec, args, nullptr);
     ExpectWithin(out, expected, allowed, launch);
   }
+  EXPECT_FALSE(workspace.any().item<bool>()) << "a launch leaves its workspace as it found it";
 }
 
 // All kernels first, as many at a time as there are processors; one by one they would take minutes.

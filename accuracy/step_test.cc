@@ -357,11 +357,18 @@ TEST(StepGpu, ExpertsOfAFewShapes) {  // under a sanitizer
     equal.logits.zero_();
     equal.logits[1].narrow(0, 30, 40).fill_(-0.0), equal.logits[2].copy_(equal.logits[2] + 1), equal.logits[3].narrow(0, 50, 3).fill_(2);
     ExpectMixture(equal, "equal logits");
-    Mixture broken(2, 128, 64, 70, 5, false, options);
-    broken.logits.fill_(NAN);
-    ExpertsUp(broken.args(), nullptr), ExpertsDown(broken.args(), nullptr);
-    EXPECT_TRUE(broken.partial.isnan().all().item<bool>());
-    EXPECT_EQ(broken.reads.item<int64_t>(), 5);
+    for (const int64_t experts : {70, 131, 140}) {  // one row of few experts is chosen for in another way than others
+      Mixture row(1, 128, 64, experts, 5, true, options);
+      row.logits.zero_(), row.logits[0].narrow(0, 30, 40).fill_(-0.0), row.logits[0].narrow(0, 60, 3).fill_(2);
+      ExpectMixture(row, "equal logits");
+    }
+    for (const int64_t rows : {1, 2}) {
+      Mixture broken(rows, 128, 64, 70, 5, false, options);
+      broken.logits.fill_(NAN);
+      ExpertsUp(broken.args(), nullptr), ExpertsDown(broken.args(), nullptr);
+      EXPECT_TRUE(broken.partial.isnan().all().item<bool>());
+      EXPECT_EQ(broken.reads.item<int64_t>(), 5);
+    }
   }
 }
 // Qwen3-30B-A3B's, gpt-oss's and Mixtral's.
