@@ -343,7 +343,7 @@ TEST(StepGpu, ExpertsOfAFewShapes) {  // under a sanitizer
   for (const at::ScalarType type : {at::kHalf, at::kBFloat16}) {
     const at::TensorOptions options = at::TensorOptions(type).device(at::kCUDA);
     for (const bool normalized : {false, true}) {
-      for (const int64_t rows : {1, 2, 3, 8, 11}) {
+      for (const int64_t rows : {1, 2, 3, 8, 9, 11}) {
         ExpectMixture(Mixture(rows, 128, 64, 16, 3, normalized, options), "units of one tile");
         ExpectMixture(Mixture(rows, 512, 192, 40, 6, normalized, options), "several");
         ExpectMixture(Mixture(rows, 36, 20, 5, 2, normalized, options), "odd sizes");

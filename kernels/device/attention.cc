@@ -26,8 +26,7 @@ struct Plan {
 };
 
 // How many of a pair's blocks share its heads in the end. These wait for the others, so all have to run at once; fewer than half of the
-// multiprocessors wait, so that there is room for one more such launch on another stream. On an H200 a step gains 0.3 to 1 % (Mistral-7B) to 2.7
-// (Qwen3-30B-A3B behind 4k tokens) by it.
+// multiprocessors wait, so that there is room for one more such launch on another stream.
 constexpr int kMostSharing = 8;
 int Combiners(const Plan& plan) {
   const int64_t share = std::min(plan.splits / 2, kMostSharing);
@@ -124,11 +123,11 @@ Plan PlanTiles(const Codec& keys, const Codec& values, const DecodeAttentionArgs
   const bool narrow = std::max(key_groups, value_groups) > 2 && !(keys.min_block_tokens > 1 && value_groups <= 4);
   const int tile =
       !dense && !narrow && warps * stages * tile_bytes(32) <= kInFlight && shared_bytes(warps, stages, 32) <= room ? 32 : 16;
-  // What leaves room for a block of the product that follows, which then fetches its weights meanwhile. Where it would be
-  // too few for the kernel, which EveryCard tells, it gets what there is.
+  // What leaves 64 registers a thread for a block of the product that follows, which then fetches its weights meanwhile. Where it would
+  // be too few for the kernel, which EveryCard tells, it gets what there is.
   const bool few = warps == 8 && head_tiles == 1 && parts == 1 && dim <= 128 && value_groups * values.bits <= 16 &&
                    !keys.device.keys_alone;
-  const int registers = !few ? 255 : CurrentDevice().arch < 120 ? 184 : 192;
+  const int registers = few ? 192 : 255;
   Plan plan;
   plan.pairs = args.keys.batch * args.keys.heads * parts, plan.heads = ratio / parts;
   plan.splits = Splits(plan.pairs, TokensInSight(args), tile, warps, tile_bytes(tile));

@@ -18,8 +18,8 @@
 // - Warps share nothing while they stream: each has a ring of tiles in shared memory, filled by its own cp.async,
 //   16 bytes a lane, in a swizzle that keeps its reads free of bank conflicts.
 // - The tokens of a KV head are split among blocks by the lengths in device memory, in a grid sized by the
-//   capacity alone, so that a captured graph serves every step. The last ones to finish share a KV head's query heads and combine
-//   all blocks' parts. By then the weights of the product that follows are on their way, and a trip to device memory takes 2 us:
+//   capacity alone, so that a captured graph serves every step. Some of a KV head's share its query heads and combine all
+//   blocks' parts. By then the weights of the product that follows are on their way, and a trip to device memory takes 2 us:
 //   few blocks are one cluster, and combine in shared memory.
 //
 // The query heads of a KV head are rows of one product, eight (kHeadTiles = 1) or sixteen: they share every load.
@@ -413,7 +413,7 @@ __global__ void __maxnreg__(C::kRegisters)
     return Ring<C>(args, pair, of, split, splits, warp, ptx::SharedAddress(shared) + warp * C::kStages * C::kTileBytes);
   };
   auto made_heads = [&] {
-    if constexpr (C::kMakesHeads) return MadeHeads<C>(args, pair, part, ratio, warp);
+    if constexpr (C::kMakesHeads) return MadeHeads<C>(args, pair, part, ratio, warp, split == splits - 1);
     else return nullptr;
   }();
   const auto length_now = [&] { return ReachOf<C>(args, pair / heads); };
@@ -425,6 +425,7 @@ __global__ void __maxnreg__(C::kRegisters)
   int started = C::kMakesHeads || (!C::kDense && !args.newest_is_encoded) ? C::kStages - 1 : ring.StagesBeforeNewest();
   // Of 16 bits so many stages are asked for ahead of the queries, the rest right behind them: these come in their turn.
   constexpr int kAhead = C::kDense ? 1 : C::kStages - 1;
+  static_assert(!C::kDense || !C::kTurnsKeys);
   ring.Start(0, min(kAhead, started));
   const auto ask_on = [&] { ring.Start(kAhead, started); };
   if (args.early) WaitForPredecessors();
@@ -437,11 +438,10 @@ __global__ void __maxnreg__(C::kRegisters)
   auto* const queries = reinterpret_cast<uint32_t*>(shared + C::kQueriesAt);
   [[maybe_unused]] auto* const newest_rows = reinterpret_cast<uint32_t*>(shared + C::kNewestAt);
   if constexpr (C::kTurnsKeys) {
-    ask_on();
     TurnQueries<C>(args, part, ratio, warp, turned);
     if constexpr (C::kEager) LoadTurnedQueries<C>(args, ratio, turned, g, t, q);
   } else {
-    if constexpr (C::kMakesHeads) made_heads.Stage(ratio, warp, split == splits - 1, now.encoded, queries, newest_rows, ask_on);
+    if constexpr (C::kMakesHeads) made_heads.Stage(ratio, warp, now.encoded, queries, newest_rows, ask_on);
     else StageQueries<C>(args, part, ratio, warp, queries, ask_on);
     if constexpr (C::K::kDense) LoadQueriesForDense<C>(args, part, ratio, queries, g, t, q);
     else if constexpr (C::kEager) LoadQueries<C>(queries, g, t, q);
@@ -496,19 +496,19 @@ __global__ void __maxnreg__(C::kRegisters)
     if constexpr (C::kCluster > 1) {
       if (threadIdx.x < ratio) sums[threadIdx.x] = {kNoReference, 0};
       for (int i = threadIdx.x; i < ratio * C::kHeadStride; i += C::kThreads) outputs[i] = 0;
-      __syncthreads();
     } else {
       if (threadIdx.x < ratio) Leave(sums + threadIdx.x, {kNoReference, 0});
 #pragma unroll 1
       for (int i = threadIdx.x; i < ratio * C::kDim / 4; i += C::kThreads) Leave(reinterpret_cast<float4*>(outputs) + i, {0, 0, 0, 0});
     }
+    __syncthreads();
   }
   if constexpr (C::kCluster > 1) {
     CombineInCluster<C>(args, part, split, ratio, warp, shared);
     return;
   }
 
-  CombineSlots<C>(args, part, split, splits, combiners, ratio, shared, workspace);
+  CombineSlots<C>(args, splits, combiners, ratio, shared);
 }
 
 #endif  // __CUDACC__

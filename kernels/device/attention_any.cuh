@@ -6,7 +6,7 @@
 // A lane's channels are those of the words it reads, so that codes come as they are stored (code_row.h): word lane,
 // lane + 32, ... of a row, or 16 bytes of a dense one. Dense tokens beside codes are read in the codes' order.
 //
-// What blocks leave, and how the last ones combine it, is attention_combine.cuh's: a block works for kHeads query heads, which count
+// What blocks leave, and how it is combined, is attention_combine.cuh's: a block works for kHeads query heads, which count
 // as a pair of their own.
 #pragma once
 
@@ -328,7 +328,7 @@ __global__ void __launch_bounds__(C::kThreads, 2) AnyKernel(const __grid_constan
     Leave(reinterpret_cast<float4*>(slot_outputs + (split * C::kHeads + head) * C::kDim + channel), sum);
     if (channel == 0) Leave(slot_sums + split * C::kHeads + head, {m, l});
   }
-  CombineSlots<C>(args, part, split, splits, combiners, C::kHeads, combine, workspace);
+  CombineSlots<C>(args, splits, combiners, C::kHeads, combine);
 }
 
 }  // namespace kvq::decode_attention

@@ -35,9 +35,9 @@ KVQ_HD inline Workspace LayOut(void* base, int64_t pairs, int64_t slots, int64_t
 #ifdef __CUDACC__
 
 // Into a slot.
-__device__ __forceinline__ float Left(float x) { return __float_as_uint(x) == 0 ? -0.0f : x; }
-__device__ __forceinline__ void Leave(float4* to, const float4& x) { ptx::StoreSeen(to, {Left(x.x), Left(x.y), Left(x.z), Left(x.w)}); }
-__device__ __forceinline__ void Leave(float2* to, const float2& x) { ptx::StoreSeen(to, {Left(x.x), Left(x.y)}); }
+__device__ __forceinline__ float NotZero(float x) { return __float_as_uint(x) == 0 ? -0.0f : x; }
+__device__ __forceinline__ void Leave(float4* to, const float4& x) { ptx::StoreSeen(to, {NotZero(x.x), NotZero(x.y), NotZero(x.z), NotZero(x.w)}); }
+__device__ __forceinline__ void Leave(float2* to, const float2& x) { ptx::StoreSeen(to, {NotZero(x.x), NotZero(x.y)}); }
 // The smallest of some numbers' bits: 0 where one has not come.
 __device__ __forceinline__ uint32_t LeastBits(const float2& x) { return min(__float_as_uint(x.x), __float_as_uint(x.y)); }
 __device__ __forceinline__ uint32_t LeastBits(const float4& x) {
@@ -164,7 +164,7 @@ __device__ void Merge(const Partial<C>& partial, int warp, bool has_dense, const
 
 // So many heads of a pair from `first_head` on: the sum over all slots, as they come, divided by the sum of weights. Here latency is all
 // there is: what is read is asked for at once; and each instruction stands once, as those that come late for the first time are late by
-// more than what they do (on an H200 some 0.1 us for a kilobyte of them).
+// more than what they do.
 template <class C>
 __device__ void Combine(const DecodeAttentionArgs& args, int pair, int slots, int ratio, int first_head, int heads, std::byte* shared,
                         float2* sums, float* outputs) {
@@ -220,7 +220,7 @@ __device__ void Combine(const DecodeAttentionArgs& args, int pair, int slots, in
         float m = kNoReference, l = 0;
 #pragma unroll
         for (int i = 0; i < kSums; ++i) {
-          if (has_slot(i)) from_sums[32 * i * ratio] = {0, 0};
+          if (has_slot(i)) ptx::StoreSeen(from_sums + 32 * i * ratio, float2{0, 0});
           m = fmaxf(m, of[i].x);
         }
 #pragma unroll 1
@@ -247,7 +247,7 @@ __device__ void Combine(const DecodeAttentionArgs& args, int pair, int slots, in
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         if (!has(i)) continue;
-        from[(i << spare) * of_slot] = {0, 0, 0, 0};
+        ptx::StoreSeen(from + (i << spare) * of_slot, float4{0, 0, 0, 0});
         const float weight = weights[column / kFours * slots + start + (i << spare)];
         sum.x = fmaf(weight, x[i].x, sum.x), sum.y = fmaf(weight, x[i].y, sum.y);
         sum.z = fmaf(weight, x[i].z, sum.z), sum.w = fmaf(weight, x[i].w, sum.w);
@@ -284,8 +284,11 @@ __device__ void Combine(const DecodeAttentionArgs& args, int pair, int slots, in
 // By every block when it has left its slot: the first `combiners` of a pair share its heads, so that all blocks have to run at once; or, of
 // one, the last that comes has them all.
 template <class C>
-__device__ __forceinline__ void CombineSlots(const DecodeAttentionArgs& args, int pair, int split, int splits, int combiners, int ratio,
-                                             std::byte* shared, const Workspace& workspace) {
+__device__ __forceinline__ void CombineSlots(const DecodeAttentionArgs& args, int splits, int combiners, int ratio, std::byte* shared) {
+  // Worked out anew, as no registers are to spare before.
+  const int block = ptx::BlockNumber(), pair = block / splits;
+  int number = block - pair * splits;  // of the pair's blocks
+  const Workspace workspace = LayOut(args.workspace, gridDim.x / splits, splits, ratio, C::kDim);
   if (combiners == 1) {
     __shared__ bool last;
     __syncthreads();
@@ -295,11 +298,11 @@ __device__ __forceinline__ void CombineSlots(const DecodeAttentionArgs& args, in
     }
     __syncthreads();
     if (!last) return;
-    split = 0;
-  } else if (split >= combiners) {
+    number = 0;
+  } else if (number >= combiners) {
     return;
   }
-  const int each = (ratio + combiners - 1) / combiners, first_head = split * each;
+  const int each = (ratio + combiners - 1) / combiners, first_head = number * each;
   const int64_t slots = static_cast<int64_t>(pair) * splits * ratio;
   Combine<C>(args, pair, splits, ratio, first_head, min(each, ratio - first_head), shared,
              static_cast<float2*>(workspace.sums) + slots, workspace.outputs + slots * C::kDim);

@@ -7,8 +7,8 @@
 namespace kvq::decode_attention {
 
 // As StageQueries, of what a product has left, each head normed and turned by a warp. The newest token's keys and values are, too, by the last
-// two warps of each block; they go to where they are stored, by a block that `appends` them, and to shared memory, from where they come
-// into the tile that has been fetched without them.
+// two warps of the block that has it (`appends`); they go to where they are stored and to shared memory, from where they come into the tile
+// that has been fetched without them.
 template <class C>
 struct MadeHeads {
   using Head = step::HeadOfWarp<C::kBFloat16, (C::kDim + 127) / 128>;
@@ -22,12 +22,12 @@ struct MadeHeads {
   const uint16_t *query_at, *newest_at;
   uint32_t* append_to;  // the newest side's row of the first token
 
-  __device__ __forceinline__ MadeHeads(const DecodeAttentionArgs& args, int pair, int part, int ratio, int warp)
+  __device__ __forceinline__ MadeHeads(const DecodeAttentionArgs& args, int pair, int part, int ratio, int warp, bool appends)
       : args(args),
         sequence(pair / static_cast<int>(args.keys.heads)),
         first(part * ratio - sequence * static_cast<int>(args.query_heads)),
         of_keys(warp == C::kWarps - 1),
-        of_newest(warp >= C::kWarps - 2),
+        of_newest(appends && warp >= C::kWarps - 2),
         head_of_newest(static_cast<int>(args.query_heads + (of_keys ? 0 : args.keys.heads)) + pair - sequence * static_cast<int>(args.keys.heads)),
         query(args.heads, args.heads.q_norm, sequence, first + min(warp, ratio - 1)),
         newest(args.heads, of_keys ? args.heads.k_norm : args.heads.v_norm, sequence, head_of_newest),
@@ -43,10 +43,10 @@ struct MadeHeads {
 
   // `encoded`: tokens, with the newest. `meanwhile` is called when all that is read has been asked for.
   template <typename Meanwhile>
-  __device__ __forceinline__ void Stage(int ratio, int warp, bool appends, int encoded, uint32_t* queries, uint32_t* rows,
+  __device__ __forceinline__ void Stage(int ratio, int warp, int encoded, uint32_t* queries, uint32_t* rows,
                                         const Meanwhile& meanwhile) {
     if (warp < ratio) query.Load(query_at);
-    if (of_newest && appends) newest.Load(newest_at);
+    if (of_newest) newest.Load(newest_at);
     meanwhile();
     const auto put_query = [&](int head) {
       return [=](int channel, uint32_t word) { queries[C::QueryWord(head, channel / 2)] = word; };
@@ -64,7 +64,7 @@ struct MadeHeads {
         more.Finish(C::kDim, args.heads.eps, put_query(head));
       }
     }
-    if (of_newest && appends) {
+    if (of_newest) {
       uint32_t* const to = append_to + static_cast<int64_t>(max(encoded - 1, 0)) * kRowWords;
       newest.Finish(C::kDim, args.heads.eps, [&](int channel, uint32_t word) {
         rows[(of_keys ? 0 : kRowWords) + channel / 2] = word;

@@ -129,21 +129,27 @@ __device__ __forceinline__ void Rank(const ExpertsArgs& a, int64_t first, int ro
   }
 }
 
-// And from these, which experts they are. As all threads of a block have met, so have they behind it.
-__device__ __forceinline__ void List(const ExpertsArgs& a, int64_t first, int rows, ChosenExperts& to) {
+// Which experts a row has chosen, from the keys of the first threads, a rank each: as all of a block know it behind a barrier.
+__device__ __forceinline__ void ListRow(const ExpertsArgs& a, int64_t row, uint32_t key, ChosenExperts& to) {
+  const int rank = threadIdx.x, per_token = static_cast<int>(a.per_token);
+  if (rank < per_token) {
+    to.best[0][rank] = key, to.expert[rank] = ExpertOf(key);
+    to.place[rank][0] = static_cast<int>(row) * per_token + rank;
+    if (rank == 0) to.count = per_token;
+  }
+  __syncthreads();
+}
+// The same of several rows, from their keys in `to`, where all threads have met.
+__device__ __forceinline__ void ListRows(const ExpertsArgs& a, int64_t first, int rows, ChosenExperts& to) {
   __shared__ uint32_t seen[kMostExperts / 32];  // by any row
   const int per_token = static_cast<int>(a.per_token), threads = blockDim.x;
 #pragma unroll 1
   for (int i = threadIdx.x; i < rows * per_token * kExpertRows; i += threads) {
     const int rank = i / kExpertRows, row = i % kExpertRows;
-    to.share[rank][row] = 0;
-    to.place[rank][row] = rows == 1 && row == 0 ? static_cast<int>(first) * per_token + rank : -1;
-    if (rows == 1 && row == 0) to.expert[rank] = ExpertOf(to.best[0][rank]);
+    to.share[rank][row] = 0, to.place[rank][row] = -1;
   }
-  if (threadIdx.x == 0) to.count = per_token;
-  if (rows > 1 && threadIdx.x < kMostExperts / 32) seen[threadIdx.x] = 0;
+  if (threadIdx.x < kMostExperts / 32) seen[threadIdx.x] = 0;
   __syncthreads();
-  if (rows == 1) return;
 #pragma unroll 1
   for (int i = threadIdx.x; i < rows * per_token; i += threads) {
     const int row = i / per_token, expert = ExpertOf(to.best[row][i - row * per_token]);
@@ -170,16 +176,6 @@ __device__ __forceinline__ void List(const ExpertsArgs& a, int64_t first, int ro
 // The same of one row of up to kFewExperts, whole words of them, in which one warp chooses.
 inline constexpr int kFewExperts = 128;
 __device__ __forceinline__ bool IsOneOfFew(const ExpertsArgs& a, int rows) { return rows == 1 && a.experts <= kFewExperts && a.experts % 2 == 0; }
-// What the first threads have chosen, as all of a block know it behind a barrier.
-__device__ __forceinline__ void ListRow(const ExpertsArgs& a, int64_t row, uint32_t key, ChosenExperts& to) {
-  const int rank = threadIdx.x, per_token = static_cast<int>(a.per_token);
-  if (rank < per_token) {
-    to.best[0][rank] = key, to.expert[rank] = ExpertOf(key);
-    to.place[rank][0] = static_cast<int>(row) * per_token + rank;
-    if (rank == 0) to.count = per_token;
-  }
-  __syncthreads();
-}
 template <bool kBFloat16>
 __device__ __forceinline__ void ChooseOfFew(const ExpertsArgs& a, int64_t row, ChosenExperts& to) {
   constexpr int kWords = kFewExperts / 64;  // a lane
@@ -221,7 +217,8 @@ __device__ __forceinline__ void Choose(const ExpertsArgs& a, int64_t first, int 
   if (IsOneOfFew(a, rows)) return ChooseOfFew<kBFloat16>(a, first, to);
   Rank<kBFloat16>(a, first, rows, room, to);
   __syncthreads();
-  List(a, first, rows, to);
+  if (rows == 1) return ListRow(a, first, to.best[0][min(static_cast<int>(threadIdx.x), kMostPerToken - 1)], to);
+  ListRows(a, first, rows, to);
 }
 
 // What was chosen, by so many threads of one block.
@@ -246,7 +243,7 @@ __device__ __forceinline__ void TakeChoice(const ExpertsArgs& a, int64_t first, 
     to.best[i / per_token][i % per_token] = __ldcg(a.ranked + first * per_token + i);
   }
   __syncthreads();
-  List(a, first, rows, to);
+  ListRows(a, first, rows, to);
 }
 // By a warp of the block whose choice it is, and the kernel behind this one may begin. Before it asks for weights: the fence would wait
 // for them, 4 us on an H200.
@@ -451,6 +448,7 @@ __global__ void __maxnreg__(112) ExpertsKernel(const __grid_constant__ ExpertsAr
       Choose<kBFloat16>(a, first_row, rows, reinterpret_cast<uint32_t*>(shared), chosen);
       if (pass == 1 && leaves_choice && warp == warps - 1) LeaveChoice(a, first_row, rows, chosen);
       way.Start(a, chosen, first_row, rows);
+      if (pass == 0) __syncthreads();
     }
   }
 

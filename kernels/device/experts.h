@@ -25,7 +25,7 @@ struct ExpertsArgs {
   const void* x = nullptr;       // [rows, hidden]
   const void* up = nullptr;      // [experts, gate and up, size, hidden]
   const void* down = nullptr;    // [experts, hidden, size]
-  // [experts], [experts, gate and up, size], [experts, hidden]; or null.
+  // [experts], [experts, gate and up, size], [experts, hidden]; or null. Logits and their bias lie at multiples of 4 bytes.
   const void *logit_bias = nullptr, *up_bias = nullptr, *down_bias = nullptr;
   void* gated = nullptr;         // [rows, per_token, size]: from the one product to the other
   float* partial = nullptr;      // [rows, hidden], for AddNorm, of one split

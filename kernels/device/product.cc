@@ -103,11 +103,11 @@ void Product(const ProductArgs& a, void* stream) {
   const ProductPlan plan = Plan(a);
   if (plan.stages == 0) throw std::runtime_error("a product of shapes that ProductFits refuses");
   const int room = CurrentDevice().multiprocessors * plan.blocks_per_sm / plan.splits;
-  const int held = a.normalizes ? static_cast<int>((a.in + plan.warps * 32 * 8 - 1) / (plan.warps * 32 * 8)) : 0;
+  const int norm_held = a.normalizes ? static_cast<int>((a.in + plan.warps * 32 * 8 - 1) / (plan.warps * 32 * 8)) : 0;
   const std::string end = StrCat("kvq::ProductEnd(", static_cast<int>(a.end), ")");
   Launch("product",
          {.instance = {{"kernels/device/product.cuh"},
-                       InstanceName("kvq::step::ProductKernel", a.dtype == DType::kBFloat16, plan.warps, plan.stages, end, held)},
+                       InstanceName("kvq::step::ProductKernel", a.dtype == DType::kBFloat16, plan.warps, plan.stages, end, norm_held)},
           .grid = static_cast<unsigned>(std::min(room, plan.tiles) * plan.splits),
           .threads = plan.warps * 32,
           .shared_bytes = static_cast<size_t>(plan.shared_bytes)},

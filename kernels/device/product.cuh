@@ -108,8 +108,8 @@ __device__ __forceinline__ float2 SumOf(const float (&sum)[4][4]) {
   return make_float2((sum[0][0] + sum[1][2]) + (sum[2][0] + sum[3][2]), (sum[0][1] + sum[1][3]) + (sum[2][1] + sum[3][3]));
 }
 
-// kHeld: eights of a row of x that a thread norms; 0 where there is no norm.
-template <bool kBFloat16, int kWarps, int kStages, ProductEnd kEnd, int kHeld>
+// kNormHeld: eights of a row of x that a thread norms; 0 where there is no norm.
+template <bool kBFloat16, int kWarps, int kStages, ProductEnd kEnd, int kNormHeld>
 __global__ void __launch_bounds__(kWarps * 32, kStages > 2 ? 2 : 1)
     ProductKernel(const __grid_constant__ ProductArgs a, const __grid_constant__ ProductPlan plan) {
   extern __shared__ __align__(128) std::byte shared[];
@@ -174,10 +174,10 @@ __global__ void __launch_bounds__(kWarps * 32, kStages > 2 ? 2 : 1)
   }
 
   // ---- x
-  if constexpr (kHeld > 0) {
-    float weight[kHeld][8], x[kHeld][8], squares = 0;
+  if constexpr (kNormHeld > 0) {
+    float weight[kNormHeld][8], x[kNormHeld][8], squares = 0;
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
+    for (int i = 0; i < kNormHeld; ++i) {
       const int at = (threadIdx.x + i * kThreads) * 8;
       if (at < in) LoadFloats(a.norm.weight, at, weight[i]);
     }
@@ -187,12 +187,12 @@ __global__ void __launch_bounds__(kWarps * 32, kStages > 2 ? 2 : 1)
       if (pass == 1) WaitForPredecessors();
       squares = 0;
 #pragma unroll
-      for (int i = 0; i < kHeld; ++i) {
+      for (int i = 0; i < kNormHeld; ++i) {
         const int at = (threadIdx.x + i * kThreads) * 8;
         if (at < in) LoadSum<kBFloat16>(a.norm, 0, at, x[i]);
       }
 #pragma unroll
-      for (int i = 0; i < kHeld; ++i) {
+      for (int i = 0; i < kNormHeld; ++i) {
         const int at = (threadIdx.x + i * kThreads) * 8;
         if (at >= in) break;
         const bool added = a.norm.delta != nullptr || a.norm.partial != nullptr;
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kWarps * 32, kStages > 2 ? 2 : 1)
       }
       const float inverse = InverseRms<kWarps>(squares, in, a.norm.eps, sums);
 #pragma unroll
-      for (int i = 0; i < kHeld; ++i) {
+      for (int i = 0; i < kNormHeld; ++i) {
         const int at = (threadIdx.x + i * kThreads) * 8;
         if (at >= in) break;
 #pragma unroll

@@ -63,6 +63,12 @@ __device__ __forceinline__ void ZeroShared16(Shared at) {
 // Of this thread in its block. The compiler then knows that a warp's lanes have one number: where they branch by it they stay together,
 // and shuffles behind that need no code for lanes that came apart.
 __device__ __forceinline__ int WarpNumber() { return __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0); }
+// blockIdx.x, read here: what follows from it needs no registers before.
+__device__ __forceinline__ int BlockNumber() {
+  int block;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+  return block;
+}
 
 // Waits until so many threads of the block have come to its barrier `id`, 1 to 15.
 __device__ __forceinline__ void SyncThreads(int id, int threads) {
