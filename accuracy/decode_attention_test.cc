@@ -154,6 +154,9 @@ void ChangeLengthsLate(const Tensor& lengths, SequenceLength length) {
   StartSteps(state, batch, static_cast<const int64_t*>(tokens.data_ptr()), {}, length, nullptr);
 }
 
+// A launch leaves its workspace as it found it.
+void ExpectZero(const Tensor& workspace) { EXPECT_FALSE(workspace.any().item<bool>()); }
+
 void Check(const AttentionCase& c) {
   SCOPED_TRACE(StrCat(c.spec, " head_dim ", c.head_dim, " group ", c.group, " ratio ", c.ratio, " lengths ",
                       c.lengths[0].sinks, "/", c.lengths[0].encoded, "/", c.lengths[0].residual, " of ",
@@ -270,7 +273,7 @@ void Check(const AttentionCase& c) {
     DecodeAttention(key_codec, value_codec, args, nullptr);
     ExpectWithin(out, expected, allowed, launch);
   }
-  EXPECT_FALSE(workspace.any().item<bool>()) << "a launch leaves its workspace as it found it";
+  ExpectZero(workspace);
 }
 
 // All kernels first, as many at a time as there are processors; one by one they would take minutes.
@@ -536,6 +539,7 @@ void CheckNewest(const NewestCase& c) {
       }
     }
   }
+  ExpectZero(workspace);
 }
 
 // Of a shape that a scheme refuses, nothing; all kernels first.
@@ -679,6 +683,7 @@ TEST(DecodeAttentionGpu, MakesHeadsOfAFewShapes) {  // under a sanitizer
       EXPECT_TRUE(read(found, true, early).equal(expected)) << "early " << early;
       EXPECT_TRUE(found.equal(appended)) << "early " << early;
     }
+    ExpectZero(workspace);
   }
 }
 
@@ -709,6 +714,7 @@ TEST(DecodeAttentionGpu, WhatIsNotANumberStaysSo) {
       const Tensor nan = out.isnan().cpu();
       EXPECT_FALSE(nan[0][0].any().item<bool>()) << name << ", " << broken;
       EXPECT_EQ(nan[0][1].any().item<bool>(), broken >= 0) << name << ", token " << broken;
+      ExpectZero(workspace);
     }
   }
 }

@@ -217,7 +217,7 @@ __device__ __forceinline__ void Choose(const ExpertsArgs& a, int64_t first, int 
   if (IsOneOfFew(a, rows)) return ChooseOfFew<kBFloat16>(a, first, to);
   Rank<kBFloat16>(a, first, rows, room, to);
   __syncthreads();
-  if (rows == 1) return ListRow(a, first, to.best[0][min(static_cast<int>(threadIdx.x), kMostPerToken - 1)], to);
+  if (rows == 1) return ListRow(a, first, threadIdx.x < a.per_token ? to.best[0][threadIdx.x] : 0, to);
   ListRows(a, first, rows, to);
 }
 
