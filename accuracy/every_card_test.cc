@@ -251,6 +251,9 @@ void ExpectFits(const DeviceShape& card, const Launches& launches) {
     EXPECT_LE(kernel.shared_bytes + static_cast<int64_t>(launch.shared_bytes), card.block_shared) << name;
     EXPECT_GT(kernel.registers, 0) << name;
     EXPECT_LE(kernel.registers * launch.threads, 65536) << name;  // of a multiprocessor
+    // On the card that was timed a block of the output's product finds room beside one of attention's, which has 192 (attention.cc).
+    const bool behind_attention = name.starts_with("kvq::step::ProductKernel<") && name.find(", kvq::ProductEnd(0), 0>") != std::string::npos;
+    if (card.arch == 90 && behind_attention && launch.threads == 256) EXPECT_LE(kernel.registers, 64) << name;
   }
 }
 
