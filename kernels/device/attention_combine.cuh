@@ -14,7 +14,7 @@ inline constexpr int kMostSplits = 128, kMostCluster = 8;
 inline constexpr uint32_t kBrokenBits = 0x80808080;  // of a codec's Broken
 
 // Where the kernel keeps what blocks tell each other, per KV head of a sequence ("pair"): a counter of blocks
-// that have finished; then per slot and query head m and the sum l of 2^(logit - m); then sums of 2^(logit - m) v.
+// that have finished, where one of them combines; then per slot and query head m and the sum l of 2^(logit - m); then sums of 2^(logit - m) v.
 // A slot is what a block leaves. Until then, and again when it has been taken, it is zero, all of its bits: no number that is
 // left is that (Leave), so each says itself whether it has come, and to wait for one takes no more than to read it.
 struct Workspace {

@@ -246,7 +246,7 @@ __device__ __forceinline__ void TakeChoice(const ExpertsArgs& a, int64_t first, 
   ListRows(a, first, rows, to);
 }
 // By a warp of the block whose choice it is, and the kernel behind this one may begin. Before it asks for weights: the fence would wait
-// for them, 4 us on an H200.
+// for them.
 __device__ __forceinline__ void LeaveChoice(const ExpertsArgs& a, int64_t first, int rows, const ChosenExperts& of) {
   const int per_token = static_cast<int>(a.per_token), lane = threadIdx.x % 32;
 #pragma unroll 1
