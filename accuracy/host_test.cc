@@ -1,6 +1,7 @@
 // The host's kernels of a decoding step against float64.
 #include <array>
 #include <cmath>
+#include <optional>
 
 #include "accuracy/encoded.h"
 #include "accuracy/mixture.h"
@@ -74,13 +75,14 @@ struct Side {
 
 constexpr int64_t kKvHeads = 2, kSinks = 8, kResidual = 40;
 
-Side MakeSide(const Codec& codec, bool other_dense, int64_t group, int64_t dim, at::ScalarType type,
+// `beside`: the type of sinks and residual.
+Side MakeSide(const Codec& codec, bool other_dense, int64_t group, int64_t dim, at::ScalarType type, at::ScalarType beside,
               const SequenceLength& length) {
   const int64_t block = codec.block_wide ? std::max<int64_t>(64, codec.min_block_tokens) : 1;
   const int64_t capacity = (length.encoded + 128) / 128 * 128;
   const auto normal = [&](int64_t tokens) { return at::randn({2, kKvHeads, tokens, dim}).to(type); };
   Side side;
-  side.sinks = normal(kSinks), side.residual = normal(kResidual);
+  side.sinks = normal(kSinks).to(beside), side.residual = normal(kResidual).to(beside);
   const Tensor tokens = normal(capacity);
   if (codec.encode == nullptr) {
     side.decoded = tokens.to(at::kDouble);
@@ -98,7 +100,8 @@ Side MakeSide(const Codec& codec, bool other_dense, int64_t group, int64_t dim, 
 }
 
 void CheckAttention(const std::string& spec, int64_t dim, int64_t group, int64_t ratio, at::ScalarType type,
-                    const SequenceLength& length, int32_t window, double cap = 0, bool sinks = false, int64_t value_group = 0) {
+                    const SequenceLength& length, int32_t window, double cap = 0, bool sinks = false, int64_t value_group = 0,
+                    std::optional<at::ScalarType> beside = std::nullopt) {
   const SchemePair pair = ParseSpec(spec).schemes;
   const Codec &key_codec = pair.keys->keys, &value_codec = pair.values->values;
   if (value_group == 0) value_group = group;
@@ -111,8 +114,8 @@ void CheckAttention(const std::string& spec, int64_t dim, int64_t group, int64_t
     }
   }
   const bool keys_dense = key_codec.encode == nullptr, values_dense = value_codec.encode == nullptr;
-  const Side keys = MakeSide(key_codec, values_dense, group, dim, type, length);
-  const Side values = MakeSide(value_codec, keys_dense, value_group, dim, type, length);
+  const Side keys = MakeSide(key_codec, values_dense, group, dim, type, beside.value_or(type), length);
+  const Side values = MakeSide(value_codec, keys_dense, value_group, dim, type, beside.value_or(type), length);
   const Tensor queries = at::randn({2, kKvHeads, ratio, dim}).to(type);
   const double scale = 1 / std::sqrt(static_cast<double>(dim));
   const int64_t tokens = length.sinks + length.encoded + length.residual;
@@ -202,6 +205,18 @@ TEST(Host, AttentionEqualsFloat64OverDecodedTokens) {
     for (const std::string& values : schemes) {
       CheckAttention(keys + "+" + values, 128, 64, 3, at::kFloat, {4, 257, 40}, 0);
       CheckAttention(keys + "+" + values, 64, 64, 3, at::kBFloat16, {4, 257, 40}, 120);
+    }
+  }
+}
+
+// Dense tokens of several types: of bfloat16 their even and odd ones are read, all others are brought into that order.
+TEST(Host, AttentionOverTokensOfSeveralTypes) {
+  if (!host::HasAvx2()) GTEST_SKIP() << host::kWantsAvx2;
+  const c10::InferenceMode guard;
+  at::manual_seed(8);
+  for (const char* spec : {"none", "int4-hqq", "int4-hqq+none", "none+int4-hqq"}) {
+    for (const auto& [type, beside] : {std::pair(at::kBFloat16, at::kFloat), std::pair(at::kFloat, at::kBFloat16), std::pair(at::kHalf, at::kBFloat16)}) {
+      for (const int64_t dim : {64, 80}) CheckAttention(spec, dim, dim % 64 == 0 ? 64 : 16, 3, type, {4, 257, 40}, 0, 0, false, 0, beside);
     }
   }
 }

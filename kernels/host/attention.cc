@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "kernels/error.h"
@@ -61,7 +62,8 @@ struct Segment {
 // All that attention of one KV head of one sequence wants, and what it has so far.
 struct Head {
   int64_t dim, heads;  // query heads
-  const float *queries, *coded_queries;  // times scale and log2 e, [heads, dim]; the second rotated, in the keys' order of codes
+  bool pairs;          // whether dense tokens are in the order EvenThenOdd, as queries and output are then
+  const float *queries, *coded_queries;  // times scale and log2 e, [heads, dim]; the second rotated, in the keys' order of codes, over their weights
   const float* sums;   // of the second, [heads, groups and room behind them]
   float softcap;       // 0: none
   float *m, *l;        // of each query head: the largest logit, the sum of exponentials
@@ -77,7 +79,7 @@ struct Head {
 
 constexpr int kMostHeads = 3;  // query heads whose sums are in registers
 
-// Codes that are numbers, in CodeOrder.
+// Codes that are numbers, in CodeOrder, times CodeWeights.
 template <int kBits, int kWidth, bool kOne>
 struct CodeReader {
   static constexpr bool kCodes = true, kOneGroup = kOne;
@@ -89,72 +91,99 @@ struct CodeReader {
 
   KVQ_AVX2_INLINE __m256i Read(int64_t t, int64_t i) const { return LoadWords<kWidth>(rows + t * c.words + i * kWidth); }
   KVQ_AVX2_INLINE static Floats Number(__m256i codes, int v) {
-    return NumbersOf<kBits>(codes, FieldOf<kBits, kWidth>(v) * kBits);
+    return WeighedNumbersOf<kBits>(codes, FieldOf<kBits, kWidth>(v) * kBits);
   }
+  static constexpr float Weight(int v) { return host::Weight(kBits, FieldOf<kBits, kWidth>(v) * kBits); }
   KVQ_AVX2_INLINE void Fetch(int64_t t) const { host::Fetch(c, first + t); }
 };
 
-// Rows of numbers.
-template <DType kType>
+// Rows of numbers, some vectors at a time; of bfloat16 in the order EvenThenOdd.
+template <DType kType, int kVectors_>
 struct RowReader {
   using T = std::conditional_t<kType == DType::kFloat32, float, uint16_t>;
   static constexpr bool kCodes = false, kOneGroup = false;
-  static constexpr int kVectors = 2;
+  static constexpr int kVectors = kVectors_;
   const T* rows;
   int64_t stride, fetched;  // elements from token to token; those of a token that are not in a cache yet
 
-  KVQ_AVX2_INLINE const T* Read(int64_t t, int64_t i) const { return rows + t * stride + i * 2 * kLanes; }
+  KVQ_AVX2_INLINE const T* Read(int64_t t, int64_t i) const { return rows + t * stride + i * kVectors * kLanes; }
   KVQ_AVX2_INLINE static Floats Number(const T* from, int v) {
     if constexpr (kType == DType::kFloat32) return Load(from + v * kLanes);
-    else return kType == DType::kFloat16 ? LoadHalf(from + v * kLanes) : LoadBFloat16(from + v * kLanes);
+    else if constexpr (kType == DType::kFloat16) return LoadHalf(from + v * kLanes);
+    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + v / 2 * kPairLanes));
+    return v % 2 == 0 ? EvenOf(both) : OddOf(both);
   }
+  static constexpr float Weight(int) { return 1; }
   KVQ_AVX2_INLINE void Fetch(int64_t t) const {
     constexpr int64_t kSize = sizeof(T);
     for (int64_t i = 0; i < fetched; i += 64 / kSize) __builtin_prefetch(rows + t * stride + i + kAhead / kSize, 0, 2);
   }
 };
 
-// x[h][t]: logits of n tokens for some queries; `sums` of their numbers, [heads, Lanes(groups)].
-template <int kHeads, typename R>
-KVQ_AVX2 void ReadDots(const R& r, const float* queries, const float* sums, int64_t n, int64_t dim, Logits* x) {
+// Logits of kTokens tokens from t on for some queries, up to sums over four lanes; behind n - 1 that one again. `sums` of the queries'
+// numbers, [heads, Lanes(groups)].
+template <int kHeads, int kTokens, typename R>
+KVQ_AVX2_INLINE void Dots(const R& r, const float* queries, const float* sums, int64_t t, int64_t n, int64_t dim,
+                          __m128 (&lanes)[kHeads][kMostTokens + 4]) {
   constexpr bool kScales = R::kCodes && !R::kOneGroup;  // each vector has its own
-  alignas(32) float lanes[kHeads][kMostTokens + 4][kLanes];
-  for (int64_t t = 0; t < n; ++t) {
-    Floats sum[2][kHeads];  // two, so that none waits long for the one before
-    for (int h = 0; h < kHeads; ++h) sum[0][h] = sum[1][h] = Zeros();
+  Floats sum[kTokens][kHeads];
+  int64_t token[kTokens];
+#pragma GCC unroll 4
+  for (int k = 0; k < kTokens; ++k) {
+    token[k] = std::min(t + k, n - 1);
+    for (int h = 0; h < kHeads; ++h) sum[k][h] = Zeros();
     if constexpr (kScales) {  // what lies behind a token's groups is of the next, times 0
       for (int64_t g = 0; g < r.c.groups; g += kLanes) {
-        const Floats shift = Load(r.meta.shifts + t * r.c.groups + g);
-        for (int h = 0; h < kHeads; ++h) sum[0][h] = Fma(shift, Load(sums + h * Lanes(r.c.groups) + g), sum[0][h]);
+        const Floats shift = Load(r.meta.shifts + token[k] * r.c.groups + g);
+        for (int h = 0; h < kHeads; ++h) sum[k][h] = Fma(shift, Load(sums + h * Lanes(r.c.groups) + g), sum[k][h]);
       }
     }
-    [[maybe_unused]] Floats scale;
-    const float* q = queries;
-    r.Fetch(t);
-    for (int64_t i = 0; i < dim / (R::kVectors * kLanes); ++i) {
-      const auto stored = r.Read(t, i);
-#pragma GCC unroll 8
-      for (int v = 0; v < R::kVectors; v += 2, q += 2 * kLanes) {
-        const Floats numbers[2] = {R::Number(stored, v), R::Number(stored, v + 1)};
+    r.Fetch(token[k]);
+  }
+  [[maybe_unused]] Floats scale[kTokens];
+  const float* q = queries;
+#pragma GCC unroll 2
+  for (int64_t i = 0; i < dim / (R::kVectors * kLanes); ++i) {
+    decltype(r.Read(0, 0)) stored[kTokens];
+#pragma GCC unroll 4
+    for (int k = 0; k < kTokens; ++k) stored[k] = r.Read(token[k], i);
+#pragma GCC unroll 16
+    for (int v = 0; v < R::kVectors; ++v, q += kLanes) {
+      Floats numbers[kTokens];
+#pragma GCC unroll 4
+      for (int k = 0; k < kTokens; ++k) {
+        numbers[k] = R::Number(stored[k], v);
         if constexpr (kScales) {
-          if (v == 0 || r.c.steps[v / 2] != r.c.steps[v / 2 - 1]) scale = Places(r.c, r.meta.scales + t * r.c.groups, i, v);
-          const Floats scaled[2] = {Multiply(numbers[0], scale), Multiply(numbers[1], scale)};
-          for (int h = 0; h < kHeads; ++h) {
-            for (int k = 0; k < 2; ++k) sum[k][h] = Fma(scaled[k], Load(q + h * dim + k * kLanes), sum[k][h]);
+          if (v == 0 || (v % 2 == 0 && r.c.steps[v / 2] != r.c.steps[v / 2 - 1])) {
+            scale[k] = Places(r.c, r.meta.scales + token[k] * r.c.groups, i, v);
           }
-        } else {
-          for (int h = 0; h < kHeads; ++h) {
-            for (int k = 0; k < 2; ++k) sum[k][h] = Fma(numbers[k], Load(q + h * dim + k * kLanes), sum[k][h]);
-          }
+          numbers[k] = Multiply(numbers[k], scale[k]);
         }
       }
+#pragma GCC unroll 4
+      for (int h = 0; h < kHeads; ++h) {
+        const Floats of = Load(q + h * dim);
+#pragma GCC unroll 4
+        for (int k = 0; k < kTokens; ++k) sum[k][h] = Fma(numbers[k], of, sum[k][h]);
+      }
     }
-    for (int h = 0; h < kHeads; ++h) Store(lanes[h][t], Add(sum[0][h], sum[1][h]));
   }
+#pragma GCC unroll 4
+  for (int k = 0; k < kTokens; ++k) {
+    for (int h = 0; h < kHeads; ++h) lanes[h][t + k] = Folded(sum[k][h]);
+  }
+}
+
+// x[h][t]: logits of n tokens for some queries.
+template <int kHeads, typename R>
+KVQ_AVX2 void ReadDots(const R& r, const float* queries, const float* sums, int64_t n, int64_t dim, Logits* x) {
+  constexpr int kTokens = kHeads == 3 ? 2 : 4;  // side by side: a query is loaded once for them, and no sum waits for the one before
+  __m128 lanes[kHeads][kMostTokens + 4];
+  for (int64_t t = 0; t < n; t += kTokens) Dots<kHeads, kTokens>(r, queries, sums, t, n, dim, lanes);
   for (int h = 0; h < kHeads; ++h) {
     for (int64_t t = 0; t < n; t += 4) {
-      const float(*of)[kLanes] = lanes[h] + t;
-      _mm_storeu_ps(x[h] + t, Sums(Load(of[0]), Load(of[1]), Load(of[2]), Load(of[3])));
+      const __m128* of = lanes[h] + t;
+      _mm_storeu_ps(x[h] + t, Sums(of[0], of[1], of[2], of[3]));
     }
     if constexpr (R::kCodes && R::kOneGroup) {
       for (int64_t t = 0; t < n; t += kLanes) {
@@ -192,29 +221,40 @@ KVQ_AVX2 void ReadWeighted(const R& r, const Logits* x, int64_t n, int64_t dim, 
     }
   }
   const Logits* weights = R::kOneGroup ? scaled : x;
+  // Vectors side by side: the sums of three heads are in registers, and a weight is loaded once for them.
+  constexpr int kStep = std::min(R::kVectors, 4);
   for (int64_t t = 0; t < n; ++t) r.Fetch(t);
   for (int64_t i = 0; i < dim / (R::kVectors * kLanes); ++i) {
-    // Two vectors: the sums of three heads and what they are made of are in registers.
-#pragma GCC unroll 8
-    for (int v = 0; v < R::kVectors; v += 2, out += 2 * kLanes) {
-      Floats sum[kHeads][2];
-      for (int h = 0; h < kHeads; ++h) sum[h][0] = Load(out + h * dim), sum[h][1] = Load(out + h * dim + kLanes);
+#pragma GCC unroll 4
+    for (int first = 0; first < R::kVectors; first += kStep, out += kStep * kLanes) {
+      Floats sum[kHeads][kStep];
+#pragma GCC unroll 4
+      for (int h = 0; h < kHeads; ++h) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kStep; ++v) sum[h][v] = Zeros();
+      }
       for (int64_t t = 0; t < n; ++t) {
         const auto stored = r.Read(t, i);
-        Floats numbers[2] = {R::Number(stored, v), R::Number(stored, v + 1)};
-        if constexpr (R::kCodes && !R::kOneGroup) {
-          const Floats scale = Places(r.c, r.meta.scales + t * r.c.groups, i, v);
-          numbers[0] = Multiply(numbers[0], scale), numbers[1] = Multiply(numbers[1], scale);
-        }
-        for (int h = 0; h < kHeads; ++h) {
-          const Floats weight = Set(weights[h][t]);
-          sum[h][0] = Fma(weight, numbers[0], sum[h][0]), sum[h][1] = Fma(weight, numbers[1], sum[h][1]);
+        Floats weight[kHeads];
+#pragma GCC unroll 4
+        for (int h = 0; h < kHeads; ++h) weight[h] = Set(weights[h][t]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kStep; ++v) {
+          Floats number = R::Number(stored, first + v);
+          if constexpr (R::kCodes && !R::kOneGroup) number = Multiply(number, Places(r.c, r.meta.scales + t * r.c.groups, i, first + v));
+#pragma GCC unroll 4
+          for (int h = 0; h < kHeads; ++h) sum[h][v] = Fma(weight[h], number, sum[h][v]);
         }
       }
+#pragma GCC unroll 4
       for (int h = 0; h < kHeads; ++h) {
-        Floats added = Zeros();
-        if constexpr (R::kCodes) added = R::kOneGroup ? Set(shift[h][0]) : Places(r.c, shift[h], i, v);
-        Store(out + h * dim, Add(sum[h][0], added)), Store(out + h * dim + kLanes, Add(sum[h][1], added));
+#pragma GCC unroll 4
+        for (int v = 0; v < kStep; ++v) {
+          Floats added = Zeros();
+          if constexpr (R::kCodes) added = R::kOneGroup ? Set(shift[h][0]) : Places(r.c, shift[h], i, first + v);
+          added = Add(added, Load(out + h * dim + v * kLanes));
+          Store(out + h * dim + v * kLanes, Fma(sum[h][v], Set(1 / R::Weight(first + v)), added));
+        }
       }
     }
   }
@@ -222,34 +262,38 @@ KVQ_AVX2 void ReadWeighted(const R& r, const Logits* x, int64_t n, int64_t dim, 
 
 // ---- a tile
 
-// The largest of n logits; NaN where one is.
-KVQ_AVX2 float Largest(const float* x, int64_t n) {
-  float top[kLanes], poison[kLanes] = {};
-  for (int k = 0; k < kLanes; ++k) top[k] = x[0];
-  int64_t t = 0;
-  for (; t + kLanes <= n; t += kLanes) {
-    for (int k = 0; k < kLanes; ++k) top[k] = x[t + k] > top[k] ? x[t + k] : top[k], poison[k] += x[t + k] * 0;
+// The largest of n logits; NaN where one is not finite. What is behind them, up to a whole vector, becomes -infinity.
+KVQ_AVX2 float Largest(float* x, int64_t n) {
+  for (int64_t t = n; t % kLanes != 0; ++t) x[t] = -INFINITY;
+  Floats top = Load(x), poison = Zeros();
+  for (int64_t t = 0; t < n; t += kLanes) {
+    const Floats own = Load(x + t);
+    top = _mm256_max_ps(own, top);
+    const Floats lowest = Set(-std::numeric_limits<float>::max());
+    poison = Fma(_mm256_max_ps(lowest, own), Zeros(), poison);  // the second, where it is NaN
   }
-  float largest = x[0], not_finite = 0;
-  for (int k = 0; k < kLanes; ++k) largest = std::max(largest, top[k]), not_finite += poison[k];
-  for (; t < n; ++t) largest = std::max(largest, x[t]), not_finite += x[t] * 0;
-  return largest + not_finite;
+  __m128 half = _mm_max_ps(_mm256_castps256_ps128(top), _mm256_extractf128_ps(top, 1));
+  half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half))) + Sum(poison);
 }
 
-// x[t] = 2^(x[t] - m); returns their sum. `x` has room for whole vectors.
+// x[t] = 2^(x[t] - m); returns their sum. Behind n they are -infinity, up to a whole vector.
 KVQ_AVX2 float Exponentials(float* x, int64_t n, float m) {
-  for (int64_t t = n; t % kLanes != 0; ++t) x[t] = -INFINITY;
-  float sum[kLanes] = {};
-  for (int64_t t = 0; t < n; t += kLanes) {
-    for (int k = 0; k < kLanes; ++k) {
-      const float y = x[t + k] - m;
-      x[t + k] = y < -125 ? 0 : Exp2(y);
-      sum[k] += x[t + k];
-    }
+  Floats sum = Zeros();
+  for (int64_t t = 0; t < n; t += kLanes) {  // Exp2, but that sums are fused
+    const Floats y = Add(Load(x + t), Set(-m)), least = Set(-125);
+    const Floats bounded = _mm256_max_ps(least, y);  // NaN stays
+    const Floats whole = _mm256_round_ps(bounded, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const Floats f = Multiply(Add(bounded, Multiply(whole, Set(-1))), Set(0.69314718f));
+    Floats e = Fma(f, Set(0.00019841270f), Set(0.0013888889f));
+    for (const float c : {0.0083333338f, 0.041666668f, 0.16666667f, 0.5f, 1.0f, 1.0f}) e = Fma(f, e, Set(c));
+    const __m256i power = _mm256_slli_epi32(_mm256_cvtps_epi32(whole), 23);
+    e = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(e), power));
+    e = _mm256_andnot_ps(_mm256_cmp_ps(y, least, _CMP_LT_OQ), e);
+    Store(x + t, e);
+    sum = Add(sum, e);
   }
-  float all = 0;
-  for (int k = 0; k < kLanes; ++k) all += sum[k];
-  return all;
+  return Sum(sum);
 }
 
 // x[t] = cap tanh(x[t] / cap), both in base 2.
@@ -273,11 +317,16 @@ KVQ_AVX2 void WithCodes(const Tile& tile, const Work& work) {
   c.groups == 1 ? work(CodeReader<kBits, kWidth, true>{c, tile.first, tile.meta})
                 : work(CodeReader<kBits, kWidth, false>{c, tile.first, tile.meta});
 }
+template <DType kType, typename Work>
+KVQ_AVX2 void WithRows(const void* rows, int64_t stride, int64_t fetched, int64_t dim, const Work& work) {
+  const auto* from = static_cast<const typename RowReader<kType, 2>::T*>(rows);
+  dim % (4 * kLanes) == 0 ? work(RowReader<kType, 4>{from, stride, fetched}) : work(RowReader<kType, 2>{from, stride, fetched});
+}
 template <typename Work>
 KVQ_AVX2 void WithReader(const Tile& tile, int64_t dim, const Work& work) {
   const Source& source = *tile.source;
   if (tile.floats != nullptr) {
-    work(RowReader<DType::kFloat32>{tile.floats, dim, 0});
+    WithRows<DType::kFloat32>(tile.floats, dim, 0, dim, work);
   } else if (const Codes* c = source.codes; c != nullptr) {
     switch (c->bits * 16 + c->width) {
       case 8 * 16 + 8: WithCodes<8, 8>(tile, work); break;
@@ -288,12 +337,11 @@ KVQ_AVX2 void WithReader(const Tile& tile, int64_t dim, const Work& work) {
       default: WithCodes<2, 4>(tile, work);
     }
   } else {
-    const int64_t first = tile.first * source.stride;
-    const auto* rows = static_cast<const uint16_t*>(source.rows) + first;
+    const auto* rows = static_cast<const std::byte*>(source.rows) + tile.first * source.stride * SizeOf(source.dtype);
     switch (source.dtype) {
-      case DType::kFloat32: work(RowReader<DType::kFloat32>{static_cast<const float*>(source.rows) + first, source.stride, dim}); break;
-      case DType::kFloat16: work(RowReader<DType::kFloat16>{rows, source.stride, dim}); break;
-      case DType::kBFloat16: work(RowReader<DType::kBFloat16>{rows, source.stride, dim});
+      case DType::kFloat32: WithRows<DType::kFloat32>(rows, source.stride, dim, dim, work); break;
+      case DType::kFloat16: WithRows<DType::kFloat16>(rows, source.stride, dim, dim, work); break;
+      case DType::kBFloat16: WithRows<DType::kBFloat16>(rows, source.stride, dim, dim, work);
     }
   }
 }
@@ -337,8 +385,9 @@ KVQ_AVX2 void AttendTile(const Head& of, const Tile& keys, const Tile& values, i
   }
 }
 
-// n tokens of one side from token `at` of its segment on; those that no reader knows as they are stored go to `to`.
-KVQ_AVX2 void Take(const Source& source, int64_t at, int64_t n, int64_t dim, float* to, Tile& tile) {
+// n tokens of one side from token `at` of its segment on; those that no reader knows as they are stored go to `to`. `pairs`: dense
+// ones in the order EvenThenOdd.
+KVQ_AVX2 void Take(const Source& source, int64_t at, int64_t n, int64_t dim, bool pairs, float* to, Tile& tile) {
   tile.source = &source, tile.first = source.first + at, tile.floats = nullptr;
   if (source.block != nullptr) {
     tile.floats = source.block->Tokens(source.head, tile.first);
@@ -347,10 +396,12 @@ KVQ_AVX2 void Take(const Source& source, int64_t at, int64_t n, int64_t dim, flo
     if (source.codes->direct()) return;
     Widen(*source.codes, tile.first, n, tile.meta, to);
     tile.floats = to;
-  } else if (source.ring > 0) {
+  } else if (source.ring > 0 || pairs != (source.dtype == DType::kBFloat16)) {
     tile.floats = to;
     for (int64_t t = 0; t < n; ++t) {
-      LoadRow(source.rows, source.dtype, (tile.first + t) % source.ring * source.stride, dim, to + t * dim);
+      const int64_t row = source.ring > 0 ? (tile.first + t) % source.ring : tile.first + t;
+      LoadRow(source.rows, source.dtype, row * source.stride, dim, to + t * dim);
+      if (pairs) EvenThenOdd(dim, to + t * dim);
     }
   }
 }
@@ -369,7 +420,7 @@ KVQ_AVX2 void Attend(std::vector<Head>& all, int64_t begin, int64_t end) {
     }
     for (Head& of : all) {
       const Segment& own = of.SegmentAt(at);
-      Take(own.sides[0], from, n, dim, keys, tiles[0]), Take(own.sides[1], from, n, dim, values, tiles[1]);
+      Take(own.sides[0], from, n, dim, of.pairs, keys, tiles[0]), Take(own.sides[1], from, n, dim, of.pairs, values, tiles[1]);
       AttendTile(of, tiles[0], tiles[1], n);
     }
     at += n;
@@ -406,13 +457,16 @@ std::string DecodeAttentionName(const Codec& keys, const Codec& values) {
 void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttentionArgs& args, DType tokens,
                      const CacheRules& rules) {
   const int64_t dim = args.keys.head_dim, kv_heads = args.keys.heads, heads = args.query_heads / kv_heads;
-  const int64_t pairs = args.keys.batch * kv_heads;
+  const int64_t all_heads = args.keys.batch * kv_heads;
   const bool coded_keys = keys.planes != nullptr, coded_values = values.planes != nullptr;
   if (dim % 16 != 0 || dim > kTileFloats / 4) throw InputError("decode attention wants a head_dim that is a multiple of 16 up to 512, not ", dim);
   const std::vector<int32_t> key_order = CodeOrder(keys, dim), value_order = CodeOrder(values, dim);
+  const std::vector<float> key_weights = CodeWeights(keys, dim);
+
+  const bool pairs = DType::kBFloat16 == (args.residual_keys.tokens > 0 ? args.residual_keys.dtype : tokens);  // as most tokens are
 
   // Pieces of equal work, as many and a few for each thread: one that is held up leaves the rest to others.
-  constexpr int64_t kLeast = 64;  // tokens that are worth a piece
+  constexpr int64_t kLeast = 512;  // tokens that are worth a piece
   int64_t most = 0;
   for (int64_t b = 0; b < args.keys.batch; ++b) {
     const SequenceLength& length = args.lengths[b];
@@ -421,10 +475,10 @@ void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttenti
   if (args.window > 0) most = std::min<int64_t>(most, args.window);
   // A piece has one head, or all of a sequence where groups span them.
   const int64_t together = keys.block_wide || values.block_wide ? kv_heads : 1;
-  const int64_t threads = omp_get_max_threads(), rows = pairs / together;
+  const int64_t threads = omp_get_max_threads(), rows = all_heads / together;
   const int64_t few = (4 * threads + rows - 1) / rows, even = (few + threads - 1) / threads * threads;
   const int64_t splits = std::clamp<int64_t>(std::min(even, most / kLeast), 1, 64);
-  std::vector<float> sums(static_cast<size_t>(pairs * splits * 2 * heads)), outs(static_cast<size_t>(pairs * splits * heads * dim));
+  std::vector<float> sums(static_cast<size_t>(all_heads * splits * 2 * heads)), outs(static_cast<size_t>(all_heads * splits * heads * dim));
   const auto sum_of = [&](int64_t pair, int64_t split) { return &sums[static_cast<size_t>((pair * splits + split) * 2 * heads)]; };
   const auto out_of = [&](int64_t pair, int64_t split) { return &outs[static_cast<size_t>((pair * splits + split) * heads * dim)]; };
 
@@ -442,13 +496,16 @@ void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttenti
       std::vector<float> rotated(queries.begin() + head * dim, queries.begin() + (head + 1) * dim);
       Rotate(rules.key_rotation, dim, rotated.data());
       Rotate(TurnOfCodes(keys, dim), dim, rotated.data());
-      for (int64_t i = 0; groups > 0 && i < dim; ++i) {
-        query_sums[static_cast<size_t>(head * groups + i / group)] += rotated[static_cast<size_t>(i)];
+      for (int64_t g = 0; groups > 0 && g < dim / group; ++g) {
+        float& sum = query_sums[static_cast<size_t>(head * groups + g)];
+        for (int64_t i = g * group; i < (g + 1) * group; ++i) sum += rotated[static_cast<size_t>(i)];
       }
       for (int64_t i = 0; i < dim; ++i) {
-        coded[static_cast<size_t>(head * dim + i)] = rotated[static_cast<size_t>(key_order.empty() ? i : key_order[static_cast<size_t>(i)])];
+        const auto at = static_cast<size_t>(i);
+        coded[static_cast<size_t>(head * dim + i)] = rotated[key_order.empty() ? at : static_cast<size_t>(key_order[at])] / (key_weights.empty() ? 1 : key_weights[at]);
       }
     }
+    if (pairs) EvenThenOdd(together * heads * dim, queries.data());
     const std::pair<const Codec*, const KvView*> sides[2] = {{&keys, &args.keys}, {&values, &args.values}};
     const CodecParams params[2] = {args.key_params, args.value_params};
     std::vector<std::array<Codes, 2>> codes(static_cast<size_t>(together));
@@ -501,6 +558,7 @@ void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttenti
       for (int64_t head = 0; head < heads; ++head) sum[head] = -1e30f, sum[heads + head] = 0;
       of.push_back({.dim = dim,
                     .heads = heads,
+                    .pairs = pairs,
                     .queries = queries.data() + at,
                     .coded_queries = coded.empty() ? nullptr : coded.data() + at,
                     .sums = query_sums.data() + i * heads * groups,
@@ -533,6 +591,7 @@ void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttenti
       std::vector<float> decoded(static_cast<size_t>(dim));
       for (int64_t head = 0; head < heads; ++head) {
         for (int64_t d = 0; d < dim; ++d) out[head * dim + d] = own.by_order[0][head * dim + d];
+        if (pairs) AsTheyWere(dim, out + head * dim);
         if (!coded_values) continue;
         for (int64_t d = 0; d < dim; ++d) {
           decoded[static_cast<size_t>(value_order.empty() ? d : value_order[static_cast<size_t>(d)])] = own.by_order[1][head * dim + d];
@@ -545,7 +604,7 @@ void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttenti
   });
 
   std::vector<float> row(static_cast<size_t>(dim));
-  for (int64_t pair = 0; pair < pairs; ++pair) {
+  for (int64_t pair = 0; pair < all_heads; ++pair) {
     for (int64_t head = 0; head < heads; ++head) {
       float m = -1e30f, l = 0;
       for (int64_t split = 0; split < splits; ++split) m = std::max(m, sum_of(pair, split)[head]);

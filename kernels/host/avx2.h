@@ -18,6 +18,8 @@ namespace kvq::host {
 
 inline constexpr char kWantsAvx2[] = "it needs a processor with AVX2, FMA and F16C";
 
+inline constexpr int kLanes = 8, kPairLanes = 2 * kLanes;
+
 // Whether this processor has what the functions here want.
 inline bool HasAvx2() {
 #if KVQ_HAS_AVX2
@@ -31,7 +33,6 @@ inline bool HasAvx2() {
 
 #if KVQ_HAS_AVX2
 using Floats = __m256;
-inline constexpr int kLanes = 8;
 KVQ_AVX2_INLINE Floats Zeros() { return _mm256_setzero_ps(); }
 KVQ_AVX2_INLINE Floats Set(float x) { return _mm256_set1_ps(x); }
 KVQ_AVX2_INLINE Floats Load(const float* p) { return _mm256_loadu_ps(p); }
@@ -46,16 +47,43 @@ KVQ_AVX2_INLINE Floats LoadBFloat16(const uint16_t* p) {
 KVQ_AVX2_INLINE Floats Fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 KVQ_AVX2_INLINE Floats Multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 KVQ_AVX2_INLINE Floats Add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+// Half as many sums.
+KVQ_AVX2_INLINE __m128 Folded(Floats x) { return _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)); }
 KVQ_AVX2_INLINE float Sum(Floats x) {
-  __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  __m128 half = Folded(x);
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
-// The sums of four vectors, in order.
-KVQ_AVX2_INLINE __m128 Sums(Floats a, Floats b, Floats c, Floats d) {
-  const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-  return _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
+// The sums of four, in order.
+KVQ_AVX2_INLINE __m128 Sums(__m128 a, __m128 b, __m128 c, __m128 d) {
+  const __m128 ab = _mm_add_ps(_mm_unpacklo_ps(a, b), _mm_unpackhi_ps(a, b));
+  const __m128 cd = _mm_add_ps(_mm_unpacklo_ps(c, d), _mm_unpackhi_ps(c, d));
+  return _mm_add_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab));
+}
+
+// Sixteen bfloat16 as two vectors, the even ones and the odd ones: three instructions, where two vectors of neighbours take four, which
+// a processor whose vector registers are made of halves (Zen 1) splits further.
+KVQ_AVX2_INLINE Floats EvenOf(__m256i both) { return _mm256_castsi256_ps(_mm256_slli_epi32(both, 16)); }
+KVQ_AVX2_INLINE Floats OddOf(__m256i both) {
+  return _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xFFFF0000))));
 }
 #endif  // KVQ_HAS_AVX2
+
+// What is multiplied with EvenOf and OddOf sixteen numbers, in their order, as far as there are sixteen; and back.
+inline void EvenThenOdd(int64_t n, float* x) {
+  for (int64_t i = 0; i + kPairLanes <= n; i += kPairLanes, x += kPairLanes) {
+    float odd[kLanes];
+    for (int k = 0; k < kLanes; ++k) odd[k] = x[2 * k + 1];
+    for (int k = 0; k < kLanes; ++k) x[k] = x[2 * k];
+    for (int k = 0; k < kLanes; ++k) x[kLanes + k] = odd[k];
+  }
+}
+inline void AsTheyWere(int64_t n, float* x) {
+  for (int64_t i = 0; i + kPairLanes <= n; i += kPairLanes, x += kPairLanes) {
+    float pairs[kPairLanes];
+    for (int k = 0; k < kLanes; ++k) pairs[2 * k] = x[k], pairs[2 * k + 1] = x[kLanes + k];
+    for (int k = 0; k < kPairLanes; ++k) x[k] = pairs[k];
+  }
+}
 
 }  // namespace kvq::host

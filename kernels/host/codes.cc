@@ -182,6 +182,16 @@ std::vector<int32_t> CodeOrder(const Codec& codec, int64_t dim) {
   return order;
 }
 
+std::vector<float> CodeWeights(const Codec& codec, int64_t dim) {
+  std::vector<float> weights;
+  if (!ReadsCodes(codec) || LowBits(codec.bits) != codec.bits || codec.host.element != Element::kNumber) return weights;
+  const int width = static_cast<int>(Width(codec.bits, dim)), vectors = 32 / codec.bits * width / 8;
+  for (int64_t i = 0; i < dim; ++i) {
+    weights.push_back(Weight(codec.bits, FieldOf(codec.bits, width, static_cast<int>(i / 8 % vectors)) * codec.bits));
+  }
+  return weights;
+}
+
 #if KVQ_HAS_AVX2
 KVQ_AVX2 void LoadMeta(const Codes& c, int64_t first, int64_t n, Meta& meta) {
   c.host.lines(c.params, c.view, 0, 0, first, n, meta.scales, meta.shifts);

@@ -37,6 +37,14 @@ bool ReadsCodes(const Codec& codec);
 // Those of a KV head of a sequence, `pair`, where ReadsCodes.
 Codes CodesOf(const Codec& codec, const CodecParams& params, const KvView& view, int64_t pair);
 
+// The number of a code in its lane's word: of vector v, of a read of so many words.
+constexpr int FieldOf(int bits, int width, int v) { return width == 8 ? v / 2 + v % 2 * (16 / bits) : v; }
+// Of codes that are read as numbers, whose lowest bit is bit `shift` of a lane: what they come times. Powers of two: nothing is rounded.
+constexpr float Weight(int bits, int shift) { return shift + bits == 32 ? 1.0f : static_cast<float>(1u << shift); }
+
+// The weight of each number of a row of codes that is read; empty where all are 1.
+std::vector<float> CodeWeights(const Codec& codec, int64_t dim);
+
 // Channel of each number of a row of codes that is read: of some words all fields, of each both sides, of each word.
 std::vector<int32_t> CodeOrder(const Codec& codec, int64_t dim);
 
@@ -65,7 +73,13 @@ KVQ_AVX2_INLINE Floats NumbersOf(__m256i codes, int shift) {
 // The number of vector v's code in its lane's word: there are 32 / bits of eight words, 16 / bits of four.
 template <int kBits, int kWidth>
 constexpr int FieldOf(int v) {
-  return kWidth == 8 ? v / 2 + v % 2 * (16 / kBits) : v;
+  return FieldOf(kBits, kWidth, v);
+}
+// The same, times Weight(kBits, shift): where they are is where they stay, but for the highest, which would be a sign.
+template <int kBits>
+KVQ_AVX2_INLINE Floats WeighedNumbersOf(__m256i codes, int shift) {
+  if (shift + kBits == 32) return _mm256_cvtepi32_ps(_mm256_srli_epi32(codes, shift));
+  return _mm256_cvtepi32_ps(_mm256_and_si256(codes, _mm256_set1_epi32(((1 << kBits) - 1) << shift)));
 }
 // Of numbers of a token's groups those of vectors v and v + 1 of read i. There are some behind them.
 KVQ_AVX2_INLINE Floats Places(const Codes& c, const float* groups, int64_t i, int v) {
