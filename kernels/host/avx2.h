@@ -19,6 +19,7 @@ namespace kvq::host {
 inline constexpr char kWantsAvx2[] = "it needs a processor with AVX2, FMA and F16C";
 
 inline constexpr int kLanes = 8, kPairLanes = 2 * kLanes;
+inline constexpr int64_t kAhead = 4096;  // bytes, of codes half: what is fetched before its use; a core alone stops at each page
 
 // Whether this processor has what the functions here want.
 inline bool HasAvx2() {

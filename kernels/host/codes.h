@@ -12,7 +12,6 @@
 namespace kvq::host {
 
 inline constexpr int64_t kTileFloats = 2048, kMostTokens = 64;  // of a tile's keys: with the values half a first cache
-inline constexpr int64_t kAhead = 4096;  // bytes, of codes half: what is fetched before its use; a core alone stops at each page
 
 // One head's codes, and how their words become channels.
 struct Codes {

@@ -89,18 +89,17 @@ KVQ_AVX2_INLINE void LoadTwo(const BFloat16* p, Floats (&w)[2]) {
   w[0] = EvenOf(both), w[1] = OddOf(both);
 }
 
-// The sum over a row of the weight, times x in LoadTwo's order. Rows are read one behind the other, as memory is quickest with: of a Zen 1 one
-// row at a time 18 GB/s, two or more side by side 14.
+// The sum over a row of the weight, times x in LoadTwo's order. Rows are read one behind the other, as memory is quickest with: on two
+// processors of a Zen 1 one row at a time comes with what memory gives, two or more side by side with three quarters of it.
 template <typename W>
 KVQ_AVX2 float Dot(const W* weight, const float* x, int64_t in) {
-  constexpr int64_t kFetched = 2048 / sizeof(W);  // numbers
   Floats sum[4] = {Zeros(), Zeros(), Zeros(), Zeros()}, w[2];
   int64_t i = 0;
   for (; i + 2 * kPairLanes <= in; i += 2 * kPairLanes) {
 #pragma GCC unroll 2
     for (int k = 0; k < 2; ++k) {
       const int64_t at = i + k * kPairLanes;
-      if (k * kPairLanes * sizeof(W) % 64 == 0) __builtin_prefetch(weight + at + kFetched, 0, 0);  // a line
+      if (k * kPairLanes * sizeof(W) % 64 == 0) __builtin_prefetch(weight + at + kAhead / sizeof(W), 0, 2);  // a line
       LoadTwo(weight + at, w);
       sum[2 * k] = Fma(w[0], Load(x + at), sum[2 * k]), sum[2 * k + 1] = Fma(w[1], Load(x + at + kLanes), sum[2 * k + 1]);
     }
@@ -149,8 +148,8 @@ KVQ_AVX2 void Rows(const W* weight, int64_t outs, int64_t in, const float* x, in
 
 // A tile of sums in registers, and what is taken at a time: rows of x, of outputs, of inputs. A panel, [kPanelInputs, kTileOuts]
 // of the weight, stays in a first cache, all of a group's panels and sums in a second.
-constexpr int kTileRows = 6, kTileOuts = 2 * kLanes, kPanels = 4, kGroupOuts = kPanels * kTileOuts;
-constexpr int64_t kPanelInputs = 256, kManyRows = 240;
+constexpr int kTileRows = 4, kTileOuts = 3 * kLanes, kPanels = 4, kGroupOuts = kPanels * kTileOuts;
+constexpr int64_t kPanelInputs = 192, kManyRows = 240;
 
 // Eight rows of eight numbers become eight columns.
 KVQ_AVX2_INLINE void Transpose(Floats (&r)[8]) {
@@ -196,19 +195,29 @@ KVQ_AVX2 void Pack(const W* weight, int64_t in, int64_t outs, int64_t n, float* 
 // sums [kRows, kGroupOuts at a row] += x [kRows, n] times a panel.
 template <int kRows>
 KVQ_AVX2 void AddTile(const float* x, int64_t in, const float* panel, int64_t n, float* sums) {
-  Floats sum[kRows][2];
-#pragma GCC unroll 6
-  for (int r = 0; r < kRows; ++r) sum[r][0] = Load(sums + r * kGroupOuts), sum[r][1] = Load(sums + r * kGroupOuts + kLanes);
+  constexpr int kVectors = kTileOuts / kLanes;
+  Floats sum[kRows][kVectors];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = Load(sums + r * kGroupOuts + v * kLanes);
+  }
   for (int64_t i = 0; i < n; ++i) {
-    const Floats first = Load(panel + i * kTileOuts), second = Load(panel + i * kTileOuts + kLanes);
-#pragma GCC unroll 6
+    Floats of[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) of[v] = Load(panel + i * kTileOuts + v * kLanes);
+#pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       const Floats factor = Set(x[r * in + i]);
-      sum[r][0] = Fma(factor, first, sum[r][0]), sum[r][1] = Fma(factor, second, sum[r][1]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sum[r][v] = Fma(factor, of[v], sum[r][v]);
     }
   }
-#pragma GCC unroll 6
-  for (int r = 0; r < kRows; ++r) Store(sums + r * kGroupOuts, sum[r][0]), Store(sums + r * kGroupOuts + kLanes, sum[r][1]);
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) Store(sums + r * kGroupOuts + v * kLanes, sum[r][v]);
+  }
 }
 
 // sums [rows, kGroupOuts] = x W^T for at most kGroupOuts outputs and kManyRows rows.

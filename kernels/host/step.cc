@@ -96,6 +96,13 @@ std::vector<float> Activated(const GateArgs& a, const void* gate, int64_t offset
   return x;
 }
 
+// Whether a number is above the bound, or none.
+KVQ_VECTOR bool HasAbove(const float* x, int64_t n, float bound) {
+  int32_t above = 0;
+  for (int64_t i = 0; i < n; ++i) above |= !(x[i] <= bound);
+  return above != 0;
+}
+
 // Where the newest token of sequence b goes: the view, and its number there.
 std::pair<const DenseView*, int64_t> Place(const NewToken& to, int64_t b) {
   const SequenceLength& length = to.lengths[b];
@@ -261,17 +268,23 @@ void CountSides(const CountArgs& a) {
 }
 
 void PickTokens(const PickArgs& a) {
+  constexpr int64_t kSome = 1024;  // logits at a time, in a first cache
   for (int64_t b = 0; b < a.batch; ++b) {
-    std::vector<float> logits = Row(a.logits, a.dtype, b * a.vocabulary, a.vocabulary);
-    if (a.cap > 0) {
-      for (float& logit : logits) logit = std::tanh(logit / a.cap) * a.cap;
-      std::copy(logits.begin(), logits.end(), a.capped + b * a.vocabulary);
-    }
     // The largest, of several the first; NaN above all.
     int64_t best = 0;
-    for (int64_t i = 1; i < a.vocabulary; ++i) {
-      if (logits[best] != logits[best]) break;
-      if (logits[i] > logits[best] || logits[i] != logits[i]) best = i;
+    float largest = -std::numeric_limits<float>::infinity();
+    for (int64_t first = 0; first < a.vocabulary; first += kSome) {
+      const int64_t n = std::min(kSome, a.vocabulary - first);
+      float logits[kSome];
+      LoadRow(a.logits, a.dtype, b * a.vocabulary + first, n, logits);
+      if (a.cap > 0) {
+        for (int64_t i = 0; i < n; ++i) logits[i] = std::tanh(logits[i] / a.cap) * a.cap;
+        std::copy(logits, logits + n, a.capped + b * a.vocabulary + first);
+      }
+      if (std::isnan(largest) || !HasAbove(logits, n, largest)) continue;
+      for (int64_t i = 0; i < n && !std::isnan(largest); ++i) {
+        if (!(logits[i] <= largest)) best = first + i, largest = logits[i];
+      }
     }
     a.state.tokens[b] = best;
     a.state.history[(*a.state.step - 1) * a.batch + b] = best;
