@@ -216,7 +216,55 @@ TEST(Host, AttentionOverTokensOfSeveralTypes) {
   at::manual_seed(8);
   for (const char* spec : {"none", "int4-hqq", "int4-hqq+none", "none+int4-hqq"}) {
     for (const auto& [type, beside] : {std::pair(at::kBFloat16, at::kFloat), std::pair(at::kFloat, at::kBFloat16), std::pair(at::kHalf, at::kBFloat16)}) {
-      for (const int64_t dim : {64, 80}) CheckAttention(spec, dim, dim % 64 == 0 ? 64 : 16, 3, type, {4, 257, 40}, 0, 0, false, 0, beside);
+      CheckAttention(spec, 64, 64, 3, type, {4, 257, 40}, 0, 0, false, 0, beside);
+      CheckAttention(spec, 96, 32, 5, type, {4, 257, 40}, 0, 0, false, 0, beside);
+    }
+  }
+}
+
+// Tokens enough that a head's are several pieces, with blocks that none cuts, a window that begins within one, and sink logits.
+TEST(Host, AttentionOfSeveralPieces) {
+  if (!host::HasAvx2()) GTEST_SKIP() << host::kWantsAvx2;
+  const c10::InferenceMode guard;
+  at::manual_seed(12);
+  for (const char* spec : {"none", "int4-hqq", "int4-hqq-kivi", "kivi-2", "int8-hqq+none"}) {
+    const int64_t group = std::string(spec) == "kivi-2" ? 32 : 64;
+    for (const int64_t tokens : {2100, 4500}) {
+      CheckAttention(spec, 64, group, 3, at::kBFloat16, {4, tokens, 40}, 0);
+      CheckAttention(spec, 64, group, 1, at::kFloat, {0, tokens, 7}, 1500);
+      CheckAttention(spec, 64, group, 5, at::kHalf, {8, tokens, 1}, 0, 0, /*sinks=*/true);
+    }
+  }
+}
+
+// A logit that is no number, or infinite, whatever its sign is, leaves no number.
+TEST(Host, AttentionGivesNanWhereALogitIsInfinite) {
+  if (!host::HasAvx2()) GTEST_SKIP() << host::kWantsAvx2;
+  const c10::InferenceMode guard;
+  at::manual_seed(13);
+  constexpr int64_t kDim = 64, kTokens = 45;
+  const Codec& none = FindScheme("none").keys;
+  const Tensor keys = at::randn({1, 1, kTokens, kDim}), values = at::randn({1, 1, kTokens, kDim}), none_left = at::empty({1, 1, 0, kDim});
+  const Tensor queries = at::randn({1, 1, 3, kDim}), out = at::empty_like(queries);
+  queries[0][0][0][7] = 1, queries[0][0][1][7] = -1;
+  for (const int64_t token : {0, 33, 44}) {
+    for (const float value : {INFINITY, -INFINITY, NAN}) {
+      Tensor broken = keys.clone();
+      broken[0][0][token][7] = value;
+      const auto view = [&](const Tensor& x) {
+        KvView v;
+        v.batch = 1, v.heads = 1, v.head_dim = kDim, v.capacity = kTokens;
+        v.planes[0] = static_cast<std::byte*>(x.data_ptr()), v.plane_stride[0] = kTokens * kDim * 4;
+        return v;
+      };
+      const SequenceLength length{0, kTokens, 0};
+      const DenseView empty = ViewOf(none_left);
+      host::DecodeAttention(none, none,
+                            {.dtype = DType::kFloat32, .query_heads = 3, .queries = queries.data_ptr(), .out = out.data_ptr(),
+                             .scale = 0.1f, .keys = view(broken), .values = view(values), .sink_keys = empty, .sink_values = empty,
+                             .residual_keys = empty, .residual_values = empty, .lengths = &length},
+                            DType::kFloat32);
+      EXPECT_TRUE(out.isnan().all().item<bool>()) << "token " << token << " " << value;
     }
   }
 }

@@ -91,9 +91,9 @@ struct CodeReader {
 
   KVQ_AVX2_INLINE __m256i Read(int64_t t, int64_t i) const { return LoadWords<kWidth>(rows + t * c.words + i * kWidth); }
   KVQ_AVX2_INLINE static Floats Number(__m256i codes, int v) {
-    return WeighedNumbersOf<kBits>(codes, FieldOf<kBits, kWidth>(v) * kBits);
+    return WeighedNumbersOf<kBits>(codes, FieldOf(kBits, kWidth, v) * kBits);
   }
-  static constexpr float Weight(int v) { return host::Weight(kBits, FieldOf<kBits, kWidth>(v) * kBits); }
+  static constexpr float Weight(int v) { return host::Weight(kBits, FieldOf(kBits, kWidth, v) * kBits); }
   KVQ_AVX2_INLINE void Fetch(int64_t t) const { host::Fetch(c, first + t); }
 };
 
@@ -110,8 +110,10 @@ struct RowReader {
   KVQ_AVX2_INLINE static Floats Number(const T* from, int v) {
     if constexpr (kType == DType::kFloat32) return Load(from + v * kLanes);
     else if constexpr (kType == DType::kFloat16) return LoadHalf(from + v * kLanes);
-    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + v / 2 * kPairLanes));
-    return v % 2 == 0 ? EvenOf(both) : OddOf(both);
+    else {
+      const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + v / 2 * kPairLanes));
+      return v % 2 == 0 ? EvenOf(both) : OddOf(both);
+    }
   }
   static constexpr float Weight(int) { return 1; }
   KVQ_AVX2_INLINE void Fetch(int64_t t) const {
@@ -124,7 +126,7 @@ struct RowReader {
 // numbers, [heads, Lanes(groups)].
 template <int kHeads, int kTokens, typename R>
 KVQ_AVX2_INLINE void Dots(const R& r, const float* queries, const float* sums, int64_t t, int64_t n, int64_t dim,
-                          __m128 (&lanes)[kHeads][kMostTokens + 4]) {
+                          __m128 (&lanes)[kHeads][kMostTokens]) {
   constexpr bool kScales = R::kCodes && !R::kOneGroup;  // each vector has its own
   Floats sum[kTokens][kHeads];
   int64_t token[kTokens];
@@ -177,8 +179,8 @@ KVQ_AVX2_INLINE void Dots(const R& r, const float* queries, const float* sums, i
 // x[h][t]: logits of n tokens for some queries.
 template <int kHeads, typename R>
 KVQ_AVX2 void ReadDots(const R& r, const float* queries, const float* sums, int64_t n, int64_t dim, Logits* x) {
-  constexpr int kTokens = kHeads == 3 ? 2 : 4;  // side by side: a query is loaded once for them, and no sum waits for the one before
-  __m128 lanes[kHeads][kMostTokens + 4];
+  constexpr int kTokens = kHeads == 3 ? 2 : 4;  // side by side: a query is loaded once for them, and no sum waits long for the one before
+  __m128 lanes[kHeads][kMostTokens];
   for (int64_t t = 0; t < n; t += kTokens) Dots<kHeads, kTokens>(r, queries, sums, t, n, dim, lanes);
   for (int h = 0; h < kHeads; ++h) {
     for (int64_t t = 0; t < n; t += 4) {
@@ -262,22 +264,21 @@ KVQ_AVX2 void ReadWeighted(const R& r, const Logits* x, int64_t n, int64_t dim, 
 
 // ---- a tile
 
-// The largest of n logits; NaN where one is not finite. What is behind them, up to a whole vector, becomes -infinity.
+// The largest of n logits; NaN where one is not finite. What is behind them, up to a whole vector, becomes the lowest number.
 KVQ_AVX2 float Largest(float* x, int64_t n) {
-  for (int64_t t = n; t % kLanes != 0; ++t) x[t] = -INFINITY;
+  for (int64_t t = n; t % kLanes != 0; ++t) x[t] = std::numeric_limits<float>::lowest();
   Floats top = Load(x), poison = Zeros();
   for (int64_t t = 0; t < n; t += kLanes) {
     const Floats own = Load(x + t);
     top = _mm256_max_ps(own, top);
-    const Floats lowest = Set(-std::numeric_limits<float>::max());
-    poison = Fma(_mm256_max_ps(lowest, own), Zeros(), poison);  // the second, where it is NaN
+    poison = Fma(own, Zeros(), poison);
   }
   __m128 half = _mm_max_ps(_mm256_castps256_ps128(top), _mm256_extractf128_ps(top, 1));
   half = _mm_max_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half))) + Sum(poison);
 }
 
-// x[t] = 2^(x[t] - m); returns their sum. Behind n they are -infinity, up to a whole vector.
+// x[t] = 2^(x[t] - m); returns their sum. Behind n they become 0, up to a whole vector.
 KVQ_AVX2 float Exponentials(float* x, int64_t n, float m) {
   Floats sum = Zeros();
   for (int64_t t = 0; t < n; t += kLanes) {  // Exp2, but that sums are fused
@@ -463,10 +464,9 @@ void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttenti
   const std::vector<int32_t> key_order = CodeOrder(keys, dim), value_order = CodeOrder(values, dim);
   const std::vector<float> key_weights = CodeWeights(keys, dim);
 
-  const bool pairs = DType::kBFloat16 == (args.residual_keys.tokens > 0 ? args.residual_keys.dtype : tokens);  // as most tokens are
+  const bool pairs = tokens == DType::kBFloat16;
 
   // Pieces of equal work, as many and a few for each thread: one that is held up leaves the rest to others.
-  constexpr int64_t kLeast = 512;  // tokens that are worth a piece
   int64_t most = 0;
   for (int64_t b = 0; b < args.keys.batch; ++b) {
     const SequenceLength& length = args.lengths[b];
@@ -477,7 +477,8 @@ void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttenti
   const int64_t together = keys.block_wide || values.block_wide ? kv_heads : 1;
   const int64_t threads = omp_get_max_threads(), rows = all_heads / together;
   const int64_t few = (4 * threads + rows - 1) / rows, even = (few + threads - 1) / threads * threads;
-  const int64_t splits = std::clamp<int64_t>(std::min(even, most / kLeast), 1, 64);
+  const int64_t least = rows >= threads ? 512 : 64;  // tokens that are worth a piece: a piece beyond one a thread, or below
+  const int64_t splits = std::clamp<int64_t>(std::min(even, most / least), 1, 64);
   std::vector<float> sums(static_cast<size_t>(all_heads * splits * 2 * heads)), outs(static_cast<size_t>(all_heads * splits * heads * dim));
   const auto sum_of = [&](int64_t pair, int64_t split) { return &sums[static_cast<size_t>((pair * splits + split) * 2 * heads)]; };
   const auto out_of = [&](int64_t pair, int64_t split) { return &outs[static_cast<size_t>((pair * splits + split) * heads * dim)]; };

@@ -21,7 +21,9 @@ template <int kBits>
 struct Number {
   static constexpr bool kNormed = false;
   explicit Number(const Codes&) {}
-  KVQ_AVX2_INLINE Floats Of(__m256i codes, int shift) const { return NumbersOf<kBits>(codes, shift); }
+  KVQ_AVX2_INLINE Floats Of(__m256i codes, int shift) const {
+    return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(codes, shift), Bits((1u << kBits) - 1)));
+  }
 };
 
 template <int kBits, bool kNormed_>
@@ -120,7 +122,7 @@ KVQ_AVX2 void WidenRows(const Codes& c, int64_t first, int64_t n, const Meta& me
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v, to += kLanes) {
         if (!Element::kNormed && v % 2 == 0 && (v == 0 || !alike)) scale = Places(c, scales, i, v), shift = Places(c, shifts, i, v);
-        const int field = FieldOf<kLow, kWidth>(v);
+        const int field = FieldOf(kLow, kWidth, v);
         const Floats numbers = kOdd > 0 ? element.Of(sets[field % kSets], field / kSets * 8) : element.Of(sets[0], field * kLow);
         if constexpr (Element::kNormed) squares = Fma(numbers, numbers, squares);
         Store(to, Element::kNormed ? numbers : Fma(numbers, scale, shift));

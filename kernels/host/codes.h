@@ -36,7 +36,7 @@ bool ReadsCodes(const Codec& codec);
 // Those of a KV head of a sequence, `pair`, where ReadsCodes.
 Codes CodesOf(const Codec& codec, const CodecParams& params, const KvView& view, int64_t pair);
 
-// The number of a code in its lane's word: of vector v, of a read of so many words.
+// The number of vector v's code in its lane's word: there are 32 / bits of eight words, 16 / bits of four.
 constexpr int FieldOf(int bits, int width, int v) { return width == 8 ? v / 2 + v % 2 * (16 / bits) : v; }
 // Of codes that are read as numbers, whose lowest bit is bit `shift` of a lane: what they come times. Powers of two: nothing is rounded.
 constexpr float Weight(int bits, int shift) { return shift + bits == 32 ? 1.0f : static_cast<float>(1u << shift); }
@@ -64,17 +64,8 @@ KVQ_AVX2_INLINE __m256i LoadWords(const uint32_t* from) {
   const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   return _mm256_srlv_epi32(both, _mm256_setr_epi32(0, 0, 0, 0, 16, 16, 16, 16));
 }
-// Codes that are numbers, of which the lowest bit is bit `shift` of their lanes.
-template <int kBits>
-KVQ_AVX2_INLINE Floats NumbersOf(__m256i codes, int shift) {
-  return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(codes, shift), _mm256_set1_epi32((1 << kBits) - 1)));
-}
-// The number of vector v's code in its lane's word: there are 32 / bits of eight words, 16 / bits of four.
-template <int kBits, int kWidth>
-constexpr int FieldOf(int v) {
-  return FieldOf(kBits, kWidth, v);
-}
-// The same, times Weight(kBits, shift): where they are is where they stay, but for the highest, which would be a sign.
+// Codes that are numbers, of which the lowest bit is bit `shift` of their lanes, times Weight(kBits, shift): where they are is where they
+// stay, but for the highest, which would be a sign.
 template <int kBits>
 KVQ_AVX2_INLINE Floats WeighedNumbersOf(__m256i codes, int shift) {
   if (shift + kBits == 32) return _mm256_cvtepi32_ps(_mm256_srli_epi32(codes, shift));

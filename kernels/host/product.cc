@@ -170,13 +170,13 @@ KVQ_AVX2_INLINE void Transpose(Floats (&r)[8]) {
 // panel[i, o] = weight[o, i] for n inputs and `outs` outputs, zero for those up to kTileOuts.
 template <typename W>
 KVQ_AVX2 void Pack(const W* weight, int64_t in, int64_t outs, int64_t n, float* panel) {
-  for (int half = 0; half < kTileOuts; half += kLanes) {
+  for (int first = 0; first < kTileOuts; first += kLanes) {
     for (int64_t i = 0; i < n; i += kLanes) {
       const int64_t inputs = std::min<int64_t>(n - i, kLanes);
       Floats columns[8];
       for (int k = 0; k < 8; ++k) {
-        const W* from = weight + (half + k) * in + i;
-        if (half + k >= outs) {
+        const W* from = weight + (first + k) * in + i;
+        if (first + k >= outs) {
           columns[k] = Zeros();
         } else if (inputs == kLanes) {
           columns[k] = LoadWeights(from);
@@ -187,7 +187,7 @@ KVQ_AVX2 void Pack(const W* weight, int64_t in, int64_t outs, int64_t n, float* 
         }
       }
       Transpose(columns);
-      for (int64_t j = 0; j < inputs; ++j) Store(panel + (i + j) * kTileOuts + half, columns[j]);
+      for (int64_t j = 0; j < inputs; ++j) Store(panel + (i + j) * kTileOuts + first, columns[j]);
     }
   }
 }
@@ -280,7 +280,7 @@ void Product(const ProductArgs& a) {
   // Of each of as many runs of them as there are threads one is dealt in turn: so a thread mostly goes on where it was, which is what it
   // has fetched.
   constexpr int64_t kMostOuts = 48, kBytes = 48 << 10;
-  const int64_t of_piece = std::clamp<int64_t>(kBytes / (a.in * SizeOf(a.dtype)), 4, kMostOuts);
+  const int64_t of_piece = a.rows > 1 ? kMostOuts : std::clamp<int64_t>(kBytes / (a.in * SizeOf(a.dtype)), 4, kMostOuts);  // several read x again
   const int64_t threads = omp_get_max_threads(), run = (a.out + of_piece * threads - 1) / (of_piece * threads);
   Deal(run * threads, [&](int64_t i) {
     float sums[kFew * kMostOuts];

@@ -96,7 +96,7 @@ std::vector<float> Activated(const GateArgs& a, const void* gate, int64_t offset
   return x;
 }
 
-// Whether a number is above the bound, or none.
+// Whether one is above the bound, or NaN.
 KVQ_VECTOR bool HasAbove(const float* x, int64_t n, float bound) {
   int32_t above = 0;
   for (int64_t i = 0; i < n; ++i) above |= !(x[i] <= bound);
