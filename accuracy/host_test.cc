@@ -67,6 +67,31 @@ TEST(Host, ExpertsEqualFloat64) {
   }
 }
 
+// The first of the largest, NaN above all, wherever it is among some thousand; a cap is written for all of them.
+TEST(Host, PicksTheLargestLogit) {
+  constexpr int64_t kVocabulary = 2500;
+  const auto pick = [&](const std::vector<std::pair<int64_t, float>>& numbers, float rest, float cap) {
+    std::vector<float> logits(kVocabulary, rest), capped(kVocabulary, -7);
+    for (const auto& [at, number] : numbers) logits[static_cast<size_t>(at)] = number;
+    int64_t token = -1, history = -1;
+    int32_t step = 1;
+    host::PickTokens({.dtype = DType::kFloat32, .state = {.tokens = &token, .history = &history, .step = &step}, .batch = 1,
+                      .vocabulary = kVocabulary, .logits = logits.data(), .cap = cap, .capped = capped.data()});
+    EXPECT_EQ(history, token);
+    for (size_t i = 0; cap > 0 && i < capped.size(); ++i) {
+      if (!std::isnan(logits[i])) EXPECT_NEAR(capped[i], cap * std::tanh(logits[i] / cap), 1e-6) << i;
+    }
+    return token;
+  };
+  for (const float cap : {0.0f, 3.0f}) {
+    EXPECT_EQ(pick({{1023, 2}, {1024, 2}, {2499, 2}}, -1, cap), 1023);
+    EXPECT_EQ(pick({{5, 1}, {2499, 2}}, -1, cap), 2499);
+    EXPECT_EQ(pick({{5, 2}, {1500, NAN}, {1600, NAN}, {2499, 9}}, -1, cap), 1500);
+    EXPECT_EQ(pick({{0, NAN}, {2000, 9}}, -1, cap), 0);
+    EXPECT_EQ(pick({}, -INFINITY, cap), 0);
+  }
+}
+
 struct Side {
   Tensor sinks, residual, dense;  // dense: all tokens where the side is, else undefined
   EncodedTensors encoded;

@@ -359,7 +359,7 @@ TEST_F(Kvqbench, SizesDoNotDependOnWhatIsComputedIn) {
   const auto expected = sizes(specs + " --dtype=bfloat16");
   EXPECT_EQ(expected.at("kv_size/tiny/sdpa/none/ctx:96/batch:1"), StrCat(2 * 2 * 4 * 96 * 64 * 2.0, " 16"));
   std::string types;
-  // Where oneDNN is to multiply and may not; a processor without AVX-512 does so by itself.
+  // Where oneDNN would multiply bfloat16 and is kept from it; on a processor without AVX-512 products of our own do.
   const char* narrow = at::get_cpu_capability() == "AVX512" ? "Float BFloat16" : "BFloat16 BFloat16";
   for (const auto& [flags, before, said] :
        {std::tuple("", "", " BFloat16"), std::tuple("", "export ONEDNN_MAX_CPU_ISA=AVX2;", narrow),
