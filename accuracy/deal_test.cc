@@ -2,6 +2,7 @@
 #include "kernels/deal.h"
 
 #include <gtest/gtest.h>
+#include <omp.h>
 
 #include <atomic>
 #include <numeric>
@@ -47,6 +48,42 @@ TEST(Deal, ThreadsMayDealAtOnce) {
   }
   for (std::thread& thread : threads) thread.join();
   for (const int64_t sum : sums) EXPECT_EQ(sum, 500 * 666);
+}
+
+// Which thread has which piece is not said, but that each begins a run of its own: of two threads that both work, none has all.
+TEST(Deal, PiecesOfARunAreInOrder) {
+  constexpr int64_t kPieces = 64;
+  std::vector<std::atomic<int64_t>> order(kPieces);
+  for (int round = 0; round < 100; ++round) {
+    std::atomic<int64_t> next = 0;
+    Deal(kPieces, [&](int64_t i) { order[static_cast<size_t>(i)] = next++; });
+    const int threads = omp_get_max_threads();
+    for (int run = 0; run < threads; ++run) {
+      for (int64_t i = kPieces * run / threads + 1; i < kPieces * (run + 1) / threads; ++i) {
+        // Two that two threads take at once may begin in either order.
+        ASSERT_LT(order[static_cast<size_t>(i - 1)], order[static_cast<size_t>(i)] + threads) << i;
+      }
+    }
+  }
+}
+
+TEST(FetchAhead, AsksForEachLineOnce) {
+  std::vector<std::byte> bytes(1 << 20);
+  const auto lines = [&](int64_t piece, int64_t n) {
+    Announce({bytes.data(), piece, n});
+    int64_t count = 0;
+    while (FetchAhead(1)) ++count;
+    return count;
+  };
+  const int threads = omp_get_max_threads();
+  omp_set_num_threads(1);
+  EXPECT_EQ(lines(4096, 10000), 157);          // the last line is not whole
+  EXPECT_EQ(lines(4096, 0), 0);
+  EXPECT_EQ(lines(4096, 1 << 20), 4096);       // a quarter of a MiB at most
+  omp_set_num_threads(4);
+  EXPECT_EQ(lines(4096, 10 * 4096), 2 * 64);   // of ten pieces the first two are this thread's
+  omp_set_num_threads(threads);
+  EXPECT_FALSE(FetchAhead(1));
 }
 
 }  // namespace

@@ -181,7 +181,10 @@ template <int kHeads, typename R>
 KVQ_AVX2 void ReadDots(const R& r, const float* queries, const float* sums, int64_t n, int64_t dim, Logits* x) {
   constexpr int kTokens = kHeads == 3 ? 2 : 4;  // side by side: a query is loaded once for them, and no sum waits long for the one before
   __m128 lanes[kHeads][kMostTokens];
-  for (int64_t t = 0; t < n; t += kTokens) Dots<kHeads, kTokens>(r, queries, sums, t, n, dim, lanes);
+  for (int64_t t = 0; t < n; t += kTokens) {
+    if (t % 8 == 0) FetchAhead(/*lines=*/16);
+    Dots<kHeads, kTokens>(r, queries, sums, t, n, dim, lanes);
+  }
   for (int h = 0; h < kHeads; ++h) {
     for (int64_t t = 0; t < n; t += 4) {
       const __m128* of = lanes[h] + t;
@@ -223,8 +226,9 @@ KVQ_AVX2 void ReadWeighted(const R& r, const Logits* x, int64_t n, int64_t dim, 
     }
   }
   const Logits* weights = R::kOneGroup ? scaled : x;
-  // Vectors side by side: the sums of three heads are in registers, and a weight is loaded once for them.
-  constexpr int kStep = std::min(R::kVectors, 4);
+  // Vectors side by side: a weight is loaded once for them, and the sums of three heads are in registers, with the weights and, of codes,
+  // what a number is made from.
+  constexpr int kStep = std::min(R::kVectors, R::kCodes && kHeads == 3 ? 2 : 4);
   for (int64_t t = 0; t < n; ++t) r.Fetch(t);
   for (int64_t i = 0; i < dim / (R::kVectors * kLanes); ++i) {
 #pragma GCC unroll 4

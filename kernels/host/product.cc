@@ -245,7 +245,19 @@ KVQ_AVX2 void Group(const W* weight, int64_t outs, int64_t in, const float* x, i
 }
 #endif
 
+// Rows of the weight are dealt in pieces small enough that a thread which is held up costs little more than its share, large enough to be
+// worth fetching.
+constexpr int64_t kMostOuts = 48, kBytes = 48 << 10;
+int64_t PieceOf(const ProductArgs& a) {
+  return a.rows > 1 ? kMostOuts : std::clamp<int64_t>(kBytes / (a.in * SizeOf(a.dtype)), 4, kMostOuts);  // several read x again
+}
+
 }  // namespace
+
+Ahead AheadOf(const ProductArgs& a) {
+  const int64_t row = a.in * SizeOf(a.dtype);
+  return {static_cast<const std::byte*>(a.weight), PieceOf(a) * row, a.out * row};
+}
 
 void Product(const ProductArgs& a) {
   // From here on a row takes longer than the weight it is multiplied with.
@@ -276,16 +288,10 @@ void Product(const ProductArgs& a) {
     });
     return;
   }
-  // Pieces are small enough that a thread which is held up costs little more than its share, large enough to be worth fetching.
-  // Of each of as many runs of them as there are threads one is dealt in turn: so a thread mostly goes on where it was, which is what it
-  // has fetched.
-  constexpr int64_t kMostOuts = 48, kBytes = 48 << 10;
-  const int64_t of_piece = a.rows > 1 ? kMostOuts : std::clamp<int64_t>(kBytes / (a.in * SizeOf(a.dtype)), 4, kMostOuts);  // several read x again
-  const int64_t threads = omp_get_max_threads(), run = (a.out + of_piece * threads - 1) / (of_piece * threads);
-  Deal(run * threads, [&](int64_t i) {
+  const int64_t of_piece = PieceOf(a);
+  Deal((a.out + of_piece - 1) / of_piece, [&](int64_t i) {
     float sums[kFew * kMostOuts];
-    const int64_t first = (i % threads * run + i / threads) * of_piece, outs = std::min(of_piece, a.out - first);
-    if (outs <= 0) return;
+    const int64_t first = i * of_piece, outs = std::min(of_piece, a.out - first);
     with_weight([&](const auto* weight) {
       weight += first * a.in;
       if (a.rows > 1) return Rows(weight, outs, a.in, x, a.rows, sums, kMostOuts);

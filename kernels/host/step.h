@@ -6,6 +6,7 @@
 // processor which others use, too, costs its share. Product and DecodeAttention are for processors that HasAvx2().
 #pragma once
 
+#include "kernels/deal.h"
 #include "kernels/device/step.h"
 #include "kernels/host/avx2.h"
 #include "kernels/rotation.h"
@@ -26,6 +27,8 @@ void PickTokens(const PickArgs& args);
 
 // stored [rows, out] = x W^T, sums in float32, for any number of rows; without a norm, ProductEnd::kStore.
 void Product(const ProductArgs& args);
+// What it reads of the weight, by thread (kernels/deal.h).
+Ahead AheadOf(const ProductArgs& args);
 
 // ---- attention, one query a sequence over tokens that are read as they are stored
 
