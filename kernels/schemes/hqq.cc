@@ -78,8 +78,13 @@ KVQ_VECTOR float StepGroup(const float* x, float m, float s, float first, float 
     }
   }
   if (largest[0] * inverse > kAllTaken) {
+    // Looked up in a loop of their own: all else is in vectors.
     const ClipPolynomial polynomial = ClipPolynomialFor(s);
-    for (int i = 0; i < n; ++i) target[i] += error[i] - Clip(error[i], inverse, polynomial, kPowers);
+    uint32_t exponents[n];
+    float powers[n];
+    for (int i = 0; i < n; ++i) exponents[i] = ClipExponent(error[i], inverse);
+    for (int i = 0; i < n; ++i) powers[i] = kPowers.At(exponents[i]);
+    for (int i = 0; i < n; ++i) target[i] += error[i] - Clip(error[i], inverse, polynomial, powers[i]);
   }
   *z = first + (TreeSum<n>(target) / n - mean);
   return TreeSum<n>(distance) * inverse;
