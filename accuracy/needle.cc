@@ -1,5 +1,5 @@
-// needle: can the model still find one sentence in its quantized history? Five depths; needle_rate with
-// the study's one number (7492), needle_random_rate with numbers drawn from --seed: a constant answer can be
+// needle: can the model still find one sentence in its quantized history? Five depths; needle_random_rate with numbers drawn
+// from --seed; with --needles=both needle_rate, too, with the study's one number (7492): a constant answer can be
 // guessed, and is the same trial again and again. The prompt is fed in calls of Spec::CallTokens,
 // so that also the first answered token reads encoded history; greedy, 32 new tokens, success if the
 // number is in them. Intervals are Wilson's, 95 %.
@@ -29,6 +29,7 @@ constexpr std::array<const char*, 5> kNoise = {"The grass is green.", "The sky i
                                                "There and back again."};
 constexpr char kQuestion[] = "The special magic number for this experiment is";
 constexpr std::array<double, 5> kDepths = {0.1, 0.25, 0.5, 0.75, 0.9};
+constexpr char kStudyNumber[] = "7492";
 constexpr int64_t kNewTokens = 32;
 
 // Answers to prompts, one after the other, from a cache of its own. Prompts are fed in calls of `chunk` tokens (the sinks
@@ -112,6 +113,7 @@ Counters Needle(Session& session, const Cell& cell, benchmark::State& state) {
   const Spec spec = ParseSpec(cell.spec);
   if (cell.batch != 1) throw Skip("prompts differ in length; needle runs at batch 1");
   const bool study = session.options().protocol == "study";
+  const bool both = study || session.options().needles == "both";
   const int64_t chunk = study ? cell.context : spec.CallTokens();
   const Tokenizer& tokenizer = session.tokenizer(cell.model);
   const auto encode = [&](const std::string& text, bool special) {
@@ -126,16 +128,19 @@ Counters Needle(Session& session, const Cell& cell, benchmark::State& state) {
     state.SetIterationTime(Time(session.devices(), [&] {
       std::vector<NeedlePrompt> prompts;
       std::vector<std::string> numbers;
-      for (const double depth : kDepths) {
-        for (const std::string& number : {std::string("7492"), std::to_string(1000 + random() % 9000)}) {
-          prompts.push_back(MakeNeedlePrompt(encode, cell.context, depth, number));
+      std::vector<size_t> depths;  // of the prompts
+      for (size_t d = 0; d < kDepths.size(); ++d) {
+        const std::string drawn = std::to_string(1000 + random() % 9000);
+        for (const std::string& number : both ? std::vector<std::string>{kStudyNumber, drawn} : std::vector{drawn}) {
+          prompts.push_back(MakeNeedlePrompt(encode, cell.context, kDepths[d], number));
           numbers.push_back(number);
+          depths.push_back(d);
         }
       }
       Answers answers(session, cell, spec, prompts, chunk);
       for (size_t i = 0; i < prompts.size(); ++i) {
-        const std::string suffix = StrCat("/depth:", static_cast<int>(100 * kDepths[i / 2] + 0.5));
-        const bool constant = i % 2 == 0, keep = constant && study;
+        const std::string suffix = StrCat("/depth:", static_cast<int>(100 * kDepths[depths[i]] + 0.5));
+        const bool constant = both && i % 2 == 0, keep = constant && study;
         const std::vector<int32_t> answer = answers.Next(keep ? "" : numbers[i]);
         const std::string text = tokenizer.Decode(answer);
         if (keep) {
@@ -163,7 +168,7 @@ Counters Needle(Session& session, const Cell& cell, benchmark::State& state) {
     counters.emplace_back(name + "_lo", interval.low);
     counters.emplace_back(name + "_hi", interval.high);
   };
-  add("needle_rate", found);
+  if (both) add("needle_rate", found);
   add("needle_random_rate", found_random);
   counters.emplace_back("encoded_share", Mean(share));
   counters.emplace_back("needle_trials", static_cast<double>(trials));
@@ -175,7 +180,8 @@ const RegisterMeasurement kNeedle{
     {.name = "needle", .what = "share of hidden numbers found, constant and random ones",
      .study = "the prompt in one call; 7492 at five depths, its answers in the JSON; random ones beside",
      .quality = true, .turn = 2,
-     .like_tokens = [](const Options&, double tokens) { return 8 * tokens; },  // half of ten prompts, and the answers
+     // half of five or ten prompts, and the answers
+     .like_tokens = [](const Options& o, double tokens) { return (o.needles == "both" ? 8 : 4) * tokens; },
      .new_tokens = [](const Options&) { return kNewTokens; }, .run = Needle}};
 
 }  // namespace

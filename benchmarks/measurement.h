@@ -35,6 +35,7 @@ struct Options {
   std::vector<std::string> parts = {"all", "k", "v", "kv"};  // of sensitivity
   int64_t stride = 0;  // 0: the protocol's own
   std::string protocol = "decode";
+  std::string needles = "both";
   std::string device = "cpu";
   std::string dtype = "auto", kv_dtype = "auto";
   int64_t seed = 42;

@@ -74,6 +74,7 @@ std::vector<Flag> Flags(Options& o) {
              o.stride, 0),
       text("protocol", "decode, or study: as the reference study measured, see below",
            o.protocol),
+      text("needles", "numbers that needle hides: random, or both: the reference study's, too", o.needles),
       text("device", "cpu; cuda: the GPU that ctest allots, or the first; cuda:1: that one; cuda:0,1: layers over both", o.device),
       text("dtype", "float32, float16, bfloat16; auto: the faster one here (CUDA: float16)", o.dtype),
       text("kv-dtype",
@@ -236,6 +237,9 @@ CommandLine ParseCommandLine(const std::vector<std::string>& arguments) {
   }
   if (line.options.protocol != "decode" && line.options.protocol != "study") {
     throw InputError("--protocol: decode or study, not '", line.options.protocol, "'");
+  }
+  if (line.options.needles != "random" && line.options.needles != "both") {
+    throw InputError("--needles: random or both, not '", line.options.needles, "'");
   }
   return line;
 }
