@@ -60,24 +60,39 @@ TEST(Plain, QuotientsByAReciprocalAreDivisions) {
   EXPECT_EQ(plain::ReciprocalQuotients::By(1e-38f).Of(1e-38f), 1);
 }
 
-TEST(Plain, CellsCountThresholds) {
-  constexpr float kThresholds[] = {-115.5f, -93.5f, -74, -57, -42, -28.5f, -16, -4.5f, 7, 19, 31.5f, 45.5f, 61, 79, 101};
+TEST(Plain, CellsCountThresholdsOrSayThatTheyCannot) {
+  constexpr float kThresholds[] = {-115.5f, -93.5f, -74, -57, -42, -28.5f, -16, -4.5f, 0, 19, 31.5f, 45.5f, 61, 79, 101};
   constexpr Cells cells(1.0f / 256, kThresholds);
   static_assert(cells.apart && !Cells(1.0f / 512, kThresholds).apart);
-  const auto count = [&](float y) {
-    const int cell = Cells::Of(y, cells.slope) & 31;
-    return cells.below[cell] + (y >= cells.threshold[cell] ? 1 : 0);
+  const auto sum = [&](float y) {
+    const uint32_t step = Cells::StepOf(y, cells.slope);
+    return step + cells.carry[Cells::CellOf(step) & 31];
   };
-  const auto expect = [&](float y) {
-    ASSERT_EQ(count(y), std::upper_bound(std::begin(kThresholds), std::end(kThresholds), y) - std::begin(kThresholds)) << y;
+  // `off`: how far what is known of a number may be from it, in steps.
+  constexpr double kStep = 256.0 / Cells::kSteps;
+  const auto expect = [&](float y, double off) {
+    const uint32_t of = sum(static_cast<float>(y + off * kStep));
+    if (Cells::IsUnsure(of)) return true;
+    EXPECT_EQ(of >> 16, std::upper_bound(std::begin(kThresholds), std::end(kThresholds), y) - std::begin(kThresholds)) << y << ", " << off;
+    return false;
   };
   for (const float threshold : kThresholds) {
-    for (const float y : {threshold, std::nextafter(threshold, -1e9f), std::nextafter(threshold, 1e9f)}) expect(y);
+    for (const float y : {threshold, std::nextafter(threshold, -1e9f), std::nextafter(threshold, 1e9f)}) {
+      for (int off = 1 - Cells::kUnsure; off < Cells::kUnsure; ++off) EXPECT_TRUE(expect(y, off)) << y << ", " << off;
+    }
+    for (const double steps : {-Cells::kUnsure - 1.1, Cells::kUnsure + 1.1}) {
+      EXPECT_FALSE(expect(static_cast<float>(threshold + steps * kStep), 0)) << threshold;
+    }
   }
+  EXPECT_EQ(sum(0) >> 16, 9u);  // of what is exact
   std::mt19937 random(2);
-  for (int i = 0; i < 1000000; ++i) expect(std::uniform_real_distribution<float>(-300, 300)(random));
-  for (const float y : {0.0f, -0.0f, 1e-40f, 1e29f, -1e38f, -std::numeric_limits<float>::infinity()}) expect(y);
-  EXPECT_EQ(count(NAN), 0u);
+  int unsure = 0;
+  for (int i = 0; i < 1000000; ++i) {
+    unsure += expect(std::uniform_real_distribution<float>(-300, 300)(random), std::uniform_real_distribution<double>(-4, 4)(random));
+  }
+  EXPECT_LT(unsure, 200);  // 15 times 11 of 2.5 million steps
+  for (const float y : {1e-2f, 1e29f, -1e38f, -std::numeric_limits<float>::infinity()}) expect(y, 0);
+  EXPECT_EQ(sum(NAN) >> 16, 0u);
 }
 
 }  // namespace

@@ -279,28 +279,6 @@ TEST(ShortQuotient, IsTheQuotient) {
   EXPECT_EQ(plain::ShortQuotient(1e-28f, 448, 1 / 448.0f), 1e-28f / 448);
 }
 
-// The same (all of them once, too), and by the twelve divisors that have a rest of their own.
-TEST(HalfQuotients, AreTheQuotients) {
-  std::vector<uint32_t> fractions;
-  for (const uint32_t hard : plain::kHardDivisors.of) {
-    if (hard != ~0u) fractions.push_back(hard >> 1);
-  }
-  ASSERT_EQ(fractions.size(), 12u);
-  for (uint32_t fraction = 0; fraction < 1 << 23; fraction += 997) fractions.push_back(fraction);
-  for (const uint32_t fraction : fractions) {
-    int64_t wrong = 0;
-    for (const float power : {1.0f, 0x1p-26f, 0x1p19f}) {
-      const float d = BitsFloat(0x3F800000 | fraction) * power;
-      const plain::HalfQuotients quotients = plain::HalfQuotients::By(d);
-      for (int x = 1024; x < 2048; ++x) {
-        for (const float v : {static_cast<float>(x), static_cast<float>(x) * -0x1p-24f}) wrong += quotients.Of(v) != v / d;
-      }
-    }
-    EXPECT_EQ(wrong, 0) << fraction;
-  }
-  EXPECT_EQ(plain::HalfQuotients::By(3).Of(0), 0);
-}
-
 TEST(VectorMath, StaysWithinItsStatedError) {
   double worst_exp = 0, worst_exp2 = 0;
   for (int i = -85993; i <= 88000; i += 7) {

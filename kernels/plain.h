@@ -58,8 +58,19 @@
 //
 //   PairOf(fit, two)      the codes of a word's numbers, in its halves, below 2^16 both. Instead of Code. Of a Coded they are made
 //   kPairTooLarge         how much larger they are, in each half
-//   EightOf(fit, v)       or this: the codes of eight numbers, of number 2 i + side in the four bits from 16 side + 4 i on
 //   kSigns                Signs::kOfNumbers: a code's highest bit is its number's sign, and PairOf leaves it out
+//
+// or FitGroup's work is done by another function for such words, by a table that lies in a warp's lanes:
+//
+//   LaneTable             a lane's part, LaneTable::Of(), read while numbers are on their way
+//   FitWords(x, n, table) what FitGroup would be
+//
+// and, where a token's numbers x become x / Divisor(vector fit) times the Hadamard matrix of all of them, and codes of 4 or 3 bits are
+// how many of some thresholds those reach: tensor cores then turn many tokens (kernels/device/plain_encode_turned.cuh)
+//
+//   kTurnsByProducts      true
+//   Divisor(vector)       a VectorFit's
+//   DeviceMiddle(dim, i)  threshold i; and DeviceCells(dim), their Cells (kernels/device/cells.cuh)
 //
 // kHeadDims names the only head_dims that a scheme takes, where there are only some.
 //
@@ -142,40 +153,6 @@ KVQ_HD inline float ShortQuotient(float x, float d, float inverse) {
   const float near = x * inverse;
   return fmaf(fmaf(-d, near, x), inverse, near);
 }
-
-// Divisors that HalfQuotients has to know, as their 23 bits behind the point: twice those, and 1 more where the reciprocal's rest has to
-// be larger. Each stands where its bits 7 to 11 say, which no two have alike.
-struct HardDivisors {
-  uint32_t of[32];
-  constexpr HardDivisors() {
-    for (uint32_t& none : of) none = ~0u;
-    for (const uint32_t smaller : {0x50AB43, 0x56EDFF, 0x5ECA3F, 0x6828EB, 0x792863, 0x7F3C33}) of[smaller >> 7 & 31] = smaller << 1;
-    for (const uint32_t larger : {0x5562AF, 0x59C6CB, 0x722CF3, 0x742BCB, 0x74458F, 0x7453BB}) of[larger >> 7 & 31] = larger << 1 | 1;
-  }
-};
-inline constexpr HardDivisors kHardDivisors;
-#ifdef __CUDACC__
-__device__ const HardDivisors kDeviceHardDivisors = kHardDivisors;
-#endif
-
-// x / d of many x of 11 bits, as a float16's, by one d, as IEEE rounds it (but for the sign of a zero), in two operations, where all of it
-// is in range. With d's reciprocal in two parts the quotient is off by some 2^-49 before it is rounded. None is at a tie, and few are so
-// near to one; of twelve divisors one is rounded the wrong way, which the rest's next number mends. (HalfQuotients in scheme_test.cc.)
-struct HalfQuotients {
-  float inverse, rest;
-
-  KVQ_HD static HalfQuotients By(float d) {
-    const float inverse = 1 / d, left = fmaf(-d, inverse, 1), near = left * inverse, rest = fmaf(fmaf(-d, near, left), inverse, near);
-    const uint32_t fraction = FloatBits(d) & 0x7FFFFF;
-#ifdef __CUDACC__
-    const uint32_t hard = kDeviceHardDivisors.of[fraction >> 7 & 31];
-#else
-    const uint32_t hard = kHardDivisors.of[fraction >> 7 & 31];
-#endif
-    return {inverse, hard >> 1 == fraction ? BitsFloat(FloatBits(rest) + (hard % 2 != 0 ? 1 : ~0u)) : rest};
-  }
-  KVQ_HD float Of(float x) const { return fmaf(x, inverse, x * rest); }
-};
 
 // v / kDivisor of a v that is not negative. `kFinite`: nor infinite, and 0 or at least 1e-28, as differences of float16 are.
 template <int kDivisor, bool kFinite = false>
@@ -346,7 +323,14 @@ template <typename Numbers>
 KVQ_HD inline float Magnitude(const Numbers& x, int n) {
 #ifdef __CUDACC__
   float largest = 0;
-  if constexpr (kHasWords<Numbers>) {
+  if constexpr (requires(float (&eight)[8]) { x.Eight(0, eight); }) {
+    for (int i = 0; i < n / 8; ++i) {
+      float eight[8];
+      x.Eight(i, eight);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) largest = LargerOrNan(Absolute(eight[j]), largest);
+    }
+  } else if constexpr (kHasWords<Numbers>) {
     const Ends ends = EndsOf(x, n / kLanes<Numbers>);
     largest = LargerOrNan(Absolute(ends.low), Absolute(ends.high));
   } else {
@@ -438,16 +422,24 @@ KVQ_HD inline float SumInOrder(const Numbers& x, int n, const Add& add) {
   if constexpr (requires { x.Any(0); }) {  // each lane adds all of them
 #pragma unroll 16
     for (int i = 0; i < n; ++i) sum = add(x.Any(i), sum);
-    return sum;
-  }
-  const int lane = static_cast<int>(threadIdx.x) % kLanes<Numbers>;
+  } else if constexpr (requires(float (&eight)[8]) { x.Eight(0, eight); }) {  // one lane has all of them
+#pragma unroll 4
+    for (int i = 0; i < n / 8; ++i) {
+      float eight[8];
+      x.Eight(i, eight);
 #pragma unroll
-  for (int turn = 0; turn < kLanes<Numbers>; ++turn) {  // each lane adds its own to what the one before has
-    if (lane == turn) {
-      KVQ_UNROLL
-      for (int i = 0; i < n / kLanes<Numbers>; ++i) sum = add(PartOf(x, i), sum);
+      for (int j = 0; j < 8; ++j) sum = add(eight[j], sum);
     }
-    if constexpr (kLanes<Numbers> > 1) sum = __shfl_sync(~0u, sum, turn, kLanes<Numbers>);
+  } else {
+    const int lane = static_cast<int>(threadIdx.x) % kLanes<Numbers>;
+#pragma unroll
+    for (int turn = 0; turn < kLanes<Numbers>; ++turn) {  // each lane adds its own to what the one before has
+      if (lane == turn) {
+        KVQ_UNROLL
+        for (int i = 0; i < n / kLanes<Numbers>; ++i) sum = add(PartOf(x, i), sum);
+      }
+      if constexpr (kLanes<Numbers> > 1) sum = __shfl_sync(~0u, sum, turn, kLanes<Numbers>);
+    }
   }
 #else
   for (int i = 0; i < n; ++i) sum = add(x[i], sum);
@@ -501,6 +493,17 @@ KVQ_HD inline int32_t Total(const Numbers& x, int n, const Term& term) {
 }
 
 #ifdef __CUDACC__
+// 1 / d and a / b, to the nearest, as the compiler makes them where all is in range, without asking whether it is: as of sums of products
+// of float16.
+__device__ __forceinline__ float ShortReciprocal(float d) {
+  const float near = ptx::Reciprocal(d);
+  return fmaf(near, -fmaf(d, near, -1), near);
+}
+__device__ __forceinline__ float ShortDivision(float a, float b) {
+  const float near = ptx::Reciprocal(b), inverse = fmaf(near, fmaf(-b, near, 1), near), quotient = a * inverse;
+  return fmaf(inverse, fmaf(-b, quotient, a), quotient);
+}
+
 // What is left of a fit by which FitGroup has put codes where their words were, in each half so much too large.
 inline constexpr uint32_t kTooLargeWhole = 0x4340;
 template <typename Stored, uint32_t kTooLarge_ = kTooLargeWhole>
@@ -627,6 +630,8 @@ template <typename S>
 inline constexpr bool kInOrder = requires { requires S::kInOrder; };
 template <typename S>
 inline constexpr bool kPutsCodes = requires { requires S::kPutsCodes; };
+template <typename S>
+inline constexpr bool kTurnsByProducts = requires { requires S::kTurnsByProducts; };
 
 // What a group's codes are decoded with.
 template <typename S>
@@ -875,13 +880,19 @@ KernelLaunch KernelOf(const char* kernel, const DenseView& x, const Split& split
 // Whether lanes may have their numbers in registers, and the launch that has them so (kernels/device/plain_encode.cc).
 bool EncodesOwn(const DenseView& x, int64_t group, const KvView& out, bool odd);
 KernelLaunch EncodeOwnLaunch(const char* file, const char* scheme, const DenseView& x, int64_t group, int own);
+// And of a lane for each token, which tensor cores turn (kTurnsByProducts).
+KernelLaunch EncodeTurnedLaunch(const char* file, const char* scheme, const DenseView& x);
 
 template <typename S>
 void EncodeCuda(const CodecParams& params, const DenseView& x, int64_t first_token, const KvView& out, void* stream) {
   const int64_t dim = x.head_dim, group = GroupOf(params, dim);
   if (EncodesOwn(x, group, out, kOdd<S> > 0)) {
-    const int own = OwnChannels<S>(static_cast<int>(group));
-    Launch(S::kLabel, EncodeOwnLaunch(S::kFile, S::kName, x, group, own), stream, x, first_token, out);
+    if constexpr (kTurnsByProducts<S>) {
+      Launch(S::kLabel, EncodeTurnedLaunch(S::kFile, S::kName, x), stream, x, first_token, out);
+    } else {
+      const int own = OwnChannels<S>(static_cast<int>(group));
+      Launch(S::kLabel, EncodeOwnLaunch(S::kFile, S::kName, x, group, own), stream, x, first_token, out);
+    }
     return;
   }
   const Split split(dim, group, kLow<S>);
@@ -976,4 +987,5 @@ Scheme MakeScheme(const char* source, const Known& known) {
 #include "kernels/device/plain_kernels.cuh"
 #include "kernels/device/plain_codes.cuh"
 #include "kernels/device/plain_encode.cuh"
+#include "kernels/device/plain_encode_turned.cuh"
 #endif

@@ -143,10 +143,21 @@ struct Warp {
   }
   template <int kEach, typename Numbers>
   __device__ __forceinline__ void Butterfly(Numbers&& x, int block) const {
-    float v[kEach];  // numbers rank, rank + 32, ...
+    float v[kEach];
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) v[i] = x[rank + 32 * i];
+    Turn(v, block);
+    Sync();
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) x[rank + 32 * i] = v[i];
+    Sync();
+  }
+  // The same of numbers rank, rank + 32, ...
+  template <int kEach>
+  __device__ __forceinline__ void Turn(float (&v)[kEach], int block) const {
     const float factor = InverseRootOfPower(block);
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) v[i] = x[rank + 32 * i] * factor;
+    for (int i = 0; i < kEach; ++i) v[i] *= factor;
     const int in_lanes = block < 32 ? block : 32;
 #pragma unroll 1  // instructions that are seldom run take longer to be fetched than to run
     for (int distance = 1; distance < in_lanes; distance *= 2) {
@@ -164,10 +175,6 @@ struct Warp {
         v[i] = u + w, v[i + distance] = u - w;
       }
     }
-    Sync();
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) x[rank + 32 * i] = v[i];
-    Sync();
   }
 };
 

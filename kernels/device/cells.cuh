@@ -1,4 +1,5 @@
-// How many of some thresholds a number is not below, asked by all lanes of a warp together: two shuffles instead of a search.
+// How many of some thresholds a number is not below, where the number is known but for a little: the count, or that it cannot be said.
+// One shuffle instead of a search, where all lanes of a warp ask together.
 #pragma once
 
 #include <cstdint>
@@ -10,68 +11,50 @@
 
 namespace kvq {
 
-// The line cut into 32 cells, one for each lane, none with more than one threshold: a number is compared with its cell's alone.
+// The line cut into steps, and those into 32 cells, one for each lane, none with more than one threshold. To the step of a number is
+// added what carries into the upper half from its cell's threshold on, and there what the cells before have; what is left in the lower
+// half says how far behind the threshold it is.
 struct Cells {
-  static constexpr float kNone = 1e30f;
-  float slope = 0, threshold[32] = {};  // or kNone
-  uint32_t below[32] = {};              // thresholds of the cells before
-  bool apart = true;                    // no two are in a cell
+  static constexpr int kCellSteps = 1 << 15, kSteps = 32 * kCellSteps - 1;
+  // So near to a threshold, in steps, nothing is said: each of the two is rounded to a step, by half of one, so that a number is on its
+  // side of a threshold where it is known but for kUnsure - 1 steps.
+  static constexpr int kUnsure = 5;
+  static constexpr float kMiddle = 0.5f + 1.0f / 64;  // so that 0, where most numbers are, is no cell's end
+
+  float slope = 0;
+  uint32_t carry[32] = {};
+  bool apart = true;  // no two are in a cell, nor one near its end
 
   template <int n>
   constexpr Cells(float slope, const float (&thresholds)[n]) : slope(slope) {
-    for (float& none : threshold) none = kNone;
+    int below[33] = {}, threshold[32] = {};
     for (const float one : thresholds) {
-      // A double holds both sums and products, so that they are rounded once, to a float, as fma does.
-      const auto along = static_cast<float>(static_cast<double>(one) * slope + 0.5);
-      const auto cell = static_cast<int>(static_cast<float>(static_cast<double>(along) * 31 + 8388608) - 8388608);
-      apart = apart && threshold[cell] == kNone;
-      threshold[cell] = one;
-      for (int after = cell + 1; after < 32; ++after) ++below[after];
+      const int step = static_cast<int>((static_cast<double>(one) * slope + kMiddle) * kSteps + 0.5), cell = step / kCellSteps;
+      apart = apart && threshold[cell] == 0 && step % kCellSteps > kUnsure && step % kCellSteps < kCellSteps - kUnsure;
+      threshold[cell] = step;
+      for (int after = cell + 1; after < 33; ++after) ++below[after];
+    }
+    for (int cell = 0; cell < 32; ++cell) {
+      const int up = threshold[cell] != 0 ? 0x10000 + kUnsure - threshold[cell] : kCellSteps / 2 - cell * kCellSteps;
+      carry[cell] = (static_cast<uint32_t>(below[cell]) << 16) + static_cast<uint32_t>(up) - 0x4B000000;
     }
   }
 
-  // 31 (slope y + 1/2) to the nearest, the sum limited to [0, 1], which it should be for all thresholds; a larger y has no lower one,
-  // as rounding keeps order. In the last five bits. 0 where y is NaN.
-  KVQ_HD static int Of(float y, float slope) {
-    const float sum = fmaf(y, slope, 0.5f);
+  // The step of slope y + kMiddle, the sum limited to [0, 1], which it should be for all thresholds; `scale` is the slope, and what y has too
+  // little. 2^23 larger, as a float's bits. That of 0 where y is NaN.
+  KVQ_HD static uint32_t StepOf(float y, float scale) {
+    const float sum = fmaf(y, scale, kMiddle);
 #ifdef __CUDA_ARCH__
     const float along = __saturatef(sum);
 #else
     const float along = Smaller(Larger(sum, 0), 1);
 #endif
-    return static_cast<int>(FloatBits(fmaf(along, 31, 8388608)));
+    return FloatBits(fmaf(along, kSteps, 8388608));
   }
-};
+  KVQ_HD static int CellOf(uint32_t step) { return static_cast<int>(step / kCellSteps); }  // in the last five bits
 
-#ifdef __CUDACC__
-// A lane's own.
-struct LaneCells {
-  float slope, threshold;
-  uint32_t below;
-
-  __device__ static LaneCells Of(const Cells& cells) {
-    return {cells.slope, cells.threshold[threadIdx.x % 32], cells.below[threadIdx.x % 32]};
-  }
-  // How many, of eight numbers at once so that no shuffle is waited for: of number 2 i + side in the four bits from 16 side + 4 i on.
-  __device__ __forceinline__ uint32_t Eight(const float (&y)[8]) const {
-    int cell[8];
-    float own[8];
-    uint32_t word = 0;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) cell[i] = Cells::Of(y[i], slope);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) own[i] = __shfl_sync(~0u, threshold, cell[i]);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) word += __shfl_sync(~0u, below << (16 * (i % 2) + 4 * (i / 2)), cell[i]);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      asm("{.reg .pred p; setp.ge.f32 p, %1, %2; @p add.u32 %0, %0, %3;}"
-          : "+r"(word)
-          : "f"(y[i]), "f"(own[i]), "r"(1u << (16 * (i % 2) + 4 * (i / 2))));
-    }
-    return word;
-  }
+  // Of a step and its cell's carry: the count in the upper half; and in the lower half whether that may be wrong.
+  KVQ_HD static bool IsUnsure(uint32_t sum) { return (sum & 0xFFFF) <= 2 * kUnsure; }
 };
-#endif
 
 }  // namespace kvq

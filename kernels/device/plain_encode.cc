@@ -19,4 +19,12 @@ KernelLaunch EncodeOwnLaunch(const char* file, const char* scheme, const DenseVi
           .early = false};
 }
 
+KernelLaunch EncodeTurnedLaunch(const char* file, const char* scheme, const DenseView& x) {
+  constexpr int kThreads = 64;  // small blocks, so that few multiprocessors wait for the last one
+  return {.instance = {{file}, InstanceName("kvq::plain::EncodeTurnedKernel", scheme, TypeName(x.dtype), x.head_dim, kThreads)},
+          .grid = {GridFor(x.tokens, kThreads), static_cast<unsigned>(x.heads), static_cast<unsigned>(x.batch)},
+          .threads = kThreads,
+          .early = false};
+}
+
 }  // namespace kvq::plain

@@ -8,11 +8,9 @@
 // What it takes, on an H200 with 132 multiprocessors at 1.98 GHz: an instruction for each of 33.5 million numbers (32k tokens, 8 heads of
 // 128 channels) is 1.0 us, the bytes of 4 to 8 bit codes 20 to 25 us. So up to some 18 instructions a number, memory is what it waits
 // for. Most schemes have 10 to 18, of which packing is 1, half of a minimum and a maximum 1, a quotient 5; those that make two codes at
-// a time (PairOf) 8 to 14; where one number at a time is looked up in a table, and sums or butterflies come before, it is 19 to 26. The
-// time is then those and some 9 us, as not every slot is taken, and multiprocessors fill and empty. Of a number of turboquant-k4, with
-// 25: float32 1, its square in order 2 (two lanes have a token, one waits), over the norm 2, scaled 1, butterflies 8, its code 7 (two
-// shuffles), all else 4. All of a token in one lane would be 21, and is slower, as registers leave a scheduler three warps instead of
-// five; so is a loop over tiles of which the next one is copied meanwhile (ci/baselines/h200-encode).
+// a time (PairOf) 8 to 14; where one number at a time is looked up in a table, and sums in order come before (iq4_nl), it is 19. The
+// time is then those and some 9 us, as not every slot is taken, and multiprocessors fill and empty. Loops over tiles of which the next
+// one is copied meanwhile are slower (ci/baselines/h200-encode). Tokens that are turned whole: plain_encode_turned.cuh.
 #pragma once
 
 #include "kernels/plain.h"
@@ -58,11 +56,52 @@ __device__ __forceinline__ void MoveThrees(uint32_t low, uint32_t high, uint32_t
   odd = (ones(low) >> 4 & 0x0F000F00) | (ones(high) & 0xF000F000);
 }
 
+// Copies a warp's tile to shared memory, zeros behind x's last token: kTokens tokens from `first` on, of which `count` are there, each
+// kDim / kOwn rows of kOwn numbers, with a gap behind each against bank conflicts.
+constexpr int RowPitch(int own) { return 2 * own + 16; }  // bytes
+template <int kDim, int kOwn, int kTokens>
+__device__ __forceinline__ void CopyTile(const DenseView& x, uint32_t b, uint32_t h, uint32_t first, uint32_t count, uint8_t* tile) {
+  constexpr uint32_t kCopied = 256 / kDim, kPieces = kOwn / 8;  // tokens at a time; of a row, 16 bytes each
+  const uint32_t lane = threadIdx.x % 32;
+  const auto* from = static_cast<const uint16_t*>(x.data) + b * x.batch_stride + h * x.head_stride +
+                     (first + lane / (kDim / 8)) * x.token_stride + lane % (kDim / 8) * 8;
+  const ptx::Shared to = ptx::SharedAddress(tile) + lane / kPieces * RowPitch(kOwn) + lane % kPieces * 16;
+#pragma unroll
+  for (uint32_t i = 0; i < kTokens / kCopied; ++i) {
+    ptx::CopyAsyncOrZero(to + 32 / kPieces * RowPitch(kOwn) * i, from, lane / (kDim / 8) + kCopied * i < count);
+    from += kCopied * x.token_stride;
+  }
+  ptx::CopyCommit();
+}
+
+// Planes from `slot` on, of one sequence and head.
+template <typename S, int kDim, int kGroup>
+__device__ __forceinline__ KvView PlanesAt(const KvView& out, uint32_t b, uint32_t h, int64_t slot) {
+  KvView mine;
+#pragma unroll
+  for (int p = 0; p < kFirstStored<S> + kMembers<S> + kHasVector<S>; ++p) {
+    mine.planes[p] = out.planes[p] + (b * static_cast<uint32_t>(out.heads) + h) * out.plane_stride[p] +
+                     slot * PlaneBytes<S>(p, kDim, kGroup);
+  }
+  return mine;
+}
+
+template <typename S>
+__device__ __forceinline__ auto LaneTableOf() {
+  if constexpr (requires { typename S::LaneTable; }) return S::LaneTable::Of();
+  else return Nothing();
+}
+template <typename S, typename Numbers, typename Table>
+__device__ __forceinline__ auto FitOwnGroup(const Numbers& x, int n, const Vector<S>& vector, const Table& table) {
+  if constexpr (requires { typename S::LaneTable; }) return S::FitWords(x, n, table);
+  else return FitGroup<S>(x, n, vector);
+}
+
 template <typename S, DType kType, int kDim, int kGroup, int kOwn>
 __global__ void __launch_bounds__(32 * kWarps, OwnBlocks(kOwn))
     EncodeOwnKernel(const __grid_constant__ DenseView x, int64_t first_token, const __grid_constant__ KvView out) {
   constexpr int kTokenLanes = kDim / kOwn, kTokens = 32 / kTokenLanes;
-  constexpr int kPieces = kOwn / 8, kPitch = 2 * kOwn + 16;  // of a lane's numbers: 16 bytes each; bytes, with a gap against bank conflicts
+  constexpr int kPieces = kOwn / 8, kPitch = RowPitch(kOwn);  // of a lane's numbers: 16 bytes each
   constexpr int kWords = kDim * kLow<S> / 32, kOwnRuns = kOwn / kRunChannels<kLow<S>>;
   constexpr int kRowPitch = kWords + (kOwnRuns == 2 ? 8 : 4);  // words
   constexpr int kOddBytes = kOdd<S> * kDim / 8;                // of a token
@@ -76,24 +115,9 @@ __global__ void __launch_bounds__(32 * kWarps, OwnBlocks(kOwn))
   if (first >= x.tokens) return;
   const uint32_t count = static_cast<uint32_t>(x.tokens) - first;  // of tokens from here on
 
-  // A warp copies kCopied tokens at a time.
-  constexpr uint32_t kCopied = 256 / kDim;
-  const auto* from = static_cast<const uint16_t*>(x.data) + b * x.batch_stride + h * x.head_stride +
-                     (first + lane / (kDim / 8)) * x.token_stride + lane % (kDim / 8) * 8;
-  const ptx::Shared to = ptx::SharedAddress(tile) + lane / kPieces * kPitch + lane % kPieces * 16;
-#pragma unroll
-  for (int i = 0; i < kPieces; ++i) {
-    ptx::CopyAsyncOrZero(to + 32 / kPieces * kPitch * i, from, lane / (kDim / 8) + kCopied * i < count);
-    from += kCopied * x.token_stride;
-  }
-  ptx::CopyCommit();
-  const int64_t slot = TokenBase(out) + first_token + first;
-  KvView mine;  // from the tile's first slot on, of this sequence and head
-#pragma unroll
-  for (int p = 0; p < kFirstStored<S> + kMembers<S> + kHasVector<S>; ++p) {
-    mine.planes[p] = out.planes[p] + (b * static_cast<uint32_t>(out.heads) + h) * out.plane_stride[p] +
-                     slot * PlaneBytes<S>(p, kDim, kGroup);
-  }
+  CopyTile<kDim, kOwn, kTokens>(x, b, h, first, count, tile);
+  const KvView mine = PlanesAt<S, kDim, kGroup>(out, b, h, TokenBase(out) + first_token + first);
+  const auto table = LaneTableOf<S>();
   ptx::CopyWait<0>();
   __syncwarp();
   uint32_t words[kOwn / 2];  // as they come, two in each
@@ -115,11 +139,11 @@ __global__ void __launch_bounds__(32 * kWarps, OwnBlocks(kOwn))
   if constexpr (kTurns<S>) TurnToken<S>(OwnNumbers<kTokenLanes, kType>{v, words}, kDim, vector, OwnLanes<kTokenLanes>{});
   constexpr DType kWordsType = kTurns<S> ? DType::kFloat32 : kType;
   constexpr int kFits = kOwn > kGroup ? kOwn / kGroup : 1, kGroupLanes = kGroup > kOwn ? kGroup / kOwn : 1;
-  using GroupFit = decltype(FitGroup<S>(OwnNumbers<kGroupLanes, kWordsType>{v, words}, kGroup, vector.stored));
+  using GroupFit = decltype(FitOwnGroup<S>(OwnNumbers<kGroupLanes, kWordsType>{v, words}, kGroup, vector.stored, table));
   GroupFit fits[kFits];
 #pragma unroll
   for (int g = 0; g < kFits; ++g) {
-    fits[g] = FitGroup<S>(OwnNumbers<kGroupLanes, kWordsType>{v + g * kGroup, words + g * kGroup / 2}, kGroup, vector.stored);
+    fits[g] = FitOwnGroup<S>(OwnNumbers<kGroupLanes, kWordsType>{v + g * kGroup, words + g * kGroup / 2}, kGroup, vector.stored, table);
     if (part % kGroupLanes == 0 && there) {
       Store<S>(fits[g].stored, mine, 0, 0, token, kDim / kGroup, part / kGroupLanes * kFits + g);
     }
@@ -134,9 +158,7 @@ __global__ void __launch_bounds__(32 * kWarps, OwnBlocks(kOwn))
     for (int run = 0; run < kOwnRuns; ++run) {
       constexpr bool kCoded = requires { GroupFit::kTooLarge; };
       constexpr bool kPairs = kCoded || requires(const GroupFit& fit) { S::PairOf(fit, 0u); };
-      constexpr bool kEights = requires(const GroupFit& fit, const float (&eight)[8]) { S::EightOf(fit, eight); };
       constexpr bool kThree = kLow<S> == 2 && kOdd<S> == 1;  // three bits: made four apart, in two words, and moved together after that
-      static_assert(!kEights || kThree || (kLow<S> == 4 && kOdd<S> == 0));
       uint32_t word = 0, odd[kOdd<S> + 1] = {};
       if constexpr (kOdd<S> == 0 || kThree) {
         constexpr int kBits = kThree ? 4 : kLow<S>;
@@ -153,9 +175,6 @@ __global__ void __launch_bounds__(32 * kWarps, OwnBlocks(kOwn))
             to += words[first / 2] << up;
           } else if constexpr (kPairs) {
             to += S::PairOf(fit, words[first / 2]) << up;
-          } else if constexpr (kEights) {
-            const float* const of = v + first;  // of the word's first field; the others' with it
-            if (up == 0) to = S::EightOf(fit, {of[0], of[1], of[8], of[9], of[16], of[17], of[24], of[25]});
           } else {
             to += (S::Code(fit, v[first]) << up) + (S::Code(fit, v[first + 1]) << (up + 16));
           }

@@ -177,79 +177,84 @@ struct Iq4Nl {
     return entry;
   }
   template <typename Numbers>
-  KVQ_HD static auto FitGroup(const Numbers& x, int n) {
+  KVQ_HD static Fit FitGroup(const Numbers& x, int n) {
     const float largest = plain::SignedMagnitude(x, n);
     const bool zero = plain::Absolute(largest) < 1e-15f;
-    float step;
+    const float inverse = zero ? 0 : 1 / (largest / NonLinear(0));
 #ifdef __CUDACC__
-    if constexpr (plain::kHasWords<Numbers>) step = plain::ShortQuotient(largest, NonLinear(0), 1 / NonLinear(0));
-    else
-#endif
-    step = largest / NonLinear(0);
-    const float inverse = zero ? 0 : 1 / step;
-    float with_x = 0, with_itself = 0;
-#ifdef __CUDACC__
-    if constexpr (plain::kHasWords<Numbers>) {
-      const uint32_t carry = kDeviceMiddles.carry[threadIdx.x % 32];
-      const float entry = NonLinear(threadIdx.x % 16);
-      constexpr uint32_t kTooLarge = 0x4B00;
-      // Eight at once, so that no shuffle is waited for. The codes are in the upper halves of sums, and kTooLarge more; 0 has 8.
-      KVQ_UNROLL
-      for (int i = 0; i < n / 8; ++i) {
-        uint32_t sums[8];
-        float entries[8];
-#pragma unroll
-        for (int j = 0; j < 8; ++j) sums[j] = FloatBits(__fmaf_rd(inverse * x[8 * i + j], 2, 8388608 + 256));
-#pragma unroll
-        for (int j = 0; j < 8; ++j) sums[j] += __shfl_sync(~0u, carry, static_cast<int>(sums[j] >> 4));
-#pragma unroll
-        for (int j = 0; j < 8; j += 2) {
-          const uint32_t two = ptx::PickBytes(sums[j], sums[j + 1], 0x7632);
-          x.Words()[4 * i + j / 2] = two;
-          entries[j] = __shfl_sync(~0u, entry, static_cast<int>(two));
-          entries[j + 1] = __shfl_sync(~0u, entry, static_cast<int>(two >> 16));
-        }
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          const float v = x[8 * i + j], weighted = v * v * entries[j];
-          with_x += weighted * v;
-          with_itself += weighted * entries[j];
-        }
-      }
-      if (largest != largest) {
-        KVQ_UNROLL
-        for (int i = 0; i < n / 2; ++i) x.Words()[i] = kTooLarge * 0x10001;
-      }
-      return plain::Coded<Stored, kTooLarge>{{zero ? uint16_t{0} : FloatToHalf(plain::Poisoned(with_x / with_itself, largest))}};
-    } else
-#endif
-    {
-#ifdef __CUDACC__
-      constexpr int kSeen = 32 / plain::kLanes<Numbers>;  // of the group, by this lane
+    constexpr int kSeen = 32 / plain::kLanes<Numbers>;  // of the group, by this lane
 #else
-      constexpr int kSeen = 32;
+    constexpr int kSeen = 32;
 #endif
-      float of_x[kSeen], of_itself[kSeen];
-      uint32_t codes[kSeen];
+    float of_x[kSeen], of_itself[kSeen];
+    uint32_t codes[kSeen];
 #ifdef __CUDACC__
 #pragma unroll
 #endif
-      for (int i = 0; i < kSeen; ++i) {
-        const float v = plain::PartOf(x, i), weight = v * v;
-        const Entry q = Nearest(inverse * v);
-        of_x[i] = weight * q.value * v, of_itself[i] = weight * q.value * q.value, codes[i] = q.code;
-      }
-      const plain::TwoSums sums = plain::SumsOfTerms<Numbers>(of_x, of_itself);
-      with_x = sums.first, with_itself = sums.second;
-      if constexpr (requires { x.PutCode(0, 0u); }) {
-#ifdef __CUDACC__
-        __syncwarp();  // all lanes have their numbers
-#endif
-        for (int i = 0; i < kSeen; ++i) x.PutCode(i, codes[i]);
-      }
-      return Fit{inverse, {zero ? uint16_t{0} : FloatToHalf(with_x / with_itself)}};
+    for (int i = 0; i < kSeen; ++i) {
+      const float v = plain::PartOf(x, i), weight = v * v;
+      const Entry q = Nearest(inverse * v);
+      of_x[i] = weight * q.value * v, of_itself[i] = weight * q.value * q.value, codes[i] = q.code;
     }
+    const plain::TwoSums sums = plain::SumsOfTerms<Numbers>(of_x, of_itself);
+    if constexpr (requires { x.PutCode(0, 0u); }) {
+#ifdef __CUDACC__
+      __syncwarp();  // all lanes have their numbers
+#endif
+      for (int i = 0; i < kSeen; ++i) x.PutCode(i, codes[i]);
+    }
+    return Fit{inverse, {zero ? uint16_t{0} : FloatToHalf(sums.first / sums.second)}};
   }
+#ifdef __CUDACC__
+  struct LaneTable {
+    uint32_t carry;
+    float entry;
+    __device__ static LaneTable Of() { return {kDeviceMiddles.carry[threadIdx.x % 32], NonLinear(threadIdx.x % 16)}; }
+  };
+  template <typename Numbers>
+  __device__ __forceinline__ static auto FitWords(const Numbers& x, int n, const LaneTable& table) {
+    constexpr uint32_t kTooLarge = 0x4B00;
+    const float largest = plain::SignedMagnitude(x, n);
+    const bool zero = plain::Absolute(largest) < 1e-15f, broken = largest != largest;
+    const float step = plain::ShortQuotient(largest, NonLinear(0), 1 / NonLinear(0));
+    float inverse;
+    if constexpr (plain::kAreHalves<Numbers>) inverse = plain::ShortReciprocal(step);
+    else inverse = 1 / step;
+    if (zero) inverse = 0;
+    float with_x = 0, with_itself = 0;
+    // Eight at once, so that no shuffle is waited for. The codes are in the upper halves of sums, and kTooLarge more; 0 has 8.
+    KVQ_UNROLL
+    for (int i = 0; i < n / 8; ++i) {
+      uint32_t sums[8];
+      float entries[8];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) sums[j] = FloatBits(__fmaf_rd(inverse * x[8 * i + j], 2, 8388608 + 256));
+#pragma unroll
+      for (int j = 0; j < 8; ++j) sums[j] += __shfl_sync(~0u, table.carry, static_cast<int>(sums[j] >> 4));
+#pragma unroll
+      for (int j = 0; j < 8; j += 2) {
+        const uint32_t two = ptx::PickBytes(sums[j], sums[j + 1], 0x7632);
+        x.Words()[4 * i + j / 2] = two;
+        entries[j] = __shfl_sync(~0u, table.entry, static_cast<int>(two));
+        entries[j + 1] = __shfl_sync(~0u, table.entry, static_cast<int>(two >> 16));
+      }
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const float v = x[8 * i + j], weighted = v * v * entries[j];
+        with_x += weighted * v;
+        with_itself += weighted * entries[j];
+      }
+    }
+    if (broken) {
+      KVQ_UNROLL
+      for (int i = 0; i < n / 2; ++i) x.Words()[i] = kTooLarge * 0x10001;
+    }
+    float d;
+    if constexpr (plain::kAreHalves<Numbers>) d = plain::ShortDivision(with_x, with_itself);
+    else d = with_x / with_itself;
+    return plain::Coded<Stored, kTooLarge>{{zero ? uint16_t{0} : FloatToHalf(plain::Poisoned(d, largest))}};
+  }
+#endif
   KVQ_HD static uint32_t Code(const Fit& fit, float x) { return fit.inverse == 0 ? 8 : Nearest(x * fit.inverse).code; }
   KVQ_HD static float Value(const Stored& stored, uint32_t code) { return NonLinear(code) * HalfToFloat(stored.d); }
 

@@ -79,15 +79,14 @@ KVQ_HD inline const Centroids& AllCentroids() {
 #ifdef __CUDACC__
 template <int kBits>
 constexpr Cells MakeCells(int of_dim) {
-  constexpr float kSlopes[] = {1.5f, 2, 3, 4};
+  constexpr float kSlopes[] = {1.5f, 2};
   float middles[(1 << kBits) - 1] = {};
   for (uint32_t code = 0; code + 1 < 1u << kBits; ++code) middles[code] = Middle<kBits>(kCentroids, of_dim, code);
   return {kSlopes[of_dim], middles};
 }
 template <int kBits>
-__device__ constexpr Cells kDeviceCells[] = {MakeCells<kBits>(0), MakeCells<kBits>(1), MakeCells<kBits>(2), MakeCells<kBits>(3)};
-static_assert(MakeCells<4>(0).apart && MakeCells<4>(1).apart && MakeCells<4>(2).apart && MakeCells<4>(3).apart);
-static_assert(MakeCells<3>(0).apart && MakeCells<3>(1).apart && MakeCells<3>(2).apart && MakeCells<3>(3).apart);
+__device__ constexpr Cells kDeviceCells[] = {MakeCells<kBits>(0), MakeCells<kBits>(1)};  // D = 64, 128
+static_assert(MakeCells<4>(0).apart && MakeCells<4>(1).apart && MakeCells<3>(0).apart && MakeCells<3>(1).apart);
 #endif
 
 KVQ_HD constexpr int TableOf(int head_dim) { return head_dim <= 64 ? 0 : head_dim <= 128 ? 1 : head_dim <= 256 ? 2 : 3; }
@@ -101,7 +100,7 @@ struct Keys {
   static constexpr int kBits = kBits_;
   static constexpr int64_t kGroups[] = {0};
   static constexpr auto& kHeadDims = kTurnedHeadDims;
-  static constexpr bool kPutsCodes = true;
+  static constexpr bool kPutsCodes = true, kTurnsByProducts = true;
 
   struct Stored {};
   struct Vector {
@@ -115,12 +114,6 @@ struct Keys {
     float middles[(1 << kBits) - 1];  // of neighbouring centroids
     Stored stored;
   };
-#ifdef __CUDACC__
-  struct CellFit {
-    LaneCells middles;
-    Stored stored;
-  };
-#endif
   struct Opened {
     int table;
     float root, norm;
@@ -128,25 +121,20 @@ struct Keys {
 
   template <typename Numbers>
   KVQ_HD static VectorFit FitVector(const Numbers& x, int n) {
-    float poison = 0;
-    if constexpr (!plain::kAreHalves<Numbers>) poison = plain::Magnitude(x, n) * 0;
     const float norm = sqrtf(plain::SumOfSquares(x, n));
-    if constexpr (plain::kAreHalves<Numbers>) poison = norm * 0;  // 512 squares of float16 do not add up to infinity
+    float poison = norm * 0;
+    if (poison != poison) poison = plain::Magnitude(x, n) * 0;  // or large numbers have still larger squares
     return {norm, {FloatToHalf(plain::Poisoned(Smaller(norm, 65504), poison))}};
   }
+  KVQ_HD static float Divisor(const VectorFit& vector) { return vector.norm + 1e-8f; }
+#ifdef __CUDACC__
+  __device__ static const Cells& DeviceCells(int head_dim) { return kDeviceCells<kBits>[TableOf(head_dim)]; }
+  __device__ static float DeviceMiddle(int head_dim, uint32_t code) { return Middle<kBits>(kDeviceCentroids, TableOf(head_dim), code); }
+#endif
   template <typename Numbers, typename Team>
   KVQ_HD static void Turn(Numbers&& x, int n, const VectorFit& vector, const Team& team) {
-    const float norm = vector.norm + 1e-8f;
-#ifdef __CUDACC__
-    if constexpr (plain::kInWords<Numbers> == DType::kFloat16) {
-      const plain::HalfQuotients quotients = plain::HalfQuotients::By(norm);
-      plain::ForEachNumber(x, n, team, [&](float v) { return quotients.Of(v); });
-    } else
-#endif
-    {
-      const plain::Quotients quotients = plain::Quotients::By(norm);
-      plain::ForEachNumber(x, n, team, [&](float v) { return quotients.Of(v); });
-    }
+    const plain::Quotients quotients = plain::Quotients::By(Divisor(vector));
+    plain::ForEachNumber(x, n, team, [&](float v) { return quotients.Of(v); });
     plain::Hadamard(x, n, n, team);
   }
   template <typename Numbers, typename Team>
@@ -154,33 +142,23 @@ struct Keys {
     plain::Hadamard(x, n, n, team);
   }
   template <typename Numbers>
-  KVQ_HD static auto FitGroup([[maybe_unused]] const Numbers& x, int n, const Vector&) {
+  KVQ_HD static Fit FitGroup([[maybe_unused]] const Numbers& x, int n, const Vector&) {
+    Fit fit = {};
+    for (uint32_t i = 0; i < (1u << kBits) - 1; ++i) fit.middles[i] = Middle<kBits>(AllCentroids(), TableOf(n), i);
 #ifdef __CUDACC__
-    if constexpr (plain::kInRegisters<Numbers>) {
-      return CellFit{LaneCells::Of(kDeviceCells<kBits>[TableOf(n)]), {}};
-    } else
-#endif
-    {
-      Fit fit = {};
-      for (uint32_t i = 0; i < (1u << kBits) - 1; ++i) fit.middles[i] = Middle<kBits>(AllCentroids(), TableOf(n), i);
-#ifdef __CUDACC__
-      if constexpr (requires { x.PutCode(0, 0u); }) {  // a lane its own, as a warp has one token
-        static_assert(plain::kLanes<Numbers> == 32);
+    if constexpr (requires { x.PutCode(0, 0u); }) {  // a lane its own, as a warp has one token
+      static_assert(plain::kLanes<Numbers> == 32);
 #pragma unroll 2
-        for (int i = 0; i < n / plain::kLanes<Numbers>; ++i) x.PutCode(i, Code(fit, x.Part(i)));
-      }
-#endif
-      return fit;
+      for (int i = 0; i < n / plain::kLanes<Numbers>; ++i) x.PutCode(i, Code(fit, x.Part(i)));
     }
+#endif
+    return fit;
   }
   KVQ_HD static uint32_t Code(const Fit& fit, float y) {
     uint32_t code = 0;
     for (uint32_t i = 0; i < (1u << kBits) - 1; ++i) plain::CountReached(y, fit.middles[i], code);
     return code;
   }
-#ifdef __CUDACC__
-  __device__ __forceinline__ static uint32_t EightOf(const CellFit& fit, const float (&y)[8]) { return fit.middles.Eight(y); }
-#endif
   template <typename Codes>
   KVQ_HD static Opened Open(const Codes& codes, int n, const Stored&, const Vector& vector) {
     const int table = TableOf(n);
