@@ -47,13 +47,14 @@ KVQ_HD inline ClipPolynomial ClipPolynomialFor(float s) {
   return {{-0.014653758f * s, 0.13453212f * s, -0.51638743f * s, 1.0785673f * s, -1.3724519f * s, 1.6903888f * s}};
 }
 KVQ_HD inline uint32_t ClipExponent(float d, float inverse) { return FloatBits(std::fabs(d) * inverse) & 0x7F800000; }
-// `power` is what the table has for its exponent.
-KVQ_HD inline float Clip(float d, float inverse, const ClipPolynomial& polynomial, float power) {
+// `powers` is the table, or what it has for this exponent.
+template <typename Powers>
+KVQ_HD inline float Clip(float d, float inverse, const ClipPolynomial& polynomial, const Powers& powers) {
   const float magnitude = std::fabs(d);
-  const uint32_t a = FloatBits(magnitude * inverse);
-  const float m = BitsFloat(a - (a & 0x7F800000) + 0x3F800000);
+  const uint32_t a = FloatBits(magnitude * inverse), exponent = a & 0x7F800000;
+  const float m = BitsFloat(a - exponent + 0x3F800000);
   const float(&c)[6] = polynomial.of;  // written out: a loop here is one that GCC does not unroll before it makes vectors
-  const float limit = fmaf(fmaf(fmaf(fmaf(fmaf(c[0], m, c[1]), m, c[2]), m, c[3]), m, c[4]), m, c[5]) * power;
+  const float limit = fmaf(fmaf(fmaf(fmaf(fmaf(c[0], m, c[1]), m, c[2]), m, c[3]), m, c[4]), m, c[5]) * powers.At(exponent);
   return BitsFloat(FloatBits(Smaller(limit, magnitude)) | (FloatBits(d) & 0x80000000));
 }
 
@@ -187,7 +188,7 @@ __device__ __forceinline__ float Step(const float (&scaled)[kEach], float m, flo
   for (int i = 0; i < kEach; ++i) {
     const float u = scaled[i] + z, q = RoundCode(u, m), d = u - q;
     distance[i] = fabsf(d);
-    target[i] = kClips ? q + (d - Clip(d, inverse, polynomial, powers.At(ClipExponent(d, inverse)))) : q;
+    target[i] = kClips ? q + (d - Clip(d, inverse, polynomial, powers)) : q;
     if constexpr (!kClips) largest = fmaxf(largest, distance[i]);
   }
   beyond = largest * inverse > kAllTaken;

@@ -60,6 +60,12 @@ KVQ_VECTOR float MeanOf(const float* x, float s, float z) {
   return TreeSum<n>(u) / n;
 }
 
+// Of a PowerTable, what was looked up before.
+struct LookedUp {
+  float power;
+  float At(uint32_t) const { return power; }
+};
+
 // One iteration: moves z, which began as `first` with a mean of x s + first of `mean`; returns the sum of |x - r|
 // before that.
 template <int n>
@@ -84,7 +90,7 @@ KVQ_VECTOR float StepGroup(const float* x, float m, float s, float first, float 
     float powers[n];
     for (int i = 0; i < n; ++i) exponents[i] = ClipExponent(error[i], inverse);
     for (int i = 0; i < n; ++i) powers[i] = kPowers.At(exponents[i]);
-    for (int i = 0; i < n; ++i) target[i] += error[i] - Clip(error[i], inverse, polynomial, powers[i]);
+    for (int i = 0; i < n; ++i) target[i] += error[i] - Clip(error[i], inverse, polynomial, LookedUp{powers[i]});
   }
   *z = first + (TreeSum<n>(target) / n - mean);
   return TreeSum<n>(distance) * inverse;
