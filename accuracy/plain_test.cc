@@ -79,6 +79,7 @@ TEST(Plain, CellsCountThresholdsOrSayThatTheyCannot) {
   for (const float threshold : kThresholds) {
     for (const float y : {threshold, std::nextafter(threshold, -1e9f), std::nextafter(threshold, 1e9f)}) {
       for (int off = 1 - Cells::kUnsure; off < Cells::kUnsure; ++off) EXPECT_TRUE(expect(y, off)) << y << ", " << off;
+      for (const double off : {-0.99 * Cells::kUnsure, 0.99 * Cells::kUnsure}) expect(y, off);
     }
     for (const double steps : {-Cells::kUnsure - 1.1, Cells::kUnsure + 1.1}) {
       EXPECT_FALSE(expect(static_cast<float>(threshold + steps * kStep), 0)) << threshold;
@@ -88,7 +89,7 @@ TEST(Plain, CellsCountThresholdsOrSayThatTheyCannot) {
   std::mt19937 random(2);
   int unsure = 0;
   for (int i = 0; i < 1000000; ++i) {
-    unsure += expect(std::uniform_real_distribution<float>(-300, 300)(random), std::uniform_real_distribution<double>(-4, 4)(random));
+    unsure += expect(std::uniform_real_distribution<float>(-300, 300)(random), std::uniform_real_distribution<double>(-4.99, 4.99)(random));
   }
   EXPECT_LT(unsure, 200);  // 15 times 11 of 2.5 million steps
   for (const float y : {1e-2f, 1e29f, -1e38f, -std::numeric_limits<float>::infinity()}) expect(y, 0);

@@ -101,11 +101,19 @@ void ExpectSameBitsOnGpu(const Codec& codec, const std::vector<Case>& cases, con
           const at::Tensor flat = numbers.flatten();
           for (int64_t i = 0; i < 7; ++i) flat[i * (flat.numel() - 1) / 6] = bad[i];
         }
+        if (kind == "one large") {  // of each token
+          const at::Tensor rows = numbers.view({-1, c.head_dim});
+          const at::Tensor at = at::arange(rows.size(0)).remainder(c.head_dim).unsqueeze(1);
+          rows.scatter_(1, at, rows.gather(1, at).mul(20000).clamp(-60000, 60000));
+        }
+        if (kind == "zeros") numbers.mul_(0);  // of both signs
+        if (kind == "squares overflow") numbers.mul_(1e25);
+        if (kind == "squares vanish") numbers.mul_(1e-27);
         for (const at::ScalarType type : {at::kFloat, at::kHalf, at::kBFloat16}) {
           SCOPED_TRACE(StrCat(numbers.sizes(), " group ", group, " ", kind, " ", type));
           const at::Tensor x = numbers.to(type);
           const EncodedTensors cpu = Encode(codec, params, x, c.block);
-          const EncodedTensors gpu = Encode(codec, params, x.cuda(), c.block);
+          const EncodedTensors gpu = Encode(codec, params, kind == "one large" ? x.cuda().transpose(1, 2).contiguous().transpose(1, 2) : x.cuda(), c.block);
           for (size_t p = 0; p < cpu.planes.size(); ++p) {
             ASSERT_TRUE(cpu.planes[p].equal(gpu.planes[p].cpu())) << "plane " << p;
           }
@@ -149,6 +157,15 @@ TEST_P(EverySchemeGpu, SameBitsAsTheCpu) {
     SCOPED_TRACE(side);
     ExpectSameBitsOnGpu(*codec, {{1, 1, 64, 1}, {2, 40, 80, 8}, {3, 256, 64, 128}, {8, 65, 128, 65}, {2, 96, 256, 32}, {4, 1000, 128, 1000}},
                         {"normal", "outliers", "constant", "tiny", "offset", "ties", "not finite"});
+  }
+}
+
+// Where a shorter way to a number, or one by a bound, would show; the first kind lies in memory token by token.
+TEST_P(EverySchemeGpu, TokensOfUnlikeNumbers) {
+  KVQ_NEEDS_CUDA();
+  for (const auto& [side, codec] : CodecsOf(FindScheme(GetParam()))) {
+    SCOPED_TRACE(side);
+    ExpectSameBitsOnGpu(*codec, {{2, 1000, 64, 1000}, {2, 1000, 128, 1000}}, {"one large", "zeros", "squares overflow", "squares vanish"});
   }
 }
 

@@ -3,7 +3,8 @@
 // makes the planes, `encode` and `decode` on the CPU and their CUDA twins from it. CPU and GPU give the same bits because they
 // run the same operations in the same order: one thread goes through a group from its first number to its last (but where order
 // does not matter: Magnitude, Range, Total), nothing is fused (-ffp-contract=off, --fmad=false), division and conversions are
-// IEEE's. Where a GPU has a shorter way to the same number, it stands beside the CPU's (Quotients, Truncated, E2M1::Code).
+// IEEE's. Where a GPU has a shorter way to the same number, it stands beside the CPU's (Quotients, Truncated, E2M1::Code); where codes
+// alone are the same, by a bound of what they are made from, plain_encode_turned.cuh says it.
 //
 // A scheme is a struct in a namespace, that device code finds by its name (kernels/schemes/q8_0.cc is the model):
 //
@@ -52,9 +53,8 @@
 //   kPutsCodes            true where FitGroup of numbers in shared memory leaves their codes in their place (x.PutCode), those that
 //                         Code would give; lanes may do so twice (plain_kernels.cuh), so all numbers are read, then __syncwarp()
 //
-// FitGroup may return another type for numbers in registers (kInRegisters), which Code knows, too: all lanes of a warp then call
-// both together, so that a table can lie in them (turboquant). Where numbers are there as they came, two in a word (kHasWords), it may
-// be a type that makes two codes at once, in float16's arithmetic where that gives the same, or has made them:
+// FitGroup may return another type for numbers that are there as they came, two in a word (kHasWords): one that makes two codes at
+// once, in float16's arithmetic where that gives the same, or has made them:
 //
 //   PairOf(fit, two)      the codes of a word's numbers, in its halves, below 2^16 both. Instead of Code. Of a Coded they are made
 //   kPairTooLarge         how much larger they are, in each half
@@ -69,7 +69,8 @@
 // how many of some thresholds those reach: tensor cores then turn many tokens (kernels/device/plain_encode_turned.cuh)
 //
 //   kTurnsByProducts      true
-//   Divisor(vector)       a VectorFit's
+//   Divisor(vector)       a VectorFit's, which has a member `norm`; not below the token's length. Thresholds are below 0.3 then, and a
+//                         slope of Cells is 2 at most: the bound says so
 //   DeviceMiddle(dim, i)  threshold i; and DeviceCells(dim), their Cells (kernels/device/cells.cuh)
 //
 // kHeadDims names the only head_dims that a scheme takes, where there are only some.
@@ -255,10 +256,6 @@ struct OwnNumbers {
   __device__ __forceinline__ float& Part(int i) const { return v[i]; }
   __device__ __forceinline__ uint32_t* Words() const { return words; }
 };
-template <typename Numbers>
-inline constexpr bool kInRegisters = false;
-template <int kLanes_, DType kType>
-inline constexpr bool kInRegisters<OwnNumbers<kLanes_, kType>> = true;
 template <typename Numbers>
 inline constexpr int kLanes = 1;
 template <int kLanes_, DType kType>

@@ -17,7 +17,7 @@ namespace kvq {
 struct Cells {
   static constexpr int kCellSteps = 1 << 15, kSteps = 32 * kCellSteps - 1;
   // So near to a threshold, in steps, nothing is said: each of the two is rounded to a step, by half of one, so that a number is on its
-  // side of a threshold where it is known but for kUnsure - 1 steps.
+  // side of a threshold where it is known but for kUnsure steps: what is sure is a step more from it, less the two halves.
   static constexpr int kUnsure = 5;
   static constexpr float kMiddle = 0.5f + 1.0f / 64;  // so that 0, where most numbers are, is no cell's end
 
