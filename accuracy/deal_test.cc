@@ -5,8 +5,12 @@
 #include <omp.h>
 
 #include <atomic>
+#include <chrono>
+#include <mutex>
 #include <numeric>
+#include <set>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace kvq {
@@ -50,19 +54,30 @@ TEST(Deal, ThreadsMayDealAtOnce) {
   for (const int64_t sum : sums) EXPECT_EQ(sum, 500 * 666);
 }
 
-// Which thread has which piece is not said, but that each begins a run of its own: of two threads that both work, none has all.
-TEST(Deal, PiecesOfARunAreInOrder) {
-  constexpr int64_t kPieces = 64;
-  std::vector<std::atomic<int64_t>> order(kPieces);
-  for (int round = 0; round < 100; ++round) {
-    std::atomic<int64_t> next = 0;
-    Deal(kPieces, [&](int64_t i) { order[static_cast<size_t>(i)] = next++; });
-    const int threads = omp_get_max_threads();
-    for (int run = 0; run < threads; ++run) {
-      for (int64_t i = kPieces * run / threads + 1; i < kPieces * (run + 1) / threads; ++i) {
-        // Two that two threads take at once may begin in either order.
-        ASSERT_LT(order[static_cast<size_t>(i - 1)], order[static_cast<size_t>(i)] + threads) << i;
-      }
+// Where all threads work at once: each begins with its run's first piece, and goes through its pieces of a run in order.
+TEST(Deal, EachThreadHasARun) {
+  const int threads = omp_get_max_threads();
+  const int64_t pieces = 8 * threads;
+  std::vector<std::pair<std::thread::id, int64_t>> taken(static_cast<size_t>(pieces));  // by whom, and as which of all
+  std::atomic<int64_t> next = 0;
+  std::atomic<int> begun = 0;
+  std::mutex mutex;
+  std::set<std::thread::id> working;
+  const auto until = std::chrono::steady_clock::now() + std::chrono::seconds(10);
+  Deal(pieces, [&](int64_t i) {
+    taken[static_cast<size_t>(i)] = {std::this_thread::get_id(), next++};
+    {
+      const std::lock_guard<std::mutex> lock(mutex);
+      working.insert(std::this_thread::get_id()), begun = static_cast<int>(working.size());
+    }
+    while (begun < threads && std::chrono::steady_clock::now() < until) std::this_thread::yield();
+  });
+  ASSERT_EQ(begun, threads) << "not all threads had a processor within ten seconds";
+  std::set<std::thread::id> owners;
+  for (int64_t i = 0; i < pieces; ++i) {
+    if (i % 8 == 0) EXPECT_TRUE(owners.insert(taken[static_cast<size_t>(i)].first).second) << i;
+    else if (const auto &before = taken[static_cast<size_t>(i - 1)], &now = taken[static_cast<size_t>(i)]; before.first == now.first) {
+      EXPECT_LT(before.second, now.second) << i;
     }
   }
 }

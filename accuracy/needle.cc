@@ -113,7 +113,7 @@ Counters Needle(Session& session, const Cell& cell, benchmark::State& state) {
   const Spec spec = ParseSpec(cell.spec);
   if (cell.batch != 1) throw Skip("prompts differ in length; needle runs at batch 1");
   const bool study = session.options().protocol == "study";
-  const bool both = study || session.options().needles == "both";
+  const bool both = BothNeedles(session.options());
   const int64_t chunk = study ? cell.context : spec.CallTokens();
   const Tokenizer& tokenizer = session.tokenizer(cell.model);
   const auto encode = [&](const std::string& text, bool special) {
@@ -181,7 +181,7 @@ const RegisterMeasurement kNeedle{
      .study = "the prompt in one call; 7492 at five depths, its answers in the JSON; random ones beside",
      .quality = true, .turn = 2,
      // half of five or ten prompts, and the answers
-     .like_tokens = [](const Options& o, double tokens) { return (o.needles == "both" ? 8 : 4) * tokens; },
+     .like_tokens = [](const Options& o, double tokens) { return (BothNeedles(o) ? 8 : 4) * tokens; },
      .new_tokens = [](const Options&) { return kNewTokens; }, .run = Needle}};
 
 }  // namespace

@@ -248,7 +248,7 @@ void AddContext(Session& session, const std::vector<std::string>& benchmark_flag
     benchmark::AddCustomContext("corpus_sha256", session.corpus().sha256);
   }
   benchmark::AddCustomContext("protocol", o.protocol);
-  if (o.needles != Options().needles) benchmark::AddCustomContext("needles", o.needles);
+  if (!BothNeedles(o)) benchmark::AddCustomContext("needles", o.needles);
   benchmark::AddCustomContext("runs", std::to_string(o.runs));
   benchmark::AddCustomContext("max_runs", std::to_string(o.max_runs));
   benchmark::AddCustomContext("max_seconds", std::to_string(o.max_seconds));

@@ -50,6 +50,9 @@ struct Options {
   bool vram_diag = false;
 };
 
+// Whether needle hides the reference study's number, too.
+inline bool BothNeedles(const Options& options) { return options.needles == "both" || options.protocol == "study"; }
+
 // One benchmark: a measurement of one model under one backend and spec, at one context and batch size.
 struct Cell {
   std::string model, backend, spec;

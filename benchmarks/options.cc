@@ -74,7 +74,7 @@ std::vector<Flag> Flags(Options& o) {
              o.stride, 0),
       text("protocol", "decode, or study: as the reference study measured, see below",
            o.protocol),
-      text("needles", "numbers that needle hides: random, or both: the reference study's, too", o.needles),
+      text("needles", "numbers that needle hides: random, or both: the reference study's, too, as --protocol=study always does", o.needles),
       text("device", "cpu; cuda: the GPU that ctest allots, or the first; cuda:1: that one; cuda:0,1: layers over both", o.device),
       text("dtype", "float32, float16, bfloat16; auto: the faster one here (CUDA: float16)", o.dtype),
       text("kv-dtype",

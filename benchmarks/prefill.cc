@@ -26,7 +26,7 @@ Counters Prefill(Session& session, const Cell& cell, benchmark::State& state) {
     logits = model.Logits(hidden.select(1, hidden.size(1) - 1));
     logits.argmax(-1);
   };
-  // Warm-up: threads, kernels, which a GPU has for each shape. A CPU takes seconds for a thousand tokens.
+  // Warm-up: threads, weights' pages, and kernels, which a GPU chooses by shape. A CPU may take seconds for a whole prompt.
   prefill(std::min({cell.context, chunk, session.device().is_cpu() ? kWarmUpOfCpu : chunk}));
   std::vector<double> rates, milliseconds;
   const double tokens = static_cast<double>(cell.context * cell.batch);

@@ -355,8 +355,9 @@ def reproduce_section(results, folders):
         line += option("batch", sorted({c.batch for c in cells}))
         windows = {int(c["perplexity.windows"]) for c in cells if c["perplexity.windows"]}
         line += option("windows", [max(windows)]) if windows else ""
-        for key in ("corpus", "protocol", "device", "seed"):
-            line += option(key, [facts[key]]) if facts.get(key) else ""
+        line += option("needles", [facts.get("needles", "both")])
+        for key in ("corpus", "protocol", "device", "seed", "runs", "decode_tokens"):
+            line += option(key.replace("_", "-"), [facts[key]]) if facts.get(key) else ""
         commands.append(checkout + line)
     commands.append("ci/report " + " ".join(folders) + " --out OUT")
     text = "<p>The figures, tables and this page come from the results alone, by the last command.</p>"

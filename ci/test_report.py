@@ -273,7 +273,7 @@ class Page(Measured, OnPage, unittest.TestCase):
     def test_it_has_everything(self):
         text = self.browser.run("document.body.innerText")
         for words in ("What was measured on what", "Warnings", "Results", "Figures", "Raw data of every cell",
-                      "How to make it again", "20 of 20 rows", "git checkout", "ci/study --out", "--windows=3"):
+                      "How to make it again", "20 of 20 rows", "git checkout", "ci/study --out", "--windows=3", "--needles=both", "--decode-tokens="):
             self.assertIn(words, text)
         self.assertEqual(len(self.column("scheme")), 20)
         heads = self.browser.run("[...document.querySelectorAll('#results th')].map(h => h.textContent)")

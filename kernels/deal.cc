@@ -19,12 +19,13 @@ namespace {
 // Looks for work, or at what others still do, before a thread sleeps: some tens of microseconds, as between two products of a step.
 constexpr int kLooks = 2000;
 constexpr int kLines = 4;  // that are asked for between two looks
+constexpr int kMostRuns = 256;
 thread_local bool within = false;
 
 // As many as OpenMP would take; one within its regions, and where a build has none.
 int Threads() {
 #ifdef _OPENMP
-  return omp_in_parallel() ? 1 : omp_get_max_threads();
+  return omp_in_parallel() ? 1 : std::min(omp_get_max_threads(), kMostRuns);
 #else
   return 1;
 #endif
@@ -56,13 +57,12 @@ int64_t RunBegin(int64_t n, int64_t run, int64_t runs) { return n * run / runs; 
 class Team {
  public:
   void Run(int64_t n, void (*run)(const void*, int64_t), const void* body) {
-    const int threads = Threads();
-    for (; helpers_ < threads - 1; ++helpers_) {
+    const int count = Threads();
+    for (; helpers_ < count - 1; ++helpers_) {
       std::thread([this, own = helpers_ + 1] { number = own, Help(); }).detach();
     }
     run_ = run, body_ = body;
     unfinished_.store(static_cast<int32_t>(n), std::memory_order_relaxed);
-    const int count = std::min(threads, kMostRuns);
     run_count_.store(count, std::memory_order_relaxed);
     const uint64_t deal = deals_.load(std::memory_order_relaxed) + 1;
     for (int i = 0; i < count; ++i) {
@@ -81,7 +81,6 @@ class Team {
   }
 
  private:
-  static constexpr int kMostRuns = 256;
   struct alignas(64) Pieces {
     std::atomic<uint64_t> left = 0;  // the deal's number, and pieces that nobody has: one word, so that nobody takes another deal's
     int64_t end = 0;

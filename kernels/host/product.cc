@@ -1,7 +1,5 @@
 #include "kernels/host/step.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <cmath>
 #include <vector>
