@@ -113,7 +113,9 @@ void ExpectSameBitsOnGpu(const Codec& codec, const std::vector<Case>& cases, con
           SCOPED_TRACE(StrCat(numbers.sizes(), " group ", group, " ", kind, " ", type));
           const at::Tensor x = numbers.to(type);
           const EncodedTensors cpu = Encode(codec, params, x, c.block);
-          const EncodedTensors gpu = Encode(codec, params, kind == "one large" ? x.cuda().transpose(1, 2).contiguous().transpose(1, 2) : x.cuda(), c.block);
+          at::Tensor there = x.cuda();
+          if (kind == "one large") there = there.transpose(1, 2).contiguous().transpose(1, 2);
+          const EncodedTensors gpu = Encode(codec, params, there, c.block);
           for (size_t p = 0; p < cpu.planes.size(); ++p) {
             ASSERT_TRUE(cpu.planes[p].equal(gpu.planes[p].cpu())) << "plane " << p;
           }
