@@ -181,7 +181,7 @@ const RegisterMeasurement kNeedle{
      .study = "the prompt in one call; 7492 at five depths, its answers in the JSON; random ones beside",
      .quality = true, .turn = 2,
      // half of five or ten prompts, and the answers
-     .like_tokens = [](const Options& o, double tokens) { return (BothNeedles(o) ? 8 : 4) * tokens; },
+     .like_tokens = [](const Options& o, double tokens) { return (BothNeedles(o) ? 10 : 5) * tokens; },
      .new_tokens = [](const Options&) { return kNewTokens; }, .run = Needle}};
 
 }  // namespace

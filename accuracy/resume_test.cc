@@ -632,9 +632,14 @@ TEST(Progress, TimeLeftIsThatOfSimilarCells) {
   progress.Expect(decode, {"m", "sdpa", "int4-hqq", 8192, 1});  // none like it: by decode's rate
   constexpr double kRate = (10 + 14 + 60) / (1024 + 1024 + 4096.0);
   EXPECT_DOUBLE_EQ(*progress.left(), 12 + 8192 * kRate);
-  progress.Expect(prefill, {"m", "sdpa", "int4-hqq", 1024, 1});  // none like it: by the rate of all
+  progress.Expect(prefill, {"m", "sdpa", "int4-hqq", 1024, 1});  // none like it: by the rate of the slowest
   EXPECT_DOUBLE_EQ(*progress.left(), 12 + 8192 * kRate + 1024 * kRate);
   progress.Done("decode/m/sdpa/int4-hqq/ctx:8192/batch:1");
+  EXPECT_DOUBLE_EQ(*progress.left(), 12 + 1024 * kRate);
+  const Measurement quick{.name = "quick", .what = "", .like_tokens = [](const Options&, double tokens) { return 50 * tokens; }, .run = nullptr};
+  const Measurement tiny{.name = "tiny", .what = "", .like_tokens = [](const Options&, double) { return 1.0; }, .run = nullptr};
+  progress.Took(quick, short_cell, 30);  // much of the time, at a higher rate
+  progress.Took(tiny, short_cell, 1);    // a second a token, but next to nothing of the time
   EXPECT_DOUBLE_EQ(*progress.left(), 12 + 1024 * kRate);
   EXPECT_EQ(DurationText(34.4), "34 s");
   EXPECT_EQ(DurationText(720), "12 min");

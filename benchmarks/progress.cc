@@ -21,9 +21,8 @@ double TokensLike(const Measurement& measurement, const Cell& cell, const Option
 }
 
 // What a cell's time is like, closest first.
-std::vector<std::string> Groups(const Measurement& measurement, const Cell& cell) {
-  return {StrCat(measurement.name, "/", ModelLabel(cell.model), "/", cell.context, "/", cell.batch),
-          measurement.name, ""};
+std::array<std::string, 2> Groups(const Measurement& measurement, const Cell& cell) {
+  return {StrCat(measurement.name, "/", ModelLabel(cell.model), "/", cell.context, "/", cell.batch), measurement.name};
 }
 
 }  // namespace
@@ -44,25 +43,27 @@ void Progress::Took(const Measurement& measurement, const Cell& cell, double sec
     Sum& sum = took_[group];
     sum.seconds += seconds, sum.tokens += TokensLike(measurement, cell, options_), ++sum.count;
   }
+  all_seconds_ += seconds;
+  measurements_.insert(measurement.name);
 }
 
 double Progress::elapsed() const { return Seconds(Clock::now() - begin_); }
 
 std::optional<double> Progress::left() const {
   if (took_.empty()) return std::nullopt;
-  double sum = 0;
+  double slowest = 0, sum = 0;  // seconds a token
+  for (const std::string& measurement : measurements_) {
+    const Sum& took = took_.at(measurement);
+    if (took.seconds >= all_seconds_ / 10 && took.tokens > 0) slowest = std::max(slowest, took.seconds / took.tokens);
+  }
   for (const auto& [name, cell] : expected_) {
-    for (const std::string& group : cell.groups) {
-      const auto found = took_.find(group);
-      if (found == took_.end()) continue;
-      const Sum& took = found->second;
-      const bool close = &group == &cell.groups.front();
-      if (close || took.tokens == 0) {
-        sum += took.seconds / took.count;
-      } else {
-        sum += took.seconds / took.tokens * cell.tokens;
-      }
-      break;
+    const auto close = took_.find(cell.groups[0]), like = took_.find(cell.groups[1]);
+    if (close != took_.end()) {
+      sum += close->second.seconds / close->second.count;
+    } else if (like != took_.end() && like->second.tokens == 0) {
+      sum += like->second.seconds / like->second.count;
+    } else {
+      sum += (like != took_.end() ? like->second.seconds / like->second.tokens : slowest) * cell.tokens;
     }
   }
   return sum;

@@ -1,6 +1,7 @@
 // What a run says of itself while it goes on, and at its end.
 #pragma once
 
+#include <array>
 #include <chrono>
 #include <map>
 #include <optional>
@@ -36,12 +37,13 @@ class Progress {
   double elapsed() const;
   // Seconds that the cells which are not done will take: each the mean of those of the same
   // measurement, model, context and batch size; else by the tokens it is like (Measurement::like_tokens) at the rate of
-  // the measurement's others, else of all that are done. Nothing while none is.
+  // the measurement's others, else of the slowest measurement that took a tenth of the time until now: one whose cells share
+  // what they compute, or are cut short, looks quick. Nothing while none is done.
   std::optional<double> left() const;
 
  private:
   struct Expected {
-    std::vector<std::string> groups;  // closest first
+    std::array<std::string, 2> groups;  // closest first
     double tokens;
   };
   struct Sum {
@@ -56,6 +58,8 @@ class Progress {
   Clock::time_point begin_ = Clock::now(), start_ = begin_;
   std::map<std::string, Expected> expected_;  // by name
   std::map<std::string, Sum> took_;           // by group
+  double all_seconds_ = 0;
+  std::set<std::string> measurements_;        // that took_ has
 };
 
 // The plain text of --summary-file: how many of `names` are done, which failed or were skipped and
