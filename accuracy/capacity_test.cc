@@ -216,15 +216,22 @@ TEST_F(CapacityOfCellsSlow, HoldWhereTheyAreRun) {
   GTEST_SKIP() << "AddressSanitizer keeps freed memory";
 #endif
   const auto runs = Run("--schemes=none,int4-quanto@residual=16 --contexts=64 --batch=128 --prefill-chunk=64 --memory=512MiB --check-capacity");
+  const CacheShape shape{128, {{4, 64}, {4, 64}}};
+  const auto cache = [&](const char* spec, int64_t context) {
+    return CacheTensorBytes(ParseSpec(spec), shape, context + 8, at::kFloat, at::kFloat);  // and eight steps
+  };
   for (const char* spec : {"none", "int4-quanto@residual=16"}) {
     const nlohmann::json cell = Of(runs, spec, 64, 128);
     SCOPED_TRACE(cell.dump(1));
     const double memory = cell["memory_bytes"], held = cell["weights_bytes"], need = cell["bytes_at_limit"];
     EXPECT_EQ(memory, 512.0 * (1 << 20));
-    // 0.5 % of the rest is kept free, and of what is left there is no room for one token more.
+    // 0.5 % of the rest is kept free, and of what is left there is no room for one token more: for its cache (a block of 16
+    // tokens at once, where it is encoded) and at most as much of work as a token's keys and values have.
     const double usable = memory - 0.005 * (memory - held);
     EXPECT_LE(need, usable + 1);
-    EXPECT_GT(need + 2 * 128 * 4096, usable);
+    const int64_t longest = cell["longest_context"];
+    EXPECT_EQ(cell["kv_bytes_at_limit"], cache(spec, longest));
+    EXPECT_GT(need + static_cast<double>(cache(spec, longest + 1) - cache(spec, longest) + 128 * 4096), usable);
     EXPECT_NEAR(need, held + cell["kv_bytes_at_limit"].get<double>() + cell["workspace_bytes"].get<double>(), 2);
     EXPECT_EQ(cell["longest_context_of_model"], 128);
     EXPECT_NEAR(cell["peak_at_limit_bytes"].get<double>() / need, 1, 0.02);
