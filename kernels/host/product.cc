@@ -149,43 +149,62 @@ KVQ_AVX2 void Rows(const W* weight, int64_t outs, int64_t in, const float* x, in
 constexpr int kTileRows = 4, kTileOuts = 3 * kLanes, kPanels = 4, kGroupOuts = kPanels * kTileOuts;
 constexpr int64_t kPanelInputs = 192, kManyRows = 240;
 
-// Eight rows of eight numbers become eight columns.
-KVQ_AVX2_INLINE void Transpose(Floats (&r)[8]) {
-  const Floats a0 = _mm256_unpacklo_ps(r[0], r[1]), a1 = _mm256_unpackhi_ps(r[0], r[1]);
-  const Floats a2 = _mm256_unpacklo_ps(r[2], r[3]), a3 = _mm256_unpackhi_ps(r[2], r[3]);
-  const Floats a4 = _mm256_unpacklo_ps(r[4], r[5]), a5 = _mm256_unpackhi_ps(r[4], r[5]);
-  const Floats a6 = _mm256_unpacklo_ps(r[6], r[7]), a7 = _mm256_unpackhi_ps(r[6], r[7]);
-  const Floats b0 = _mm256_shuffle_ps(a0, a2, 0x44), b1 = _mm256_shuffle_ps(a0, a2, 0xEE);
-  const Floats b2 = _mm256_shuffle_ps(a1, a3, 0x44), b3 = _mm256_shuffle_ps(a1, a3, 0xEE);
-  const Floats b4 = _mm256_shuffle_ps(a4, a6, 0x44), b5 = _mm256_shuffle_ps(a4, a6, 0xEE);
-  const Floats b6 = _mm256_shuffle_ps(a5, a7, 0x44), b7 = _mm256_shuffle_ps(a5, a7, 0xEE);
-  r[0] = _mm256_permute2f128_ps(b0, b4, 0x20), r[4] = _mm256_permute2f128_ps(b0, b4, 0x31);
-  r[1] = _mm256_permute2f128_ps(b1, b5, 0x20), r[5] = _mm256_permute2f128_ps(b1, b5, 0x31);
-  r[2] = _mm256_permute2f128_ps(b2, b6, 0x20), r[6] = _mm256_permute2f128_ps(b2, b6, 0x31);
-  r[3] = _mm256_permute2f128_ps(b3, b7, 0x20), r[7] = _mm256_permute2f128_ps(b3, b7, 0x31);
+// to[i, o] = from[o, i] of eight by eight, rows of `to` kTileOuts apart. A row and the one four behind it lie in a vector's halves:
+// nothing crosses them, which takes a Zen 1 eight steps.
+KVQ_AVX2_INLINE void Turn(const float* from, int64_t in, float* to) {
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4, from += 4, to += 4 * kTileOuts) {
+    Floats r[4];
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) r[k] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from + k * in)), _mm_loadu_ps(from + (k + 4) * in), 1);
+    const Floats a = _mm256_unpacklo_ps(r[0], r[1]), b = _mm256_unpackhi_ps(r[0], r[1]);
+    const Floats c = _mm256_unpacklo_ps(r[2], r[3]), d = _mm256_unpackhi_ps(r[2], r[3]);
+    Store(to, _mm256_shuffle_ps(a, c, 0x44)), Store(to + kTileOuts, _mm256_shuffle_ps(a, c, 0xEE));
+    Store(to + 2 * kTileOuts, _mm256_shuffle_ps(b, d, 0x44)), Store(to + 3 * kTileOuts, _mm256_shuffle_ps(b, d, 0xEE));
+  }
+}
+KVQ_AVX2_INLINE void StoreFloats(const Half*, __m128i column, float* to) { Store(to, _mm256_cvtph_ps(column)); }
+KVQ_AVX2_INLINE void StoreFloats(const BFloat16*, __m128i column, float* to) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_unpacklo_epi16(_mm_setzero_si128(), column));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 4), _mm_unpackhi_epi16(_mm_setzero_si128(), column));
+}
+// What has 16 bits is widened when it is turned: half the vectors until then.
+template <typename W>
+KVQ_AVX2_INLINE void Turn(const W* from, int64_t in, float* to) {
+  __m128i r[8], a[8], b[8];
+#pragma GCC unroll 8
+  for (int k = 0; k < 8; ++k) r[k] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + k * in));
+#pragma GCC unroll 4
+  for (int k = 0; k < 8; k += 2) a[k] = _mm_unpacklo_epi16(r[k], r[k + 1]), a[k + 1] = _mm_unpackhi_epi16(r[k], r[k + 1]);
+#pragma GCC unroll 2
+  for (int k = 0; k < 8; k += 4) {
+    b[k] = _mm_unpacklo_epi32(a[k], a[k + 2]), b[k + 1] = _mm_unpackhi_epi32(a[k], a[k + 2]);
+    b[k + 2] = _mm_unpacklo_epi32(a[k + 1], a[k + 3]), b[k + 3] = _mm_unpackhi_epi32(a[k + 1], a[k + 3]);
+  }
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k, to += 2 * kTileOuts) {
+    StoreFloats(from, _mm_unpacklo_epi64(b[k], b[k + 4]), to), StoreFloats(from, _mm_unpackhi_epi64(b[k], b[k + 4]), to + kTileOuts);
+  }
 }
 
 // panel[i, o] = weight[o, i] for n inputs and `outs` outputs, zero for those up to kTileOuts.
 template <typename W>
 KVQ_AVX2 void Pack(const W* weight, int64_t in, int64_t outs, int64_t n, float* panel) {
   for (int first = 0; first < kTileOuts; first += kLanes) {
+    const int64_t rows = std::clamp<int64_t>(outs - first, 0, kLanes);
     for (int64_t i = 0; i < n; i += kLanes) {
       const int64_t inputs = std::min<int64_t>(n - i, kLanes);
-      Floats columns[8];
-      for (int k = 0; k < 8; ++k) {
-        const W* from = weight + (first + k) * in + i;
-        if (first + k >= outs) {
-          columns[k] = Zeros();
-        } else if (inputs == kLanes) {
-          columns[k] = LoadWeights(from);
-        } else {
-          alignas(32) float few[kLanes] = {};
-          for (int64_t j = 0; j < inputs; ++j) few[j] = ToFloat(from[j]);
-          columns[k] = Load(few);
-        }
+      const W* from = weight + first * in + i;
+      float* to = panel + i * kTileOuts + first;
+      if (rows == kLanes && inputs == kLanes) {
+        Turn(from, in, to);
+        continue;
       }
-      Transpose(columns);
-      for (int64_t j = 0; j < inputs; ++j) Store(panel + (i + j) * kTileOuts + first, columns[j]);
+      W some[kLanes * kLanes] = {};
+      float turned[kLanes * kTileOuts];
+      for (int64_t k = 0; k < rows; ++k) std::copy_n(from + k * in, inputs, some + k * kLanes);
+      Turn(some, kLanes, turned);
+      for (int64_t j = 0; j < inputs; ++j) Store(to + j * kTileOuts, Load(turned + j * kTileOuts));
     }
   }
 }
@@ -228,8 +247,15 @@ KVQ_AVX2 void Group(const W* weight, int64_t outs, int64_t in, const float* x, i
     for (int64_t p = 0; p < used; ++p) {
       Pack(weight + p * kTileOuts * in + i, in, outs - p * kTileOuts, n, panels + p * kPanelInputs * kTileOuts);
     }
-    int64_t r = 0;
+    // What is packed next comes into the second cache meanwhile: of each row a few lines, which no processor foresees.
+    const bool last = i + n == in;
+    const W* next = last ? weight + outs * in : weight + i + n;
+    const int64_t wide = std::min(kPanelInputs, last ? in : in - i - n), at_once = (outs * kTileRows + rows - 1) / rows;
+    int64_t r = 0, fetched = 0;
     for (; r + kTileRows <= rows; r += kTileRows) {
+      for (const int64_t end = std::min(fetched + at_once, outs); fetched < end; ++fetched, next += in) {
+        for (int64_t k = 0; k < wide; k += 64 / sizeof(W)) __builtin_prefetch(next + k, 0, 2);
+      }
       for (int64_t p = 0; p < used; ++p) {
         AddTile<kTileRows>(x + r * in + i, in, panels + p * kPanelInputs * kTileOuts, n, sums + r * kGroupOuts + p * kTileOuts);
       }
