@@ -11,7 +11,7 @@
 
 #include "accuracy/distribution.h"
 #include "accuracy/tiny_model.h"
-#include "benchmarks/measurement.h"
+#include "benchmarks/decoding.h"
 #include "fixtures/model_config.h"
 #include "kernels/error.h"
 
@@ -408,6 +408,57 @@ TEST_F(Kvqbench, MeasuresACacheOfAnotherType) {
     EXPECT_LT(run(ours, "decode", of)["bytes_per_token"].get<double>(), run(theirs, "decode", of)["bytes_per_token"].get<double>());
   }
   EXPECT_LT(run(ours, "perplexity", "none")["kld_nats"].get<double>(), 1e-4) << "both are rounded alike";
+}
+
+// Specs share what they have alike: a window's first call where it encodes nothing, the unquantized model's windows.
+TEST_F(Kvqbench, SpecsThatShareWindowsMeasureWhatTheyDoAlone) {
+  WidenHeads(dir_ / "tiny");
+  const std::string arguments = Tiny() + " --contexts=72 --windows=3 --batch=2 --dtype=float32 --kv-dtype=float16 "
+                                "--benchmark_filter=^perplexity/ --benchmark_format=json --schemes=";
+  const std::vector<std::string> specs = {"none", "int2-hqq@residual=16", "q4_0@residual=0", "int2-hqq@residual=16@sinks=3",
+                                          "int2-hqq@residual=16@prefill=raw", "kivi-2@residual=32", "int2-hqq@residual=16@policy=hf"};
+  const auto run = [&](const std::string& schemes) {
+    const Outcome outcome = Execute(arguments + schemes);
+    EXPECT_EQ(outcome.code, 0) << outcome.err;
+    return ByName(outcome.out);
+  };
+  std::string all;
+  for (const std::string& spec : specs) all += (all.empty() ? "" : ",") + spec;
+  const auto together = run(all);
+  EXPECT_EQ(together.size(), specs.size());
+  for (const auto& [name, cell] : together) {
+    const std::string spec = name.substr(std::string("perplexity/tiny/sdpa/").size(), name.find("/ctx:") - 21);
+    const auto alone = run(spec).at(name);
+    for (const char* number : {"ppl", "kld_nats", "top1_agreement", "kld_floor_nats"}) EXPECT_EQ(cell[number], alone[number]) << name << " " << number;
+  }
+}
+
+// On a CPU a cache is filled with what the unquantized model made of the context.
+TEST_F(Kvqbench, DecodingGoesOnBehindTheContextThatAllSpecsShare) {
+  const c10::InferenceMode guard;
+  WidenHeads(dir_ / "tiny");
+  const Options options{.models = {(dir_ / "tiny").string()}, .corpus_file = (dir_ / "text.txt").string(), .dtype = "float32",
+                        .kv_dtype = "float16"};
+  for (const char* spec : {"none", "int8-hqq@residual=16", "q8_0@residual=0", "q8_0@residual=0@prefill=raw", "kivi-4@residual=32"}) {
+    SCOPED_TRACE(spec);
+    Session session(options);
+    const Cell cell{options.models[0], "sdpa", spec, 50, 2};
+    Decoding captured(session, cell, 4), fed(session, cell, 4);
+    const at::Tensor token = captured.Start();
+    EXPECT_TRUE(token.equal(fed.Start(/*once=*/true)));
+    ASSERT_EQ(captured.cache().length(), 50);
+    const auto tensors = captured.cache().Tensors(), others = fed.cache().Tensors();
+    ASSERT_EQ(tensors.size(), others.size());
+    captured.Run(token);
+    EXPECT_EQ(captured.cache().length(), 54);
+    EXPECT_TRUE(captured.Start().equal(token)) << "again";
+    EXPECT_EQ(captured.cache().length(), 50);
+    if (std::string(spec) != "none") continue;
+    const auto [keys, values] = captured.cache().storage(1);
+    const auto [fed_keys, fed_values] = fed.cache().storage(1);
+    EXPECT_TRUE(keys.tokens.narrow(2, 0, 49).equal(fed_keys.tokens.narrow(2, 0, 49)));
+    EXPECT_TRUE(values.tokens.narrow(2, 0, 49).equal(fed_values.tokens.narrow(2, 0, 49)));
+  }
 }
 
 TEST_F(Kvqbench, WhatDoesNotFitIntoMemoryIsSkippedAndTheRestRuns) {

@@ -641,6 +641,16 @@ TEST(Progress, TimeLeftIsThatOfSimilarCells) {
   progress.Took(quick, short_cell, 30);  // much of the time, at a higher rate
   progress.Took(tiny, short_cell, 1);    // a second a token, but next to nothing of the time
   EXPECT_DOUBLE_EQ(*progress.left(), 12 + 1024 * kRate);
+  // The first of a group counts as three, done or not.
+  const Measurement shares{.name = "shares", .what = "", .first = 3, .like_tokens = [](const Options&, double tokens) { return tokens; }, .run = nullptr};
+  Progress sharing(options, 4, false);
+  sharing.Took(shares, short_cell, 30);
+  sharing.Expect(shares, {"m", "sdpa", "int4-hqq", 1024, 1});
+  EXPECT_DOUBLE_EQ(*sharing.left(), 10);
+  sharing.Took(shares, {"m", "sdpa", "int8-hqq", 1024, 1}, 14);
+  EXPECT_DOUBLE_EQ(*sharing.left(), 11);
+  for (const char* spec : {"none", "int4-hqq"}) sharing.Expect(shares, {"m", "sdpa", spec, 4096, 1});
+  EXPECT_DOUBLE_EQ(*sharing.left(), 11 + (3 + 1) * 4 * 11);
   EXPECT_EQ(DurationText(34.4), "34 s");
   EXPECT_EQ(DurationText(720), "12 min");
   EXPECT_EQ(DurationText(19260), "5 h 21 min");

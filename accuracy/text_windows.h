@@ -26,6 +26,7 @@ struct Work {
   // Of the unquantized model, the same for all specs (Session::WindowStates). Logits are kept as long as they are few.
   std::map<int64_t, at::Tensor>& reference_states;
   std::map<std::array<int64_t, 3>, at::Tensor>& reference_logits;
+  std::map<std::array<int64_t, 2>, Session::FirstCall>& first_calls;
 };
 
 // `what` begins the key, for measurements that keep something else than perplexity does.
@@ -43,11 +44,12 @@ at::Tensor WindowIds(const Work& work, const std::vector<Window>& windows);
 std::vector<std::pair<int64_t, int64_t>> CallsOf(const Spec& spec, int64_t length);
 
 // Feeds ids [batch, n] in the calls of a spec; hands each call's first position
-// and hidden states [batch, tokens of the call, hidden_size] to `use`.
+// and hidden states [batch, tokens of the call, hidden_size] to `use`. With `first` the first call is what it has, or, where it
+// has nothing yet, is kept there; a tap does not see it then.
 void FeedAsDecoding(const Model& model, const Backend& backend, const Spec& spec,
                     const at::Tensor& ids, KvCache& cache,
                     const std::function<void(int64_t begin, const at::Tensor& hidden)>& use,
-                    const Tap& tap = {});
+                    const Tap& tap = {}, Session::FirstCall* first = nullptr);
 
 // Runs windows that score the same positions, side by side (ids [batch, n]), through a cache of
 // `spec` and hands to `use`, call by call, for the positions whose next token counts: logits of the

@@ -155,7 +155,7 @@ const RegisterMeasurement kDecode{
      .study = "\"Hello world\" as text; a second prefill inside the timer; tokens_per_s_net without it",
      .timed = true, .turn = 0,
      .like_tokens = [](const Options& o, double tokens) {
-       return 2 * tokens + 12.0 * static_cast<double>((o.runs + 1) * o.decode_tokens);  // a step reads all weights
+       return tokens + 12.0 * static_cast<double>((o.runs + 1) * o.decode_tokens);  // a step reads all weights
      },
      .new_tokens = [](const Options& o) { return o.decode_tokens; }, .run = Decode}};
 

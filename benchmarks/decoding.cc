@@ -6,6 +6,7 @@
 namespace kvq {
 Decoding::Decoding(Session& session, const Cell& cell, int64_t new_tokens, const at::Tensor& ids, int64_t chunk)
     : session_(session),
+      cell_(cell),
       model_(session.model(cell.model)),
       backend_(FindBackend(cell.backend)),
       spec_(ParseSpec(cell.spec)),
@@ -24,12 +25,18 @@ Decoding::Decoding(Session& session, const Cell& cell, int64_t new_tokens, const
 
 at::Tensor Decoding::Start(bool once) {
   if (!first_.defined()) {
-    first_ = Next(Feed(model_, ids_, cache_, backend_, chunk_));
+    first_ = Next(captured_ && !once ? FeedCaptured() : Feed(model_, ids_, cache_, backend_, chunk_));
     if (!once) behind_context_ = cache_.Save();
   } else {
     behind_context_();
   }
   return first_;
+}
+
+at::Tensor Decoding::FeedCaptured() {
+  const int64_t before = ids_.size(1) - 1;
+  Store(model_, session_.captured_cache(cell_), before, cache_);
+  return model_.Forward(ids_.narrow(1, before, 1), cache_, backend_);
 }
 
 void Decoding::Run(at::Tensor token) {

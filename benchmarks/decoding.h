@@ -15,14 +15,17 @@ namespace kvq {
 
 class Decoding {
  public:
-  // Of `new_tokens` steps. Throws Skip where the context cannot be had.
+  // Of `new_tokens` steps behind the cell's context. Throws Skip where that cannot be had.
   Decoding(Session& session, const Cell& cell, int64_t new_tokens)
-      : Decoding(session, cell, new_tokens, session.context_ids(cell), session.prefill_chunk(cell.batch)) {}
-  // Behind these ids, [batch, n], instead of the cell's context, fed `chunk` of a sequence at once.
+      : Decoding(session, cell, new_tokens, session.context_ids(cell), session.prefill_chunk(cell.batch)) {
+    captured_ = model_.device().is_cpu() && CanStore(model_, spec_);
+  }
+  // Behind these ids, [batch, n], fed `chunk` of a sequence at once.
   Decoding(Session& session, const Cell& cell, int64_t new_tokens, const at::Tensor& ids, int64_t chunk);
 
   // Brings the cache to where it is behind the context; returns the next token of every sequence, [batch, 1]. `once`: nothing is kept
-  // to do so again, which is a copy of the residual and of windows, where memory is what is measured.
+  // to do so again, which is a copy of the residual and of windows, where memory is what is measured. A CPU takes as long for a
+  // prompt as for all that follows: there all specs store the one context that the unquantized model has made, unless `once`.
   at::Tensor Start(bool once = false);
   // Feeds the token and decodes greedily, new_tokens steps in all.
   void Run(at::Tensor token);
@@ -42,13 +45,17 @@ class Decoding {
 
  private:
   at::Tensor Next(const at::Tensor& hidden) const;
+  // The last token's hidden states behind the context, which is stored as it was captured.
+  at::Tensor FeedCaptured();
 
   Session& session_;
+  const Cell cell_;
   const Model& model_;
   const Backend& backend_;
   const Spec spec_;
   const int64_t new_tokens_, chunk_;
   const at::Tensor ids_;
+  bool captured_ = false;  // the context may be stored so
   KvCache cache_;
   std::optional<DecodeGraph> graph_;
   at::Tensor first_;                       // token behind the context, once it is known

@@ -21,14 +21,15 @@ std::vector<Measurement>& Table() {
   return table;
 }
 
-// The faster of bfloat16 and float32 on this CPU, for a prompt of 512 tokens and 64 new ones: what a weight then takes in
-// products and in being read.
+// bfloat16 on this CPU unless it takes half as long again as float32, for a prompt of 512 tokens and 64 new ones: what a weight then
+// takes in products and in being read. Where nothing multiplies bfloat16 it takes several times as long; by less a probe is wrong
+// beside other work, and one machine's runs are not to differ in their type.
 at::ScalarType FasterCpuType() {
   const at::Device cpu(at::kCPU);
   const auto seconds = [&](at::ScalarType type) {
     return 512 * 2 / GemmRate(cpu, type) + 64 * static_cast<double>(c10::elementSize(type)) / ReadBandwidth(cpu);
   };
-  return seconds(at::kBFloat16) < seconds(at::kFloat) ? at::kBFloat16 : at::kFloat;
+  return seconds(at::kBFloat16) < 1.5 * seconds(at::kFloat) ? at::kBFloat16 : at::kFloat;
 }
 
 }  // namespace
@@ -162,7 +163,7 @@ at::Tensor Session::context_ids(const Cell& cell) {
   return IdTensor(ids, cell.batch, device());
 }
 
-const std::vector<std::pair<at::Tensor, at::Tensor>>& Session::captured_cache(const Cell& cell) {
+const LayerTokens& Session::captured_cache(const Cell& cell) {
   const std::string key = StrCat(cell.model, "/", cell.backend, "/", cell.context, "/", cell.batch);
   if (captured_.first == key) return captured_.second;
   captured_ = {};
@@ -170,21 +171,11 @@ const std::vector<std::pair<at::Tensor, at::Tensor>>& Session::captured_cache(co
   const Spec none = ParseSpec("none");
   const at::Tensor ids = context_ids(cell);
   KvCache cache = of.NewCache(none, cell.batch, cell.context);
-  std::vector<std::vector<at::Tensor>> keys(cache.shape().layers.size()), values(keys.size());
-  Feed(of, ids, cache, FindBackend(cell.backend), prefill_chunk(cell.batch), 0,
-       [&](const LayerView& view) {
-         const auto stored = [&](const at::Tensor& x) {
-           return x.to(of.kv_dtype(), /*non_blocking=*/false, /*copy=*/true);
-         };
-         keys[view.cached_layer].push_back(stored(view.keys));
-         values[view.cached_layer].push_back(stored(view.values));
-       });
-  std::vector<std::pair<at::Tensor, at::Tensor>> captured;
-  for (size_t layer = 0; layer < keys.size(); ++layer) {
-    captured.emplace_back(at::cat(keys[layer], 2), at::cat(values[layer], 2));
-    for (const at::Tensor& of_side : {captured.back().first, captured.back().second}) {
-      CheckFinite(of_side, of, ids, none, FindBackend(cell.backend));
-    }
+  Capture capture(of);
+  Feed(of, ids, cache, FindBackend(cell.backend), prefill_chunk(cell.batch), 0, capture.tap());
+  LayerTokens captured = capture.tokens();
+  for (const auto& [keys, values] : captured) {
+    for (const at::Tensor& of_side : {keys, values}) CheckFinite(of_side, of, ids, none, FindBackend(cell.backend));
   }
   captured_ = {key, std::move(captured)};  // at last: half of it, where memory runs out, is none
   return captured_.second;

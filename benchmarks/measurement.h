@@ -97,10 +97,16 @@ class Session {
   at::Tensor context_ids(const Cell& cell);
   // Keys and values of each layer of the cache as the unquantized model computes them on context_ids,
   // [batch, kv_heads, context, head_dim], as a cache stores dense ones.
-  const std::vector<std::pair<at::Tensor, at::Tensor>>& captured_cache(const Cell& cell);
+  const LayerTokens& captured_cache(const Cell& cell);
 
+  // What a window's first call makes where it encodes nothing: hidden states, and what is stored.
+  struct FirstCall {
+    at::Tensor hidden;
+    LayerTokens tokens;
+  };
   // What the unquantized model makes of a text's windows, for all specs.
   struct WindowStates {
+    std::map<std::array<int64_t, 2>, FirstCall> first_calls;  // by a window's first token and the call's tokens
     std::map<int64_t, at::Tensor> hidden;  // over whole windows, by a window's first token
     std::map<std::array<int64_t, 3>, at::Tensor> logits;  // of some of its positions, by a window's first token, the first and the last
   };
@@ -150,7 +156,7 @@ class Session {
   std::pair<std::string, std::unique_ptr<Tokenizer>> tokenizer_;
   std::optional<Corpus> corpus_;
   std::pair<std::string, std::vector<int32_t>> ids_;
-  std::pair<std::string, std::vector<std::pair<at::Tensor, at::Tensor>>> captured_;
+  std::pair<std::string, LayerTokens> captured_;
   std::pair<std::string, WindowStates> window_states_;
   bool used_ = false;  // by a cell, since there was nothing
   std::vector<std::unique_ptr<Nvml>> nvml_;
@@ -180,6 +186,8 @@ struct Measurement {
   bool unquantized = false;     // of the model alone: runs once, under the spec `none`
   bool on_request = false;      // so costly that it runs only where --benchmark_filter names it, or what its name begins with
   int turn = 1;  // cells run turn by turn: 0 what a first table wants, 2 what takes longest
+  // The first cell of a model, context and batch size takes so many times as long as the others: it makes what they share.
+  double first = 1;
   // Tokens of a prompt that take about as long as a cell: for the time left, while none like it is done.
   double (*like_tokens)(const Options& options, double tokens) = [](const Options&, double tokens) { return 5 * tokens; };
   // Tokens that it goes on for behind the context: they need positions, too.

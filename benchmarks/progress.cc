@@ -35,13 +35,15 @@ std::string DurationText(double seconds) {
 }
 
 void Progress::Expect(const Measurement& measurement, const Cell& cell) {
-  expected_[CellName(measurement, cell)] = {Groups(measurement, cell), TokensLike(measurement, cell, options_)};
+  expected_[CellName(measurement, cell)] = {Groups(measurement, cell), TokensLike(measurement, cell, options_), measurement.first};
 }
 
 void Progress::Took(const Measurement& measurement, const Cell& cell, double seconds) {
-  for (const std::string& group : Groups(measurement, cell)) {
+  const std::array<std::string, 2> groups = Groups(measurement, cell);
+  const double cells = took_.contains(groups[0]) ? 1 : measurement.first;
+  for (const std::string& group : groups) {
     Sum& sum = took_[group];
-    sum.seconds += seconds, sum.tokens += TokensLike(measurement, cell, options_), ++sum.count;
+    sum.seconds += seconds, sum.tokens += cells * TokensLike(measurement, cell, options_), sum.cells += cells;
   }
   all_seconds_ += seconds;
   measurements_.insert(measurement.name);
@@ -56,14 +58,18 @@ std::optional<double> Progress::left() const {
     const Sum& took = took_.at(measurement);
     if (took.seconds >= all_seconds_ / 10 && took.tokens > 0) slowest = std::max(slowest, took.seconds / took.tokens);
   }
+  std::set<std::string> begun;
   for (const auto& [name, cell] : expected_) {
     const auto close = took_.find(cell.groups[0]), like = took_.find(cell.groups[1]);
     if (close != took_.end()) {
-      sum += close->second.seconds / close->second.count;
-    } else if (like != took_.end() && like->second.tokens == 0) {
-      sum += like->second.seconds / like->second.count;
+      sum += close->second.seconds / close->second.cells;
+      continue;
+    }
+    const double cells = begun.insert(cell.groups[0]).second ? cell.first : 1;
+    if (like != took_.end() && like->second.tokens == 0) {
+      sum += cells * like->second.seconds / like->second.cells;
     } else {
-      sum += (like != took_.end() ? like->second.seconds / like->second.tokens : slowest) * cell.tokens;
+      sum += cells * (like != took_.end() ? like->second.seconds / like->second.tokens : slowest) * cell.tokens;
     }
   }
   return sum;

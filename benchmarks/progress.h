@@ -36,7 +36,7 @@ class Progress {
 
   double elapsed() const;
   // Seconds that the cells which are not done will take: each the mean of those of the same
-  // measurement, model, context and batch size; else by the tokens it is like (Measurement::like_tokens) at the rate of
+  // measurement, model, context and batch size, of which the first counts Measurement::first times; else by the tokens it is like (Measurement::like_tokens) at the rate of
   // the measurement's others, else of the slowest measurement that took a tenth of the time until now: one whose cells share
   // what they compute, or are cut short, looks quick. Nothing while none is done.
   std::optional<double> left() const;
@@ -44,11 +44,10 @@ class Progress {
  private:
   struct Expected {
     std::array<std::string, 2> groups;  // closest first
-    double tokens;
+    double tokens, first;
   };
   struct Sum {
-    double seconds = 0, tokens = 0;
-    int count = 0;
+    double seconds = 0, tokens = 0, cells = 0;
   };
   using Clock = std::chrono::steady_clock;
 
