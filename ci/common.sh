@@ -17,6 +17,19 @@ fail() {
 # has_gpu: whether a driver of NVIDIA's is here, WSL's too.
 has_gpu() { [[ -e /dev/nvidiactl || -e /dev/dxg ]]; }
 
+# set_up_and_build "SETUP-FLAGS" PRESET [TARGET...]: ci/build, and meanwhile what ci/setup brings beside what building takes: Debian's
+# packages of a report alone are half a minute of one processor.
+set_up_and_build() {
+  local rest status=0
+  "$root/ci/setup" --build
+  # shellcheck disable=SC2086
+  "$root/ci/setup" $1 &
+  rest=$!
+  "$root/ci/build" "${@:2}" || status=$?
+  wait "$rest" || status=$?
+  return "$status"
+}
+
 # show_help: the comment block at the top of the calling script.
 show_help() { sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$0"; }
 
