@@ -5,6 +5,7 @@
 
 #include "accuracy/encoded.h"
 #include "accuracy/mixture.h"
+#include "accuracy/relative_error.h"
 #include "fixtures/cache/spec.h"
 #include "kernels/error.h"
 #include "kernels/host/experts.h"
@@ -14,8 +15,6 @@ namespace kvq {
 namespace {
 
 using at::Tensor;
-// Half the distance of neighbours at 1; of float32 only the sums' own error is seen.
-double Roundoff(at::ScalarType type) { return type == at::kHalf ? 0x1p-11 : type == at::kBFloat16 ? 0x1p-8 : 0x1p-24; }
 
 // A sum of n products in float32 is off by at most n roundoffs of the sum of their magnitudes.
 TEST(Host, ProductsEqualFloat64) {

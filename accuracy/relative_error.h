@@ -5,6 +5,9 @@
 
 namespace kvq {
 
+// Half the distance of a type's neighbours at 1.
+inline double Roundoff(at::ScalarType type) { return type == at::kHalf ? 0x1p-11 : type == at::kBFloat16 ? 0x1p-8 : 0x1p-24; }
+
 // The norm of the difference, in float64, as a share of theirs.
 inline double RelativeError(const at::Tensor& ours, const at::Tensor& theirs) {
   const at::Tensor exact = theirs.to(at::kDouble);

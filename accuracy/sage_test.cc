@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "accuracy/golden.h"
+#include "accuracy/relative_error.h"
 #include "fixtures/attention.h"
 #include "fixtures/cache/codec_tensors.h"
 #include "kernels/error.h"
@@ -19,11 +20,6 @@ struct Shape {
 };
 
 double ScaleFor(const Tensor& queries) { return 1 / std::sqrt(static_cast<double>(queries.size(3))); }
-
-// Unit roundoff of what weights and outputs are rounded to.
-double Roundoff(at::ScalarType type) {
-  return type == at::kHalf ? 0x1p-11 : type == at::kBFloat16 ? 0x1p-8 : 0x1p-24;
-}
 
 struct Result {
   Tensor out, workspace, query_codes, key_codes, query_scales, key_scales;

@@ -16,8 +16,6 @@
 namespace kvq {
 namespace {
 
-double Roundoff(at::ScalarType type) { return type == at::kHalf ? 0x1p-11 : 0x1p-8; }
-
 // float32 sums of `in` products, each step of relative error 2^-24: errors of random sign add up to
 // the square root of `in` of them. Rounding the result to 16 bits is at most a unit roundoff.
 // Of weights [out, in].

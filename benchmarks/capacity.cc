@@ -46,7 +46,6 @@
 namespace kvq {
 namespace {
 
-constexpr int64_t kSteps = 8;
 constexpr double kMargin = 0.005;  // of what weights leave: kept free
 constexpr double kBeyond = 1.02;   // of a limit: what must not fit
 constexpr int64_t kTried = int64_t{1} << 19;   // tokens of a batch: some 20 s of a 7B model on an H200

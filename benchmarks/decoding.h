@@ -13,6 +13,9 @@
 
 namespace kvq {
 
+// Steps behind a prompt where not their time but what they hold, or a cache's part in them, is measured.
+inline constexpr int64_t kSteps = 8;
+
 class Decoding {
  public:
   // Of `new_tokens` steps behind the cell's context. Throws Skip where that cannot be had.

@@ -396,7 +396,7 @@ const RegisterMeasurement kEncode{{.name = "kernel_encode", .what = "us of encod
 const RegisterMeasurement kFlush{{.name = "kernel_flush", .what = "us of encoding one full residual of one side (GPU)",
                                   .timed = true, .needs_encoding = true, .on_request = true,
                                   .run = OneCodec<true, true>}};
-const RegisterMeasurement kDecode{{.name = "kernel_decode", .what = "us of decoding one side of one layer (GPU)",
+const RegisterMeasurement kDecodeSide{{.name = "kernel_decode", .what = "us of decoding one side of one layer (GPU)",
                                    .timed = true, .needs_encoding = true, .on_request = true,
                                    .run = OneCodec<false, false>}};
 const RegisterMeasurement kAttention{{.name = "kernel_attention",

@@ -28,8 +28,6 @@
 namespace kvq {
 namespace {
 
-constexpr int64_t kSteps = 8;
-
 // Returns the last one's hidden states.
 at::Tensor Steps(const Model& model, at::Tensor token, KvCache& cache, const Backend& backend) {
   at::Tensor hidden;

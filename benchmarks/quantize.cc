@@ -1,7 +1,7 @@
 // quantize, dequantize: the codec alone, with its rotation, on the model's own keys and values: what the policy encodes
 // of a context, all layers. gb_per_s counts the encoded bytes and the elements in the type that they are encoded
 // from or decoded into, the cache's and the model's own, each once. The shares say how much of a prefill and of a decoding step is spent there, in one run each.
-#include "benchmarks/measurement.h"
+#include "benchmarks/decoding.h"
 #include "fixtures/cache/codec_tensors.h"
 #include "fixtures/finite.h"
 
@@ -42,8 +42,6 @@ std::vector<Job> Jobs(Session& session, const Cell& cell, const Spec& spec) {
   }
   return jobs;
 }
-
-constexpr int64_t kSteps = 8;
 
 // Shares of a prefill and of kSteps decoding steps that the cache spends encoding and decoding.
 struct Shares {
