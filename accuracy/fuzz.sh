@@ -29,12 +29,15 @@ checked=(-gline-tables-only -O1 -fsanitize=address,undefined -fno-sanitize-recov
 
 # Architectures' rows are parsers of config.json, schemes' rows check specs.
 mapfile -t architectures < <(grep -l '^const RegisterArchitecture' "$root"/fixtures/architectures/*.cc)
+# All families are read at once: what they share, JSON's code above all, is most of each.
+printf '#include "%s"\n' "${architectures[@]}" >architectures.new
+cmp -s architectures.new architectures.cc || mv architectures.new architectures.cc
 sources=("$root"/fixtures/{safetensors,model_config,cache/{spec,presets}}.cc
   "$root"/fixtures/tokenizer/{tokenizer,tokenizer_formats,tokenizer_stages,added_tokens,bpe,unicode}.cc
-  "${architectures[@]}" "$root"/kernels/{scheme.cc,rotation.cc,deal.cc,device/plain_encode.cc,schemes/*.cc} "$root/benchmarks/results_file.cc"
+  "$build/architectures.cc" "$root"/kernels/{scheme.cc,rotation.cc,deal.cc,device/plain_encode.cc,schemes/*.cc} "$root/benchmarks/results_file.cc"
   "$root/accuracy/fuzz_loaders.cc")
-# A header or this script that has changed makes all of ours anew.
-mapfile -t headers < <(ls -t "$root"/*/*.{h,cuh} "$root"/*/*/*.{h,cuh} "$0" 2>/dev/null)
+# A header, a family or this script that has changed makes all of ours anew.
+mapfile -t headers < <(ls -t "$root"/*/*.{h,cuh} "$root"/*/*/*.{h,cuh} "${architectures[@]}" "$root/accuracy/fuzz.sh" 2>/dev/null)
 ours=("${checked[@]}" -std=c++20 -Wno-unknown-pragmas -I "$root" -isystem "$oniguruma/src" -isystem "$cache/cuda-13.0.96/include")
 # What most of them include is read once. Without -O1 a file takes a third of the time: what loops over an input has it, and
 # before all others safetensors.cc, from whose object the linker takes JSON's own code.

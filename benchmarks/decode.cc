@@ -1,4 +1,5 @@
-// decode: new tokens per second at a context, greedy, one at a time; the prefill is outside the timer.
+// decode: new tokens per second at a context, greedy, one at a time; the prefill is outside the timer, and on a CPU there is one for
+// all specs: each stores the keys and values that the unquantized model made of the context (Decoding).
 // Limit: the bytes one step must read, weights and stored KV cache (as far as a sliding window shows it), over the read bandwidth measured in
 // the same run (peak_fraction). Of experts those count that the timed steps read, each once a layer and step. In a pipeline over several GPUs the stages of a step work one after the other, so the
 // limit is the sum of their times: one GPU's bandwidth, not that of all.

@@ -76,7 +76,7 @@ std::vector<Flag> Flags(Options& o) {
            o.protocol),
       text("needles", "numbers that needle hides: random, or both: the reference study's, too, as --protocol=study always does", o.needles),
       text("device", "cpu; cuda: the GPU that ctest allots, or the first; cuda:1: that one; cuda:0,1: layers over both", o.device),
-      text("dtype", "float32, float16, bfloat16; auto: the faster one here (CUDA: float16)", o.dtype),
+      text("dtype", "float32, float16, bfloat16; auto: bfloat16 unless float32 is far faster here (CUDA: float16)", o.dtype),
       text("kv-dtype",
            "what tokens that are not encoded are stored in; auto: 16 bits unless --dtype names float32, see below",
            o.kv_dtype),
