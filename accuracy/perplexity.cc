@@ -246,7 +246,7 @@ const RegisterMeasurement kPerplexity{
     {.name = "perplexity",
      .what = "ppl, its change, KLD and top-1 agreement with the unquantized model",
      .study = "half-overlapping windows in two calls; the second is scored, less its first token",
-     .quality = true, .turn = 2, .first = 2,  // the reference, and the floor
+     .quality = true, .turn = 2, .first = [](const Options&) { return 2.0; },  // the reference, and the floor
      .like_tokens = [](const Options& o, double tokens) { return 1.3 * static_cast<double>(o.windows) * tokens; },  // and logits of all
      .run = Perplexity}};
 

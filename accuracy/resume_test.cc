@@ -642,7 +642,7 @@ TEST(Progress, TimeLeftIsThatOfSimilarCells) {
   progress.Took(tiny, short_cell, 1);    // a second a token, but next to nothing of the time
   EXPECT_DOUBLE_EQ(*progress.left(), 12 + 1024 * kRate);
   // The first of a group counts as three, done or not.
-  const Measurement shares{.name = "shares", .what = "", .first = 3, .like_tokens = [](const Options&, double tokens) { return tokens; }, .run = nullptr};
+  const Measurement shares{.name = "shares", .what = "", .first = [](const Options&) { return 3.0; }, .like_tokens = [](const Options&, double tokens) { return tokens; }, .run = nullptr};
   Progress sharing(options, 4, false);
   sharing.Took(shares, short_cell, 30);
   sharing.Expect(shares, {"m", "sdpa", "int4-hqq", 1024, 1});

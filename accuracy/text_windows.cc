@@ -6,6 +6,7 @@
 namespace kvq {
 namespace {
 
+constexpr int64_t kMostFirstCalls = int64_t{1} << 28;  // bytes: four of 128 tokens take SmolLM2 12 MB
 constexpr size_t kMostLogits = size_t{1} << 30;  // bytes: six windows of 1,024 tokens and 49,152 words take 600 MB
 
 // The unquantized model's logits of positions [from, to) of windows side by side, of which `window` is the first one's beginning. A CPU
@@ -83,7 +84,7 @@ void FeedAsDecoding(const Model& model, const Backend& backend, const Spec& spec
     } else {
       Capture capture(model);
       const at::Tensor hidden = model.Forward(some, cache, backend, capture.tap());
-      *first = {hidden, capture.tokens()};
+      *first = {hidden, capture.Take()};
     }
     use(begin, first->hidden);
   }
@@ -99,7 +100,15 @@ void CompareLogits(const Work& work, const Spec& spec, const std::vector<Window>
   KvCache cache = work.model.NewCache(spec, ids.size(0), length);
   // A CPU takes an eighth of the time for an eighth of a window: what all specs have alike it makes once.
   const int64_t call = CallsOf(spec, length).front().second;
-  const bool alike = ids.is_cpu() && CanStore(work.model, spec) && !spec.raw_prefill && !ReadsEncoded(spec, call, call);
+  const std::array<int64_t, 2> key = {windows[0].begin, call};
+  bool alike = ids.is_cpu() && CanStore(work.model, spec) && !spec.raw_prefill && !ReadsEncoded(spec, call, call);
+  if (alike && !work.first_calls.contains(key)) {
+    int64_t bytes = KvBytes(ParseSpec("none"), cache.shape(), call, cache.dtype());
+    for (const auto& [of, others] : work.first_calls) {
+      for (const auto& [keys, values] : others.tokens) bytes += static_cast<int64_t>(keys.nbytes() + values.nbytes());
+    }
+    alike = bytes <= kMostFirstCalls;
+  }
   FeedAsDecoding(work.model, work.backend, spec, ids, cache,
                  [&](int64_t begin, const at::Tensor& hidden) {
                    const int64_t from = std::max(begin, first);
@@ -109,7 +118,7 @@ void CompareLogits(const Work& work, const Spec& spec, const std::vector<Window>
                        work.model.Logits(hidden.narrow(1, from - begin, to - from)),
                        ids.narrow(1, from + 1, to - from).to(hidden.device()));
                  },
-                 {}, alike ? &work.first_calls[{windows[0].begin, call}] : nullptr);
+                 {}, alike ? &work.first_calls[key] : nullptr);
 }
 
 void CheckScores(const Work& work, const Spec& spec, const at::Tensor& ids, const std::vector<WindowScore>& scores) {

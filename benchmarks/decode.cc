@@ -1,5 +1,5 @@
 // decode: new tokens per second at a context, greedy, one at a time; the prefill is outside the timer, and on a CPU there is one for
-// all specs: each stores the keys and values that the unquantized model made of the context (Decoding).
+// all specs of policy append: each stores the keys and values that the unquantized model made of the context (Decoding).
 // Limit: the bytes one step must read, weights and stored KV cache (as far as a sliding window shows it), over the read bandwidth measured in
 // the same run (peak_fraction). Of experts those count that the timed steps read, each once a layer and step. In a pipeline over several GPUs the stages of a step work one after the other, so the
 // limit is the sum of their times: one GPU's bandwidth, not that of all.
@@ -154,7 +154,7 @@ Counters Decode(Session& session, const Cell& cell, benchmark::State& state) {
 const RegisterMeasurement kDecode{
     {.name = "decode", .what = "new tokens/s at a context, without its prefill",
      .study = "\"Hello world\" as text; a second prefill inside the timer; tokens_per_s_net without it",
-     .timed = true, .turn = 0,
+     .timed = true, .turn = 0, .first = [](const Options& o) { return o.device == "cpu" ? 2.0 : 1.0; },
      .like_tokens = [](const Options& o, double tokens) {
        return tokens + 12.0 * static_cast<double>((o.runs + 1) * o.decode_tokens);  // a step reads all weights
      },

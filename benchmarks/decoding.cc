@@ -25,7 +25,7 @@ Decoding::Decoding(Session& session, const Cell& cell, int64_t new_tokens, const
 
 at::Tensor Decoding::Start(bool once) {
   if (!first_.defined()) {
-    first_ = Next(captured_ && !once ? FeedCaptured() : Feed(model_, ids_, cache_, backend_, chunk_));
+    first_ = Next(Prompt(captured_ && !once));
     if (!once) behind_context_ = cache_.Save();
   } else {
     behind_context_();
@@ -33,7 +33,8 @@ at::Tensor Decoding::Start(bool once) {
   return first_;
 }
 
-at::Tensor Decoding::FeedCaptured() {
+at::Tensor Decoding::Prompt(bool captured) {
+  if (!captured) return Feed(model_, ids_, cache_, backend_, chunk_);
   const int64_t before = ids_.size(1) - 1;
   Store(model_, session_.captured_cache(cell_), before, cache_);
   return model_.Forward(ids_.narrow(1, before, 1), cache_, backend_);

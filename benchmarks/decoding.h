@@ -10,6 +10,7 @@
 
 #include "benchmarks/measurement.h"
 #include "fixtures/decode_graph.h"
+#include "fixtures/machine/host_memory.h"
 
 namespace kvq {
 
@@ -21,14 +22,16 @@ class Decoding {
   // Of `new_tokens` steps behind the cell's context. Throws Skip where that cannot be had.
   Decoding(Session& session, const Cell& cell, int64_t new_tokens)
       : Decoding(session, cell, new_tokens, session.context_ids(cell), session.prefill_chunk(cell.batch)) {
-    captured_ = model_.device().is_cpu() && CanStore(model_, spec_);
+    const int64_t dense = KvBytes(ParseSpec("none"), cache_.shape(), cell.context, cache_.dtype());  // twice while they are captured
+    captured_ = model_.device().is_cpu() && CanStore(model_, spec_) && 4 * dense <= AvailableBytes().value_or(0);
   }
   // Behind these ids, [batch, n], fed `chunk` of a sequence at once.
   Decoding(Session& session, const Cell& cell, int64_t new_tokens, const at::Tensor& ids, int64_t chunk);
 
   // Brings the cache to where it is behind the context; returns the next token of every sequence, [batch, 1]. `once`: nothing is kept
   // to do so again, which is a copy of the residual and of windows, where memory is what is measured. A CPU takes as long for a
-  // prompt as for all that follows: there all specs store the one context that the unquantized model has made, unless `once`.
+  // prompt as for all that follows: there specs of policy append store the one context that the unquantized model has made, but for
+  // models with linear attention, where memory is scarce, and with `once`.
   at::Tensor Start(bool once = false);
   // Feeds the token and decodes greedily, new_tokens steps in all.
   void Run(at::Tensor token);
@@ -48,8 +51,8 @@ class Decoding {
 
  private:
   at::Tensor Next(const at::Tensor& hidden) const;
-  // The last token's hidden states behind the context, which is stored as it was captured.
-  at::Tensor FeedCaptured();
+  // The last token's hidden states behind the context, fed or, where that may be, stored as it was captured.
+  at::Tensor Prompt(bool captured);
 
   Session& session_;
   const Cell cell_;

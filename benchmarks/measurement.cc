@@ -24,7 +24,7 @@ std::vector<Measurement>& Table() {
 // bfloat16 on this CPU unless it takes half as long again as float32, for a prompt of 512 tokens and 64 new ones: what a weight then
 // takes in products and in being read. Where nothing multiplies bfloat16 it takes several times as long; by less a probe is wrong
 // beside other work, and one machine's runs are not to differ in their type.
-at::ScalarType FasterCpuType() {
+at::ScalarType CpuType() {
   const at::Device cpu(at::kCPU);
   const auto seconds = [&](at::ScalarType type) {
     return 512 * 2 / GemmRate(cpu, type) + 64 * static_cast<double>(c10::elementSize(type)) / ReadBandwidth(cpu);
@@ -85,7 +85,7 @@ GpuSummary Session::TakeWatch() {
 }
 
 at::ScalarType Session::dtype() {
-  if (!dtype_) dtype_ = device().is_cuda() ? at::kHalf : FasterCpuType();
+  if (!dtype_) dtype_ = device().is_cuda() ? at::kHalf : CpuType();
   return *dtype_;
 }
 
@@ -170,10 +170,12 @@ const LayerTokens& Session::captured_cache(const Cell& cell) {
   const Model& of = model(cell.model);
   const Spec none = ParseSpec("none");
   const at::Tensor ids = context_ids(cell);
-  KvCache cache = of.NewCache(none, cell.batch, cell.context);
   Capture capture(of);
-  Feed(of, ids, cache, FindBackend(cell.backend), prefill_chunk(cell.batch), 0, capture.tap());
-  LayerTokens captured = capture.tokens();
+  {
+    KvCache cache = of.NewCache(none, cell.batch, cell.context);
+    Feed(of, ids, cache, FindBackend(cell.backend), prefill_chunk(cell.batch), 0, capture.tap());
+  }
+  LayerTokens captured = capture.Take();
   for (const auto& [keys, values] : captured) {
     for (const at::Tensor& of_side : {keys, values}) CheckFinite(of_side, of, ids, none, FindBackend(cell.backend));
   }

@@ -186,8 +186,8 @@ struct Measurement {
   bool unquantized = false;     // of the model alone: runs once, under the spec `none`
   bool on_request = false;      // so costly that it runs only where --benchmark_filter names it, or what its name begins with
   int turn = 1;  // cells run turn by turn: 0 what a first table wants, 2 what takes longest
-  // The first cell of a model, context and batch size takes so many times as long as the others: it makes what they share.
-  double first = 1;
+  // The first cell of a model, backend, context and batch size takes so many times as long as the others: it makes what they share.
+  double (*first)(const Options& options) = [](const Options&) { return 1.0; };
   // Tokens of a prompt that take about as long as a cell: for the time left, while none like it is done.
   double (*like_tokens)(const Options& options, double tokens) = [](const Options&, double tokens) { return 5 * tokens; };
   // Tokens that it goes on for behind the context: they need positions, too.

@@ -22,7 +22,7 @@ double TokensLike(const Measurement& measurement, const Cell& cell, const Option
 
 // What a cell's time is like, closest first.
 std::array<std::string, 2> Groups(const Measurement& measurement, const Cell& cell) {
-  return {StrCat(measurement.name, "/", ModelLabel(cell.model), "/", cell.context, "/", cell.batch), measurement.name};
+  return {StrCat(measurement.name, "/", ModelLabel(cell.model), "/", cell.backend, "/", cell.context, "/", cell.batch), measurement.name};
 }
 
 }  // namespace
@@ -35,12 +35,12 @@ std::string DurationText(double seconds) {
 }
 
 void Progress::Expect(const Measurement& measurement, const Cell& cell) {
-  expected_[CellName(measurement, cell)] = {Groups(measurement, cell), TokensLike(measurement, cell, options_), measurement.first};
+  expected_[CellName(measurement, cell)] = {Groups(measurement, cell), TokensLike(measurement, cell, options_), measurement.first(options_)};
 }
 
 void Progress::Took(const Measurement& measurement, const Cell& cell, double seconds) {
   const std::array<std::string, 2> groups = Groups(measurement, cell);
-  const double cells = took_.contains(groups[0]) ? 1 : measurement.first;
+  const double cells = took_.contains(groups[0]) ? 1 : measurement.first(options_);
   for (const std::string& group : groups) {
     Sum& sum = took_[group];
     sum.seconds += seconds, sum.tokens += cells * TokensLike(measurement, cell, options_), sum.cells += cells;

@@ -20,14 +20,18 @@ has_gpu() { [[ -e /dev/nvidiactl || -e /dev/dxg ]]; }
 # set_up_and_build "SETUP-FLAGS" PRESET [TARGET...]: ci/build, and meanwhile what ci/setup brings beside what building takes: Debian's
 # packages of a report alone are half a minute of one processor.
 set_up_and_build() {
-  local rest status=0
+  local rest
   "$root/ci/setup" --build
+  set -m # a group of its own, which whatever ends this ends
   # shellcheck disable=SC2086
   "$root/ci/setup" $1 &
   rest=$!
-  "$root/ci/build" "${@:2}" || status=$?
-  wait "$rest" || status=$?
-  return "$status"
+  set +m
+  # shellcheck disable=SC2064
+  trap "kill -- -$rest 2>/dev/null || true" EXIT
+  "$root/ci/build" "${@:2}" || return
+  wait "$rest" || return
+  trap - EXIT
 }
 
 # show_help: the comment block at the top of the calling script.

@@ -237,9 +237,9 @@ KVQ_AVX2 void AddTile(const float* x, int64_t in, const float* panel, int64_t n,
   }
 }
 
-// sums [rows, kGroupOuts] = x W^T for at most kGroupOuts outputs and kManyRows rows.
+// sums [rows, kGroupOuts] = x W^T for at most kGroupOuts outputs and kManyRows rows; behind them `more` rows of the weight are next.
 template <typename W>
-KVQ_AVX2 void Group(const W* weight, int64_t outs, int64_t in, const float* x, int64_t rows, float* panels, float* sums) {
+KVQ_AVX2 void Group(const W* weight, int64_t outs, int64_t more, int64_t in, const float* x, int64_t rows, float* panels, float* sums) {
   std::fill(sums, sums + rows * kGroupOuts, 0.0f);
   const int64_t used = (outs + kTileOuts - 1) / kTileOuts;
   for (int64_t i = 0; i < in; i += kPanelInputs) {
@@ -250,10 +250,11 @@ KVQ_AVX2 void Group(const W* weight, int64_t outs, int64_t in, const float* x, i
     // What is packed next comes into the second cache meanwhile: of each row a few lines, which no processor foresees.
     const bool last = i + n == in;
     const W* next = last ? weight + outs * in : weight + i + n;
-    const int64_t wide = std::min(kPanelInputs, last ? in : in - i - n), at_once = (outs * kTileRows + rows - 1) / rows;
+    const int64_t wide = std::min(kPanelInputs, last ? in : in - i - n), to_fetch = last ? more : outs;
+    const int64_t at_once = (outs * kTileRows + rows - 1) / rows;
     int64_t r = 0, fetched = 0;
     for (; r + kTileRows <= rows; r += kTileRows) {
-      for (const int64_t end = std::min(fetched + at_once, outs); fetched < end; ++fetched, next += in) {
+      for (const int64_t end = std::min(fetched + at_once, to_fetch); fetched < end; ++fetched, next += in) {
         for (int64_t k = 0; k < wide; k += 64 / sizeof(W)) __builtin_prefetch(next + k, 0, 2);
       }
       for (int64_t p = 0; p < used; ++p) {
@@ -305,8 +306,9 @@ void Product(const ProductArgs& a) {
       static thread_local std::vector<float> panels(kPanels * kPanelInputs * kTileOuts), sums(kManyRows * kGroupOuts);
       const int64_t first = piece / parts * kGroupOuts, outs = std::min<int64_t>(kGroupOuts, a.out - first);
       const int64_t row = piece % parts * kManyRows, rows = std::min(kManyRows, a.rows - row);
+      const int64_t more = row + rows == a.rows ? std::min<int64_t>(kGroupOuts, a.out - first - outs) : 0;  // else the same come again
       with_weight([&](const auto* weight) {
-        Group(weight + first * a.in, outs, a.in, x + row * a.in, rows, panels.data(), sums.data());
+        Group(weight + first * a.in, outs, more, a.in, x + row * a.in, rows, panels.data(), sums.data());
       });
       for (int64_t r = 0; r < rows; ++r) StoreRow(&sums[r * kGroupOuts], outs, a.dtype, (row + r) * a.out + first, a.stored);
     });
