@@ -432,9 +432,12 @@ TEST_F(Kvqbench, SpecsThatShareWindowsMeasureWhatTheyDoAlone) {
   const auto together = run(all);
   EXPECT_EQ(together.size(), specs.size());
   for (const auto& [name, cell] : together) {
-    const std::string spec = name.substr(std::string("perplexity/tiny/sdpa/").size(), name.find("/ctx:") - 21);
+    const size_t begin = std::string("perplexity/tiny/sdpa/").size();
+    const std::string spec = name.substr(begin, name.find("/ctx:") - begin);
     const auto alone = run(spec).at(name);
-    for (const char* number : {"ppl", "kld_nats", "top1_agreement", "kld_floor_nats"}) EXPECT_EQ(cell[number], alone[number]) << name << " " << number;
+    for (const char* number : {"ppl", "kld_nats", "top1_agreement", "kld_floor_nats"}) {
+      EXPECT_EQ(cell[number], alone[number]) << name << " " << number;
+    }
   }
 }
 

@@ -36,9 +36,10 @@ class Progress {
 
   double elapsed() const;
   // Seconds that the cells which are not done will take: each the mean of those of the same
-  // measurement, model, backend, context and batch size, of which the first counts Measurement::first times; else by the tokens it is like (Measurement::like_tokens) at the rate of
-  // the measurement's others, else of the slowest measurement that took a tenth of the time until now: one whose cells share
-  // what they compute, or are cut short, looks quick. Nothing while none is done.
+  // measurement, model, backend, context and batch size, of which the first counts Measurement::first times; else by the
+  // tokens it is like (Measurement::like_tokens) at the rate of the measurement's others, else of the slowest measurement that
+  // took a tenth of the time until now: one whose cells share what they compute, or are cut short, looks quick. Nothing while
+  // none is done.
   std::optional<double> left() const;
 
  private:
