@@ -19,6 +19,7 @@ using Logits = float[kMostTokens + 8];  // of a tile's tokens, with room for who
 
 // n numbers and room behind them for whole vectors.
 constexpr int64_t Lanes(int64_t n) { return (n + 7) / 8 * 8; }
+constexpr int64_t SumsOf(int64_t groups) { return kLanes + Lanes(groups); }
 
 // Codes of any kind, which their codec decodes: a block at a time, for those of one head or, where groups span heads, of all.
 struct Block {
@@ -53,6 +54,11 @@ struct Source {
   Block* block = nullptr;
   int64_t head = 0;  // of the block
   bool encoded() const { return codes != nullptr || block != nullptr; }
+  // Whether tokens are read as they are stored, dense ones in the order EvenThenOdd where `pairs`.
+  bool direct(bool pairs) const {
+    if (encoded()) return codes != nullptr && codes->direct();
+    return ring == 0 && pairs == (dtype == DType::kBFloat16);
+  }
 };
 struct Segment {
   int64_t begin, end;
@@ -64,7 +70,7 @@ struct Head {
   int64_t dim, heads;  // query heads
   bool pairs;          // whether dense tokens are in the order EvenThenOdd, as queries and output are then
   const float *queries, *coded_queries;  // times scale and log2 e, [heads, dim]; the second rotated, in the keys' order of codes, over their weights
-  const float* sums;   // of the second, [heads, groups and room behind them]
+  const float* sums;   // of the second: [heads, SumsOf(groups)], eight lanes of what biases of codes make of them, negative, then of each group
   float softcap;       // 0: none
   float *m, *l;        // of each query head: the largest logit, the sum of exponentials
   float* by_order[2];  // the output, [heads, dim], of dense values and of encoded ones, which are rotated and may have an order
@@ -79,7 +85,7 @@ struct Head {
 
 constexpr int kMostHeads = 3;  // query heads whose sums are in registers
 
-// Codes that are numbers, in CodeOrder, times CodeWeights.
+// Codes that are numbers, in CodeOrder, times CodeWeights, plus a bias. All vectors of a token have the same scales.
 template <int kBits, int kWidth, bool kOne>
 struct CodeReader {
   static constexpr bool kCodes = true, kOneGroup = kOne;
@@ -87,14 +93,24 @@ struct CodeReader {
   const Codes& c;
   int64_t first;
   const Meta& meta;
-  const uint32_t* rows = c.rows + first * c.words;
 
-  KVQ_AVX2_INLINE __m256i Read(int64_t t, int64_t i) const { return LoadWords<kWidth>(rows + t * c.words + i * kWidth); }
-  KVQ_AVX2_INLINE static Floats Number(__m256i codes, int v) {
-    return WeighedNumbersOf<kBits>(codes, FieldOf(kBits, kWidth, v) * kBits);
+  int64_t groups() const { return kOneGroup ? 1 : c.groups; }
+  KVQ_AVX2_INLINE const float* Scales(int64_t t) const { return meta.scales + t * groups(); }
+  KVQ_AVX2_INLINE const float* Shifts(int64_t t) const { return meta.shifts + t * groups(); }
+  // What each lane has of a token's groups, of which there are some behind them.
+  KVQ_AVX2_INLINE Floats InLanes(const float* groups) const {
+    return _mm256_permutevar8x32_ps(Load(groups), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(c.places.data())));
   }
-  static constexpr float Weight(int v) { return host::Weight(kBits, FieldOf(kBits, kWidth, v) * kBits); }
-  KVQ_AVX2_INLINE void Fetch(int64_t t) const { host::Fetch(c, first + t); }
+  KVQ_AVX2_INLINE const uint32_t* Row(int64_t t) const { return c.rows + (first + t) * c.words; }
+  KVQ_AVX2_INLINE static __m256i Read(const uint32_t* row, int64_t i) { return LoadWords<kWidth>(row + i * kWidth); }
+  KVQ_AVX2_INLINE static Floats Number(__m256i codes, int v) {
+    return WeighedNumbersOf<kBits, kWidth>(codes, v);
+  }
+  static constexpr float Weight(int v) { return host::Weight(kBits, kWidth, v); }
+  static constexpr float Bias(int v) { return host::Bias(kBits, v); }
+  KVQ_AVX2_INLINE static void Fetch(const uint32_t* row, int64_t i) {
+    if (i * kWidth % 16 == 0) __builtin_prefetch(row + i * kWidth + kAhead / 2 / sizeof(uint32_t), 0, 2);
+  }
 };
 
 // Rows of numbers, some vectors at a time; of bfloat16 in the order EvenThenOdd.
@@ -104,9 +120,10 @@ struct RowReader {
   static constexpr bool kCodes = false, kOneGroup = false;
   static constexpr int kVectors = kVectors_;
   const T* rows;
-  int64_t stride, fetched;  // elements from token to token; those of a token that are not in a cache yet
+  int64_t stride;  // elements from token to token
 
-  KVQ_AVX2_INLINE const T* Read(int64_t t, int64_t i) const { return rows + t * stride + i * kVectors * kLanes; }
+  KVQ_AVX2_INLINE const T* Row(int64_t t) const { return rows + t * stride; }
+  KVQ_AVX2_INLINE static const T* Read(const T* row, int64_t i) { return row + i * kVectors * kLanes; }
   KVQ_AVX2_INLINE static Floats Number(const T* from, int v) {
     if constexpr (kType == DType::kFloat32) return Load(from + v * kLanes);
     else if constexpr (kType == DType::kFloat16) return LoadHalf(from + v * kLanes);
@@ -116,73 +133,64 @@ struct RowReader {
     }
   }
   static constexpr float Weight(int) { return 1; }
-  KVQ_AVX2_INLINE void Fetch(int64_t t) const {
-    constexpr int64_t kSize = sizeof(T);
-    for (int64_t i = 0; i < fetched; i += 64 / kSize) __builtin_prefetch(rows + t * stride + i + kAhead / kSize, 0, 2);
+  static constexpr float Bias(int) { return 0; }
+  KVQ_AVX2_INLINE static void Fetch(const T* row, int64_t i) {
+    constexpr int64_t kEach = 64 / sizeof(T);  // of what is read at once
+#pragma GCC unroll 2
+    for (int64_t at = 0; at < kVectors * kLanes; at += kEach) __builtin_prefetch(Read(row, i) + at + kAhead / sizeof(T), 0, 2);
   }
 };
 
-// Logits of kTokens tokens from t on for some queries, up to sums over four lanes; behind n - 1 that one again. `sums` of the queries'
-// numbers, [heads, Lanes(groups)].
+// Logits of kTokens tokens from t on for some queries, up to sums over four lanes; behind n - 1 that one again.
 template <int kHeads, int kTokens, typename R>
 KVQ_AVX2_INLINE void Dots(const R& r, const float* queries, const float* sums, int64_t t, int64_t n, int64_t dim,
-                          __m128 (&lanes)[kHeads][kMostTokens]) {
-  constexpr bool kScales = R::kCodes && !R::kOneGroup;  // each vector has its own
+                          __m128 (&lanes)[kHeads][kMostTokens + kTokens]) {
   Floats sum[kTokens][kHeads];
-  int64_t token[kTokens];
+  decltype(r.Row(0)) row[kTokens];
 #pragma GCC unroll 4
   for (int k = 0; k < kTokens; ++k) {
-    token[k] = std::min(t + k, n - 1);
-    for (int h = 0; h < kHeads; ++h) sum[k][h] = Zeros();
-    if constexpr (kScales) {  // what lies behind a token's groups is of the next, times 0
-      for (int64_t g = 0; g < r.c.groups; g += kLanes) {
-        const Floats shift = Load(r.meta.shifts + token[k] * r.c.groups + g);
-        for (int h = 0; h < kHeads; ++h) sum[k][h] = Fma(shift, Load(sums + h * Lanes(r.c.groups) + g), sum[k][h]);
-      }
+    row[k] = r.Row(std::min(t + k, n - 1));
+    for (int h = 0; h < kHeads; ++h) {
+      if constexpr (R::kCodes) sum[k][h] = Load(sums + h * SumsOf(r.groups()));
+      else sum[k][h] = Zeros();
     }
-    r.Fetch(token[k]);
   }
-  [[maybe_unused]] Floats scale[kTokens];
   const float* q = queries;
-#pragma GCC unroll 2
+#pragma GCC unroll 1
   for (int64_t i = 0; i < dim / (R::kVectors * kLanes); ++i) {
-    decltype(r.Read(0, 0)) stored[kTokens];
 #pragma GCC unroll 4
-    for (int k = 0; k < kTokens; ++k) stored[k] = r.Read(token[k], i);
+    for (int k = 0; k < kTokens; ++k) R::Fetch(row[k], i);
 #pragma GCC unroll 16
     for (int v = 0; v < R::kVectors; ++v, q += kLanes) {
-      Floats numbers[kTokens];
+      Floats of[kHeads];
+#pragma GCC unroll 4
+      for (int h = 0; h < kHeads; ++h) of[h] = Load(q + h * dim);
 #pragma GCC unroll 4
       for (int k = 0; k < kTokens; ++k) {
-        numbers[k] = R::Number(stored[k], v);
-        if constexpr (kScales) {
-          if (v == 0 || (v % 2 == 0 && r.c.steps[v / 2] != r.c.steps[v / 2 - 1])) {
-            scale[k] = Places(r.c, r.meta.scales + token[k] * r.c.groups, i, v);
-          }
-          numbers[k] = Multiply(numbers[k], scale[k]);
-        }
-      }
+        const Floats numbers = R::Number(R::Read(row[k], i), v);
 #pragma GCC unroll 4
-      for (int h = 0; h < kHeads; ++h) {
-        const Floats of = Load(q + h * dim);
-#pragma GCC unroll 4
-        for (int k = 0; k < kTokens; ++k) sum[k][h] = Fma(numbers[k], of, sum[k][h]);
+        for (int h = 0; h < kHeads; ++h) sum[k][h] = Fma(numbers, of[h], sum[k][h]);
       }
     }
   }
 #pragma GCC unroll 4
   for (int k = 0; k < kTokens; ++k) {
+    if constexpr (R::kCodes && !R::kOneGroup) {
+      const int64_t token = std::min(t + k, n - 1);
+      const Floats scale = r.InLanes(r.Scales(token)), shift = Load(r.Shifts(token));  // what lies behind a token's groups comes times 0
+      for (int h = 0; h < kHeads; ++h) sum[k][h] = Fma(sum[k][h], scale, Multiply(shift, Load(sums + h * SumsOf(r.groups()) + kLanes)));
+    }
     for (int h = 0; h < kHeads; ++h) lanes[h][t + k] = Folded(sum[k][h]);
   }
 }
 
-// x[h][t]: logits of n tokens for some queries.
+// x[h][t]: logits of n tokens for some queries. `sums`: Head::sums.
 template <int kHeads, typename R>
 KVQ_AVX2 void ReadDots(const R& r, const float* queries, const float* sums, int64_t n, int64_t dim, Logits* x) {
-  constexpr int kTokens = kHeads == 3 ? 2 : 4;  // side by side: a query is loaded once for them, and no sum waits long for the one before
-  __m128 lanes[kHeads][kMostTokens];
+  constexpr int kTokens = kHeads == 3 ? 3 : 4;  // side by side: a query is loaded once for them, and no sum waits long for the one before
+  __m128 lanes[kHeads][kMostTokens + kTokens];
   for (int64_t t = 0; t < n; t += kTokens) {
-    if (t % 8 == 0) FetchAhead(/*lines=*/16);
+    if (t % (4 * kTokens) == 0) FetchAhead(/*lines=*/8 * kTokens);
     Dots<kHeads, kTokens>(r, queries, sums, t, n, dim, lanes);
   }
   for (int h = 0; h < kHeads; ++h) {
@@ -192,8 +200,8 @@ KVQ_AVX2 void ReadDots(const R& r, const float* queries, const float* sums, int6
     }
     if constexpr (R::kCodes && R::kOneGroup) {
       for (int64_t t = 0; t < n; t += kLanes) {
-        const Floats shifts = Multiply(Load(r.meta.shifts + t), Set(sums[h * kLanes]));
-        Store(x[h] + t, Fma(Load(x[h] + t), Load(r.meta.scales + t), shifts));
+        const Floats shifts = Multiply(Load(r.Shifts(t)), Set(sums[h * SumsOf(1) + kLanes]));
+        Store(x[h] + t, Fma(Load(x[h] + t), Load(r.Scales(t)), shifts));
       }
     }
   }
@@ -202,34 +210,38 @@ KVQ_AVX2 void ReadDots(const R& r, const float* queries, const float* sums, int6
 // out[h] += sum over tokens of x[h][t] times the values of t. Behind n, x is zero to the end of a vector.
 template <int kHeads, typename R>
 KVQ_AVX2 void ReadWeighted(const R& r, const Logits* x, int64_t n, int64_t dim, float* out) {
+  // Of codes weights times scales, which lanes may have their own of, and what their shifts, and biases, make of them.
+  constexpr bool kScales = R::kCodes && !R::kOneGroup;
   alignas(32) Logits scaled[kHeads];
-  alignas(32) float shift[kHeads][kTileFloats / 64];  // of a group: what all its channels get
-  if constexpr (R::kCodes && R::kOneGroup) {
-    for (int h = 0; h < kHeads; ++h) {
-      Floats sum = Zeros();
-      for (int64_t t = 0; t < n; t += kLanes) {
-        const Floats weights = Load(x[h] + t);
-        sum = Fma(weights, Load(r.meta.shifts + t), sum);
-        Store(scaled[h] + t, Multiply(weights, Load(r.meta.scales + t)));
+  [[maybe_unused]] Floats in_lanes[kScales ? kMostTokens : 1][kHeads], added[2][kHeads];
+  if constexpr (R::kCodes) {
+    Floats shifts[kHeads], biases[kHeads];
+    for (int h = 0; h < kHeads; ++h) shifts[h] = biases[h] = Zeros();
+    for (int64_t t = 0; t < n; t += kScales ? 1 : kLanes) {
+      const Floats scale = kScales ? r.InLanes(r.Scales(t)) : Load(r.Scales(t)), shift = Load(r.Shifts(t));  // some lanes may be of no group
+#pragma GCC unroll 4
+      for (int h = 0; h < kHeads; ++h) {
+        const Floats weight = kScales ? Set(x[h][t]) : Load(x[h] + t), both = Multiply(weight, scale);
+        shifts[h] = Fma(weight, shift, shifts[h]), biases[h] = Add(biases[h], both);
+        if constexpr (kScales) in_lanes[t][h] = both;
+        else Store(scaled[h] + t, both);
       }
-      shift[h][0] = Sum(sum);
     }
-  } else if constexpr (R::kCodes) {
-    for (int64_t g = 0; g < r.c.groups; g += kLanes) {  // some lanes may be of no group
-      Floats sum[kHeads];
-      for (int h = 0; h < kHeads; ++h) sum[h] = Zeros();
-      for (int64_t t = 0; t < n; ++t) {
-        const Floats shifts = Load(r.meta.shifts + t * r.c.groups + g);
-        for (int h = 0; h < kHeads; ++h) sum[h] = Fma(Set(x[h][t]), shifts, sum[h]);
+    for (int h = 0; h < kHeads; ++h) {
+      if constexpr (kScales) {
+        alignas(32) float of_groups[kLanes];
+        Store(of_groups, shifts[h]);
+        added[0][h] = r.InLanes(of_groups);
+      } else {
+        added[0][h] = Set(Sum(shifts[h])), biases[h] = Set(Sum(biases[h]));
       }
-      for (int h = 0; h < kHeads; ++h) Store(shift[h] + g, sum[h]);
+      added[1][h] = Fma(biases[h], Set(-R::Bias(1)), added[0][h]);
     }
   }
   const Logits* weights = R::kOneGroup ? scaled : x;
   // Vectors side by side: a weight is loaded once for them, and the sums of three heads are in registers, with the weights and, of codes,
   // what a number is made from.
-  constexpr int kStep = std::min(R::kVectors, R::kCodes && kHeads == 3 ? 2 : 4);
-  for (int64_t t = 0; t < n; ++t) r.Fetch(t);
+  constexpr int kStep = std::min(R::kVectors, 4);
   for (int64_t i = 0; i < dim / (R::kVectors * kLanes); ++i) {
 #pragma GCC unroll 4
     for (int first = 0; first < R::kVectors; first += kStep, out += kStep * kLanes) {
@@ -240,14 +252,18 @@ KVQ_AVX2 void ReadWeighted(const R& r, const Logits* x, int64_t n, int64_t dim, 
         for (int v = 0; v < kStep; ++v) sum[h][v] = Zeros();
       }
       for (int64_t t = 0; t < n; ++t) {
-        const auto stored = r.Read(t, i);
+        const auto row = r.Row(t);
+        const auto stored = R::Read(row, i);
+        if (first == 0) R::Fetch(row, i);
         Floats weight[kHeads];
 #pragma GCC unroll 4
-        for (int h = 0; h < kHeads; ++h) weight[h] = Set(weights[h][t]);
+        for (int h = 0; h < kHeads; ++h) {
+          if constexpr (kScales) weight[h] = in_lanes[t][h];
+          else weight[h] = Set(weights[h][t]);
+        }
 #pragma GCC unroll 4
         for (int v = 0; v < kStep; ++v) {
-          Floats number = R::Number(stored, first + v);
-          if constexpr (R::kCodes && !R::kOneGroup) number = Multiply(number, Places(r.c, r.meta.scales + t * r.c.groups, i, first + v));
+          const Floats number = R::Number(stored, first + v);
 #pragma GCC unroll 4
           for (int h = 0; h < kHeads; ++h) sum[h][v] = Fma(weight[h], number, sum[h][v]);
         }
@@ -256,10 +272,9 @@ KVQ_AVX2 void ReadWeighted(const R& r, const Logits* x, int64_t n, int64_t dim, 
       for (int h = 0; h < kHeads; ++h) {
 #pragma GCC unroll 4
         for (int v = 0; v < kStep; ++v) {
-          Floats added = Zeros();
-          if constexpr (R::kCodes) added = R::kOneGroup ? Set(shift[h][0]) : Places(r.c, shift[h], i, first + v);
-          added = Add(added, Load(out + h * dim + v * kLanes));
-          Store(out + h * dim + v * kLanes, Fma(sum[h][v], Set(1 / R::Weight(first + v)), added));
+          Floats more = Load(out + h * dim + v * kLanes);
+          if constexpr (R::kCodes) more = Add(more, added[R::Bias(first + v) != 0][h]);
+          Store(out + h * dim + v * kLanes, Fma(sum[h][v], Set(1 / R::Weight(first + v)), more));
         }
       }
     }
@@ -268,35 +283,48 @@ KVQ_AVX2 void ReadWeighted(const R& r, const Logits* x, int64_t n, int64_t dim, 
 
 // ---- a tile
 
-// The largest of n logits; NaN where one is not finite. What is behind them, up to a whole vector, becomes the lowest number.
-KVQ_AVX2 float Largest(float* x, int64_t n) {
-  for (int64_t t = n; t % kLanes != 0; ++t) x[t] = std::numeric_limits<float>::lowest();
-  Floats top = Load(x), poison = Zeros();
-  for (int64_t t = 0; t < n; t += kLanes) {
-    const Floats own = Load(x + t);
-    top = _mm256_max_ps(own, top);
-    poison = Fma(own, Zeros(), poison);
-  }
+constexpr int kSide = 4;  // vectors whose exponentials are worked out side by side: each is a chain of some twelve instructions
+constexpr int64_t Sides(int64_t n) { return (n + kSide * kLanes - 1) / (kSide * kLanes) * (kSide * kLanes); }
+
+// Whether one of n logits is above m, or NaN; `m` then is the largest. What is behind them, up to Sides(n), becomes the lowest number.
+KVQ_AVX2 bool Raises(float* x, int64_t n, float& m) {
+  for (int64_t t = n; t < Sides(n); ++t) x[t] = std::numeric_limits<float>::lowest();
+  Floats top = Load(x);
+  for (int64_t t = kLanes; t < n; t += kLanes) top = _mm256_max_ps(Load(x + t), top);
+  if (_mm256_movemask_ps(_mm256_cmp_ps(top, Set(m), _CMP_NLE_UQ)) == 0) return false;
   __m128 half = _mm_max_ps(_mm256_castps256_ps128(top), _mm256_extractf128_ps(top, 1));
   half = _mm_max_ps(half, _mm_movehl_ps(half, half));
-  return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half))) + Sum(poison);
+  m = _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+  return true;
 }
 
-// x[t] = 2^(x[t] - m); returns their sum. Behind n they become 0, up to a whole vector.
+// x[t] = 2^(x[t] - m) with a relative error below 2e-7, 0 below 2^-125, for all Sides(n); returns their sum, NaN where one was not finite.
 KVQ_AVX2 float Exponentials(float* x, int64_t n, float m) {
+  constexpr float kWhole = 0x1.8p23f;  // added to a number makes it whole, in its lowest bits
   Floats sum = Zeros();
-  for (int64_t t = 0; t < n; t += kLanes) {  // Exp2, but that sums are fused
-    const Floats y = Add(Load(x + t), Set(-m)), least = Set(-125);
-    const Floats bounded = _mm256_max_ps(least, y);  // NaN stays
-    const Floats whole = _mm256_round_ps(bounded, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const Floats f = Multiply(Add(bounded, Multiply(whole, Set(-1))), Set(0.69314718f));
-    Floats e = Fma(f, Set(0.00019841270f), Set(0.0013888889f));
-    for (const float c : {0.0083333338f, 0.041666668f, 0.16666667f, 0.5f, 1.0f, 1.0f}) e = Fma(f, e, Set(c));
-    const __m256i power = _mm256_slli_epi32(_mm256_cvtps_epi32(whole), 23);
-    e = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(e), power));
-    e = _mm256_andnot_ps(_mm256_cmp_ps(y, least, _CMP_LT_OQ), e);
-    Store(x + t, e);
-    sum = Add(sum, e);
+  for (int64_t t = 0; t < n; t += kSide * kLanes, x += kSide * kLanes) {
+    Floats whole[kSide], f[kSide], e[kSide], below[kSide];
+#pragma GCC unroll 4
+    for (int i = 0; i < kSide; ++i) {
+      const Floats logit = Load(x + i * kLanes), y = Add(logit, Set(-m));
+      sum = Fma(logit, Zeros(), sum);
+      whole[i] = Add(y, Set(kWhole)), f[i] = _mm256_sub_ps(y, Add(whole[i], Set(-kWhole)));
+      below[i] = _mm256_cmp_ps(y, Set(-125), _CMP_LT_OQ);
+      e[i] = Set(1.53458124e-4f);  // the polynomial of degree 6 that is nearest to 2^f in [-1/2, 1/2]: 7.6e-8 with its roundings
+    }
+#pragma GCC unroll 6
+    for (const float c : {1.33999309e-3f, 9.61848907e-3f, 5.55032864e-2f, 0.240226462f, 0.693147182f, 1.0f}) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kSide; ++i) e[i] = Fma(f[i], e[i], Set(c));
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kSide; ++i) {
+      const __m256i power = _mm256_slli_epi32(_mm256_castps_si256(whole[i]), 23);
+      e[i] = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(e[i]), power));
+      e[i] = _mm256_andnot_ps(below[i], e[i]);
+      Store(x + i * kLanes, e[i]);
+      sum = Add(sum, e[i]);
+    }
   }
   return Sum(sum);
 }
@@ -323,15 +351,15 @@ KVQ_AVX2 void WithCodes(const Tile& tile, const Work& work) {
                 : work(CodeReader<kBits, kWidth, false>{c, tile.first, tile.meta});
 }
 template <DType kType, typename Work>
-KVQ_AVX2 void WithRows(const void* rows, int64_t stride, int64_t fetched, int64_t dim, const Work& work) {
+KVQ_AVX2 void WithRows(const void* rows, int64_t stride, int64_t dim, const Work& work) {
   const auto* from = static_cast<const typename RowReader<kType, 2>::T*>(rows);
-  dim % (4 * kLanes) == 0 ? work(RowReader<kType, 4>{from, stride, fetched}) : work(RowReader<kType, 2>{from, stride, fetched});
+  dim % (4 * kLanes) == 0 ? work(RowReader<kType, 4>{from, stride}) : work(RowReader<kType, 2>{from, stride});
 }
 template <typename Work>
 KVQ_AVX2 void WithReader(const Tile& tile, int64_t dim, const Work& work) {
   const Source& source = *tile.source;
   if (tile.floats != nullptr) {
-    WithRows<DType::kFloat32>(tile.floats, dim, 0, dim, work);
+    WithRows<DType::kFloat32>(tile.floats, dim, dim, work);
   } else if (const Codes* c = source.codes; c != nullptr) {
     switch (c->bits * 16 + c->width) {
       case 8 * 16 + 8: WithCodes<8, 8>(tile, work); break;
@@ -344,9 +372,9 @@ KVQ_AVX2 void WithReader(const Tile& tile, int64_t dim, const Work& work) {
   } else {
     const auto* rows = static_cast<const std::byte*>(source.rows) + tile.first * source.stride * SizeOf(source.dtype);
     switch (source.dtype) {
-      case DType::kFloat32: WithRows<DType::kFloat32>(rows, source.stride, dim, dim, work); break;
-      case DType::kFloat16: WithRows<DType::kFloat16>(rows, source.stride, dim, dim, work); break;
-      case DType::kBFloat16: WithRows<DType::kBFloat16>(rows, source.stride, dim, dim, work);
+      case DType::kFloat32: WithRows<DType::kFloat32>(rows, source.stride, dim, work); break;
+      case DType::kFloat16: WithRows<DType::kFloat16>(rows, source.stride, dim, work); break;
+      case DType::kBFloat16: WithRows<DType::kBFloat16>(rows, source.stride, dim, work);
     }
   }
 }
@@ -362,21 +390,20 @@ KVQ_AVX2 void AttendTile(const Head& of, const Tile& keys, const Tile& values, i
   alignas(64) Logits x[kMostHeads];
   const int64_t dim = of.dim;
   const float* queries = keys.source->encoded() ? of.coded_queries : of.queries;
-  const int64_t groups = keys.source->codes != nullptr ? Lanes(keys.source->codes->groups) : 0;
+  const int64_t sums_of = keys.source->codes != nullptr ? SumsOf(keys.source->codes->groups) : 0;
   for (int64_t head = 0, count; head < of.heads; head += count) {
     const int64_t left = of.heads - head;
     count = left == 4 ? 2 : std::min<int64_t>(left, kMostHeads);
     const float* q = queries + head * dim;
     WithReader(keys, dim, [&](const auto& reader) KVQ_AVX2 {
-      WithHeads(count, [&](auto some) KVQ_AVX2 { ReadDots<some>(reader, q, of.sums + head * groups, n, dim, x); });
+      WithHeads(count, [&](auto some) KVQ_AVX2 { ReadDots<some>(reader, q, of.sums + head * sums_of, n, dim, x); });
     });
     for (int64_t h = 0; h < count; ++h) {
       float &m = of.m[head + h], &l = of.l[head + h];
       if (of.softcap > 0) Cap(x[h], n, of.softcap);
-      const float top = Largest(x[h], n);
-      if (!(top <= m)) {
-        const float factor = m - top > -125 ? Exp2(m - top) : 0;
-        m = top, l *= factor;
+      if (const float before = m; Raises(x[h], n, m)) {
+        const float factor = before - m > -125 ? Exp2(before - m) : 0;
+        l *= factor;
         for (float* out : of.by_order) {
           for (int64_t i = 0; i < dim; ++i) out[(head + h) * dim + i] *= factor;
         }
@@ -398,10 +425,10 @@ KVQ_AVX2 void Take(const Source& source, int64_t at, int64_t n, int64_t dim, boo
     tile.floats = source.block->Tokens(source.head, tile.first);
   } else if (source.codes != nullptr) {
     LoadMeta(*source.codes, tile.first, n, tile.meta);
-    if (source.codes->direct()) return;
+    if (source.direct(pairs)) return;
     Widen(*source.codes, tile.first, n, tile.meta, to);
     tile.floats = to;
-  } else if (source.ring > 0 || pairs != (source.dtype == DType::kBFloat16)) {
+  } else if (!source.direct(pairs)) {
     tile.floats = to;
     for (int64_t t = 0; t < n; ++t) {
       const int64_t row = source.ring > 0 ? (tile.first + t) % source.ring : tile.first + t;
@@ -413,14 +440,15 @@ KVQ_AVX2 void Take(const Source& source, int64_t at, int64_t n, int64_t dim, boo
 
 // Tokens [begin, end) of some heads, tile by tile, so that a block which spans them is decoded once.
 KVQ_AVX2 void Attend(std::vector<Head>& all, int64_t begin, int64_t end) {
-  const int64_t dim = all[0].dim, tile = std::min<int64_t>(kTileFloats / dim, kMostTokens);
+  const int64_t dim = all[0].dim;
   alignas(64) float keys[kTileFloats], values[kTileFloats];
   Tile tiles[2];
   for (int64_t at = begin; at < end;) {
     const Segment& segment = all[0].SegmentAt(at);
     const int64_t from = at - segment.begin;
-    int64_t n = std::min({tile, end - at, segment.end - at});
+    int64_t n = std::min({kMostTokens, kDirectFloats / dim, end - at, segment.end - at});
     for (const Source& side : segment.sides) {
+      if (!side.direct(all[0].pairs)) n = std::min(n, kTileFloats / dim);
       if (side.block != nullptr) n = std::min(n, side.block->tokens - (side.first + from) % side.block->tokens);
     }
     for (Head& of : all) {
@@ -437,6 +465,16 @@ KVQ_AVX2 void Attend(std::vector<Head>& all, int64_t begin, int64_t end) {
 Rotation TurnOfCodes(const Codec& codec, int64_t dim) {
   const bool left = codec.host.lines != nullptr || codec.host.decode_turned != nullptr;
   return codec.turned && left ? Rotation{Rotation::kHadamard, TurnOf(codec, {}, dim).block} : Rotation{};
+}
+
+// The sum of n numbers, a multiple of eight.
+float SumOf(const float* x, int64_t n) {
+  float lanes[kLanes] = {}, sum = 0;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    for (int k = 0; k < kLanes; ++k) lanes[k] += x[i + k];
+  }
+  for (const float lane : lanes) sum += lane;
+  return sum;
 }
 
 Source SourceOf(const DenseView& view, int64_t b, int64_t h, int64_t first) {
@@ -466,9 +504,15 @@ void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttenti
   const bool coded_keys = keys.planes != nullptr, coded_values = values.planes != nullptr;
   if (dim % 16 != 0 || dim > kTileFloats / 4) throw InputError("decode attention wants a head_dim that is a multiple of 16 up to 512, not ", dim);
   const std::vector<int32_t> key_order = CodeOrder(keys, dim), value_order = CodeOrder(values, dim);
-  const std::vector<float> key_weights = CodeWeights(keys, dim);
-
+  std::vector<float> key_weights;
   const bool pairs = tokens == DType::kBFloat16;
+  const std::pair<const Codec*, const KvView*> sides[2] = {{&keys, &args.keys}, {&values, &args.values}};
+  const CodecParams params[2] = {args.key_params, args.value_params};
+  Codes all_codes[2];
+  for (int side = 0; side < 2; ++side) {
+    if (ReadsCodes(*sides[side].first)) all_codes[side] = CodesOf(*sides[side].first, params[side], *sides[side].second);
+  }
+  if (ReadsCodes(keys) && all_codes[0].direct()) key_weights = CodeWeights(keys, dim);
 
   // Pieces of equal work, as many and a few for each thread: one that is held up leaves the rest to others.
   int64_t most = 0;
@@ -492,27 +536,25 @@ void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttenti
     const SequenceLength& length = args.lengths[b];
     const auto values_of = static_cast<size_t>(heads * dim);
     std::vector<float> queries(static_cast<size_t>(together) * values_of), coded(coded_keys ? queries.size() : 0);
-    const int64_t group = GroupOf(args.key_params, dim), groups = ReadsCodes(keys) ? Lanes(dim / group) : 0;
-    std::vector<float> query_sums(static_cast<size_t>(together * heads * groups));
+    const int64_t group = GroupOf(args.key_params, dim), groups = dim / group, sums_of = ReadsCodes(keys) ? SumsOf(groups) : 0;
+    std::vector<float> query_sums(static_cast<size_t>(together * heads * sums_of)), row(static_cast<size_t>(dim));
     std::vector<float> in_order(static_cast<size_t>(together) * 2 * values_of);
     LoadRow(args.queries, args.dtype, first_pair * heads * dim, together * heads * dim, queries.data());
     for (float& q : queries) q *= args.scale * kLog2E;
     for (int64_t head = 0; coded_keys && head < together * heads; ++head) {
-      std::vector<float> rotated(queries.begin() + head * dim, queries.begin() + (head + 1) * dim);
-      Rotate(rules.key_rotation, dim, rotated.data());
-      Rotate(TurnOfCodes(keys, dim), dim, rotated.data());
-      for (int64_t g = 0; groups > 0 && g < dim / group; ++g) {
-        float& sum = query_sums[static_cast<size_t>(head * groups + g)];
-        for (int64_t i = g * group; i < (g + 1) * group; ++i) sum += rotated[static_cast<size_t>(i)];
-      }
-      for (int64_t i = 0; i < dim; ++i) {
-        const auto at = static_cast<size_t>(i);
-        coded[static_cast<size_t>(head * dim + i)] = rotated[key_order.empty() ? at : static_cast<size_t>(key_order[at])] / (key_weights.empty() ? 1 : key_weights[at]);
+      float *rotated = row.data(), *to = coded.data() + head * dim, *own_sums = query_sums.data() + head * sums_of;
+      std::copy_n(queries.begin() + head * dim, dim, rotated);
+      Rotate(rules.key_rotation, dim, rotated);
+      Rotate(TurnOfCodes(keys, dim), dim, rotated);
+      for (int64_t g = 0; sums_of > 0 && g < groups; ++g) own_sums[kLanes + g] = SumOf(rotated + g * group, group);
+      for (int64_t i = 0; i < dim; ++i) to[i] = key_order.empty() ? rotated[i] : rotated[key_order[static_cast<size_t>(i)]];
+      if (key_weights.empty()) continue;
+      for (int64_t i = 0; i < dim; ++i) to[i] /= key_weights[static_cast<size_t>(i)];
+      for (int64_t i = kLanes; i < dim; i += 2 * kLanes) {
+        for (int k = 0; k < kLanes; ++k) own_sums[k] -= to[i + k] * Bias(keys.bits, 1);
       }
     }
     if (pairs) EvenThenOdd(together * heads * dim, queries.data());
-    const std::pair<const Codec*, const KvView*> sides[2] = {{&keys, &args.keys}, {&values, &args.values}};
-    const CodecParams params[2] = {args.key_params, args.value_params};
     std::vector<std::array<Codes, 2>> codes(static_cast<size_t>(together));
     Block blocks[2];
     for (int side = 0; side < 2; ++side) {
@@ -544,7 +586,7 @@ void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttenti
           encoded[side] = {.rows = view->planes[0] + pair * view->plane_stride[0], .dtype = tokens, .stride = dim};
         } else if (ReadsCodes(*codec)) {
           Codes& own = codes[static_cast<size_t>(i)][static_cast<size_t>(side)];
-          own = CodesOf(*codec, params[side], *view, pair);
+          own = all_codes[side].Behind(pair);
           encoded[side].codes = &own;
         } else {
           encoded[side].block = &blocks[side], encoded[side].head = i;
@@ -566,7 +608,7 @@ void DecodeAttention(const Codec& keys, const Codec& values, const DecodeAttenti
                     .pairs = pairs,
                     .queries = queries.data() + at,
                     .coded_queries = coded.empty() ? nullptr : coded.data() + at,
-                    .sums = query_sums.data() + i * heads * groups,
+                    .sums = query_sums.data() + i * heads * sums_of,
                     .softcap = args.softcap,
                     .m = sum,
                     .l = sum + heads,

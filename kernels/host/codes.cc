@@ -96,6 +96,18 @@ KVQ_AVX2_INLINE __m256i WithOdd(__m256i words, const __m256i (&odd)[kOdd], int s
 
 // ---- rows
 
+// Of numbers of a token's groups those of vectors v and v + 1 of read i. There are some behind them.
+KVQ_AVX2_INLINE Floats Places(const Codes& c, const float* groups, int64_t i, int v) {
+  const __m256i places = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(c.places.data() + i * kLanes));
+  groups += c.steps[v / 2];
+  return c.groups <= kLanes ? _mm256_permutevar8x32_ps(Load(groups), places) : _mm256_i32gather_ps(groups, places, 4);
+}
+KVQ_AVX2_INLINE void Fetch(const Codes& c, int64_t t) {
+  const char* row = reinterpret_cast<const char*>(c.rows + t * c.words) + kAhead / 2;
+  __builtin_prefetch(row, 0, 2);
+  for (int64_t at = 64; at < c.words * 4; at += 64) __builtin_prefetch(row + at, 0, 2);
+}
+
 template <typename Element, int kLow, int kOdd, int kWidth>
 KVQ_AVX2 void WidenRows(const Codes& c, int64_t first, int64_t n, const Meta& meta, float* to) {
   constexpr int kVectors = 32 / kLow * kWidth / 8, kSets = kOdd > 0 ? 8 / kLow : 1, kOddBytes = kWidth * 4 / kLow;
@@ -144,17 +156,11 @@ auto RowsOf(int64_t width) {
 
 bool ReadsCodes(const Codec& codec) { return codec.host.lines != nullptr; }
 
-Codes CodesOf(const Codec& codec, const CodecParams& params, const KvView& view, int64_t pair) {
+Codes CodesOf(const Codec& codec, const CodecParams& params, const KvView& view) {
   Codes c;
   c.dim = view.head_dim, c.bits = codec.bits, c.low_bits = LowBits(c.bits), c.group = static_cast<int>(GroupOf(params, c.dim));
   c.words = c.dim * c.low_bits / 32, c.width = Width(c.low_bits, c.dim), c.groups = c.dim / c.group;
-  const auto plane = [&](int p) { return view.planes[p] + pair * view.plane_stride[p]; };
-  c.rows = reinterpret_cast<const uint32_t*>(plane(0));
   c.host = codec.host, c.params = params, c.view = view;
-  for (int p = 0; p < kMaxPlanes; ++p) {
-    if (view.planes[p] != nullptr) c.view.planes[p] = plane(p);
-  }
-  if (c.bits > c.low_bits) c.odd = reinterpret_cast<const uint8_t*>(plane(1));
   for (uint32_t code = 0; code < 1u << std::min(c.bits, 4); ++code) {
     c.table[code] = c.host.entry != nullptr ? c.host.entry(static_cast<int>(code), static_cast<int>(c.dim)) : E2M1::Value(code);
   }
@@ -166,6 +172,18 @@ Codes CodesOf(const Codec& codec, const CodecParams& params, const KvView& view,
   for (int pair_of_vectors = 0; pair_of_vectors < 8; ++pair_of_vectors) {
     c.steps[pair_of_vectors] = static_cast<int32_t>(pair_of_vectors * (c.width == 8 ? 8 : 16) % run / c.group);
   }
+  c.alike = c.steps[128 / c.low_bits * c.width / 64 - 1] == 0;
+  for (size_t lane = 0; lane < c.places.size(); ++lane) c.alike &= c.places[lane] == c.places[lane % 8];
+  return c.Behind(0);
+}
+
+Codes Codes::Behind(int64_t pairs) const {
+  Codes c = *this;
+  for (int p = 0; p < kMaxPlanes; ++p) {
+    if (view.planes[p] != nullptr) c.view.planes[p] += pairs * view.plane_stride[p];
+  }
+  c.rows = reinterpret_cast<const uint32_t*>(c.view.planes[0]);
+  if (bits > low_bits) c.odd = reinterpret_cast<const uint8_t*>(c.view.planes[1]);
   return c;
 }
 
@@ -186,10 +204,9 @@ std::vector<int32_t> CodeOrder(const Codec& codec, int64_t dim) {
 
 std::vector<float> CodeWeights(const Codec& codec, int64_t dim) {
   std::vector<float> weights;
-  if (!ReadsCodes(codec) || LowBits(codec.bits) != codec.bits || codec.host.element != Element::kNumber) return weights;
   const int width = static_cast<int>(Width(codec.bits, dim)), vectors = 32 / codec.bits * width / 8;
   for (int64_t i = 0; i < dim; ++i) {
-    weights.push_back(Weight(codec.bits, FieldOf(codec.bits, width, static_cast<int>(i / 8 % vectors)) * codec.bits));
+    weights.push_back(Weight(codec.bits, width, static_cast<int>(i / 8 % vectors)));
   }
   return weights;
 }
@@ -217,7 +234,10 @@ KVQ_AVX2 void Widen(const Codes& c, int64_t first, int64_t n, const Meta& meta, 
       case 7: return RowsOf<Number<7>, 4, 3>(c.width);
       case 6: return RowsOf<Number<6>, 4, 2>(c.width);
       case 5: return RowsOf<Number<5>, 4, 1>(c.width);
-      default: return RowsOf<Number<3>, 2, 1>(c.width);
+      case 3: return RowsOf<Number<3>, 2, 1>(c.width);
+      case 8: return RowsOf<Number<8>, 8, 0>(c.width);
+      case 4: return RowsOf<Number<4>, 4, 0>(c.width);
+      default: return RowsOf<Number<2>, 2, 0>(c.width);
     }
   }();
   rows(c, first, n, meta, to);

@@ -12,6 +12,7 @@
 namespace kvq::host {
 
 inline constexpr int64_t kTileFloats = 2048, kMostTokens = 64;  // of a tile's keys: with the values half a first cache
+inline constexpr int64_t kDirectFloats = 8192;                  // where both are read as they are stored
 
 // One head's codes, and how their words become channels.
 struct Codes {
@@ -24,24 +25,32 @@ struct Codes {
   KvView view;  // that begins at this head
   std::vector<int32_t> places;  // of each lane of words that are read together: the group of its first field
   int32_t steps[8] = {};        // and by how many groups two vectors' fields are further on
+  bool alike = false;           // all reads' places are those of the first, and there are no steps
   float table[16] = {};         // what a code is, where that is an entry
 
-  // Whether they are numbers themselves, whole in their words.
-  bool direct() const { return bits == low_bits && host.element == Element::kNumber; }
+  // Those of the KV head that is so many behind this one.
+  Codes Behind(int64_t pairs) const;
+  // Whether they are numbers themselves, whole in their words, and all vectors of a token have the same scales.
+  bool direct() const { return bits == low_bits && host.element == Element::kNumber && alike; }
 };
 
 // Whether a codec's codes can be read as they lie; others their codec decodes, a block at a time.
 bool ReadsCodes(const Codec& codec);
 
-// Those of a KV head of a sequence, `pair`, where ReadsCodes.
-Codes CodesOf(const Codec& codec, const CodecParams& params, const KvView& view, int64_t pair);
+// Those of the first KV head of the first sequence, where ReadsCodes.
+Codes CodesOf(const Codec& codec, const CodecParams& params, const KvView& view);
 
 // The number of vector v's code in its lane's word: there are 32 / bits of eight words, 16 / bits of four.
 constexpr int FieldOf(int bits, int width, int v) { return width == 8 ? v / 2 + v % 2 * (16 / bits) : v; }
-// Of codes that are read as numbers, whose lowest bit is bit `shift` of a lane: what they come times. Powers of two: nothing is rounded.
-constexpr float Weight(int bits, int shift) { return shift + bits == 32 ? 1.0f : static_cast<float>(1u << shift); }
+// Codes become numbers by a conversion, or as the highest bits of a mantissa. A conversion takes a pipe that multiply-adds want, too, on a
+// processor whose vector registers are made of halves (Zen 1): 24 of these and eight of those took 39 cycles, with four of each 27.
+constexpr bool InMantissa(int v) { return v % 2 == 1; }
+// What is added to those. (Their sums then have up to some three times the rounding error.)
+constexpr float Bias(int bits, int v) { return InMantissa(v) ? static_cast<float>(1 << bits) : 0; }
+// What vector v's come times. Powers of two: nothing is rounded.
+constexpr float Weight(int bits, int width, int v) { return InMantissa(v) ? 1 : static_cast<float>(1u << FieldOf(bits, width, v) * bits); }
 
-// The weight of each number of a row of codes that is read; empty where all are 1.
+// The weight of each number of a row of codes that are direct.
 std::vector<float> CodeWeights(const Codec& codec, int64_t dim);
 
 // Channel of each number of a row of codes that is read: of some words all fields, of each both sides, of each word.
@@ -50,7 +59,7 @@ std::vector<int32_t> CodeOrder(const Codec& codec, int64_t dim);
 #if KVQ_HAS_AVX2
 // Scales of a tile's groups, and what is added to element times scale; zero behind them. Groups have 16 channels or more.
 struct Meta {
-  alignas(64) float scales[kTileFloats / 16 + 16], shifts[kTileFloats / 16 + 16];
+  alignas(64) float scales[kDirectFloats / 16 + 16], shifts[kDirectFloats / 16 + 16];
 };
 void LoadMeta(const Codes& codes, int64_t first, int64_t n, Meta& meta);
 
@@ -64,23 +73,15 @@ KVQ_AVX2_INLINE __m256i LoadWords(const uint32_t* from) {
   const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   return _mm256_srlv_epi32(both, _mm256_setr_epi32(0, 0, 0, 0, 16, 16, 16, 16));
 }
-// Codes that are numbers, of which the lowest bit is bit `shift` of their lanes, times Weight(kBits, shift): where they are is where they
-// stay, but for the highest, which would be a sign.
-template <int kBits>
-KVQ_AVX2_INLINE Floats WeighedNumbersOf(__m256i codes, int shift) {
-  if (shift + kBits == 32) return _mm256_cvtepi32_ps(_mm256_srli_epi32(codes, shift));
-  return _mm256_cvtepi32_ps(_mm256_and_si256(codes, _mm256_set1_epi32(((1 << kBits) - 1) << shift)));
-}
-// Of numbers of a token's groups those of vectors v and v + 1 of read i. There are some behind them.
-KVQ_AVX2_INLINE Floats Places(const Codes& c, const float* groups, int64_t i, int v) {
-  const __m256i places = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(c.places.data() + i * kLanes));
-  groups += c.steps[v / 2];
-  return c.groups <= kLanes ? _mm256_permutevar8x32_ps(Load(groups), places) : _mm256_i32gather_ps(groups, places, 4);
-}
-KVQ_AVX2_INLINE void Fetch(const Codes& c, int64_t t) {
-  const char* row = reinterpret_cast<const char*>(c.rows + t * c.words) + kAhead / 2;
-  __builtin_prefetch(row, 0, 2);
-  for (int64_t at = 64; at < c.words * 4; at += 64) __builtin_prefetch(row + at, 0, 2);
+// Vector v's codes as numbers, times Weight, plus Bias.
+template <int kBits, int kWidth>
+KVQ_AVX2_INLINE Floats WeighedNumbersOf(__m256i codes, int v) {
+  constexpr uint32_t kMask = (1u << kBits) - 1;
+  const int shift = FieldOf(kBits, kWidth, v) * kBits, down = shift + kBits - 23;
+  if (!InMantissa(v)) return _mm256_cvtepi32_ps(_mm256_and_si256(codes, _mm256_set1_epi32(static_cast<int>(kMask << shift))));
+  const __m256i moved = down > 0 ? _mm256_srli_epi32(codes, down) : _mm256_slli_epi32(codes, -down);
+  const __m256i mantissa = _mm256_and_si256(moved, _mm256_set1_epi32(static_cast<int>(kMask << (23 - kBits))));
+  return _mm256_or_ps(_mm256_castsi256_ps(mantissa), Set(static_cast<float>(1 << kBits)));
 }
 #endif  // KVQ_HAS_AVX2
 
