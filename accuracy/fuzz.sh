@@ -27,28 +27,28 @@ mkdir -p "$build/corpus"
 cd "$build"
 checked=(-gline-tables-only -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fsanitize=fuzzer-no-link)
 
-# Architectures' rows are parsers of config.json, schemes' rows check specs.
+# Architectures' rows are parsers of config.json, schemes' rows check specs. Files that share what takes most of a file's time, JSON's code
+# above all, are read at once.
+together() {  # NAME FILE...
+  printf '#include "%s"\n' "${@:2}" >"$1.new"
+  cmp -s "$1.new" "$1.cc" || mv "$1.new" "$1.cc"
+}
 mapfile -t architectures < <(grep -l '^const RegisterArchitecture' "$root"/fixtures/architectures/*.cc)
-# All families are read at once: what they share, JSON's code above all, is most of each.
-printf '#include "%s"\n' "${architectures[@]}" >architectures.new
-cmp -s architectures.new architectures.cc || mv architectures.new architectures.cc
-sources=("$root"/fixtures/{safetensors,model_config,cache/{spec,presets}}.cc
-  "$root"/fixtures/tokenizer/{tokenizer,tokenizer_formats,tokenizer_stages,added_tokens,bpe,unicode}.cc
-  "$build/architectures.cc" "$root"/kernels/{scheme.cc,rotation.cc,deal.cc,device/plain_encode.cc,schemes/*.cc} "$root/benchmarks/results_file.cc"
-  "$root/accuracy/fuzz_loaders.cc")
-# A header, a family or this script that has changed makes all of ours anew.
-mapfile -t headers < <(ls -t "$root"/*/*.{h,cuh} "$root"/*/*/*.{h,cuh} "${architectures[@]}" "$root/accuracy/fuzz.sh" 2>/dev/null)
+loops=("$root"/fixtures/{safetensors,tokenizer/{tokenizer,tokenizer_stages,added_tokens,bpe,unicode}}.cc)
+parsers=("$root"/{benchmarks/results_file,fixtures/cache/{spec,presets},accuracy/fuzz_loaders}.cc "${architectures[@]}")
+together loops "${loops[@]}"
+together parsers "${parsers[@]}"
+together schemes "$root"/kernels/schemes/*.cc
+sources=("$build"/{loops,parsers,schemes}.cc "$root"/fixtures/{tokenizer/tokenizer_formats,model_config}.cc "$root"/kernels/{scheme,rotation,deal,device/plain_encode}.cc)
+# A header, a file among others or this script that has changed makes all of ours anew.
+mapfile -t headers < <(ls -t "$root"/*/*.{h,cuh} "$root"/*/*/*.{h,cuh} "${loops[@]}" "${parsers[@]}" "$root"/kernels/schemes/*.cc "$root/accuracy/fuzz.sh" 2>/dev/null)
 ours=("${checked[@]}" -std=c++20 -Wno-unknown-pragmas -I "$root" -isystem "$oniguruma/src" -isystem "$cache/cuda-13.0.96/include")
-# What most of them include is read once. Without -O1 a file takes a third of the time: what loops over an input has it, and
-# before all others safetensors.cc, from whose object the linker takes JSON's own code.
-echo '#include <nlohmann/json.hpp>' >common.h
-for level in -O0 -O1; do clang++ "${ours[@]}" $level -x c++-header -fpch-instantiate-templates common.h -o "common$level.pch"; done
+# Without -O1 a file takes half of the time: what loops over an input has it.
 compile() {  # SOURCE
   local object level=-O0
-  [[ $1 == */safetensors.cc || $1 == */tokenizer/* ]] && level=-O1
+  [[ $1 == */loops.cc ]] && level=-O1
   object=$(basename "$1").o
-  [[ $object -nt $1 && $object -nt ${headers[0]} ]] ||
-    clang++ "${ours[@]}" $level -include-pch "common$level.pch" -c "$1" -o "$object"
+  [[ $object -nt $1 && $object -nt ${headers[0]} ]] || clang++ "${ours[@]}" $level -c "$1" -o "$object"
 }
 waiting=0
 for source in "${sources[@]}"; do
