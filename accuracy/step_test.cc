@@ -79,7 +79,36 @@ TEST(StepGpu, ProductsEqualFloat64) {
 // What fits under a sanitizer.
 TEST(StepGpu, ProductsOfAFewShapes) {
   KVQ_NEEDS_CUDA();
-  ExpectProductsEqualFloat64({{8, 64}, {200, 576}, {2048, 4096}});
+  ExpectProductsEqualFloat64({{8, 64}, {200, 576}, {2048, 4096}, {5120, 2048}});
+}
+
+// Of sizes whose x is kept in registers, and of others. Rounded are what is multiplied and what comes out.
+TEST(StepGpu, ProductsNormWhatTheyRead) {  // under a sanitizer
+  KVQ_NEEDS_CUDA();
+  const c10::InferenceMode guard;
+  at::manual_seed(24);
+  for (const at::ScalarType type : {at::kHalf, at::kBFloat16}) {
+    for (const auto& [out, in] : std::vector<std::pair<int64_t, int64_t>>{{5120, 2048}, {128, 2048}, {2048, 4096}, {24, 192}}) {
+      SCOPED_TRACE(StrCat("weight ", out, " x ", in, ", ", type));
+      const at::TensorOptions options = at::TensorOptions(type).device(at::kCUDA), floats = options.dtype(at::kFloat);
+      const at::Tensor weight = at::randn({out, in}, options) / std::sqrt(static_cast<double>(in)), x = at::randn({1, in}, options);
+      const at::Tensor partial = at::randn({2, 1, in}, floats), of_norm = at::rand({in}, floats) + 0.5;
+      const at::Tensor sum = at::full_like(x, NAN), normed = at::full_like(x, NAN), stored = at::full({1, out}, NAN, options);
+      ProductArgs args;
+      args.dtype = DTypeOf(type), args.rows = 1, args.in = in, args.out = out;
+      args.weight = weight.data_ptr(), args.stored = stored.data_ptr();
+      args.normalizes = args.writes_normed = true;
+      args.norm = {.dtype = DTypeOf(type), .rows = 1, .size = in, .x = x.data_ptr(), .partial = partial.data_ptr<float>(), .splits = 2,
+                   .sum = sum.data_ptr(), .weight = of_norm.data_ptr<float>(), .eps = 1e-5f, .out = normed.data_ptr()};
+      ASSERT_TRUE(ProductFits(args));
+      Product(args, nullptr);
+      EXPECT_TRUE(sum.equal(x + (partial[0] + partial[1]).to(type)));
+      const at::Tensor exact = sum.to(at::kDouble);
+      const at::Tensor exact_normed = exact * at::rsqrt(exact.square().mean(-1, true) + 1e-5) * of_norm;
+      EXPECT_LT(RelativeError(normed, exact_normed), Roundoff(type));
+      EXPECT_LT(RelativeError(stored, at::matmul(exact_normed, weight.to(at::kDouble).t())), 2 * Roundoff(type));
+    }
+  }
 }
 
 TEST(StepGpu, NormsAddWhatTheySay) {

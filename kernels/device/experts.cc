@@ -67,7 +67,8 @@ void LaunchExperts(const ExpertsArgs& a, bool down, void* stream) {
   }
   for (int64_t row = 0; row < a.rows; row += kExpertRows) {
     const ExpertsPlan plan = Plan(a, std::min(a.rows - row, together), down);
-    Launch("experts", {.instance = {sources, InstanceName("kvq::step::ExpertsKernel", bfloat16, plan.stages, down)},
+    const bool whole = (down ? a.size : a.hidden) % (kUnit * kDeep) == 0;
+    Launch("experts", {.instance = {sources, InstanceName("kvq::step::ExpertsKernel", bfloat16, plan.stages, whole, down)},
                        .grid = static_cast<unsigned>(plan.blocks),
                        .threads = plan.warps * 32, .shared_bytes = static_cast<size_t>(plan.shared_bytes)},
            stream, a, row, plan.groups);

@@ -289,7 +289,7 @@ __device__ __forceinline__ void Share(const ExpertsArgs& a, int64_t first, int r
 // A warp's way through one of the two products: the tiles of its group, of each the stages from begin to end.
 // Tiles: of the first product [expert, 4 rows of the gate and 4 of the factor], of the second [8 rows], of all experts. Stages of
 // a tile: of a row's columns, or, second, [expert, columns].
-template <bool kDown>
+template <bool kDown, bool kWhole>
 struct Way {
   struct Place {
     int left, expert, unit;  // stages left of the tile; expert (second product) and unit of the next one
@@ -354,7 +354,7 @@ struct Way {
                                        ptx::Shared stage) {
     if (!copies()) return;
     const int lane = threadIdx.x % 32;
-    CopyStage(stage + CopyPlace(lane), next, (kDown ? 4 : a.size) * in * 2, columns - to.unit, policy);
+    CopyStage<kWhole>(stage + CopyPlace(lane), next, (kDown ? 4 : a.size) * in * 2, columns - to.unit, policy);
     if (with_x && HasX(to)) {
       const ptx::Shared place = stage + kStageBytes + lane % kGranules * 16;
       int row = lane / kGranules;
@@ -390,8 +390,8 @@ struct Way {
 };
 
 // What comes of a sum: lane (g, t) has row g of x times rows t and t + 4 of the tile.
-template <bool kBFloat16, bool kDown>
-__device__ __forceinline__ void EndTile(const ExpertsArgs& a, const ChosenExperts& chosen, const Way<kDown>& way, int64_t first_row, int tile,
+template <bool kBFloat16, bool kDown, bool kWhole>
+__device__ __forceinline__ void EndTile(const ExpertsArgs& a, const ChosenExperts& chosen, const Way<kDown, kWhole>& way, int64_t first_row, int tile,
                                         float first, float second) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   if constexpr (kDown) {
@@ -418,7 +418,7 @@ __device__ __forceinline__ void EndTile(const ExpertsArgs& a, const ChosenExpert
 }
 
 // Rows `first_row` and on of x, eight at most.
-template <bool kBFloat16, int kStages, bool kDown>
+template <bool kBFloat16, int kStages, bool kWhole, bool kDown>
 __global__ void __maxnreg__(112) ExpertsKernel(const __grid_constant__ ExpertsArgs a, int64_t first_row, int groups) {
   extern __shared__ __align__(128) std::byte shared[];
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -428,7 +428,7 @@ __global__ void __maxnreg__(112) ExpertsKernel(const __grid_constant__ ExpertsAr
   float* sums = reinterpret_cast<float*>(shared + warps * kStages * stage_bytes);
   __shared__ ChosenExperts chosen;
 
-  Way<kDown> way(a, groups);
+  Way<kDown, kWhole> way(a, groups);
   // The kernel behind the first product is the second, which is not to begin before one block has left its choice: the first of those with
   // fewest tiles. The last ones find room only when the router's blocks have left.
   const int blocks = static_cast<int>(gridDim.x), late = blocks - static_cast<int>(a.experts) / kTileRows;
@@ -483,7 +483,7 @@ __global__ void __maxnreg__(112) ExpertsKernel(const __grid_constant__ ExpertsAr
     copied = behind(copied);
     ptx::CopyCommit();
     if (step < 0) continue;
-    MultiplyStage<kBFloat16>(read + ReadPlace(lane), read + x_place, kUnit, way.columns - at.unit, sum);
+    MultiplyStage<kBFloat16, kWhole>(read + ReadPlace(lane), read + x_place, kUnit, way.columns - at.unit, sum);
     read = behind(read);
     const int expert = at.expert;
     const bool ends_tile = at.left == 1;
@@ -512,7 +512,7 @@ __global__ void __maxnreg__(112) ExpertsKernel(const __grid_constant__ ExpertsAr
         first += tile_sums[(w * rows + g) * kTileRows + t];
         second += tile_sums[(w * rows + g) * kTileRows + t + 4];
       }
-      EndTile<kBFloat16>(a, chosen, way, first_row, tile, first, second);
+      EndTile<kBFloat16, kDown, kWhole>(a, chosen, way, first_row, tile, first, second);
     }
     total[0] = total[1] = 0;
     tile += way.tile_step, ++turn;

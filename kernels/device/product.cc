@@ -104,10 +104,14 @@ void Product(const ProductArgs& a, void* stream) {
   if (plan.stages == 0) throw std::runtime_error("a product of shapes that ProductFits refuses");
   const int room = CurrentDevice().multiprocessors * plan.blocks_per_sm / plan.splits;
   const int norm_held = a.normalizes ? static_cast<int>((a.in + plan.warps * 32 * 8 - 1) / (plan.warps * 32 * 8)) : 0;
+  const bool whole = a.in % (int64_t{kUnit} * kDeep * plan.warps * plan.splits) == 0;
+  // Of one row and short ones, which end a tile every second stage.
+  const bool holds_x = whole && a.rows == 1 && plan.splits == 1 && a.in == 2 * kUnit * kDeep * plan.warps && a.end != ProductEnd::kPartial;
   const std::string end = StrCat("kvq::ProductEnd(", static_cast<int>(a.end), ")");
   Launch("product",
          {.instance = {{"kernels/device/product.cuh"},
-                       InstanceName("kvq::step::ProductKernel", a.dtype == DType::kBFloat16, plan.warps, plan.stages, end, norm_held)},
+                       InstanceName("kvq::step::ProductKernel", a.dtype == DType::kBFloat16, plan.warps, plan.stages, whole,
+                                    holds_x ? 2 : 0, end, norm_held)},
           .grid = static_cast<unsigned>(std::min(room, plan.tiles) * plan.splits),
           .threads = plan.warps * 32,
           .shared_bytes = static_cast<size_t>(plan.shared_bytes)},

@@ -65,15 +65,14 @@ __device__ __forceinline__ int PlaceOf(int i, int row, int rows) {
 // Which of four matrices of x the lane says the place of: the second and third change places (MultiplyUnit).
 __device__ __forceinline__ int MatrixOfX(int lane) { return lane / 16 + lane / 8 % 2 * 2; }
 
-// Adds to four parts of a sum. `weight` and `x`: the places that the lane says, the latter's those of the next 32 columns `apart`
-// bytes behind.
-template <bool kBFloat16>
-__device__ __forceinline__ void MultiplyUnit(ptx::Shared weight, ptx::Shared x, int apart, float (&sum)[4][4]) {
+// Adds to four parts of a sum. `weight`: the place that the lane says; load_x(chunk, words): four matrices of x, of 32 columns.
+template <bool kBFloat16, typename LoadX>
+__device__ __forceinline__ void MultiplyUnit(ptx::Shared weight, const LoadX& load_x, float (&sum)[4][4]) {
 #pragma unroll
   for (int chunk = 0; chunk < 2; ++chunk) {
     uint32_t w[4], of_x[4];
     ptx::LoadMatrices(weight ^ chunk * 64, w);
-    ptx::LoadMatrices(x + chunk * apart, of_x);
+    load_x(chunk, of_x);
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       float (&to)[4] = sum[2 * chunk + k];
@@ -85,22 +84,39 @@ __device__ __forceinline__ void MultiplyUnit(ptx::Shared weight, ptx::Shared x, 
     }
   }
 }
-// A stage, or `units` of it where it ends a row, from `from` on, the lane's place of the first; its other row is `apart` bytes from there.
+// A stage, or, unless all are whole (kWhole), `units` of it where it ends a row, from `from` on, the lane's place of the first; its other
+// row is `apart` bytes from there.
+template <bool kWhole>
 __device__ __forceinline__ void CopyStage(ptx::Shared place, const std::byte* from, int64_t apart, int units,
                                           ptx::CachePolicy policy) {
 #pragma unroll
   for (int i = 0; i < kDeep; ++i) {
-    if (i >= units) break;
+    if (!kWhole && i >= units) break;
     ptx::CopyAsync(place + i * kUnitBytes, from + i * kUnit * 2, policy);
     ptx::CopyAsync(OtherRow(place) + i * kUnitBytes, from + apart + i * kUnit * 2, policy);
   }
 }
 
-template <bool kBFloat16>
+// `x`: the place that the lane says, those of the next 32 columns are `apart` bytes behind.
+template <bool kBFloat16, bool kWhole>
 __device__ __forceinline__ void MultiplyStage(ptx::Shared weight, ptx::Shared x, int apart, int units, float (&sum)[4][4]) {
 #pragma unroll
   for (int i = 0; i < kDeep; ++i) {
-    if (i < units) MultiplyUnit<kBFloat16>(weight + i * kUnitBytes, x + i * 2 * apart, apart, sum);
+    const auto load_x = [&](int chunk, uint32_t (&words)[4]) { ptx::LoadMatrices(x + (2 * i + chunk) * apart, words); };
+    if (kWhole || i < units) MultiplyUnit<kBFloat16>(weight + i * kUnitBytes, load_x, sum);
+  }
+}
+// The matrices of a whole stage's x, in registers.
+using StageOfX = uint32_t[kDeep][2][4];
+template <bool kBFloat16>
+__device__ __forceinline__ void MultiplyStage(ptx::Shared weight, const StageOfX& x, float (&sum)[4][4]) {
+#pragma unroll
+  for (int i = 0; i < kDeep; ++i) {
+    const auto load_x = [&](int chunk, uint32_t (&words)[4]) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) words[k] = x[i][chunk][k];
+    };
+    MultiplyUnit<kBFloat16>(weight + i * kUnitBytes, load_x, sum);
   }
 }
 // Lane (g, t) has row g of x times rows 2 t and 2 t + 1 of the tile.
@@ -108,9 +124,12 @@ __device__ __forceinline__ float2 SumOf(const float (&sum)[4][4]) {
   return make_float2((sum[0][0] + sum[1][2]) + (sum[2][0] + sum[3][2]), (sum[0][1] + sum[1][3]) + (sum[2][1] + sum[3][3]));
 }
 
+// kWhole: all stages of all warps have two units: without a branch between these all matrices of a stage are on their way at once.
+// kHeldX: stages of a warp's part of a row, all of whose x it keeps in registers; or 0. Shared memory then has a third less to do.
 // kNormHeld: eights of a row of x that a thread norms; 0 where there is no norm.
-template <bool kBFloat16, int kWarps, int kStages, ProductEnd kEnd, int kNormHeld>
-__global__ void __launch_bounds__(kWarps * 32, kStages > 2 ? 2 : 1)
+// Partial sums follow attention, beside whose blocks there is room for 64 registers a thread (attention.cc).
+template <bool kBFloat16, int kWarps, int kStages, bool kWhole, int kHeldX, ProductEnd kEnd, int kNormHeld>
+__global__ void __launch_bounds__(kWarps * 32, kWarps == 8 && kEnd == ProductEnd::kPartial ? 4 : kStages > 2 ? 2 : 1)
     ProductKernel(const __grid_constant__ ProductArgs a, const __grid_constant__ ProductPlan plan) {
   extern __shared__ __align__(128) std::byte shared[];
   constexpr int kThreads = kWarps * 32;
@@ -153,8 +172,8 @@ __global__ void __launch_bounds__(kWarps * 32, kStages > 2 ? 2 : 1)
     if constexpr (kEnd == ProductEnd::kAppend) apart_bytes = static_cast<int64_t>(apart_of(next_tile)) * in * 2;
   };
   const auto fetch = [&] {  // an empty group behind the last stage
-    if (next_tile < plan.tiles && begin < end) {
-      CopyStage(copy_place + next_stage * kStageBytes, next, apart_bytes, end - next_unit, policy);
+    if (next_tile < plan.tiles && (kWhole || begin < end)) {
+      CopyStage<kWhole>(copy_place + next_stage * kStageBytes, next, apart_bytes, end - next_unit, policy);
       next += kDeep * kUnit * 2;
       if ((next_unit += kDeep) >= end) {
         next_unit = begin;
@@ -230,19 +249,34 @@ __global__ void __launch_bounds__(kWarps * 32, kStages > 2 ? 2 : 1)
   const ptx::Shared x_place =
       ptx::SharedAddress(x_shared) + (begin - split_begin) * 2 * rows * 64 + PlaceOf(MatrixOfX(lane), min(lane % 8, rows - 1), rows) * 16;
 
+  StageOfX held_x[kHeldX > 0 ? kHeldX : 1];
+#pragma unroll
+  for (int i = 0; i < kHeldX * kDeep * 2; ++i) {
+    ptx::LoadMatrices(x_place + i * rows * 64, held_x[i / 2 / kDeep][i / 2 % kDeep][i % 2]);
+  }
+
   int stage = 0, turn = 0, held = 0, place = 0;  // held: tiles that have not ended; place: of two, where their sums are
 #pragma unroll 1
   for (int streamed = first_tile; streamed < plan.tiles; streamed += tile_step, ++turn) {
     float sum[4][4] = {};
-    ptx::Shared x_at = x_place;
-#pragma unroll 1
-    for (int unit = begin; unit < end; unit += kDeep) {
+    const auto next_weights = [&] {
       ptx::CopyWait<kStages - 2>();
       __syncwarp();
       fetch();  // into the stage that all lanes have left
-      MultiplyStage<kBFloat16>(read_place + stage * kStageBytes, x_at, rows * 64, end - unit, sum);
-      x_at += 2 * kDeep * rows * 64;
+      const ptx::Shared weights = read_place + stage * kStageBytes;
       stage = stage + 1 == kStages ? 0 : stage + 1;
+      return weights;
+    };
+    if constexpr (kHeldX > 0) {
+#pragma unroll
+      for (int i = 0; i < kHeldX; ++i) MultiplyStage<kBFloat16>(next_weights(), held_x[i], sum);
+    } else {
+      ptx::Shared x_at = x_place;
+#pragma unroll 1
+      for (int unit = begin; unit < end; unit += kDeep) {
+        MultiplyStage<kBFloat16, kWhole>(next_weights(), x_at, rows * 64, end - unit, sum);
+        x_at += 2 * kDeep * rows * 64;
+      }
     }
     const int of_tile = kWarps * rows * kTileRows;
     float* held_sums = sums + place * plan.held * of_tile;
