@@ -142,6 +142,7 @@ Plan PlanTiles(const Codec& keys, const Codec& values, const DecodeAttentionArgs
   if (clusters && tokens <= blocks * kMostTokens && tokens * tile_bytes(tile) / tile <= blocks * kMostBytes) {
     plan.splits = plan.cluster = static_cast<int>(blocks);
   }
+  const bool asks_first = args.made_of != nullptr && args.window == 0 && TokensInSight(args) > 2 * plan.splits * warps * tile;
   plan.instance = {{"kernels/device/attention.cuh", keys.device.source, values.device.source},
                    InstanceName("kvq::decode_attention::Kernel",
                                 InstanceName("kvq::decode_attention::Config", keys.device.type(args.key_params, dim),
@@ -149,7 +150,7 @@ Plan PlanTiles(const Codec& keys, const Codec& values, const DecodeAttentionArgs
                                              tile, registers, plan.cluster, args.window > 0,
                                              turns_keys + 2 * turns_values + 4 * IsApart(args) + 8 * (args.softcap > 0) +
                                                  16 * (args.newest_keys != nullptr) + 32 * (args.newest_values != nullptr) + 64 * (args.dtype == DType::kBFloat16) +
-                                                 128 * (args.made_of != nullptr)))};
+                                                 128 * (args.made_of != nullptr) + 256 * asks_first))};
   plan.tile_text = StrCat(warps, " warps x ", stages, " x ", tile, " tokens");
   plan.threads = 32 * warps;
   plan.shared_bytes = shared_bytes(warps, stages, tile);

@@ -18,7 +18,9 @@
 // - Warps share nothing while they stream: each has a ring of tiles in shared memory, filled by its own cp.async,
 //   16 bytes a lane, in a swizzle that keeps its reads free of bank conflicts.
 // - The tokens of a KV head are split among blocks by the lengths in device memory, in a grid sized by the
-//   capacity alone, so that a captured graph serves every step. Some of a KV head's share its query heads and combine all
+//   capacity alone, so that a captured graph serves every step. Of 16 bits a block's first tiles are where no length matters: where
+//   it makes heads, too, it asks for them at once, and reads weights of norms later, as each instruction ahead of that copy, and of
+//   the wait, comes late. Some of a KV head's share its query heads and combine all
 //   blocks' parts. By then the weights of the product that follows are on their way, and a trip to device memory takes 2 us:
 //   few blocks are one cluster, and combine in shared memory.
 //
@@ -224,6 +226,7 @@ struct Ring {
   const std::byte* values;
   const std::byte* meta[kMetaCopies > 0 ? kMetaCopies : 1];
   int first;   // of the warp's tiles
+  int step;    // from one of them to the next
   int end;     // behind the block's last tile
   int tokens;  // encoded ones of this sequence
   int hidden;  // of them, by a window
@@ -235,10 +238,10 @@ struct Ring {
   }
 
   // Of the tiles of all encoded tokens that are in sight, the equal share of a block, and of that every kWarps-th for this
-  // warp.
+  // warp; or, dealt, as many of all.
   __device__ __forceinline__ Ring(const DecodeAttentionArgs& args, int pair, const SequenceLength& length, int split,
                                   int splits, int warp, ptx::Shared tiles)
-      : tiles(tiles), tokens(length.encoded), hidden(0) {
+      : tiles(tiles), step(C::kWarps), tokens(length.encoded), hidden(0) {
     int before = 0;
     if constexpr (C::kWindow) {
       hidden = min(max(HiddenTokens<C>(args, length) - length.sinks, 0), tokens);
@@ -251,7 +254,11 @@ struct Ring {
       const int part = shared_out / splits * i + (shared_out % splits * i + splits - 1) / splits;  // of i / splits, in 32 bits
       return before + (i == splits ? all : max(min(part, all - 1), 0));
     };
-    first = cut(split) + warp, end = cut(split + 1);
+    if constexpr (C::kDealt) {
+      first = warp * splits + split, step = C::kWarps * splits, end = all;
+    } else {
+      first = cut(split) + warp, end = cut(split + 1);
+    }
     const int lane = threadIdx.x % 32;
     key_place = PlaceOf<K>(lane), value_place = PlaceOf<V>(lane);
     static_assert(C::kWarps * C::kTile % K::kTokens == 0);
@@ -303,7 +310,9 @@ struct Ring {
     }
   }
 
-  // Begins to copy a tile, kWarps behind the one before; an empty group where there is none.
+  __device__ __forceinline__ int Step() const { return C::kDealt ? step : C::kWarps; }
+
+  // Begins to copy a tile, a step behind the one before; an empty group where there is none.
   __device__ __forceinline__ void Fetch(int tile, int stage) {
     if (tile < end) {
       if ((tile + 1) * C::kTile <= tokens) {
@@ -311,8 +320,8 @@ struct Ring {
       } else {
         CopyTile<false>(tile, tiles + stage * C::kTileBytes);
       }
-      keys += C::kWarps * C::kTile * K::kRow;
-      values += C::kWarps * C::kTile * V::kRow;
+      keys += Step() * C::kTile * K::kRow;
+      values += Step() * C::kTile * V::kRow;
 #pragma unroll
       for (int i = 0; i < kMetaCopies; ++i) {
         meta[i] += C::kWarps * C::kTile * BehindAt(static_cast<int>(threadIdx.x) % 32 + 32 * i).bytes;
@@ -321,13 +330,21 @@ struct Ring {
     ptx::CopyCommit();
   }
 
+  // In place of those it was made with, where tiles are dealt.
+  __device__ __forceinline__ void TakeLength(const SequenceLength& length) {
+    tokens = length.encoded, end = (length.encoded + C::kTile - 1) / C::kTile;
+  }
+
   // Begins to copy the warp's tiles from `begin` to `until`, which is kStages - 1 in the end: as many as the ring takes but one.
   __device__ __forceinline__ void Start(int begin, int until) {
 #pragma unroll
     for (int stage = 0; stage < C::kStages - 1; ++stage) {
-      if (stage >= begin && stage < until) Fetch(first + stage * C::kWarps, stage);
+      if (stage >= begin && stage < until) Fetch(first + stage * Step(), stage);
     }
   }
+
+  // Whether the block has any.
+  __device__ __forceinline__ bool HasTiles(int split, int warp) const { return (C::kDealt ? split : first - warp) < end; }
 
   // How many of those there are before the one with the newest token.
   __device__ __forceinline__ int StagesBeforeNewest() const {
@@ -335,7 +352,7 @@ struct Ring {
     int before = C::kStages - 1;
 #pragma unroll
     for (int stage = 0; stage < C::kStages - 1; ++stage) {
-      if (first + stage * C::kWarps == newest) before = stage;
+      if (first + stage * Step() == newest) before = stage;
     }
     return before;
   }
@@ -346,10 +363,10 @@ struct Ring {
     ptx::Shared tile = tiles;
     int free = C::kStages - 1;
 #pragma unroll 1
-    for (int index = first; index < end; index += C::kWarps) {
+    for (int index = first; index < end; index += Step()) {
       ptx::CopyWait<C::kStages - 2>();
       __syncwarp();  // all lanes' copies have arrived, and all lanes are done with the tile before
-      Fetch(index + (C::kStages - 1) * C::kWarps, free);
+      Fetch(index + (C::kStages - 1) * Step(), free);
       const int left = tokens - index * C::kTile;
       attend(tile, min(left, C::kTile), C::kWindow ? max(hidden - index * C::kTile, 0) : 0, left <= C::kTile);
       free = free + 1 == C::kStages ? 0 : free + 1;
@@ -358,6 +375,13 @@ struct Ring {
     ptx::CopyWait<0>();
   }
 };
+
+// Which of a pair's blocks has the newest token's tile.
+template <class C>
+__device__ __forceinline__ int BlockOfNewest(const SequenceLength& length, int splits) {
+  if constexpr (C::kDealt) return max(length.encoded - 1, 0) / C::kTile % splits;
+  return splits - 1;
+}
 
 template <class A, class B>
 inline constexpr bool kSame = false;
@@ -403,33 +427,31 @@ __global__ void __maxnreg__(C::kRegisters)
   // A part of a pair's query heads counts as a pair of its own in the workspace.
   const int part = blockIdx.x / splits, split = blockIdx.x % splits, pair = part / C::kParts;
   const int heads = static_cast<int>(args.keys.heads), ratio = static_cast<int>(args.query_heads) / heads / C::kParts;
-  const Workspace workspace = LayOut(args.workspace, args.keys.batch * heads * C::kParts, splits, ratio, C::kDim);
-  float2* sums = static_cast<float2*>(workspace.sums) + (static_cast<int64_t>(part) * splits + split) * ratio;
-  float* outputs = workspace.outputs + (static_cast<int64_t>(part) * splits + split) * ratio * C::kDim;
-  if constexpr (C::kCluster > 1) {
-    sums = reinterpret_cast<float2*>(shared + C::kBlockSumsAt), outputs = reinterpret_cast<float*>(shared);
-  }
   const auto ring_of = [&](const SequenceLength& of) {
     return Ring<C>(args, pair, of, split, splits, warp, ptx::SharedAddress(shared) + warp * C::kStages * C::kTileBytes);
   };
-  auto made_heads = [&] {
-    if constexpr (C::kMakesHeads) return MadeHeads<C>(args, pair, part, ratio, warp, split == splits - 1);
-    else return nullptr;
-  }();
   const auto length_now = [&] { return ReachOf<C>(args, pair / heads); };
   LaunchDependents();
   if (!args.early) WaitForPredecessors();
-  Reach length = length_now();
+  Reach length;
+  if constexpr (C::kAsksFirst) length.encoded = static_cast<int>(args.keys.capacity);
+  else length = length_now();
   Ring<C> ring = ring_of(length);
-  // The newest token, of `none` or encoded within the step, is not there yet. It is in the last split's last tile.
+  // The newest token, of `none` or encoded within the step, is not there yet.
   int started = C::kMakesHeads || (!C::kDense && !args.newest_is_encoded) ? C::kStages - 1 : ring.StagesBeforeNewest();
   // Of 16 bits so many stages are asked for ahead of the queries, the rest right behind them: these come in their turn.
   constexpr int kAhead = C::kDense ? 1 : C::kStages - 1;
   static_assert(!C::kDense || !C::kTurnsKeys);
   ring.Start(0, min(kAhead, started));
-  const auto ask_on = [&] { ring.Start(kAhead, started); };
   if (args.early) WaitForPredecessors();
   const Reach now = length_now();  // asked for together with the queries, as each comes late
+  const auto ask_on = [&] {
+    if constexpr (C::kAsksFirst) {
+      length = now;
+      ring.TakeLength(now);
+    }
+    ring.Start(kAhead, started);
+  };
   if constexpr (C::kEncodes) {
     if (split == splits - 1) EncodeNewest<C>(args, pair, warp, shared);
   }
@@ -441,8 +463,12 @@ __global__ void __maxnreg__(C::kRegisters)
     TurnQueries<C>(args, part, ratio, warp, turned);
     if constexpr (C::kEager) LoadTurnedQueries<C>(args, ratio, turned, g, t, q);
   } else {
-    if constexpr (C::kMakesHeads) made_heads.Stage(ratio, warp, now.encoded, queries, newest_rows, ask_on);
-    else StageQueries<C>(args, part, ratio, warp, queries, ask_on);
+    if constexpr (C::kMakesHeads) {
+      const auto appends = [&] { return split == BlockOfNewest<C>(now, splits) ? now.encoded : -1; };
+      StageMadeHeads<C>(args, pair, part, ratio, warp, queries, newest_rows, ask_on, appends);
+    } else {
+      StageQueries<C>(args, part, ratio, warp, queries, ask_on);
+    }
     if constexpr (C::K::kDense) LoadQueriesForDense<C>(args, part, ratio, queries, g, t, q);
     else if constexpr (C::kEager) LoadQueries<C>(queries, g, t, q);
   }
@@ -452,22 +478,23 @@ __global__ void __maxnreg__(C::kRegisters)
   DenseTokens<C> tokens;
   Queries<C> dense_q;
   const auto load_dense = [&] {
-    if (C::kEager && unit < DenseTokens<C>::Units(length)) tokens.Load(args, pair, length, unit, g, t);
+    if (C::kEager && !C::kMakesHeads && unit < DenseTokens<C>::Units(length)) tokens.Load(args, pair, length, unit, g, t);
   };
   load_dense();
-  if (now.sinks != length.sinks || now.encoded != length.encoded || now.residual != length.residual || now.keys != length.keys ||
-      now.values != length.values) {
+  const bool same = now.sinks == length.sinks && now.encoded == length.encoded && now.residual == length.residual &&
+                    now.keys == length.keys && now.values == length.values;
+  if (!C::kAsksFirst && !same) {
     length = now;  // a step began after we looked
     ptx::CopyWait<0>();
     ring = ring_of(length), started = 0;
     load_dense();
   }
-  const int units = DenseTokens<C>::Units(length);
+  const int units = C::kMakesHeads ? 0 : DenseTokens<C>::Units(length);
   const bool has_dense = unit < units;
   if ((C::kEager || !C::K::kDense) && has_dense) LoadQueriesForDense<C>(args, part, ratio, queries, g, t, dense_q);
   ring.Start(started, C::kStages - 1);  // all that comes from memory is on its way before any of it is worked on
 
-  if (ring.first - warp < ring.end || split < units) {
+  if (ring.HasTiles(split, warp) || split < units) {
     Partial<C> partial, dense;
     while (unit < units) {
       Partial<C>& of = C::V::kDense ? partial : dense;
@@ -486,13 +513,15 @@ __global__ void __maxnreg__(C::kRegisters)
     }
     ring.Stream([&](ptx::Shared tile, int valid, int hidden, bool last) {
       if constexpr (C::kMakesHeads) {
-        if (last) MadeHeads<C>::PutNewest(newest_rows, tile, valid - 1);
+        if (last) PutNewest<C>(newest_rows, tile, valid);
       }
       AttendTile<C>(tile, valid, hidden, g, t, q, args.softcap, partial);
     });
-    Merge<C>(partial, warp, !C::V::kDense && has_dense, dense, ratio, shared, sums, outputs);
+    Merge<C>(partial, warp, !C::V::kDense && has_dense, dense, ratio, shared, SlotOf<C>(args, splits, ratio, shared));
   } else {  // no tokens: the weight 0, and so outputs that are numbers
+    if constexpr (C::kAsksFirst) ptx::CopyWait<0>();  // of a tile that holds none
     if constexpr (C::kCluster > 1) __syncthreads();  // the rings are done with
+    const auto [sums, outputs] = SlotOf<C>(args, splits, ratio, shared);
     if constexpr (C::kCluster > 1) {
       if (threadIdx.x < ratio) sums[threadIdx.x] = {kNoReference, 0};
       for (int i = threadIdx.x; i < ratio * C::kHeadStride; i += C::kThreads) outputs[i] = 0;

@@ -34,6 +34,20 @@ KVQ_HD inline Workspace LayOut(void* base, int64_t pairs, int64_t slots, int64_t
 
 #ifdef __CUDACC__
 
+// What a block leaves: in its slot, or, of a cluster, in its shared memory. Worked out when it is wanted: before, its instructions would
+// come ahead of what has to begin early.
+struct Slot {
+  float2* sums;
+  float* outputs;
+};
+template <class C>
+__device__ __forceinline__ Slot SlotOf(const DecodeAttentionArgs& args, int splits, int ratio, std::byte* shared) {
+  if constexpr (C::kCluster > 1) return {reinterpret_cast<float2*>(shared + C::kBlockSumsAt), reinterpret_cast<float*>(shared)};
+  const Workspace workspace = LayOut(args.workspace, gridDim.x / splits, splits, ratio, C::kDim);
+  const int64_t heads = static_cast<int64_t>(ptx::BlockNumber()) * ratio;  // before the block's
+  return {static_cast<float2*>(workspace.sums) + heads, workspace.outputs + heads * C::kDim};
+}
+
 // Into a slot.
 __device__ __forceinline__ float NotZero(float x) { return __float_as_uint(x) == 0 ? -0.0f : x; }
 __device__ __forceinline__ void Leave(float4* to, const float4& x) { ptx::StoreSeen(to, {NotZero(x.x), NotZero(x.y), NotZero(x.z), NotZero(x.w)}); }
@@ -74,7 +88,7 @@ __device__ __forceinline__ void Shelve(const Partial<C>& dense, float* shelf, in
 // codes, where `has_dense`.
 template <class C>
 __device__ void Merge(const Partial<C>& partial, int warp, bool has_dense, const Partial<C>& dense, int ratio, std::byte* shared,
-                      float2* slot_sums, float* slot_outputs) {
+                      const Slot& slot) {
   constexpr bool kCodes = !C::V::kDense;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   float* outputs = reinterpret_cast<float*>(shared);  // [warp, head, kHeadStride]
@@ -150,13 +164,13 @@ __device__ void Merge(const Partial<C>& partial, int warp, bool has_dense, const
       sum.x = fmaf(factor, x.x, sum.x), sum.y = fmaf(factor, x.y, sum.y);
       sum.z = fmaf(factor, x.z, sum.z), sum.w = fmaf(factor, x.w, sum.w);
     }
-    auto* const to = reinterpret_cast<float4*>(slot_outputs + head * (C::kCluster > 1 ? C::kHeadStride : C::kDim) + channel);
+    auto* const to = reinterpret_cast<float4*>(slot.outputs + head * (C::kCluster > 1 ? C::kHeadStride : C::kDim) + channel);
     if constexpr (C::kCluster > 1) {
       *to = sum;
-      if (channel == 0) slot_sums[head] = {m, l};
+      if (channel == 0) slot.sums[head] = {m, l};
     } else {
       Leave(to, sum);
-      if (channel == 0) Leave(slot_sums + head, {m, l});
+      if (channel == 0) Leave(slot.sums + head, {m, l});
     }
   }
   __syncthreads();  // before the memory is used again

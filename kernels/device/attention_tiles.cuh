@@ -69,6 +69,9 @@ struct Config {
   using K = Row<Keys, kDim>;
   using V = Row<Values, kDim>;
   static constexpr bool kDense = K::kDense && V::kDense;
+  // Tiles are dealt to all warps of all blocks in turn: so each knows its first one whatever the lengths. Where a block makes heads, and
+  // tokens are many, it asks for that one before it looks at them.
+  static constexpr bool kDealt = kDense && !kWindow, kAsksFirst = kDealt && kMakesHeads && (kFlags_ & 256) != 0;
   static constexpr bool kOneDense = K::kDense != V::kDense;
   // Dense tokens beside the tiles are fetched before anything is worked on; where registers are too few, when they are.
   static constexpr bool kEager = kDim <= 128 && kHeadTiles == 1;
