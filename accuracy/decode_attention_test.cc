@@ -622,7 +622,9 @@ TEST(DecodeAttentionGpu, MakesHeadsOfAFewShapes) {  // under a sanitizer
   const std::vector<Case> cases = {{128, 8, at::kHalf, false, false, 0, 0}, {128, 4, at::kBFloat16, true, true, 64, 0},
                                    {64, 1, at::kHalf, true, false, 0, 0},   {64, 16, at::kBFloat16, false, true, 32, 100},
                                    {256, 2, at::kBFloat16, false, true, 0, 300}, {128, 24, at::kHalf, false, false, 0, 0},
-                                   {256, 8, at::kHalf, true, false, 128, 0}, {128, 8, at::kHalf, false, false, 0, 0, 9000}};
+                                   {256, 8, at::kHalf, true, false, 128, 0}, {128, 8, at::kHalf, false, false, 0, 0, 9000},
+                                   // Too few for blocks to ask for tiles before they know the lengths.
+                                   {128, 8, at::kHalf, false, false, 0, 0, 600}, {256, 2, at::kBFloat16, false, true, 0, 0, 300}};
   constexpr int64_t batch = 3;
   const auto arguments = [&](const Case& c) {
     DecodeAttentionArgs args;
@@ -643,7 +645,7 @@ TEST(DecodeAttentionGpu, MakesHeadsOfAFewShapes) {  // under a sanitizer
     }
   });
   for (const Case& c : cases) {
-    SCOPED_TRACE(StrCat("head_dim ", c.dim, ", ", c.ratio, " heads a KV head, window ", c.window, ", ", c.dtype));
+    SCOPED_TRACE(StrCat("head_dim ", c.dim, ", ", c.ratio, " heads a KV head, window ", c.window, ", ", c.tokens, " tokens, ", c.dtype));
     const at::TensorOptions options = at::TensorOptions(c.dtype).device(at::kCUDA), floats = options.dtype(at::kFloat);
     const int64_t heads = kKvHeads * c.ratio, all = heads + 2 * kKvHeads;
     const Tensor made_of = at::randn({batch, all, c.dim}, options) * 3, bias = at::randn({all, c.dim}, options);

@@ -103,8 +103,9 @@ void AddAttention(Collector& all, const std::string& spec, int64_t dim, int64_t 
   }
   if (kind.makes_heads) args.made_of = there;
   // Few tokens of eight KV heads are read by blocks in a cluster, many are not.
-  for (const auto& [heads, capacity] : {std::pair<int64_t, int64_t>(8, 4096), {2, 32768}}) {
-    if (capacity == 4096 && !kind.clusters) continue;
+  // Fewer still, of made heads, are not asked for ahead of the lengths.
+  for (const auto& [heads, capacity] : {std::pair<int64_t, int64_t>(8, 4096), {2, 32768}, {4, 1024}}) {
+    if ((capacity == 4096 && !kind.clusters) || (capacity == 1024 && !kind.makes_heads)) continue;
     args.query_heads = heads * ratio, args.keys.heads = args.values.heads = heads, args.keys.capacity = args.values.capacity = capacity;
     args.heads = {.heads = args.query_heads, .kv_heads = heads, .head_dim = dim};
     all.Add([&] { DecodeAttention(keys, values, args, nullptr); });
@@ -186,7 +187,7 @@ void AddSteps(Collector& all, DType dtype) {
   }
   for (const int64_t size : {768, 2880, 20}) {
     for (const int64_t rows : {1, 8}) {
-      const ExpertsArgs experts = {.dtype = dtype, .rows = rows, .hidden = size == 20 ? 36 : 2048, .size = size, .experts = 128,
+      const ExpertsArgs experts = {.dtype = dtype, .rows = rows, .hidden = size == 20 ? 36 : size == 2880 ? 2880 : 2048, .size = size, .experts = 128,
                                    .per_token = 8};
       all.Add([&] { ExpertsUp(experts, nullptr), ExpertsDown(experts, nullptr); });
     }
@@ -205,7 +206,7 @@ void AddSteps(Collector& all, DType dtype) {
   pick.cap = 30;
   all.Add([&] { PickTokens(pick, nullptr); });
   for (const int64_t rows : {1, 2, 8}) {
-    for (const int64_t in : {1024, 4096, 14336}) {
+    for (const int64_t in : {2048, 4096, 11008}) {  // x that is kept in registers, and stages that are not all whole
       for (const ProductEnd end : {ProductEnd::kPartial, ProductEnd::kStore, ProductEnd::kGate, ProductEnd::kAppend,
                                    ProductEnd::kActivate}) {
         for (const bool normalizes : {false, true}) {

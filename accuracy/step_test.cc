@@ -83,7 +83,7 @@ TEST(StepGpu, ProductsOfAFewShapes) {
 }
 
 // Of sizes whose x is kept in registers, and of others. Rounded are what is multiplied and what comes out.
-TEST(StepGpu, ProductsNormWhatTheyRead) {  // under a sanitizer
+TEST(StepGpu, ProductsNormWhatTheyReadOfAFewShapes) {  // under a sanitizer
   KVQ_NEEDS_CUDA();
   const c10::InferenceMode guard;
   at::manual_seed(24);

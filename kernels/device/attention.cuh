@@ -19,7 +19,7 @@
 //   16 bytes a lane, in a swizzle that keeps its reads free of bank conflicts.
 // - The tokens of a KV head are split among blocks by the lengths in device memory, in a grid sized by the
 //   capacity alone, so that a captured graph serves every step. Of 16 bits a block's first tiles are where no length matters: where
-//   it makes heads, too, it asks for them at once, and reads weights of norms later, as each instruction ahead of that copy, and of
+//   it makes heads, too, and there is room for many tokens, it asks for them at once, and reads weights of norms later, as each instruction ahead of that copy, and of
 //   the wait, comes late. Some of a KV head's share its query heads and combine all
 //   blocks' parts. By then the weights of the product that follows are on their way, and a trip to device memory takes 2 us:
 //   few blocks are one cluster, and combine in shared memory.
@@ -227,7 +227,7 @@ struct Ring {
   const std::byte* meta[kMetaCopies > 0 ? kMetaCopies : 1];
   int first;   // of the warp's tiles
   int step;    // from one of them to the next
-  int end;     // behind the block's last tile
+  int end;     // behind the block's last tile, or where tiles are dealt the sequence's
   int tokens;  // encoded ones of this sequence
   int hidden;  // of them, by a window
 
@@ -357,7 +357,7 @@ struct Ring {
     return before;
   }
 
-  // After that: calls attend(tile, tokens in it, hidden ones of them, whether it has the newest) for tiles first, first + kWarps, ... below end.
+  // After that: calls attend(tile, tokens in it, hidden ones of them, whether it has the newest) for its tiles, from the first on, below end.
   template <typename Attend>
   __device__ __forceinline__ void Stream(const Attend& attend) {
     ptx::Shared tile = tiles;

@@ -72,7 +72,8 @@ struct DecodeAttentionArgs {
 
   // [batch, query_heads + 2 keys.heads, head_dim] in dtype, or null: queries, and the newest token's keys and values, as a product has left
   // them. Each block norms and turns its queries by `heads`, and the newest token, which one of each part writes to where `lengths` says.
-  // Where DecodeAttentionMakesHeads; `queries` is not read then, and all tokens count as encoded.
+  // Where DecodeAttentionMakesHeads; `queries` is not read then, and all tokens count as encoded. Tokens behind the lengths, up to the
+  // capacity, may be read then, whatever they are, and count for nothing.
   const void* made_of = nullptr;
   HeadsArgs heads;
 

@@ -70,7 +70,7 @@ struct Config {
   using V = Row<Values, kDim>;
   static constexpr bool kDense = K::kDense && V::kDense;
   // Tiles are dealt to all warps of all blocks in turn: so each knows its first one whatever the lengths. Where a block makes heads, and
-  // tokens are many, it asks for that one before it looks at them.
+  // there is room for many tokens, it asks for that one before it looks at them (for nothing, where there are few).
   static constexpr bool kDealt = kDense && !kWindow, kAsksFirst = kDealt && kMakesHeads && (kFlags_ & 256) != 0;
   static constexpr bool kOneDense = K::kDense != V::kDense;
   // Dense tokens beside the tiles are fetched before anything is worked on; where registers are too few, when they are.

@@ -127,7 +127,8 @@ __device__ __forceinline__ float2 SumOf(const float (&sum)[4][4]) {
 // kWhole: all stages of all warps have two units: without a branch between these all matrices of a stage are on their way at once.
 // kHeldX: stages of a warp's part of a row, all of whose x it keeps in registers; or 0. Shared memory then has a third less to do.
 // kNormHeld: eights of a row of x that a thread norms; 0 where there is no norm.
-// Partial sums follow attention, beside whose blocks there is room for 64 registers a thread (attention.cc).
+// Partial sums: some of them follow attention, which a product does not know, and beside whose blocks there is room for 64 registers a
+// thread (attention.cc).
 template <bool kBFloat16, int kWarps, int kStages, bool kWhole, int kHeldX, ProductEnd kEnd, int kNormHeld>
 __global__ void __launch_bounds__(kWarps * 32, kWarps == 8 && kEnd == ProductEnd::kPartial ? 4 : kStages > 2 ? 2 : 1)
     ProductKernel(const __grid_constant__ ProductArgs a, const __grid_constant__ ProductPlan plan) {

@@ -171,8 +171,8 @@ __device__ __forceinline__ float2 Turn(float2 angle, float x1, float x2) {
   return make_float2(x1 * angle.x - x2 * angle.y, x2 * angle.x + x1 * angle.y);
 }
 
-// A head of up to 128 kSteps channels, to be normed and turned by a warp: each lane has two neighbouring pairs a step. All that does not
-// come from the predecessor is read, and worked out, before its end: behind it a whole step waits.
+// A head of up to 128 kSteps channels, to be normed and turned by a warp: each lane has two neighbouring pairs a step. What does not come
+// from the predecessor is read when this is made: before its end where a whole step waits for that.
 template <bool kBFloat16, int kSteps>
 struct HeadOfWarp {
   bool has_norm, has_bias, has[kSteps], turns[kSteps];

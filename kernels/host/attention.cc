@@ -59,6 +59,8 @@ struct Source {
     if (encoded()) return codes != nullptr && codes->direct();
     return ring == 0 && pairs == (dtype == DType::kBFloat16);
   }
+  // Numbers of a tile: with those of the other side half a first cache, of codes some 4 KB as they are stored.
+  int64_t tile(bool pairs) const { return direct(pairs) && encoded() ? std::min<int64_t>(32768 / codes->bits, kMostCodes) : kTileFloats; }
 };
 struct Segment {
   int64_t begin, end;
@@ -286,7 +288,8 @@ KVQ_AVX2 void ReadWeighted(const R& r, const Logits* x, int64_t n, int64_t dim, 
 constexpr int kSide = 4;  // vectors whose exponentials are worked out side by side: each is a chain of some twelve instructions
 constexpr int64_t Sides(int64_t n) { return (n + kSide * kLanes - 1) / (kSide * kLanes) * (kSide * kLanes); }
 
-// Whether one of n logits is above m, or NaN; `m` then is the largest. What is behind them, up to Sides(n), becomes the lowest number.
+// Whether one of n logits is above m, which then is the largest, or NaN, which shows in Exponentials' sum. What is behind them, up to
+// Sides(n), becomes the lowest number.
 KVQ_AVX2 bool Raises(float* x, int64_t n, float& m) {
   for (int64_t t = n; t < Sides(n); ++t) x[t] = std::numeric_limits<float>::lowest();
   Floats top = Load(x);
@@ -294,7 +297,7 @@ KVQ_AVX2 bool Raises(float* x, int64_t n, float& m) {
   if (_mm256_movemask_ps(_mm256_cmp_ps(top, Set(m), _CMP_NLE_UQ)) == 0) return false;
   __m128 half = _mm_max_ps(_mm256_castps256_ps128(top), _mm256_extractf128_ps(top, 1));
   half = _mm_max_ps(half, _mm_movehl_ps(half, half));
-  m = _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+  m = std::max(m, _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half))));
   return true;
 }
 
@@ -347,8 +350,10 @@ struct Tile {
 template <int kBits, int kWidth, typename Work>
 KVQ_AVX2 void WithCodes(const Tile& tile, const Work& work) {
   const Codes& c = *tile.source->codes;
-  c.groups == 1 ? work(CodeReader<kBits, kWidth, true>{c, tile.first, tile.meta})
-                : work(CodeReader<kBits, kWidth, false>{c, tile.first, tile.meta});
+  if constexpr (kWidth == 8) {
+    if (c.groups > 1) return work(CodeReader<kBits, kWidth, false>{c, tile.first, tile.meta});
+  }
+  work(CodeReader<kBits, kWidth, true>{c, tile.first, tile.meta});  // of four words at once vectors are alike in a single group alone
 }
 template <DType kType, typename Work>
 KVQ_AVX2 void WithRows(const void* rows, int64_t stride, int64_t dim, const Work& work) {
@@ -446,9 +451,9 @@ KVQ_AVX2 void Attend(std::vector<Head>& all, int64_t begin, int64_t end) {
   for (int64_t at = begin; at < end;) {
     const Segment& segment = all[0].SegmentAt(at);
     const int64_t from = at - segment.begin;
-    int64_t n = std::min({kMostTokens, kDirectFloats / dim, end - at, segment.end - at});
+    int64_t n = std::min({kMostTokens, end - at, segment.end - at});
     for (const Source& side : segment.sides) {
-      if (!side.direct(all[0].pairs)) n = std::min(n, kTileFloats / dim);
+      n = std::min(n, side.tile(all[0].pairs) / dim);
       if (side.block != nullptr) n = std::min(n, side.block->tokens - (side.first + from) % side.block->tokens);
     }
     for (Head& of : all) {

@@ -1,6 +1,6 @@
 // Codes of one head as attention on the host reads them (HostCodec): as they lie (kernels/code_row.h), times their groups' scales.
-// Codes that are whole numbers in words become numbers in registers, again for each use; of others (odd bits, tables, small floats)
-// some tokens at a time become float32 in a first cache.
+// Codes that are whole numbers in words become numbers in registers, again for each use; of others (odd bits, tables, small floats, vectors
+// of a token that have different scales) some tokens at a time become float32 in a first cache.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@
 namespace kvq::host {
 
 inline constexpr int64_t kTileFloats = 2048, kMostTokens = 64;  // of a tile's keys: with the values half a first cache
-inline constexpr int64_t kDirectFloats = 8192;                  // where both are read as they are stored
+inline constexpr int64_t kMostCodes = 8192;                     // where they are codes that are read as they are stored
 
 // One head's codes, and how their words become channels.
 struct Codes {
@@ -45,7 +45,7 @@ constexpr int FieldOf(int bits, int width, int v) { return width == 8 ? v / 2 + 
 // Codes become numbers by a conversion, or as the highest bits of a mantissa. A conversion takes a pipe that multiply-adds want, too, on a
 // processor whose vector registers are made of halves (Zen 1): 24 of these and eight of those took 39 cycles, with four of each 27.
 constexpr bool InMantissa(int v) { return v % 2 == 1; }
-// What is added to those. (Their sums then have up to some three times the rounding error.)
+// What is added to those. (Of codes that are spread evenly their sums then have some three times the rounding error.)
 constexpr float Bias(int bits, int v) { return InMantissa(v) ? static_cast<float>(1 << bits) : 0; }
 // What vector v's come times. Powers of two: nothing is rounded.
 constexpr float Weight(int bits, int width, int v) { return InMantissa(v) ? 1 : static_cast<float>(1u << FieldOf(bits, width, v) * bits); }
@@ -59,7 +59,7 @@ std::vector<int32_t> CodeOrder(const Codec& codec, int64_t dim);
 #if KVQ_HAS_AVX2
 // Scales of a tile's groups, and what is added to element times scale; zero behind them. Groups have 16 channels or more.
 struct Meta {
-  alignas(64) float scales[kDirectFloats / 16 + 16], shifts[kDirectFloats / 16 + 16];
+  alignas(64) float scales[kMostCodes / 16 + 16], shifts[kMostCodes / 16 + 16];
 };
 void LoadMeta(const Codes& codes, int64_t first, int64_t n, Meta& meta);
 
