@@ -42,8 +42,8 @@ Codes CodesOf(const Codec& codec, const CodecParams& params, const KvView& view)
 
 // The number of vector v's code in its lane's word: there are 32 / bits of eight words, 16 / bits of four.
 constexpr int FieldOf(int bits, int width, int v) { return width == 8 ? v / 2 + v % 2 * (16 / bits) : v; }
-// Codes become numbers by a conversion, or as the highest bits of a mantissa. A conversion takes a pipe that multiply-adds want, too, on a
-// processor whose vector registers are made of halves (Zen 1): 24 of these and eight of those took 39 cycles, with four of each 27.
+// Codes become numbers by a conversion, or as the highest bits of a mantissa: half of them each, as on a processor whose vector registers
+// are made of halves (Zen 1) no multiply-add begins while a conversion does.
 constexpr bool InMantissa(int v) { return v % 2 == 1; }
 // What is added to those. (Of codes that are spread evenly their sums then have some three times the rounding error.)
 constexpr float Bias(int bits, int v) { return InMantissa(v) ? static_cast<float>(1 << bits) : 0; }
