@@ -185,10 +185,9 @@ void AddSteps(Collector& all, DType dtype) {
     with_value_norm.of.v_norm = &there;
     all.Add([&] { AppendHeads(with_value_norm, nullptr, nullptr); });
   }
-  for (const int64_t size : {768, 2880, 20}) {
+  for (const auto& [hidden, size] : {std::pair<int64_t, int64_t>(2048, 768), {2880, 2880}, {36, 20}}) {
     for (const int64_t rows : {1, 8}) {
-      const ExpertsArgs experts = {.dtype = dtype, .rows = rows, .hidden = size == 20 ? 36 : size == 2880 ? 2880 : 2048, .size = size, .experts = 128,
-                                   .per_token = 8};
+      const ExpertsArgs experts = {.dtype = dtype, .rows = rows, .hidden = hidden, .size = size, .experts = 128, .per_token = 8};
       all.Add([&] { ExpertsUp(experts, nullptr), ExpertsDown(experts, nullptr); });
     }
   }
