@@ -39,9 +39,11 @@ parsers=("$root"/{benchmarks/results_file,fixtures/cache/{spec,presets},accuracy
 together loops "${loops[@]}"
 together parsers "${parsers[@]}"
 together schemes "$root"/kernels/schemes/*.cc
-sources=("$build"/{loops,parsers,schemes}.cc "$root"/fixtures/{tokenizer/tokenizer_formats,model_config}.cc "$root"/kernels/{scheme,rotation,deal,device/plain_encode}.cc)
+sources=("$build"/{loops,parsers,schemes}.cc "$root"/fixtures/{tokenizer/tokenizer_formats,model_config}.cc
+  "$root"/kernels/{scheme,rotation,deal,device/plain_encode}.cc)
 # A header, a file among others or this script that has changed makes all of ours anew.
-mapfile -t headers < <(ls -t "$root"/*/*.{h,cuh} "$root"/*/*/*.{h,cuh} "${loops[@]}" "${parsers[@]}" "$root"/kernels/schemes/*.cc "$root/accuracy/fuzz.sh" 2>/dev/null)
+mapfile -t headers < <(ls -t "$root"/*/*.{h,cuh} "$root"/*/*/*.{h,cuh} "${loops[@]}" "${parsers[@]}" "$root"/kernels/schemes/*.cc \
+  "$root/accuracy/fuzz.sh" 2>/dev/null)
 ours=("${checked[@]}" -std=c++20 -Wno-unknown-pragmas -I "$root" -isystem "$oniguruma/src" -isystem "$cache/cuda-13.0.96/include")
 # Without -O1 a file takes half of the time: what loops over texts has it, and comes first, so that JSON's own code is taken from there.
 compile() {  # SOURCE
