@@ -218,8 +218,9 @@ std::vector<std::pair<const Measurement*, Cell>> Cells(const CommandLine& line) 
 }
 
 // What the results were made by, on and with. All of it must be the same where a file is taken up again
-// (benchmarks/results_file.cc has the exceptions), so everything that moves a number belongs here.
-void AddContext(Session& session, const std::vector<std::string>& benchmark_flags) {
+// (benchmarks/results_file.cc has the exceptions), so everything that moves a number belongs here. What the machine's memory and
+// products reach is looked at, a third of a second on two processors, where something is timed.
+void AddContext(Session& session, const std::vector<std::string>& benchmark_flags, bool timed) {
   const Options& o = session.options();
   benchmark::AddCustomContext("kvqbench_build", KVQ_BUILD_TYPE);
   benchmark::AddCustomContext("kvqbench_commit", Commit());
@@ -274,9 +275,9 @@ void AddContext(Session& session, const std::vector<std::string>& benchmark_flag
     for (const auto& [name, value] : session.nvml()[i]->Facts()) benchmark::AddCustomContext(name + which, value);
   }
   if (!session.why_no_nvml().empty()) benchmark::AddCustomContext("nvml", session.why_no_nvml());
-  for (const auto& [name, value] : DeviceFacts(session.devices(), session.dtype())) {
-    benchmark::AddCustomContext(name, value);
-  }
+  for (const auto& [name, value] : DeviceFacts(session.devices())) benchmark::AddCustomContext(name, value);
+  if (!timed) return;
+  for (const auto& [name, value] : ProbedRates(session.devices(), session.dtype())) benchmark::AddCustomContext(name, value);
 }
 
 // The head of a results file, as Google Benchmark writes it.
@@ -445,7 +446,7 @@ int Main(int argc, char** argv) {
                        vocabulary, "; it belongs to another model");
     }
   }
-  AddContext(session, line.rest);
+  AddContext(session, line.rest, std::ranges::any_of(cells, [](const auto& cell) { return cell.first->timed; }));
   // Behind the probes, which take more than a small limit leaves.
   if (line.options.memory_limit > 0) LimitMemory(session.devices(), line.options.memory_limit << 20);
   results.Join(ContextText(), !line.output.patch.empty());

@@ -290,17 +290,16 @@ void ResultsFile::Join(const std::string& head, bool patch) {
   };
   std::string added;
   for (const auto& [fact, value] : ours.items()) {
-    if (!must_match(fact)) continue;
     if (fact.rfind("kv_dtype ", 0) == 0 && !theirs.contains(fact) && theirs.contains("model_config " + fact.substr(9))) {
       const json computed = theirs.value("dtype", "");  // a build before --kv-dtype stored what it computed in
       if (computed != value) Refuse(fact, &computed, &value);
     }
     if (theirs.contains(fact)) {
-      if (theirs.at(fact) != value) Refuse(fact, &theirs.at(fact), &value);
-    } else if (!IsOfInput(fact)) {
-      Refuse(fact, nullptr, &value);
-    } else {
+      if (must_match(fact) && theirs.at(fact) != value) Refuse(fact, &theirs.at(fact), &value);
+    } else if (IsOfInput(fact) || MayDiffer(fact)) {  // rates, where nothing was timed before
       added += StrCat(",\n    ", json(fact).dump(), ": ", value.dump());
+    } else if (must_match(fact)) {
+      Refuse(fact, nullptr, &value);
     }
   }
   for (const auto& [fact, value] : theirs.items()) {
