@@ -565,12 +565,12 @@ TEST(LatentAttention, TakesOneBlockAMultiprocessorForFewTokens) {
     });
     return StrCat(name.substr(name.find(':') + 2), ", ", launches.at(0).grid.x, " and ", launches.at(1).grid.x);
   };
-  for (const char* scheme : {"none", "q8_0"}) {
-    EXPECT_EQ(of(kCards[3], scheme, 1, 32768), "1 x 8 warps x 2 x 64 tokens), 132 and 128") << scheme;
-    EXPECT_EQ(of(kCards[3], scheme, 4, 32768), "1 x 8 warps x 2 x 64 tokens), 132 and 128") << scheme;
+  for (const int64_t batch : {1, 4}) {
+    EXPECT_EQ(of(kCards[3], "none", batch, 32768), "1 x 8 warps x 4 x 32 tokens), 132 and 128") << batch;
+    EXPECT_EQ(of(kCards[3], "q8_0", batch, 32768), "1 x 8 warps x 2 x 64 tokens), 132 and 128") << batch;
   }
   EXPECT_EQ(of(kCards[3], "q4_0", 1, 32768), "1 x 8 warps x 3 x 64 tokens), 132 and 128") << "there is room for a third stage";
-  EXPECT_EQ(of(kCards[3], "none", 8, 32768), "1 x 8 warps x 2 x 64 tokens), 128 and 256");
+  EXPECT_EQ(of(kCards[3], "none", 8, 32768), "1 x 8 warps x 4 x 32 tokens), 128 and 256");
   EXPECT_EQ(of(kCards[3], "q8_0", 8, 32768), "2 x 8 warps x 3 x 32 tokens), 264 and 256");
   EXPECT_EQ(of(kCards[3], "none", 8, 131072), "2 x 8 warps x 2 x 32 tokens), 264 and 256");
   EXPECT_EQ(of(kCards[3], "none", 1, 1 << 20), "2 x 8 warps x 2 x 32 tokens), 256 and 256") << "256 rows by 32 channels";

@@ -216,7 +216,9 @@ TEST(LatentAttentionGpu, AFewShapes) {
             {"fp8-e4m3+fp8-e4m3", 16, 512, 64, {{0, 100, 0}}, at::kBFloat16},
             {"q8_0", 16, 512, 64, {{3, 200, 40}, {0, 0, 5}}, at::kBFloat16, kMany},
             {"none+q8_0", 4, 512, 64, {{2, 70, 3}}, at::kHalf},
-            {"none", 4, 16, 8, {{0, 100, 0}}, at::kHalf}});
+            {"none", 4, 16, 8, {{0, 100, 0}}, at::kHalf},
+            // More tiles of a block than it has stages, on a card with no more than 132 multiprocessors.
+            {"none", 5, 512, 64, std::vector<SequenceLength>(44, {0, 601, 0}), at::kHalf}});
 }
 
 // The newest token's latent is not there before the kernel before has written it, which begins early itself. That kernel is attention
@@ -268,6 +270,59 @@ TEST(LatentAttentionGpu, DoesNotReadTheNewestTokenEarly) {
         LatentAttention(codec, none, args, nullptr);
         EXPECT_TRUE(out.cpu().equal(expected)) << "early " << early;
         EXPECT_TRUE(row.equal(newest));
+      }
+    }
+  }
+}
+
+// What is copied by lengths that are from before the step is copied anew by its own. The kernel before, attention over equal tokens as
+// above, writes these: a row of 16 float16, which begins as it does.
+TEST(LatentAttentionGpu, TakesLengthsThatTheKernelBeforeWrites) {
+  KVQ_NEEDS_CUDA();
+  const c10::InferenceMode guard;
+  at::manual_seed(17);
+  const Codec& none = FindScheme("none").keys;
+  const auto options = at::TensorOptions(at::kHalf).device(at::kCUDA);
+  const Tensor slow = at::zeros({1 << 27}, options);
+  constexpr int64_t kCapacity = 40000, kEqual = 1024;
+  const Tensor latents = at::randn({1, 1, kCapacity, 512}, options), rotary_keys = at::randn({1, 1, kCapacity, 64}, options);
+  const Tensor queries = at::randn({1, 16, 576}, options), out = at::empty({1, 16, 512}, options);
+  for (const char* name : {"none", "fp8-e4m3"}) {
+    const Codec& codec = FindScheme(name).keys;
+    EncodedTensors encoded;
+    LatentAttentionArgs args{.dtype = DType::kFloat16, .batch = 1, .heads = 16, .rank = 512, .turned = 64, .queries = queries.data_ptr(),
+                             .out = out.data_ptr(), .scale = 0.05f, .capacity = kCapacity};
+    args.latents.tokens = ViewOf(latents), args.rotary_keys.tokens = ViewOf(rotary_keys);
+    if (codec.encode != nullptr) {
+      encoded = Encode(codec, {}, latents.cpu(), 1);
+      for (Tensor& plane : encoded.planes) plane = plane.cuda();
+      args.latents.codes = encoded.view();
+    }
+    const Tensor workspace = at::empty({LatentAttentionWorkspace(codec, none, args)}, options.dtype(at::kByte));
+    args.workspace = workspace.data_ptr();
+    for (const auto& [before, now] : {std::pair(20000, 39999), std::pair(39999, 20000), std::pair(39999, 0), std::pair(0, 39999), std::pair(100, 8448)}) {
+      SCOPED_TRACE(StrCat(name, " from ", before, " to ", now));
+      const auto row_of = [&](int32_t n) { return at::tensor({0, n, 0, 0, 0, 0, 0, 0}, at::kInt).cuda(); };
+      const Tensor old = row_of(before), row = row_of(now), lengths = row.clone();
+      args.lengths = reinterpret_cast<const SequenceLength*>(lengths.data_ptr()), args.early = false;
+      LatentAttention(codec, none, args, nullptr);
+      const Tensor expected = out.cpu();
+
+      const Tensor no_keys = at::zeros({1, 1, kEqual, 64}, options), any = at::zeros({1, 1, 80}, options);
+      LatentAttentionArgs writes{.dtype = DType::kFloat16, .batch = 1, .heads = 1, .rank = 16, .turned = 64, .queries = any.data_ptr(),
+                                 .out = lengths.data_ptr(), .capacity = kEqual, .length = {0, kEqual, 0}};
+      writes.latents.tokens = ViewOf(row.view(at::kHalf).view({1, 1, 1, 16}).expand({1, 1, kEqual, 16}));
+      writes.rotary_keys.tokens = ViewOf(no_keys);
+      const Tensor room = at::empty({LatentAttentionWorkspace(none, none, writes)}, options.dtype(at::kByte));
+      writes.workspace = room.data_ptr();
+      args.early = true;
+      for (int time = 0; time < 2; ++time) {  // of which the first loads its kernels
+        lengths.copy_(old), out.fill_(NAN);
+        for (int i = 0; i < 4; ++i) slow.add_(1);  // so that both are launched by the time that the first begins
+        LatentAttention(none, none, writes, nullptr);
+        LatentAttention(codec, none, args, nullptr);
+        EXPECT_TRUE(lengths.equal(row));
+        EXPECT_TRUE(out.cpu().equal(expected));
       }
     }
   }

@@ -7,6 +7,7 @@
 #include "kernels/device/latent_attention.cuh"
 #include "kernels/error.h"
 #include "kernels/runtime/launch.h"
+#include "kernels/runtime/tensor_map.h"
 #include "kernels/scheme.h"
 
 namespace kvq {
@@ -14,9 +15,10 @@ namespace {
 
 using namespace latent_attention;
 
-// Tokens of a tile, tiles in shared memory, blocks on a multiprocessor.
+// Tokens of a tile, tiles in shared memory, blocks on a multiprocessor; and whether a warp of its own asks for tiles, in boxes.
 struct Tiling {
   int tokens = 0, stages = 0, blocks = 0;
+  bool boxes = false;
 };
 
 constexpr int64_t kFewCodes = 1024, kFewNumbers = 2048;  // tokens of a multiprocessor: PlanOf
@@ -50,9 +52,9 @@ int64_t SharedBytes(const Codec& latents, const Codec& rotary_keys, const Latent
                         Up(StoredBytes(rotary_keys, args.rotary_keys.params, args.turned, tiling.tokens));
   const int64_t numbers = (latents.planes == nullptr ? 0 : Up(tokens * NumberStride(rank))) +
                           (rotary_keys.planes == nullptr ? 0 : Up(tokens * NumberStride(turned)));
-  const int64_t queries = head_tiles <= 2 ? 0 : heads * NumberStride(rank + Padded(turned));
+  const int64_t queries = heads * NumberStride(rank + Padded(turned), tiling.boxes);
   return tiling.stages * stage + numbers + kShares * heads * (tokens + 8) * 4 + heads * NumberStride(tiling.tokens) +
-         Up(heads * 8) + queries;
+         Up(heads * 8) + (tiling.boxes ? queries + kBarrierBytes : head_tiles <= 2 ? 0 : queries);
 }
 
 // Blocks for each sequence and part of its heads: as many as run at a time, and no more than there are tiles.
@@ -105,6 +107,7 @@ Plan PlanOf(const Codec& latents, const Codec& rotary_keys, const LatentAttentio
   // in q8_0; eight 79 instead of 84 in 16 bits, but 116 instead of 105 in fp8 (ci/baselines/h200-latents has today's).
   const bool few = args.batch * args.capacity <= (encodes[0] || encodes[1] ? kFewCodes : kFewNumbers) * CurrentDevice().multiprocessors;
   if (args.heads <= 16 && few && arch >= 90) {
+    if (!encodes[0] && !encodes[1] && args.rank % 64 == 0 && args.turned % 64 == 0) take(1, {{32, 4, 1, /*boxes=*/true}});
     // A third stage, where it leaves room for a block of the second kernel: else the next launch's tiles could not come early.
     constexpr Tiling kThree = {64, 3, 1};
     constexpr int64_t kBeside = 8 << 10;  // what the second kernel has beside (MergeKernel), and 1 KiB that each block takes
@@ -128,6 +131,18 @@ int MergedChannels(int splits) {
   int channels = 256;
   while (channels > 32 && splits > kMergeBatch * kThreads * 4 / channels) channels /= 2;
   return channels;
+}
+
+// What the tiles of such a launch, and its queries, are copied by.
+TensorMaps MapsOf(const LatentAttentionArgs& args, const Plan& plan) {
+  TensorMaps maps;
+  if (!plan.tiling.boxes || Gathering()) return maps;
+  const auto of_side = [&](const DenseView& view, int64_t channels) {
+    return MapRows(view.data, args.batch, view.tokens, channels, view.batch_stride, view.token_stride, plan.tiling.tokens);
+  };
+  const int64_t channels = args.rank + args.turned;
+  return {of_side(args.latents.tokens, args.rank), of_side(args.rotary_keys.tokens, args.turned),
+          MapRows(args.queries, args.batch, args.heads, channels, args.heads * channels, channels, 16)};
 }
 
 void CheckArgs(const LatentAttentionArgs& args) {
@@ -171,14 +186,15 @@ void LatentAttention(const Codec& latents, const Codec& rotary_keys, const Laten
   const std::string config =
       InstanceName("kvq::latent_attention::Config", latents.device.type(args.latents.params, args.rank),
                    rotary_keys.device.type(args.rotary_keys.params, args.turned), args.rank, args.turned, plan.head_tiles,
-                   plan.tiling.tokens, plan.tiling.stages, plan.tiling.blocks);
+                   plan.tiling.tokens, plan.tiling.stages, plan.tiling.blocks, plan.tiling.boxes);
+  const Workspace workspace = LayOut(args.workspace, args.batch, plan.splits, args.heads, args.rank);
   Launch("attention over latents",
          {.instance = {{"kernels/device/latent_attention.cuh", latents.device.source, rotary_keys.device.source},
                        InstanceName("kvq::latent_attention::Kernel", config, bfloat16)},
           .grid = static_cast<unsigned>(args.batch * plan.parts * plan.splits),
-          .threads = kThreads,
+          .threads = plan.tiling.boxes ? kThreads + 32 : kThreads,
           .shared_bytes = static_cast<size_t>(plan.shared_bytes)},
-         stream, args, plan.parts, plan.splits);
+         stream, args, plan.parts, plan.splits, MapsOf(args, plan), workspace);
   const int merged = MergedChannels(plan.splits);
   const int64_t chunks = (args.rank + merged - 1) / merged;
   Launch("attention over latents",
@@ -186,8 +202,8 @@ void LatentAttention(const Codec& latents, const Codec& rotary_keys, const Laten
                        InstanceName("kvq::latent_attention::MergeKernel", args.rank, merged, bfloat16)},
           .grid = static_cast<unsigned>(args.batch * args.heads * chunks),
           .threads = kThreads,
-          .shared_bytes = kMergeShared},
-         stream, args, plan.splits);
+          .shared_bytes = plan.tiling.boxes ? kMergeSharedOfBoxes : kMergeShared},
+         stream, args, plan.splits, workspace);
 }
 
 }  // namespace kvq

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "kernels/device/tensor_map.h"
+
 namespace kvq {
 
 // Lets the successor begin once all blocks have come here; it still waits for this kernel's end before it reads.
@@ -117,6 +119,52 @@ __device__ __forceinline__ void Prefetch(const void* global) {
 template <int n>
 __device__ __forceinline__ void CopyWait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory");
+}
+
+// ---- bulk copies, from sm_90 on: one thread asks, a barrier in shared memory says when all bytes have arrived
+
+__device__ __forceinline__ void InitBarrier(Shared barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+#endif
+}
+// Copies find what this thread has initialized.
+__device__ __forceinline__ void FenceBarriers() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+// A phase of the barrier ends when so many bytes have come.
+__device__ __forceinline__ void ExpectBytes(Shared barrier, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+#endif
+}
+// A phase of the barrier ends.
+__device__ __forceinline__ void Arrive(Shared barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+#endif
+}
+// Waits until the phase with that parity, 0 of the first, has ended.
+__device__ __forceinline__ void WaitFor(Shared barrier, int parity) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t ended = 0;
+  while (ended == 0) {
+    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                 : "=r"(ended)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
+  }
+#endif
+}
+// Rows by their tensor map (kernels/runtime/tensor_map.h), from row `first` of [b] on, to a multiple of 1024.
+__device__ __forceinline__ void CopyBoxes(Shared shared, const TensorMap& map, int first, int b, Shared barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %2, %4}], [%5];" ::"r"(shared),
+               "l"(&map), "r"(0), "r"(first), "r"(b), "r"(barrier)
+               : "memory");
+#endif
 }
 
 // ---- d += a b: a [16, 16] row by row, b [16, 8] column by column, 16-bit pairs along the 16; d [16, 8] in
