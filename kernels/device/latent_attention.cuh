@@ -119,7 +119,9 @@ struct Config {
   static constexpr int kBlocks = kBlocks_;  // on a multiprocessor
   static constexpr bool kBoxes = kBoxes_;   // tiles come by the tensor memory accelerator
   static constexpr int kAhead = kStages - 1;  // of them, before the kernel before has ended
-  static constexpr int kThreads = latent_attention::kThreads + (kBoxes ? 32 : 0);  // with those that ask for them
+  // For a compiler, which then keeps to 128 registers: with more, three warps of a quarter of a multiprocessor leave no room there for two of
+  // the second kernel's.
+  static constexpr int kMostThreads = kBoxes ? 512 : kThreads;
   using L = Part<Latent, kRank, kTile>;
   using T = Part<Rotary, kTurned, kTile>;
   static_assert(kRank % 16 == 0 && kTurned % 8 == 0 && kTile % 32 == 0);
@@ -323,7 +325,7 @@ __device__ __forceinline__ void CopyBlock(const LatentAttentionArgs& args, const
 }
 
 template <class C, bool kBFloat16>
-__global__ void __launch_bounds__(C::kThreads, C::kBlocks)
+__global__ void __launch_bounds__(C::kMostThreads, C::kBlocks)
     Kernel(const __grid_constant__ LatentAttentionArgs args, int parts, int splits, const __grid_constant__ TensorMaps maps, Workspace workspace) {
   extern __shared__ __align__(1024) std::byte shared[];
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
