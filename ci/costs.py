@@ -259,7 +259,7 @@ def pareto_panels(results, cells, y_key, y_label, better, log, interval=False):
                         if any(c.spec == spec for here in shown_cells for c in here)] + handles)
     if handles and large:  # where nothing is: of errors at the upper right, of speeds at the lower
         axes[0].legend(handles=handles, loc="upper right" if log and better == "less" else "lower right", fontsize=7)
-    figure.canvas.draw()  # names, and what steps aside, depend on the layout
+    figure.draw_without_rendering()  # names, and what steps aside, depend on the layout
     for axis, of, fast, fronts, shown in drawn:
         of = sorted(of, key=lambda c: ([c not in front for front in fronts], bits(c), shown(c)))
         points = [(bits(c), shown(c)) for c in of]

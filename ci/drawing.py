@@ -413,7 +413,7 @@ def best_somewhere(per_spec, better):
 
 def name_lines(figure, axes, panels, away, style, better, short):
     """Names at the right ends of lines: the best in bold, then `none`, the worst, and as many of the others as find room."""
-    figure.canvas.draw()  # how high the axes are depends on the layout
+    figure.draw_without_rendering()  # how high the axes are depends on the layout
     for axis, (_, per_spec), not_here in zip(axes, panels, away):
         names = short_names(list(per_spec))
         best = best_somewhere(per_spec, better)
@@ -472,7 +472,7 @@ def for_page(svg, name):
 
 def save(drawing, name, out):
     files = []
-    drawing.figure.canvas.draw()
+    drawing.figure.draw_without_rendering()
     drawing.figure.set_layout_engine("none")  # laid out once, not for every file; nor is its edge looked for in each
     box = drawing.figure.get_tightbbox(drawing.figure.canvas.get_renderer()).padded(0.04)  # inches
     for ending in ("pdf", "svg", "png"):

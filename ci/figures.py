@@ -47,7 +47,7 @@ def kurtosis_vs_ppl_delta(results, cells):
     figure.spare = None
     legend(figure, [Line2D([], [], label=spec, **point_look(look(spec)))
                     for spec in sorted({point[1] for point in points}, key=spec_order)])
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     for model in models:  # between its points
         of = [(kurtosis, max(delta, low)) for m, _, kurtosis, delta in points if m == model]
         axis.plot(*zip(*of), color=FAINT, lw=0.6, zorder=1)

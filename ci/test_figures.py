@@ -200,7 +200,7 @@ def drawn(results, names=None):
         if names is None or name in names:
             drawing_of = draw(results, results.of(results.runs()[0]))
             if not isinstance(drawing_of, str):
-                drawing_of.figure.canvas.draw()
+                drawing_of.figure.draw_without_rendering()
                 found[name] = drawing_of
     return found
 
@@ -401,7 +401,7 @@ class Kept(unittest.TestCase):
         ends = [(f"line{i}", (0, i), "k", i == 0) for i in range(200)]
         figure, axis = drawing.subplots(figsize=(4, 2))
         axis.set_ylim(0, 200)
-        figure.canvas.draw()
+        figure.draw_without_rendering()
         labels.name_ends(axis, ends)
         named = [text.get_text() for text in axis.texts]
         self.assertLess(len(named), 30)
@@ -515,7 +515,7 @@ class Kept(unittest.TestCase):
                 with warnings.catch_warnings():
                     warnings.simplefilter("error")
                     figure = costs.pareto_kld(results, results.cells).figure
-                    figure.canvas.draw()
+                    figure.draw_without_rendering()
                 box = figure.get_tightbbox(figure.canvas.get_renderer())
                 self.assertLess(max(box.width, box.height), 1.2 * max(figure.get_size_inches()))
                 for axis in figure.axes[:len(batches)]:
@@ -595,7 +595,7 @@ class Names(unittest.TestCase):
         axis.plot(*zip(*points), linestyle="")
         axis.set_xlim(2, 10)
         axis.set_ylim(0, 3)
-        figure.canvas.draw()
+        figure.draw_without_rendering()
         xs = labels.side_by_side(axis, points, size=6)
         self.assertEqual((xs[0], xs[12]), (4.5, 8.5))  # the first keep their place
         places = labels.pixels(axis, [(x, y) for x, (_, y) in zip(xs, points)])
@@ -604,7 +604,7 @@ class Names(unittest.TestCase):
                 self.assertGreaterEqual(math.hypot(ax - bx, ay - by), 6 - 1e-6)
         labels.name_points(axis, [(x, y) for x, (_, y) in zip(xs, points)], [f"scheme-{i}" for i in range(14)], fontsize=6)
         figure.set_layout_engine("none")
-        figure.canvas.draw()
+        figure.draw_without_rendering()
         boxes = [text.get_window_extent() for text in axis.texts if text.get_text()]
         self.assertGreater(len(boxes), 8)
         for i, box in enumerate(boxes):
