@@ -119,18 +119,21 @@ KVQ_HD constexpr float NonLinear(uint32_t code) {
 
 #ifdef __CUDACC__
 // Middles between an entry and the next, from where on the next one is the nearer, are whole numbers of halves. So the code of y is
-// one of floor(2 y) + 256; of 32 cells of sixteen such numbers, one for each lane, none has more than one middle. To a number in
-// cell i is added what carries into the upper half from the cell's middle on, and there what the cells before have.
+// one of floor(2 y); of 32 cells of eight whole numbers, one for each lane, none has more than one middle. To floor(2 y) is added what
+// carries into the upper half from its cell's middle on, and there what the cells before have.
 struct MiddleCells {
-  uint32_t carry[32] = {};
+  static constexpr float kWhole = 8388608, kEights = 100663296;  // 2^23, 1.5 * 2^26: so many are their last bits
+  float carry[32] = {};                                          // in lane i that of cell i, or i - 32
   constexpr MiddleCells() {
-    int before[33] = {};
+    int before[33] = {}, middle[32] = {};
+    bool has[32] = {};
     for (uint32_t code = 0; code < 15; ++code) {
-      const auto middle = static_cast<int>(NonLinear(code) + NonLinear(code + 1)) + 256;  // twice it
-      carry[middle / 16] = 0x10000 - static_cast<uint32_t>(middle);
-      for (int after = middle / 16 + 1; after < 32; ++after) ++before[after];
+      const auto twice = static_cast<int>(NonLinear(code) + NonLinear(code + 1));
+      const int cell = (twice + 256) / 16;
+      middle[cell] = twice, has[cell] = true;
+      for (int after = cell + 1; after < 32; ++after) ++before[after];
     }
-    for (int cell = 0; cell < 32; ++cell) carry[cell] += static_cast<uint32_t>(before[cell]) << 16;
+    for (int i = 0; i < 32; ++i) carry[i ^ 16] = kWhole + static_cast<float>(before[i] * 0x10000 + (has[i] ? 0x10000 - middle[i] : 0x8000));
   }
 };
 constexpr bool MiddlesAreApart() {
@@ -207,8 +210,7 @@ struct Iq4Nl {
   }
 #ifdef __CUDACC__
   struct LaneTable {
-    uint32_t carry;
-    float entry;
+    float carry, entry;
     __device__ static LaneTable Of() { return {kDeviceMiddles.carry[threadIdx.x % 32], NonLinear(threadIdx.x % 16)}; }
   };
   template <typename Numbers>
@@ -228,9 +230,11 @@ struct Iq4Nl {
       uint32_t sums[8];
       float entries[8];
 #pragma unroll
-      for (int j = 0; j < 8; ++j) sums[j] = FloatBits(__fmaf_rd(inverse * x[8 * i + j], 2, 8388608 + 256));
-#pragma unroll
-      for (int j = 0; j < 8; ++j) sums[j] += __shfl_sync(~0u, table.carry, static_cast<int>(sums[j] >> 4));
+      for (int j = 0; j < 8; ++j) {
+        const float y = inverse * x[8 * i + j];
+        const float carry = __shfl_sync(~0u, table.carry, static_cast<int>(FloatBits(__fadd_rd(y, MiddleCells::kEights))));
+        sums[j] = FloatBits(__fmaf_rd(y, 2, carry));
+      }
 #pragma unroll
       for (int j = 0; j < 8; j += 2) {
         const uint32_t two = ptx::PickBytes(sums[j], sums[j + 1], 0x7632);
