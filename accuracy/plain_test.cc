@@ -65,15 +65,15 @@ TEST(Plain, CellsCountThresholdsOrSayThatTheyCannot) {
   constexpr Cells cells(1.0f / 256, kThresholds);
   static_assert(cells.apart && !Cells(1.0f / 512, kThresholds).apart);
   const auto sum = [&](float y) {
-    const uint32_t step = Cells::StepOf(y, cells.slope);
-    return step + cells.carry[Cells::CellOf(step) & 31];
+    constexpr float kScale = cells.slope * Cells::kSteps;
+    return Cells::SumOf(y, kScale, cells.lanes[Cells::CellOf(y, kScale) & 31].carry);
   };
   // `off`: how far what is known of a number may be from it, in steps.
   constexpr double kStep = 256.0 / Cells::kSteps;
   const auto expect = [&](float y, double off) {
     const uint32_t of = sum(static_cast<float>(y + off * kStep));
     if (Cells::IsUnsure(of)) return true;
-    EXPECT_EQ(of >> 16, std::upper_bound(std::begin(kThresholds), std::end(kThresholds), y) - std::begin(kThresholds)) << y << ", " << off;
+    EXPECT_EQ(Cells::CountOf(of, 15), std::upper_bound(std::begin(kThresholds), std::end(kThresholds), y) - std::begin(kThresholds)) << y << ", " << off;
     return false;
   };
   for (const float threshold : kThresholds) {
@@ -85,15 +85,15 @@ TEST(Plain, CellsCountThresholdsOrSayThatTheyCannot) {
       EXPECT_FALSE(expect(static_cast<float>(threshold + steps * kStep), 0)) << threshold;
     }
   }
-  EXPECT_EQ(sum(0) >> 16, 9u);  // of what is exact
+  EXPECT_EQ(Cells::CountOf(sum(0), 15), 9);  // of what is exact
   std::mt19937 random(2);
   int unsure = 0;
   for (int i = 0; i < 1000000; ++i) {
-    unsure += expect(std::uniform_real_distribution<float>(-300, 300)(random), std::uniform_real_distribution<double>(-4.99, 4.99)(random));
+    const double off = std::uniform_real_distribution<double>(0.01 - Cells::kUnsure, Cells::kUnsure - 0.01)(random);
+    unsure += expect(std::uniform_real_distribution<float>(-300, 300)(random), off);
   }
-  EXPECT_LT(unsure, 200);  // 15 times 11 of 2.5 million steps
-  for (const float y : {1e-2f, 1e29f, -1e38f, -std::numeric_limits<float>::infinity()}) expect(y, 0);
-  EXPECT_EQ(sum(NAN) >> 16, 0u);
+  EXPECT_LT(unsure, 200);  // 15 times 9 of 2.5 million steps
+  for (const float y : {1e-2f, 250.0f, -250.0f, 400.0f, -400.0f, 511.0f, -511.0f}) expect(y, 0);  // up to two lengths
 }
 
 }  // namespace

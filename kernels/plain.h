@@ -69,9 +69,9 @@
 // how many of some thresholds those reach: tensor cores then turn many tokens (kernels/device/plain_encode_turned.cuh)
 //
 //   kTurnsByProducts      true
-//   Divisor(vector)       a VectorFit's, which has a member `norm`; not below the token's length. Thresholds are below 0.3 then, and a
-//                         slope of Cells is 2 at most: the bound says so
-//   DeviceMiddle(dim, i)  threshold i; and DeviceCells(dim), their Cells (kernels/device/cells.cuh)
+//   Divisor(vector)       a VectorFit's, which has a member `norm`; not below the token's length, and at least 1e-8
+//   DeviceCells(dim)      the thresholds' Cells (kernels/device/cells.cuh), of 64 and 128 channels: a slope of 1.95 at most with
+//                         thresholds below 0.22, or of 1.5 with those below 0.3, as the bound says
 //
 // kHeadDims names the only head_dims that a scheme takes, where there are only some.
 //
@@ -321,6 +321,7 @@ KVQ_HD inline float Magnitude(const Numbers& x, int n) {
 #ifdef __CUDACC__
   float largest = 0;
   if constexpr (requires(float (&eight)[8]) { x.Eight(0, eight); }) {
+#pragma unroll 1  // for few tokens
     for (int i = 0; i < n / 8; ++i) {
       float eight[8];
       x.Eight(i, eight);
@@ -846,7 +847,7 @@ struct Split {
 // in registers (kernels/device/plain_encode.cuh): so many neighbouring channels of a token, whose codes fill words; more, where
 // fewer lanes then have to exchange numbers, or where a lane's own work (places, loads, stores) would be much of it; and all of a group
 // that is seen number by number.
-inline constexpr int kWarps = 4;
+inline constexpr int kWarps = 2;  // of a block: small ones, so that few multiprocessors wait for the last one
 template <typename S>
 constexpr int OwnChannels(int group) {
   int own = kLow<S> <= 4 && (kOdd<S> == 0 || kLow<S> == 2) ? 64 : 32;
@@ -854,7 +855,7 @@ constexpr int OwnChannels(int group) {
   return own;
 }
 // Blocks of a multiprocessor that registers have to be left for.
-constexpr int OwnBlocks(int own) { return own > 64 ? 3 : own > 32 ? 5 : 7; }
+constexpr int OwnBlocks(int own) { return own > 64 ? 6 : own > 32 ? 10 : 14; }
 
 // The newest token of each sequence on one side, before and after it is encoded.
 struct NewestSide {

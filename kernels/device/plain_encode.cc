@@ -15,16 +15,14 @@ KernelLaunch EncodeOwnLaunch(const char* file, const char* scheme, const DenseVi
   const int tokens = kWarps * 32 * own / static_cast<int>(x.head_dim);  // of a block
   return {.instance = {{file}, InstanceName("kvq::plain::EncodeOwnKernel", scheme, TypeName(x.dtype), x.head_dim, group, own)},
           .grid = {GridFor(x.tokens, tokens), static_cast<unsigned>(x.heads), static_cast<unsigned>(x.batch)},
-          .threads = 32 * kWarps,
-          .early = false};
+          .threads = 32 * kWarps};
 }
 
 KernelLaunch EncodeTurnedLaunch(const char* file, const char* scheme, const DenseView& x) {
-  constexpr int kThreads = 64;  // small blocks, so that few multiprocessors wait for the last one
-  return {.instance = {{file}, InstanceName("kvq::plain::EncodeTurnedKernel", scheme, TypeName(x.dtype), x.head_dim, kThreads)},
-          .grid = {GridFor(x.tokens, kThreads), static_cast<unsigned>(x.heads), static_cast<unsigned>(x.batch)},
-          .threads = kThreads,
-          .early = false};
+  constexpr int kTokens = 32;  // of a block, which is one warp
+  return {.instance = {{file}, InstanceName("kvq::plain::EncodeTurnedKernel", scheme, TypeName(x.dtype), x.head_dim)},
+          .grid = {GridFor(x.tokens, kTokens), static_cast<unsigned>(x.heads), static_cast<unsigned>(x.batch)},
+          .threads = 32};
 }
 
 }  // namespace kvq::plain

@@ -3,12 +3,13 @@
 // A warp has a tile of some tokens, of which each lane has kOwn neighbouring channels: some groups, one, or a part of one, in any case
 // those of whole words of codes. So a group's fit is one lane's work, or the same in each lane that has a part, and a code is made
 // where its word is. Numbers come by coalesced copies of 16 bytes to shared memory, from where each lane takes its own; words go the
-// other way. No warp waits for another.
+// other way. No warp waits for another. A launch begins while the one before ends, and waits for that; the next one may begin once all of
+// its blocks have ended.
 //
 // What it takes, on an H200 with 132 multiprocessors at 1.98 GHz: an instruction for each of 33.5 million numbers (32k tokens, 8 heads of
 // 128 channels) is 1.0 us, the bytes of 4 to 8 bit codes 20 to 25 us. So up to some 18 instructions a number, memory is what it waits
 // for. Most schemes have 10 to 18, of which packing is 1, half of a minimum and a maximum 1, a quotient 5; those that make two codes at
-// a time (PairOf) 8 to 14; where one number at a time is looked up in a table, and sums in order come before (iq4_nl), it is 19. The
+// a time (PairOf) 8 to 14; where one number at a time is looked up in a table, and sums in order come before (iq4_nl), it is 18. The
 // time is then those and some 9 us, as not every slot is taken, and multiprocessors fill and empty. Loops over tiles of which the next
 // one is copied meanwhile are slower (ci/baselines/h200-encode). Tokens that are turned whole: plain_encode_turned.cuh.
 #pragma once
@@ -66,10 +67,15 @@ __device__ __forceinline__ void CopyTile(const DenseView& x, uint32_t b, uint32_
   const auto* from = static_cast<const uint16_t*>(x.data) + b * x.batch_stride + h * x.head_stride +
                      (first + lane / (kDim / 8)) * x.token_stride + lane % (kDim / 8) * 8;
   const ptx::Shared to = ptx::SharedAddress(tile) + lane / kPieces * RowPitch(kOwn) + lane % kPieces * 16;
+  if (x.token_stride == kDim && count >= kTokens) {  // one behind the other, so that no address has to be made
 #pragma unroll
-  for (uint32_t i = 0; i < kTokens / kCopied; ++i) {
-    ptx::CopyAsyncOrZero(to + 32 / kPieces * RowPitch(kOwn) * i, from, lane / (kDim / 8) + kCopied * i < count);
-    from += kCopied * x.token_stride;
+    for (uint32_t i = 0; i < kTokens / kCopied; ++i) ptx::CopyAsync(to + 32 / kPieces * RowPitch(kOwn) * i, from + kCopied * kDim * i);
+  } else {
+#pragma unroll
+    for (uint32_t i = 0; i < kTokens / kCopied; ++i) {
+      ptx::CopyAsyncOrZero(to + 32 / kPieces * RowPitch(kOwn) * i, from, lane / (kDim / 8) + kCopied * i < count);
+      from += kCopied * x.token_stride;
+    }
   }
   ptx::CopyCommit();
 }
@@ -113,6 +119,7 @@ __global__ void __launch_bounds__(32 * kWarps, OwnBlocks(kOwn))
   uint8_t* const tile = tiles[threadIdx.x / 32];
   const uint32_t b = blockIdx.z, h = blockIdx.y, first = (blockIdx.x * kWarps + threadIdx.x / 32) * kTokens;
   if (first >= x.tokens) return;
+  WaitForPredecessors();
   const uint32_t count = static_cast<uint32_t>(x.tokens) - first;  // of tokens from here on
 
   CopyTile<kDim, kOwn, kTokens>(x, b, h, first, count, tile);

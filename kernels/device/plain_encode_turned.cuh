@@ -3,24 +3,26 @@
 //
 // As the CPU does it, a number takes 25 instructions, 20 of them for a division, seven butterflies and a search whose roundings all have
 // to be the CPU's. But a code is the same wherever the number is known well enough to be on one side of a threshold. So a warp turns
-// 32 tokens quickly, and those of which a number is too near to a threshold, one in 40 of 128 channels and 4 bits, once more as the CPU
-// does it. Instructions a number, 17 of 4 bits and 128 channels:
+// 32 tokens quickly, and what is too near to a threshold, a number of one in 50 tokens of 128 channels and 4 bits, is found once more as the
+// CPU does it. Instructions a number, 13.5 of 4 bits and 128 channels:
 //
-//   the norm      is the CPU's, a sum in order, as a lane has a token: 2
+//   the norm      is the CPU's, a sum in order, as a lane has a token: 2.5
 //   turned        sixteen channels by a product on tensor cores, 1/2 with its operands; then butterflies between a lane's own numbers: 3
-//   the code      scaled and cut to a step, 2, its cell, 1, what the cell adds, 2, how near the nearest threshold is, 1, packed, 1
-//   once more     2; places, loads and stores are what is left
+//   the code      its cell, 1, what the cell adds, 1, both together, 1, packed and limited, 1.5, how near the nearest threshold is, 1/2
+//   once more     1; places, loads and stores are what is left
 //
-// What it is off by. In units of a turned number, of which a token of norm 1 has some 1 / sqrt(D); u = 2^-24; L, the sum of |x| over
-// sqrt(D), is at most 1, and so at most 1 is what any stage's numbers add up to that one number is made of:
-//   the CPU's     u for x / n, for the factor, for each butterfly, each times L:  9 u
-//   a product     of 16 numbers and +-1, exact, of which any may lose 2 u of the largest of them, or of what has been added up before,
-//                 if tensor cores add eight at a time, and the sum 2 u. The largest of the blocks of 16 add up to at most 1/4, eight
-//                 numbers' sums to 0.71, sixteen's to 1:  2 u (8 / 4 + 9 * 0.71 + 1) < 19 u
-//   butterflies   3 u;  the scale, 4 u of a number near a threshold, below 0.3:  2 u;  limited to [0, 1]:  u / slope
-// 34 u in all, 2.0e-6, which is 4.25 steps of Cells where the slope is 2 (D = 128), and less where it is smaller. (39 u and 4.84 steps
-// if they add four at a time. Not bound is a token of bfloat16 longer than 2^30 with numbers below 2^-110, whose quotients are subnormal.)
-// The tests compare with the CPU's codes.
+// What it is off by. In units of a turned number, of which a token of norm 1 has some 1 / sqrt(D); u = 2^-24. A number x is off by some w u
+// for each |x| / sqrt(D) that goes into it, as below; as the squares of x add up to 1, all of them are no more than the root of the mean
+// of w^2. Of D = 128:
+//   the CPU's     u for x / n, for the factor, for each of seven butterflies:  w = 9
+//   a product     of 16 numbers and +-1, exact, of which any may lose 2 u of the largest of them, or of what has been added up before, and
+//                 the sum 2 u. If tensor cores add four at a time:  w = 30, 20, 10 and 0 of the first four, the next four, ..., and 8
+//                 more of the largest of the first; and 2
+//   butterflies   w = 3
+// So w is 44 (of one of them 52), 34, 24 and 14, which is 31.9 u in all. The scale is off by 4 u, of a number near a threshold, below 0.22,
+// by 0.9 u. 32.8 u are 4 steps of Cells where the slope is 1.95. (Of D = 64 it is 30.1 u, and 1.2 u below 0.3, and 4 steps of slope 1.5
+// are 42 u. Tensor cores that add eight at a time: 26.3 u. Not bound is a token of bfloat16 longer than 2^30 with numbers below 2^-110,
+// whose quotients are subnormal.) The tests compare with the CPU's codes.
 #pragma once
 
 #include "kernels/plain.h"
@@ -42,72 +44,167 @@ struct RowNumbers {
 template <DType kType>
 inline constexpr DType kInWords<RowNumbers<kType>> = kType;
 
-// Codes of a lane's channels of a token, of each 32 channels in fields of four bits, to its chunk of the token's rows (code_row.h).
+// Where the codes of channels 8 i + 2 t, 8 i + 2 t + 1 are put together, which a lane has of all i: fields of four bits in both halves of a
+// word. Of 4 bits as in rows (code_row.h), of 3 bits even i in the words 0, 2, ..., odd ones in the next.
+template <typename S>
+__device__ constexpr int WordOfEight(int i) { return S::kBits == 4 ? i / 4 : i / 8 * 2 + i % 2; }
+template <typename S>
+__device__ constexpr int ShiftOfEight(int i) { return S::kBits == 4 ? i % 4 * 4 : i % 8 / 2 * 4; }
+
+// `first` where `mask` has ones, `second` elsewhere: one instruction, which the compiler does not see.
+template <uint32_t mask>
+__device__ __forceinline__ uint32_t Either(uint32_t first, uint32_t second) {
+  uint32_t both;
+  asm("lop3.b32 %0, %1, %2, %3, 0xE4;" : "=r"(both) : "r"(first), "r"(second), "n"(mask));
+  return both;
+}
+
+// A token's codes that a lane has put together so, to its chunk of the rows at `codes` and `odd`.
 template <typename S, int kDim>
-__device__ __forceinline__ void StoreChunk(const uint32_t (&fours)[kDim / 32], const KvView& mine, uint32_t token, uint32_t chunk) {
+__device__ __forceinline__ void StoreChunk(const uint32_t (&fours)[kDim / 32], std::byte* codes, std::byte* odd, bool there) {
   constexpr int kWords = kDim * kLow<S> / 128;
   uint32_t words[kWords];
   if constexpr (kLow<S> == 4) {
 #pragma unroll
     for (int w = 0; w < kWords; ++w) words[w] = fours[w];
   } else {
-    uint32_t odd[kWords];
+    // The upper bits: of the first two words in bits 0 and 1 of fields, even and odd; of the next two in bits 2 and 3. Then fields become
+    // halves of bytes, of two each, and those bytes.
+    constexpr int kNext = kDim == 128 ? 2 : 0;
+    uint32_t bits = Either<0x33333333>(fours[0] >> 2, fours[kNext]) + Either<0x33333333>(fours[1] >> 2, fours[kNext + 1]) * 2;
+    bits = Either<0xC3C3C3C3>(bits, Either<0x0C0C0C0C>(bits >> 2, bits << 2));
+    bits = ptx::PickBytes(bits, 0, 0x3120);
+    bits = Either<0xF0F00F0F>(bits, Either<0x0000FFFF>(bits >> 12, bits << 12));
+    if constexpr (kWords == 2) {
+      asm volatile("" : "+r"(bits));  // or all of this were done behind a branch
+      if (there) *reinterpret_cast<uint32_t*>(odd) = bits;
+    } else {
+      if (there) *reinterpret_cast<uint16_t*>(odd) = static_cast<uint16_t>(bits);
+    }
 #pragma unroll
-    for (int w = 0; w < kWords; ++w) MoveThrees(fours[2 * w], fours[2 * w + 1], words[w], odd[w]);
-    const uint32_t bytes = ptx::PickBytes(odd[0], odd[kWords - 1], 0x7531);
-    std::byte* const to = mine.planes[1] + token * (kDim / 8) + chunk * (2 * kWords);
-    if constexpr (kWords == 2) *reinterpret_cast<uint32_t*>(to) = bytes;
-    else *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(bytes);
+    for (int w = 0; w < kWords; ++w) words[w] = Either<0x33333333>(fours[2 * w], fours[2 * w + 1] << 2);
   }
-  auto* const to = reinterpret_cast<uint32_t*>(mine.planes[0]) + (token * 4 + chunk) * kWords;
-  if constexpr (kWords == 4) *reinterpret_cast<uint4*>(to) = {words[0], words[1], words[2], words[3]};
-  else if constexpr (kWords == 2) *reinterpret_cast<uint2*>(to) = {words[0], words[1]};
-  else *to = words[0];
+  if (!there) return;
+  if constexpr (kWords == 4) *reinterpret_cast<uint4*>(codes) = {words[0], words[1], words[2], words[3]};
+  else if constexpr (kWords == 2) *reinterpret_cast<uint2*>(codes) = {words[0], words[1]};
+  else *reinterpret_cast<uint32_t*>(codes) = words[0];
 }
 
-template <typename S, DType kType, int kDim, int kThreads>
-__global__ void __launch_bounds__(kThreads, 640 / kThreads)
+// One code where all of the token's lie already, while other lanes put others.
+template <typename S, int kDim>
+__device__ __forceinline__ void PutCode(const KvView& mine, uint32_t token, uint32_t channel, uint32_t code) {
+  constexpr uint32_t kChunkWords = kDim * kLow<S> / 128, kMask = (1u << kLow<S>) - 1;
+  const WordPlace place = PlaceOf<kLow<S>>(channel, kChunkWords);
+  auto* const word = reinterpret_cast<uint32_t*>(mine.planes[0]) + token * 4 * kChunkWords + place.word;
+  atomicAnd(word, ~(kMask << place.shift));
+  atomicOr(word, (code & kMask) << place.shift);
+  if constexpr (kOdd<S> > 0) {
+    const uint32_t bit = place.word * (32 / kLow<S>) + place.shift / kLow<S>;
+    auto* const odd = reinterpret_cast<uint32_t*>(mine.planes[1]) + token * (kDim / 32) + bit / 32;
+    atomicAnd(odd, ~(1u << bit % 32));
+    atomicOr(odd, code >> kLow<S> << bit % 32);
+  }
+}
+
+// As the CPU has them: the numbers 2 chunk and 2 chunk + 1 of each eight of a turned token. A lane of a warp gets those of eight
+// lane / (256 / kDim).
+template <typename S, DType kType, int kDim>
+__device__ __forceinline__ void TurnExactly(const uint8_t* row, const VectorFit<S>& vector, float inverse, uint32_t lane, uint32_t chunk,
+                                            float (&pair)[2]) {
+  constexpr int kOwn = kDim / 32;  // neighbouring numbers
+  float y[kOwn];
+#pragma unroll
+  for (int i = 0; i < kOwn; i += 2) UnpackTwo<kType>(*reinterpret_cast<const uint32_t*>(row + (lane * kOwn + i) * 2), y[i], y[i + 1]);
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    if constexpr (kType == DType::kFloat16) y[i] = ShortQuotient(y[i], S::Divisor(vector), inverse);
+    else y[i] = Quotients::By(S::Divisor(vector)).Of(y[i]);
+    y[i] *= InverseRootOfPower(kDim);
+  }
+  // Of what butterflies within eights make, the two alone.
+  const auto way = [&](uint32_t bit) { return (chunk & bit) != 0 ? -1.0f : 1.0f; };
+  pair[0] = y[0] + y[1], pair[1] = y[0] - y[1];
+  if constexpr (kOwn == 4) {
+    const float next[2] = {y[2] + y[3], y[2] - y[3]};
+#pragma unroll
+    for (int side = 0; side < 2; ++side) pair[side] = fmaf(next[side], way(1), pair[side]);
+  }
+#pragma unroll
+  for (uint32_t lanes = 1; lanes < 8 / kOwn; lanes *= 2) {
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      const float low = __shfl_sync(~0u, pair[side], static_cast<int>(lane & ~lanes)), high = __shfl_sync(~0u, pair[side], static_cast<int>(lane | lanes));
+      pair[side] = fmaf(high, way(lanes * kOwn / 2), low);
+    }
+  }
+#pragma unroll
+  for (uint32_t lanes = 8 / kOwn; lanes < 32; lanes *= 2) {
+    const float sign = (lane & lanes) != 0 ? -1 : 1;  // the upper one has the difference
+#pragma unroll
+    for (int side = 0; side < 2; ++side) pair[side] = fmaf(pair[side], sign, __shfl_xor_sync(~0u, pair[side], static_cast<int>(lanes)));
+  }
+}
+
+// A block is a warp, which has 32 tokens.
+template <typename S, DType kType, int kDim>
+__global__ void __launch_bounds__(32, 20)
     EncodeTurnedKernel(const __grid_constant__ DenseView x, int64_t first_token, const __grid_constant__ KvView out) {
   static_assert(S::kBits == 4 || S::kBits == 3);
-  constexpr int kTokens = 32, kPitch = RowPitch(kDim), kProducts = kDim / 16;
-  __shared__ __align__(16) uint8_t tiles[kThreads / 32][kTokens * kPitch];
-  const uint32_t lane = threadIdx.x % 32;
-  uint8_t* const tile = tiles[threadIdx.x / 32];
-  const uint32_t b = blockIdx.z, h = blockIdx.y, first = blockIdx.x * kThreads + threadIdx.x / 32 * kTokens;
-  if (first >= x.tokens) return;
+  constexpr int kTokens = 32, kPitch = RowPitch(kDim), kProducts = kDim / 16, kMost = (1 << S::kBits) - 1;
+  struct OfToken {
+    float norm, inverse;  // 1 / its divisor: of float16 to the nearest
+  };
+  __shared__ __align__(16) uint8_t tile[kTokens * kPitch];
+  __shared__ OfToken of_tokens[kTokens];
+  const uint32_t lane = threadIdx.x, b = blockIdx.z, h = blockIdx.y, first = blockIdx.x * kTokens;
   const uint32_t count = static_cast<uint32_t>(x.tokens) - first;  // of tokens from here on
+  WaitForPredecessors();
   CopyTile<kDim, kDim, kTokens>(x, b, h, first, count, tile);
   const KvView mine = PlanesAt<S, kDim, kDim>(out, b, h, TokenBase(out) + first_token + first);
   const Cells& cells = S::DeviceCells(kDim);
-  const uint32_t carry = cells.carry[lane];
+  const auto [carry, threshold] = cells.lanes[lane];
   ptx::CopyWait<0>();
   __syncwarp();
 
   // ---- a lane's token
-  const VectorFit<S> vector = FitVector<S>(RowNumbers<kType>{tile + lane * kPitch}, kDim);
-  if (lane < count) StoreVector<S>(vector.stored, mine, 0, 0, lane);
-  const float scale = cells.slope * InverseRootOfPower(kDim) / S::Divisor(vector);
+  {
+    const VectorFit<S> vector = FitVector<S>(RowNumbers<kType>{tile + lane * kPitch}, kDim);
+    if (lane < count) StoreVector<S>(vector.stored, mine, 0, 0, lane);
+    const float divisor = S::Divisor(vector);
+    of_tokens[lane] = {vector.norm, kType == DType::kFloat16 ? ShortReciprocal(divisor) : ptx::Reciprocal(divisor)};
+  }
+  __syncwarp();
 
   // ---- of tokens g and g + 8 of sixteen, channels 2 t, 2 t + 1 and each eighth behind
   const uint32_t g = lane / 4, t = lane % 4;
   // (-1)^popcount(i & j) of 16 by 16 channels, whose quarters differ by their sign alone.
   constexpr uint32_t kOnes = kType == DType::kFloat16 ? 0x3C003C00 : 0x3F803F80;
   const uint32_t plus = kOnes ^ (__popc(2 * t & g) % 2 != 0 ? 0x80008000 : 0) ^ (g % 2 != 0 ? 0x80000000 : 0), minus = plus ^ 0x80008000;
+  const uint32_t minus_large = Cells::MinusTooLarge();
   const ptx::Shared matrices = ptx::SharedAddress(tile) + lane % 16 * kPitch + lane / 16 * 16;
-  uint32_t unsure = 0;  // of a lane's token and seven neighbours, the four lanes that have its channels
+  constexpr int kRow = kDim * kLow<S> / 8, kOddRow = kOdd<S> * kDim / 8;  // bytes
+  std::byte* const codes = mine.planes[0] + g * kRow + t * (kRow / 4);
+  std::byte* odd = nullptr;
+  if constexpr (kOdd<S> > 0) odd = mine.planes[1] + g * kOddRow + t * (kOddRow / 4);
 #pragma unroll 1
   for (uint32_t sixteen = 0; sixteen < kTokens; sixteen += 16) {
-    const float scales[2] = {__shfl_sync(~0u, scale, static_cast<int>(sixteen + g)), __shfl_sync(~0u, scale, static_cast<int>(sixteen + g + 8))};
-    uint32_t fours[2][kDim / 32] = {}, nearest[2] = {~0u, ~0u};
+    float norms[2], scales[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {  // of sixteen channels
+    for (int of = 0; of < 2; ++of) {
+      const OfToken token = of_tokens[sixteen + 8 * of + g];
+      norms[of] = token.norm, scales[of] = token.inverse * (cells.slope * InverseRootOfPower(kDim) * Cells::kSteps);
+    }
+    uint32_t a[kProducts][4];
+#pragma unroll
+    for (int i = 0; i < kProducts; ++i) ptx::LoadMatrices(matrices + sixteen * kPitch + 32 * i, a[i]);
+    uint32_t fours[2][kDim / 32] = {}, nearest[2] = {~0u, ~0u};  // in the lower half; the upper one says nothing
+#pragma unroll
+    for (int half = 1; half >= 0; --half) {  // of sixteen channels
       float z[kProducts][4] = {};
 #pragma unroll
       for (int i = 0; i < kProducts; ++i) {
-        uint32_t a[4];
-        ptx::LoadMatrices(matrices + sixteen * kPitch + 32 * i, a);
-        if constexpr (kType == DType::kFloat16) ptx::MmaHalf(z[i], a[0], a[1], a[2], a[3], plus, half == 0 ? plus : minus);
-        else ptx::MmaBFloat16(z[i], a[0], a[1], a[2], a[3], plus, half == 0 ? plus : minus);
+        if constexpr (kType == DType::kFloat16) ptx::MmaHalf(z[i], a[i][0], a[i][1], a[i][2], a[i][3], plus, half == 0 ? plus : minus);
+        else ptx::MmaBFloat16(z[i], a[i][0], a[i][1], a[i][2], a[i][3], plus, half == 0 ? plus : minus);
       }
 #pragma unroll
       for (int distance = 1; distance < kProducts; distance *= 2) {
@@ -125,57 +222,59 @@ __global__ void __launch_bounds__(kThreads, 640 / kThreads)
       for (int i = 0; i < kProducts; ++i) {
         uint32_t sums[4];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) sums[j] = Cells::StepOf(z[i][j], scales[j / 2]);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) sums[j] += __shfl_sync(~0u, carry, Cells::CellOf(sums[j]));
+        for (int j = 0; j < 4; ++j) {
+          const int cell = static_cast<int>(Cells::CellOf(z[i][j], scales[j / 2]));
+          sums[j] = Cells::SumOf(z[i][j], scales[j / 2], __shfl_sync(~0u, carry, cell));
+        }
+        const int eight = 2 * i + half;
 #pragma unroll
         for (int of = 0; of < 2; ++of) {
-          nearest[of] = SmallerWholeOfTwo(ptx::PickBytes(sums[2 * of], sums[2 * of + 1], 0x5410), nearest[of]);
-          fours[of][i / 2] += ptx::PickBytes(sums[2 * of], sums[2 * of + 1], 0x7632) << (i % 2 * 8 + half * 4);
+          nearest[of] = SmallerWholeOfTwo(SmallerWholeOfTwo(sums[2 * of], sums[2 * of + 1]), nearest[of]);
+          fours[of][WordOfEight<S>(eight)] += Cells::CountsOf(sums[2 * of], sums[2 * of + 1], minus_large, kMost) << ShiftOfEight<S>(eight);
         }
       }
     }
+    uint32_t left[2];  // lanes, of whose numbers of a token a code is not said
 #pragma unroll
     for (int of = 0; of < 2; ++of) {
-      const uint32_t token = sixteen + 8 * of + g;
-      if (token < count) StoreChunk<S, kDim>(fours[of], mine, token, t);
-      const uint32_t lanes = __ballot_sync(~0u, Cells::IsUnsure(nearest[of]) || Cells::IsUnsure(nearest[of] >> 16));
-      unsure = lane / 8 * 8 == sixteen + 8 * of ? lanes : unsure;
+      const uint32_t behind = sixteen + 8 * of;
+      const bool there = behind + g < count;
+      StoreChunk<S, kDim>(fours[of], codes + behind * kRow, odd + behind * kOddRow, there);
+      // Steps of zeros are exact; a norm of bfloat16 may be zero where they are not. Sums of larger numbers might be infinite.
+      const bool zeros = kType == DType::kFloat16 && norms[of] == 0;
+      left[of] = __ballot_sync(~0u, there && ((Cells::IsUnsure(nearest[of]) && !zeros) || !(norms[of] < 1e18f)));
     }
-  }
+    if ((left[0] | left[1]) == 0) continue;
 
-  // ---- tokens of which a code is not said, one by one
-  // Steps of zeros are exact; a norm of bfloat16 may be zero where they are not. Sums of larger numbers might be infinite.
-  const bool zeros = kType == DType::kFloat16 && vector.norm == 0;
-  const bool exactly = ((unsure >> lane % 8 * 4 & 15) != 0 && !zeros) || !(vector.norm < 1e18f);
-  uint32_t left = __ballot_sync(~0u, exactly && lane < count);
-  if (left == 0) return;
-  const float middle = lane + 1 < 1u << S::kBits ? S::DeviceMiddle(kDim, lane) : INFINITY;
-  const Warp warp{static_cast<int>(lane)};
-  __syncwarp();  // what was stored of them is overwritten
+    // ---- one by one. A threshold that is near is the last that was counted; where a code may be another one, the number is no more than
+    // twice as far from it as where it is not said.
+    __syncwarp();  // what was stored is changed
+    uint32_t own;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(own));  // read here: what follows from it is not made before
 #pragma unroll 1
-  for (; left != 0; left &= left - 1) {
-    const int token = __ffs(static_cast<int>(left)) - 1;
-    const Quotients quotients = Quotients::By(__shfl_sync(~0u, S::Divisor(vector), token));
-    float y[kDim / 32];  // numbers lane, lane + 32, ...
+    for (uint32_t behind = sixteen, lanes = left[0]; behind < sixteen + 16; behind += 8, lanes = left[1]) {
+#pragma unroll 1
+      for (; lanes != 0; lanes &= lanes - 1) {
+        const uint32_t one = __ffs(static_cast<int>(lanes)) - 1, token = behind + one / 4, chunk = one % 4;
+        const OfToken of_token = of_tokens[token];
+        VectorFit<S> vector;
+        vector.norm = of_token.norm;
+        float pair[2];
+        TurnExactly<S, kType, kDim>(tile + token * kPitch, vector, of_token.inverse, own, chunk, pair);
+        constexpr uint32_t kLanes = 256 / kDim;  // have the same
+        const float scale = cells.slope * Cells::kSteps;
 #pragma unroll
-    for (int i = 0; i < kDim / 32; ++i) y[i] = quotients.Of(LoadElement(tile + token * kPitch, kType, lane + 32 * i));
-    warp.Turn(y, kDim);
-    uint32_t fours[kDim / 32];
-#pragma unroll
-    for (int i = 0; i < kDim / 32; ++i) {  // a threshold that is near is the last that was counted
-      const uint32_t step = Cells::StepOf(y[i], cells.slope), sum = step + __shfl_sync(~0u, carry, Cells::CellOf(step));
-      const bool below = y[i] < __shfl_sync(~0u, middle, static_cast<int>(sum >> 16) - 1);
-      fours[i] = (sum >> 16) - (Cells::IsUnsure(sum) && below ? 1 : 0);
+        for (int side = 0; side < 2; ++side) {
+          const int cell = static_cast<int>(Cells::CellOf(pair[side], scale));
+          const uint32_t sum = Cells::SumOf(pair[side], scale, __shfl_sync(~0u, carry, cell));
+          const bool below = pair[side] < __shfl_sync(~0u, threshold, cell);
+          if (own % kLanes == 0 && (Cells::IsWithinTwice(sum) || !(of_token.norm < 1e18f))) {
+            const int counted = Cells::CountOf(sum, kMost), code = counted - (Cells::IsUnsure(sum) && below && counted > 0 ? 1 : 0);
+            PutCode<S, kDim>(mine, token, own / kLanes * 8 + 2 * chunk + side, pair[side] == pair[side] ? static_cast<uint32_t>(code) : 0);
+          }
+        }
+      }
     }
-#pragma unroll
-    for (int i = 0; i < kDim / 32; ++i) fours[i] <<= lane / 8 * 4 + lane % 2 * 16;
-#pragma unroll
-    for (const int distance : {1, 8, 16}) {
-#pragma unroll
-      for (int i = 0; i < kDim / 32; ++i) fours[i] |= __shfl_xor_sync(~0u, fours[i], distance);
-    }
-    if (lane < 8 && lane % 2 == 0) StoreChunk<S, kDim>(fours, mine, static_cast<uint32_t>(token), lane / 2);
   }
 }
 

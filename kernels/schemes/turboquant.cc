@@ -79,7 +79,7 @@ KVQ_HD inline const Centroids& AllCentroids() {
 #ifdef __CUDACC__
 template <int kBits>
 constexpr Cells MakeCells(int of_dim) {
-  constexpr float kSlopes[] = {1.5f, 2};
+  constexpr float kSlopes[] = {1.5f, 1.95f};
   float middles[(1 << kBits) - 1] = {};
   for (uint32_t code = 0; code + 1 < 1u << kBits; ++code) middles[code] = Middle<kBits>(kCentroids, of_dim, code);
   return {kSlopes[of_dim], middles};
@@ -129,7 +129,6 @@ struct Keys {
   KVQ_HD static float Divisor(const VectorFit& vector) { return vector.norm + 1e-8f; }
 #ifdef __CUDACC__
   __device__ static const Cells& DeviceCells(int head_dim) { return kDeviceCells<kBits>[TableOf(head_dim)]; }
-  __device__ static float DeviceMiddle(int head_dim, uint32_t code) { return Middle<kBits>(kDeviceCentroids, TableOf(head_dim), code); }
 #endif
   template <typename Numbers, typename Team>
   KVQ_HD static void Turn(Numbers&& x, int n, const VectorFit& vector, const Team& team) {
