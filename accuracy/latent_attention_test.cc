@@ -165,6 +165,9 @@ TEST(LatentAttentionGpu, EqualsAttentionOverTokensAsTheyAre) {
       for (const int32_t tokens : {0, 1, 31, 32, 33, 64, 65, 1000}) cases.push_back({"none", heads, 512, 64, {{0, tokens, 0}, {0, 70, 0}}, dtype});
     }
     for (const int64_t rank : {16, 64, 96}) cases.push_back({"none", 4, rank, 8, {{0, 100, 0}, {0, 7, 0}}, dtype});
+    for (const int64_t rank : {64, 128, 192, 320, 384, 448}) {  // some of which are a power of two
+      for (const int64_t capacity : {int64_t{0}, kMany}) cases.push_back({"none", 16, rank, 64, {{0, 1000, 0}, {0, 70, 0}}, dtype, capacity});
+    }
     cases.push_back({"none", 16, 512, 64, {{0, 20000, 0}}, dtype});
     for (const int32_t tokens : {0, 31, 32, 33, 1000, 20000}) cases.push_back({"none", 16, 512, 64, {{0, tokens, 0}, {0, 70, 0}}, dtype, kMany});
   }

@@ -23,11 +23,12 @@ std::vector<Measurement>& Table() {
 
 // bfloat16 on this CPU unless it takes half as long again as float32, for a prompt of 512 tokens and 64 new ones: what a weight then
 // takes in products and in being read. Where nothing multiplies bfloat16 it takes several times as long; by less a probe is wrong
-// beside other work, and one machine's runs are not to differ in their type.
+// beside other work, and one machine's runs are not to differ in their type. Products are small, which says enough for that: larger ones
+// were most of a start.
 at::ScalarType CpuType() {
   const at::Device cpu(at::kCPU);
   const auto seconds = [&](at::ScalarType type) {
-    return 512 * 2 / GemmRate(cpu, type) + 64 * static_cast<double>(c10::elementSize(type)) / ReadBandwidth(cpu);
+    return 512 * 2 / GemmRate(cpu, type, 512) + 64 * static_cast<double>(c10::elementSize(type)) / ReadBandwidth(cpu);
   };
   return seconds(at::kBFloat16) < 1.5 * seconds(at::kFloat) ? at::kBFloat16 : at::kFloat;
 }

@@ -12,6 +12,26 @@ from results import Cell, break_even, fit_latency
 from testing import read, report
 
 
+class Schemas(unittest.TestCase):
+    def test_have_only_what_both_validators_know_alike(self):
+        """fastjsonschema reads them as draft 7, and what it does not know holds for it."""
+        known = {"$schema", "$comment", "title", "description", "type", "required", "properties", "additionalProperties", "patternProperties",
+                 "items", "minItems", "minLength", "enum", "const", "pattern", "minimum", "maximum", "exclusiveMinimum"}
+        def walk(schema):
+            if not isinstance(schema, dict):
+                return
+            self.assertLessEqual(set(schema), known)
+            for word in ("items", "additionalProperties"):
+                walk(schema.get(word))
+            for word in ("properties", "patternProperties"):
+                for part in schema.get(word, {}).values():
+                    walk(part)
+        names = os.listdir(os.path.join(reading.HERE, "schema"))
+        self.assertGreater(len(names), 3)
+        for name in names:
+            walk(json.loads(read(reading.HERE, "schema", name)))
+
+
 class Refusals(unittest.TestCase):
     def setUp(self):
         self.folder = tempfile.mkdtemp(prefix="kvq_refusals_")

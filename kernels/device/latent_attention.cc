@@ -52,7 +52,7 @@ int64_t SharedBytes(const Codec& latents, const Codec& rotary_keys, const Latent
                         Up(StoredBytes(rotary_keys, args.rotary_keys.params, args.turned, tiling.tokens));
   const int64_t numbers = (latents.planes == nullptr ? 0 : Up(tokens * NumberStride(rank))) +
                           (rotary_keys.planes == nullptr ? 0 : Up(tokens * NumberStride(turned)));
-  const int64_t queries = heads * NumberStride(rank + Padded(turned), tiling.boxes);
+  const int64_t queries = heads * QueryStride(rank + Padded(turned), tiling.boxes);
   return tiling.stages * stage + numbers + kShares * heads * (tokens + 8) * 4 + heads * NumberStride(tiling.tokens) +
          Up(heads * 8) + (tiling.boxes ? queries + kBarrierBytes : head_tiles <= 2 ? 0 : queries);
 }
@@ -107,7 +107,8 @@ Plan PlanOf(const Codec& latents, const Codec& rotary_keys, const LatentAttentio
   // in q8_0; eight 79 instead of 84 in 16 bits, but 116 instead of 105 in fp8 (ci/baselines/h200-latents has today's).
   const bool few = args.batch * args.capacity <= (encodes[0] || encodes[1] ? kFewCodes : kFewNumbers) * CurrentDevice().multiprocessors;
   if (args.heads <= 16 && few && arch >= 90) {
-    if (!encodes[0] && !encodes[1] && args.rank % 64 == 0 && args.turned % 64 == 0) take(1, {{32, 4, 1, /*boxes=*/true}});
+    // Boxes are known from a card for these, DeepSeek's and GLM's, alone.
+    if (!encodes[0] && !encodes[1] && args.rank == 512 && args.turned == 64) take(1, {{32, 4, 1, /*boxes=*/true}});
     // A third stage, where it leaves room for a block of the second kernel: else the next launch's tiles could not come early.
     constexpr Tiling kThree = {64, 3, 1};
     constexpr int64_t kBeside = 8 << 10;  // what the second kernel has beside (MergeKernel), and 1 KiB that each block takes
@@ -172,7 +173,7 @@ std::string LatentAttentionName(const Codec& latents, const Codec& rotary_keys, 
   const Plan plan = PlanOf(latents, rotary_keys, args);
   const std::string first = latents.device.label, second = rotary_keys.device.label;
   return StrCat("fused_latent_", first, first == second ? "" : "+" + second, " (sm_", CurrentDevice().arch, ": ",
-                plan.tiling.blocks, " x 8 warps x ", plan.tiling.stages, " x ", plan.tiling.tokens, " tokens)");
+                plan.tiling.blocks, plan.tiling.boxes ? " x 9 warps x " : " x 8 warps x ", plan.tiling.stages, " x ", plan.tiling.tokens, " tokens)");
 }
 
 int64_t LatentAttentionWorkspace(const Codec& latents, const Codec& rotary_keys, const LatentAttentionArgs& args) {

@@ -55,12 +55,14 @@ KVQ_HD constexpr int Padded(int channels) { return (channels + 15) / 16 * 16; }
 // Bytes from a row in shared memory to the next: an odd number of granules of 16 bytes, so that eight rows' reads of one granule are
 // in different banks; or no gap where rows are no granules.
 KVQ_HD constexpr int Stride(int bytes) { return bytes % 32 == 0 ? bytes + 16 : bytes; }
-// Rows of 16-bit numbers that are copied as they are have no gap where they are whole lines of 128 bytes, as most are: copies to others
-// take longer.
-KVQ_HD constexpr bool IsSwizzled(int channels, bool copied) { return copied && channels % 64 == 0; }
+// Rows of 16-bit numbers that are copied as they are have no gap where they are 128 bytes times a power of two, as most are: copies to
+// others take longer.
+KVQ_HD constexpr bool IsSwizzled(int channels, bool copied) { return copied && channels >= 64 && (channels & (channels - 1)) == 0; }
 KVQ_HD constexpr int NumberStride(int channels, bool copied = false) {
   return IsSwizzled(channels, copied) ? channels * 2 : Stride(Padded(channels) * 2);
 }
+// Queries in boxes are whole lines, too; nobody looks for one further on than his own.
+KVQ_HD constexpr int QueryStride(int channels, bool boxes) { return boxes ? channels * 2 : NumberStride(channels); }
 
 // Of tiles that come in boxes, and of queries (kernels/runtime/tensor_map.h).
 struct TensorMaps {
@@ -80,9 +82,10 @@ __device__ constexpr int Up(int bytes) { return (bytes + 127) / 128 * 128; }
 
 // Rows of 16-bit numbers: granules in their order; or where rows have no gap, as the tensor memory accelerator writes boxes of 64
 // channels with a swizzle of 128 bytes, kTile rows each: eight rows' reads of one granule are in different banks.
-template <int kChannels, int kTile = 0>  // 0: not of a tile that is copied as it is
+template <int kChannels, int kTile = 0>  // 0: rows with a gap
 struct Rows {
-  static constexpr bool kSwizzled = IsSwizzled(kChannels, kTile > 0);
+  static constexpr bool kSwizzled = kTile > 0;
+  static_assert(!kSwizzled || kChannels % 64 == 0);
   static constexpr int kStride = kSwizzled ? 128 : NumberStride(kChannels), kBox = 128 * kTile;
   __device__ static constexpr unsigned At(unsigned row, unsigned granule) {
     return row * kStride + (kSwizzled ? granule / 8 * kBox + ((granule ^ row) % 8 << 4) : granule << 4);
@@ -91,6 +94,7 @@ struct Rows {
   // of the lane's own from a multiple of 128 on, so that a lane keeps one register.
   __device__ static constexpr ptx::Shared Further(ptx::Shared own, int rows, int granules) {
     if (!kSwizzled) return own + rows * kStride + granules * 16;
+    static_assert(!kSwizzled || IsSwizzled(kChannels, true), "a lane's own granules and others have bits in common");
     return (own ^ ((granules ^ rows) % 8 << 4)) + granules / 8 * kBox + rows * kStride;
   }
 };
@@ -100,7 +104,7 @@ template <class Codec, int kDim, int kTile>
 struct Part : Row<Codec, kDim> {
   using R = Row<Codec, kDim>;
   static_assert(R::kTokens == 1 && !R::kNormed, "a token is read alone");
-  using N = Rows<kDim, R::kDense ? kTile : 0>;
+  using N = Rows<kDim, IsSwizzled(kDim, R::kDense) ? kTile : 0>;
   static constexpr int kNumbers = kTile * NumberStride(kDim, R::kDense);  // bytes of a tile of 16-bit numbers
   // Bytes of a token in plane p.
   __device__ static constexpr int Bytes(int p) { return p == 0 ? R::kRow : R::PlaneBytes(p - 1); }
@@ -140,7 +144,7 @@ struct Config {
   static constexpr bool kHoldsQueries = kHeadTiles <= 2;  // in registers
   // Shared memory: stages, a tile of numbers of each part that is encoded, or where boxes come queries; scores [share, head, token],
   // weights [head, token], factors [head]; barriers of boxes, or queries that stay.
-  static constexpr int kStage = Up(L::kStored) + Up(T::kStored), kQueryBytes = kHeads * NumberStride(kSteps * 16, kBoxes);
+  static constexpr int kStage = Up(L::kStored) + Up(T::kStored), kQueryBytes = kHeads * QueryStride(kSteps * 16, kBoxes);
   static constexpr int kNumbersAt = kStages * kStage;
   static constexpr int kScoresAt =
       kNumbersAt + (L::kDense ? 0 : Up(L::kNumbers)) + (T::kDense ? 0 : Up(T::kNumbers)) + (kBoxes ? kQueryBytes : 0);

@@ -18,7 +18,7 @@ namespace kvq {
 struct LatentSide {
   KvView codes;
   CodecParams params;
-  DenseView tokens, sinks, residual;  // [batch, 1, tokens, channels] of dtype, rows aligned to 16 bytes
+  DenseView tokens, sinks, residual;  // [batch, 1, tokens, channels] of dtype, rows aligned to 16 bytes; as many as lengths may come to
 };
 
 // out = softmax(scale q [c, r]^T) c for one query a sequence and head, over the latents c [rank] and rotary keys r [turned] of

@@ -16,12 +16,11 @@
 // of w^2. Of D = 128:
 //   the CPU's     u for x / n, for the factor, for each of seven butterflies:  w = 9
 //   a product     of 16 numbers and +-1, exact, of which any may lose 2 u of the largest of them, or of what has been added up before, and
-//                 the sum 2 u. If tensor cores add four at a time:  w = 30, 20, 10 and 0 of the first four, the next four, ..., and 8
-//                 more of the largest of the first; and 2
+//                 each sum 2 u, as tensor cores add eight at a time (sm_80's; later ones more)
 //   butterflies   w = 3
-// So w is 44 (of one of them 52), 34, 24 and 14, which is 31.9 u in all. The scale is off by 4 u, of a number near a threshold, below 0.22,
-// by 0.9 u. 32.8 u are 4 steps of Cells where the slope is 1.95. (Of D = 64 it is 30.1 u, and 1.2 u below 0.3, and 4 steps of slope 1.5
-// are 42 u. Tensor cores that add eight at a time: 26.3 u. Not bound is a token of bfloat16 longer than 2^30 with numbers below 2^-110,
+// which is some 28 u in all. The scale is off by 4 u, of a number near a threshold, below 0.22, by 0.9 u. 32.8 u are 4 steps of Cells
+// where the slope is 1.95. (Of D = 64 it is less, and 1.2 u below 0.3, and 4 steps of slope 1.5 are 42 u. Tensor cores that add four at a
+// time, as those before sm_80, would be off by up to 36.4 u. Not bound is a token of bfloat16 longer than 2^30 with numbers below 2^-110,
 // whose quotients are subnormal.) The tests compare with the CPU's codes.
 #pragma once
 
