@@ -2,6 +2,7 @@
 #include "fixtures/machine/device.h"
 
 #include "accuracy/golden.h"
+#include "fixtures/machine/nvml.h"
 #include "kernels/device/probe.h"
 
 namespace kvq {
@@ -40,6 +41,26 @@ TEST(DeviceGpu, NothingReadsFasterThanTheProbe) {
   for (int i = 0; i < 5; ++i) best = std::min(best, Time(cuda, [&] { at::sum(data, 1); }));
   EXPECT_LT(static_cast<double>(data.nbytes()) / best, ReadBandwidth(cuda));
   EXPECT_GT(ReadBandwidth(cuda), 1e11) << "the slowest GPU from sm_80 on reads 0.2 TB/s";
+}
+
+// By the driver's own limit; cards of the time have 0.2 GHz at rest and less than 4 in all.
+TEST(DeviceGpu, CountsTheClock) {
+  KVQ_NEEDS_CUDA();
+  const at::Device cuda(at::kCUDA, 0);
+  double highest = 0;
+  for (int i = 0; i < 2000; ++i) highest = std::max(highest, CountedClock(cuda));
+  double limit = 4000;
+  try {
+    for (const auto& [name, value] : Nvml(PciBusId(0)).Facts()) {
+      if (name == "gpu_sm_clock_max_mhz") limit = std::stod(value);
+    }
+  } catch (const std::runtime_error&) {  // no NVML
+  }
+  EXPECT_LT(highest, 1.01 * limit);
+  EXPECT_GT(highest, 0.5 * std::min(limit, 2000.0));
+  EXPECT_TRUE(IsFullClock(cuda, highest));
+  EXPECT_FALSE(IsFullClock(cuda, 0.96 * highest));
+  EXPECT_TRUE(AwaitFullClock(cuda));
 }
 
 // Events see what the GPU does, not when the host comes back from enqueueing it, and a stream that ATen's

@@ -301,6 +301,7 @@ TEST_P(EveryCard, TakesTheDefaultInstances) {
     AddNewest(all, FindScheme("kivi-2").values);
     AddNewest(all, FindScheme("turboquant-v4").values);
     all.Add([] { StreamingRead(nullptr, kStreamingReadBytes, nullptr, nullptr); });
+    all.Add([] { CountClock(nullptr, nullptr); });
   }
   EXPECT_GT(all.launches().size(), 40u);
   ExpectFits(GetParam(), all.launches());

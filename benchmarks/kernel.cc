@@ -1,6 +1,6 @@
 // kernel_encode, kernel_flush, kernel_decode, kernel_attention: single kernels of a scheme on the shapes of a model's
 // first layer, on a GPU. No weights are needed. Timed as replays of a CUDA graph of 32 calls or more, over buffers in
-// turn that together exceed the L2 cache; the time is that of one call. As in a decoding step, attention may begin to
+// turn that together exceed the L2 cache; the time is that of one call, at the clock of a GPU that nothing holds down. As in a decoding step, attention may begin to
 // fetch while the call before ends; libtorch's beside it does not.
 //
 // Limits: for attention the bytes of the stored cache over the read bandwidth measured in the same run
@@ -14,6 +14,7 @@
 #include <array>
 #include <cmath>
 #include <functional>
+#include <limits>
 #include <random>
 
 #include "benchmarks/measurement.h"
@@ -31,15 +32,22 @@ namespace {
 
 using at::Tensor;
 
-// Microseconds of a call in a replayed graph of many, `repeats` times. It is timed behind a replay that still runs, so that what the host
-// takes to launch it does not count. call(i, stream) enqueues one on buffers number i.
+// Microseconds of a call in a replayed graph of many, kRepeats times. It is timed behind a replay that still runs, so that what the host
+// takes to launch it does not count; the clock is counted right behind it, and where something held that down it is taken again after a
+// rest. call(i, stream) enqueues one on buffers number i.
 class GraphTimer {
  public:
+  struct Timed {
+    std::vector<double> microseconds;
+    double lowest_mhz = std::numeric_limits<double>::infinity();
+    bool held_back = false;  // clocks of some, even after rests
+  };
+
   explicit GraphTimer(at::Device device)
-      : aten_stream_(GraphStream(device)), stream_(static_cast<cudaStream_t>(aten_stream_.native_handle())) {}
+      : device_(device), aten_stream_(GraphStream(device)), stream_(static_cast<cudaStream_t>(aten_stream_.native_handle())) {}
 
   template <typename Call>
-  std::vector<double> Measure(int buffers, int repeats, const Call& call) const {
+  Timed Measure(int buffers, const Call& call) const {
     constexpr int kCalls = 32;
     const int calls = (kCalls + buffers - 1) / buffers * buffers;
     const auto enqueue = [&](int count) {
@@ -53,24 +61,33 @@ class GraphTimer {
     graph.Capture(stream_, [&] { enqueue(calls); });
     c10::Event begin(aten_stream_.device_type(), c10::EventFlag::BACKEND_DEFAULT);  // one that keeps the time
     c10::Event end(aten_stream_.device_type(), c10::EventFlag::BACKEND_DEFAULT);
-    std::vector<double> microseconds;
-    for (int i = -1; i < repeats; ++i) {
+    Timed timed;
+    AwaitFullClock(device_);
+    constexpr size_t kRests = 2 * kRepeats;
+    size_t rests = 0;
+    for (bool first = true; timed.microseconds.size() < kRepeats; first = false) {
       graph.Launch();
       begin.record(aten_stream_);
       graph.Launch();
       end.record(aten_stream_);
-      end.synchronize();
-      if (i >= 0) microseconds.push_back(begin.elapsedTime(end) * 1e3 / calls);
+      const double mhz = CountedClock(device_, stream_);
+      if (first) continue;
+      const bool full = IsFullClock(device_, mhz);
+      if (!full && rests++ < kRests && AwaitFullClock(device_)) continue;
+      timed.microseconds.push_back(begin.elapsedTime(end) * 1e3 / calls);
+      timed.lowest_mhz = std::min(timed.lowest_mhz, mhz);
+      timed.held_back |= !full;
     }
-    return microseconds;
+    return timed;
   }
 
  private:
+  static constexpr size_t kRepeats = 9;
+
+  at::Device device_;
   c10::Stream aten_stream_;
   cudaStream_t stream_;
 };
-
-constexpr int kRepeats = 9;
 
 // Copies of something that many bytes large such that together they exceed any L2 cache.
 int Copies(double bytes) {
@@ -139,26 +156,35 @@ double Median(std::vector<double> values) {
   return values[values.size() / 2];
 }
 
-// The work of `timed` once per iteration of the state; the microseconds of each.
-std::vector<double> Iterate(Session& session, benchmark::State& state,
-                            const std::function<std::vector<double>()>& timed) {
-  std::vector<double> all;
+// The work of `timed` once per iteration of the state.
+GraphTimer::Timed Iterate(Session& session, benchmark::State& state, const std::function<GraphTimer::Timed()>& timed) {
+  GraphTimer::Timed all;
   for (auto _ : state) {
-    std::vector<double> some;
+    GraphTimer::Timed some;
     session.Time([&] { some = timed(); });  // the GPU's state is watched meanwhile
-    state.SetIterationTime(Median(some) / 1e6);
-    all.insert(all.end(), some.begin(), some.end());
+    state.SetIterationTime(Median(some.microseconds) / 1e6);
+    all.microseconds.insert(all.microseconds.end(), some.microseconds.begin(), some.microseconds.end());
+    all.lowest_mhz = std::min(all.lowest_mhz, some.lowest_mhz);
+    all.held_back |= some.held_back;
   }
   return all;
 }
 
 // What a kernel took that moves so many bytes once, and its share of the memory's rate; returns the median in microseconds.
-double AddMoved(const Session& session, Counters& counters, const std::vector<double>& microseconds, double bytes) {
-  AddSpread(counters, "us", microseconds);
+double AddMoved(Session& session, Counters& counters, const GraphTimer::Timed& timed, double bytes) {
+  AddSpread(counters, "us", timed.microseconds);
   const double us = counters.front().second;
   counters.emplace_back("bytes", bytes);
   counters.emplace_back("gb_per_s", bytes / us / 1e3);
   counters.emplace_back("peak_fraction", bytes / us * 1e6 / ReadBandwidth(session.device()));
+  // Of the clock what was counted says more than what the driver says.
+  GpuSummary seen = session.TakeWatch();
+  seen.readings = std::max<int64_t>(seen.readings, 1);
+  seen.sm_clock_mhz = std::llround(timed.lowest_mhz);
+  seen.clock_reasons.reset();
+  AddGpuState(session, seen, counters);
+  counters.emplace_back("throttled", timed.held_back);
+  if (timed.held_back) session.AddNote(StrCat("throttled: the clock was counted at ", std::llround(timed.lowest_mhz), " MHz"));
   return us;
 }
 
@@ -183,12 +209,12 @@ Counters Codecs(Session& session, const Cell& cell, benchmark::State& state, boo
     }
   };
   const GraphTimer timer(session.device());
-  const std::vector<double> microseconds = Iterate(session, state, [&] {
-    return timer.Measure(count, kRepeats, [&](int i, cudaStream_t stream) { one(sides[i], stream); });
+  const GraphTimer::Timed timed = Iterate(session, state, [&] {
+    return timer.Measure(count, [&](int i, cudaStream_t stream) { one(sides[i], stream); });
   });
   session.ran = StrCat(cell.spec, encodes ? " encode" : " decode");
   Counters counters;
-  AddMoved(session, counters, microseconds, (sides[0].moved() + sides[1].moved()) / 2);
+  AddMoved(session, counters, timed, (sides[0].moved() + sides[1].moved()) / 2);
   return counters;
 }
 
@@ -263,18 +289,18 @@ Counters LatentsAttention(Session& session, const Cell& cell, benchmark::State& 
   }
   const int copies = static_cast<int>(jobs.size());
   const GraphTimer timer(session.device());
-  const std::vector<double> microseconds = Iterate(session, state, [&] {
-    return timer.Measure(copies, kRepeats, [&](int i, cudaStream_t stream) { LatentAttention(first, second, jobs[i].args, stream); });
+  const GraphTimer::Timed timed = Iterate(session, state, [&] {
+    return timer.Measure(copies, [&](int i, cudaStream_t stream) { LatentAttention(first, second, jobs[i].args, stream); });
   });
   session.ran = LatentAttentionName(first, second, jobs.front().args);
   jobs.clear();
 
   const Tensor dense = Normal(session, {cell.batch, 1, cell.context, rank + turned}), queries = Normal(session, {cell.batch, heads, 1, rank + turned});
-  const double unfused = Median(timer.Measure(2, kRepeats, [&](int, cudaStream_t) {
+  const double unfused = Median(timer.Measure(2, [&](int, cudaStream_t) {
     FindBackend("sdpa").attend(queries, dense, dense.narrow(3, 0, rank), {scale, 0, 0});
-  }));
+  }).microseconds);
   Counters counters;
-  const double us = AddMoved(session, counters, microseconds, bytes);
+  const double us = AddMoved(session, counters, timed, bytes);
   counters.emplace_back("tflop_per_s", 2.0 * static_cast<double>(cell.batch * heads * cell.context * (2 * rank + turned)) / us / 1e6);
   counters.emplace_back("sdpa_us", unfused);
   counters.emplace_back("speedup", unfused / us);
@@ -353,8 +379,8 @@ Counters Attention(Session& session, const Cell& cell, benchmark::State& state) 
   }
   const int copies = static_cast<int>(jobs.size());
   const GraphTimer timer(session.device());
-  const std::vector<double> microseconds = Iterate(session, state, [&] {
-    return timer.Measure(copies, kRepeats, [&](int i, cudaStream_t stream) {
+  const GraphTimer::Timed timed = Iterate(session, state, [&] {
+    return timer.Measure(copies, [&](int i, cudaStream_t stream) {
       DecodeAttention(*codecs[0], *codecs[1], jobs[i].args, stream);
     });
   });
@@ -368,7 +394,7 @@ Counters Attention(Session& session, const Cell& cell, benchmark::State& state) 
                      Normal(session, cache_shape(shape.kv_heads)), Normal(session, cache_shape(shape.kv_heads))});
   }
   const auto time = [&](const auto& attend) {
-    return Median(timer.Measure(static_cast<int>(plain.size()), kRepeats, [&](int i, cudaStream_t) { attend(plain[i]); }));
+    return Median(timer.Measure(static_cast<int>(plain.size()), [&](int i, cudaStream_t) { attend(plain[i]); }).microseconds);
   };
   const double flash = time([&](const std::array<Tensor, 3>& x) {
     at::_flash_attention_forward(x[0].transpose(1, 2), x[1].transpose(1, 2), x[2].transpose(1, 2), {}, {}, 1,
@@ -378,7 +404,7 @@ Counters Attention(Session& session, const Cell& cell, benchmark::State& state) 
     at::_cudnn_attention_forward(x[0], x[1], x[2], {}, {}, {}, 1, shape.context, false, 0.0, false, false, scale);
   });
   Counters counters;
-  const double us = AddMoved(session, counters, microseconds, bytes);
+  const double us = AddMoved(session, counters, timed, bytes);
   counters.emplace_back("flash_us", flash);
   counters.emplace_back("cudnn_us", cudnn);
   counters.emplace_back("speedup", std::min(flash, cudnn) / us);

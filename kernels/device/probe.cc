@@ -19,4 +19,9 @@ void StreamingRead(const void* data, int64_t bytes, uint32_t* folded, void* stre
          stream, data, bytes / kStreamingReadBytes, folded);
 }
 
+void CountClock(uint64_t* counted, void* stream) {
+  Launch("count of the clock",
+         {.instance = {{"kernels/device/probe.cuh"}, "kvq::probe::ClockKernel"}, .grid = 1, .threads = 1, .early = false}, stream, counted);
+}
+
 }  // namespace kvq

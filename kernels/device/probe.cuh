@@ -9,6 +9,7 @@
 namespace kvq::probe {
 
 inline constexpr int kThreads = 512, kLoads = 4, kBlocksPerSm = 8;
+inline constexpr int kClockNanoseconds = 20000;
 static_assert(kThreads * kLoads * 16 == kStreamingReadBytes);
 
 #ifdef __CUDACC__
@@ -40,6 +41,25 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x % 32 == 0) atomicXor(&block, warp);
   __syncthreads();
   if (threadIdx.x == 0) atomicXor(folded, block);
+}
+
+__device__ uint64_t Nanoseconds() {
+  uint64_t now;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+  return now;
+}
+
+// From one change of the timer to another: it changes every 32 ns to 1 us, by the card.
+__global__ void ClockKernel(uint64_t* counted) {
+  const uint64_t before = Nanoseconds();
+  uint64_t begin, end;
+  while ((begin = Nanoseconds()) == before) {
+  }
+  const int64_t cycles = clock64();
+  while ((end = Nanoseconds()) < begin + kClockNanoseconds) {
+  }
+  counted[0] = static_cast<uint64_t>(clock64() - cycles);
+  counted[1] = end - begin;
 }
 
 #endif  // __CUDACC__
