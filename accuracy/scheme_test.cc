@@ -179,6 +179,31 @@ TEST_P(EverySchemeGpu, AFewShapes) {
   }
 }
 
+// Many tokens in one launch, which kernels may deal out otherwise, as in launches of few.
+TEST_P(EverySchemeGpu, ManyTokensAsFew) {
+  KVQ_NEEDS_CUDA();
+  const c10::InferenceMode guard;
+  at::manual_seed(6);
+  for (const auto& [side, codec] : CodecsOf(FindScheme(GetParam()))) {
+    SCOPED_TRACE(side);
+    const int64_t block = contract::UpTo(32, codec->min_block_tokens), head_dim = contract::HeadDim(*codec, codec->default_group, 128);
+    const int64_t tokens = contract::UpTo(12341, codec->min_block_tokens), few = contract::UpTo(992, codec->min_block_tokens);
+    const CodecParams params{.group_size = codec->default_group};
+    const at::Tensor x = at::randn({2, 8, tokens, head_dim}, at::dtype(at::kHalf).device(at::kCUDA));
+    const auto none_yet = [&] {
+      EncodedTensors encoded = AllocateEncoded(*codec, params, 2, 8, head_dim, contract::UpTo(tokens, block), block, at::kCUDA);
+      for (at::Tensor& plane : encoded.planes) plane.fill_(0xA5);
+      return encoded;
+    };
+    const EncodedTensors expected = none_yet(), found = none_yet();
+    for (int64_t first = 0; first < tokens; first += few) {
+      EncodeTensor(*codec, params, x.narrow(2, first, std::min(few, tokens - first)), first, expected);
+    }
+    EncodeTensor(*codec, params, x, 0, found);
+    for (size_t p = 0; p < found.planes.size(); ++p) EXPECT_TRUE(found.planes[p].equal(expected.planes[p])) << p;
+  }
+}
+
 // A captured graph encodes to where a number in device memory says.
 TEST_P(EverySchemeGpu, AFewShapesGoWhereTheDeviceSays) {
   KVQ_NEEDS_CUDA();

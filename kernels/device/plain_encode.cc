@@ -1,5 +1,7 @@
 #include "kernels/plain.h"
 
+#include <algorithm>
+
 namespace kvq::plain {
 
 // Of head_dims that instances are worth compiling for: 16-bit numbers and rows of codes aligned to 16 bytes (of odd bits to 4).
@@ -19,9 +21,12 @@ KernelLaunch EncodeOwnLaunch(const char* file, const char* scheme, const DenseVi
 }
 
 KernelLaunch EncodeTurnedLaunch(const char* file, const char* scheme, const DenseView& x) {
-  constexpr int kTokens = 32;  // of a block, which is one warp
+  // Of a block, which is one warp, 32 tokens; sixteen of all, where all blocks run together, else of the last three a multiprocessor.
+  const int64_t tiles = GridFor(x.tokens, 32), of_tokens = x.heads * x.batch;
+  const int64_t together = int64_t{20} * CurrentDevice().multiprocessors, last = int64_t{3} * CurrentDevice().multiprocessors;
+  const int64_t halved = tiles * of_tokens <= together ? tiles : std::min(tiles, last / of_tokens);
   return {.instance = {{file}, InstanceName("kvq::plain::EncodeTurnedKernel", scheme, TypeName(x.dtype), x.head_dim)},
-          .grid = {GridFor(x.tokens, kTokens), static_cast<unsigned>(x.heads), static_cast<unsigned>(x.batch)},
+          .grid = {static_cast<unsigned>(x.heads), static_cast<unsigned>(tiles + halved), static_cast<unsigned>(x.batch)},
           .threads = 32};
 }
 

@@ -18,10 +18,10 @@
 //   a product     of 16 numbers and +-1, exact, of which any may lose 2 u of the largest of them, or of what has been added up before, and
 //                 each sum 2 u, as tensor cores add eight at a time (sm_80's; later ones more)
 //   butterflies   w = 3
-// which is some 28 u in all. The scale is off by 4 u, of a number near a threshold, below 0.22, by 0.9 u. 32.8 u are 4 steps of Cells
-// where the slope is 1.95. (Of D = 64 it is less, and 1.2 u below 0.3, and 4 steps of slope 1.5 are 42 u. Tensor cores that add four at a
-// time, as those before sm_80, would be off by up to 36.4 u. Not bound is a token of bfloat16 longer than 2^30 with numbers below 2^-110,
-// whose quotients are subnormal.) The tests compare with the CPU's codes.
+// which is some 28 u in all. The scale is off by 4 u, of a number near a threshold, below 0.22, by 0.9 u; of 3 bits below 0.16, by 0.7 u.
+// Four steps of Cells are 32.8 u where the slope is 1.95, and 29.7 u where it is 2.15, as of 3 bits. (Of D = 64 it is less, and 1.2 u below
+// 0.3, and 4 steps of slope 1.5 are 42 u. Tensor cores that add four at a time, as those before sm_80, would be off by up to 36.4 u. Not
+// bound is a token of bfloat16 longer than 2^30 with numbers below 2^-110, whose quotients are subnormal.) The tests compare with the CPU's codes.
 #pragma once
 
 #include "kernels/plain.h"
@@ -144,7 +144,8 @@ __device__ __forceinline__ void TurnExactly(const uint8_t* row, const VectorFit<
   }
 }
 
-// A block is a warp, which has 32 tokens.
+// A block is a warp, which has 32 tokens; the last ones, by the height of the grid, have sixteen: what they still do when nothing is read
+// any more is done sooner, for which half of their lanes add up squares in vain.
 template <typename S, DType kType, int kDim>
 __global__ void __launch_bounds__(32, 20)
     EncodeTurnedKernel(const __grid_constant__ DenseView x, int64_t first_token, const __grid_constant__ KvView out) {
@@ -155,10 +156,15 @@ __global__ void __launch_bounds__(32, 20)
   };
   __shared__ __align__(16) uint8_t tile[kTokens * kPitch];
   __shared__ OfToken of_tokens[kTokens];
-  const uint32_t lane = threadIdx.x, b = blockIdx.z, h = blockIdx.y, first = blockIdx.x * kTokens;
-  const uint32_t count = static_cast<uint32_t>(x.tokens) - first;  // of tokens from here on
+  const uint32_t lane = threadIdx.x, b = blockIdx.z, h = blockIdx.x, tokens = static_cast<uint32_t>(x.tokens);
+  const uint32_t large = 2 * ((tokens + kTokens - 1) / kTokens) - gridDim.y;  // blocks of 32
+  const bool small = blockIdx.y >= large;
+  const uint32_t first = small ? (blockIdx.y + large) * 16 : blockIdx.y * kTokens;
+  if (first >= tokens) return;
+  const uint32_t count = small ? min(tokens - first, 16u) : tokens - first;  // of tokens from here on
   WaitForPredecessors();
-  CopyTile<kDim, kDim, kTokens>(x, b, h, first, count, tile);
+  if (small) CopyTile<kDim, kDim, 16>(x, b, h, first, count, tile);
+  else CopyTile<kDim, kDim, kTokens>(x, b, h, first, count, tile);
   const KvView mine = PlanesAt<S, kDim, kDim>(out, b, h, TokenBase(out) + first_token + first);
   const Cells& cells = S::DeviceCells(kDim);
   const auto [carry, threshold] = cells.lanes[lane];
@@ -186,7 +192,7 @@ __global__ void __launch_bounds__(32, 20)
   std::byte* odd = nullptr;
   if constexpr (kOdd<S> > 0) odd = mine.planes[1] + g * kOddRow + t * (kOddRow / 4);
 #pragma unroll 1
-  for (uint32_t sixteen = 0; sixteen < kTokens; sixteen += 16) {
+  for (uint32_t sixteen = 0; sixteen < kTokens && sixteen < count; sixteen += 16) {
     float norms[2], scales[2];
 #pragma unroll
     for (int of = 0; of < 2; ++of) {

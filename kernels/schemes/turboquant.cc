@@ -79,7 +79,7 @@ KVQ_HD inline const Centroids& AllCentroids() {
 #ifdef __CUDACC__
 template <int kBits>
 constexpr Cells MakeCells(int of_dim) {
-  constexpr float kSlopes[] = {1.5f, 1.95f};
+  constexpr float kSlopes[] = {1.5f, kBits == 3 ? 2.15f : 1.95f};
   float middles[(1 << kBits) - 1] = {};
   for (uint32_t code = 0; code + 1 < 1u << kBits; ++code) middles[code] = Middle<kBits>(kCentroids, of_dim, code);
   return {kSlopes[of_dim], middles};
