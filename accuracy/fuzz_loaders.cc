@@ -22,6 +22,7 @@
 namespace kvq {
 std::string JoinInstance(const std::string&, const std::vector<std::string>&) { abort(); }
 void LaunchRaw(const char*, const KernelLaunch&, void*, const std::vector<size_t>&, void**) { abort(); }
+const DeviceShape& CurrentDevice() { abort(); }
 Scratch::Scratch(int64_t, void*) { abort(); }
 Scratch::~Scratch() { abort(); }
 }  // namespace kvq
