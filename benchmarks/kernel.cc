@@ -1,7 +1,7 @@
 // kernel_encode, kernel_flush, kernel_decode, kernel_attention: single kernels of a scheme on the shapes of a model's
 // first layer, on a GPU. No weights are needed. Timed as replays of a CUDA graph of 32 calls or more, over buffers in
-// turn that together exceed the L2 cache; the time is that of one call, at the clock of a GPU that nothing holds down. As in a decoding step, attention may begin to
-// fetch while the call before ends; libtorch's beside it does not.
+// turn that together exceed the L2 cache; the time is that of one call, at the clock of a GPU that nothing holds down.
+// As in a decoding step, attention may begin to fetch while the call before ends; libtorch's beside it does not.
 //
 // Limits: for attention the bytes of the stored cache over the read bandwidth measured in the same run
 // (peak_fraction), beside libtorch's flash and cuDNN attention on the same tokens in 16 bits (flash_us, cudnn_us), and

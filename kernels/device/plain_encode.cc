@@ -22,6 +22,7 @@ KernelLaunch EncodeOwnLaunch(const char* file, const char* scheme, const DenseVi
 
 KernelLaunch EncodeTurnedLaunch(const char* file, const char* scheme, const DenseView& x) {
   // Of a block, which is one warp, 32 tokens; sixteen of all, where all blocks run together, else of the last three a multiprocessor.
+  // 20 of a multiprocessor run together: EncodeTurnedKernel's bounds. A launch takes up to two million tokens, the grid's height.
   const int64_t tiles = GridFor(x.tokens, 32), of_tokens = x.heads * x.batch;
   const int64_t together = int64_t{20} * CurrentDevice().multiprocessors, last = int64_t{3} * CurrentDevice().multiprocessors;
   const int64_t halved = tiles * of_tokens <= together ? tiles : std::min(tiles, last / of_tokens);
